@@ -1,0 +1,50 @@
+"""The textbook form, the yardstick of every benchmark here: a step differentiates Phi automatically with respect to the neurons,
+an EP update differentiates it with respect to the parameters, and BPTT differentiates through those derivatives a second time.
+Nothing is kept between steps, the layout is PyTorch's default."""
+import copy
+
+import torch
+
+
+def textbook(model):
+    """A copy of `model` in PyTorch's default layout."""
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+
+
+def relax(model, x, y, neurons, T, beta, criterion, check_thm=False):
+    """T steps; with `check_thm` the graph through them is kept."""
+    linear_output = not model.softmax and not isinstance(criterion, torch.nn.MSELoss)
+    neurons = [n if check_thm and n.requires_grad else n.detach().requires_grad_() for n in neurons]
+    for _ in range(T):
+        phi = model.Phi(x, y, neurons, beta, criterion)
+        if torch.is_tensor(phi):
+            drives = torch.autograd.grad(phi.sum(), neurons, create_graph=check_thm)
+        else:
+            drives = [torch.autograd.grad(p.sum(), n, create_graph=check_thm, retain_graph=True)[0] for p, n in zip(phi, neurons)]
+        neurons = [d if linear_output and n == len(drives) - 1 else model.activation(d) for n, d in enumerate(drives)]
+        if not check_thm:
+            neurons = [n.detach().requires_grad_() for n in neurons]
+    return neurons
+
+
+def zeros(model, x):
+    return [n.contiguous() for n in model.init_neurons(x.size(0), x.device)]
+
+
+def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False):
+    free = relax(model, x, y, zeros(model, x), T1, betas[0], criterion)
+    first, second, (b1, b2) = free, relax(model, x, y, free, T2, betas[1], criterion), betas
+    if thirdphase:
+        first, second, (b1, b2) = second, relax(model, x, y, free, T2, -betas[1], criterion), (betas[1], -betas[1])
+    model.zero_grad()
+    delta = (model.Phi(x, y, second, b2, criterion).mean() - model.Phi(x, y, first, b1, criterion).mean()) / (b1 - b2)
+    delta.backward()
+    return free
+
+
+def bptt_gradients(model, x, y, T1, T2, criterion):
+    neurons = relax(model, x, y, zeros(model, x), T1 - T2, 0.0, criterion)
+    neurons = relax(model, x, y, neurons, T2, 0.0, criterion, check_thm=True)
+    model.zero_grad()
+    model.loss(neurons, y, criterion).mean().backward()
+    return neurons

@@ -1,0 +1,293 @@
+"""Tasks and mini-batches, run folders, checkpoints and plots."""
+import contextlib
+import csv
+import datetime
+import io
+import os
+import pathlib
+import platform
+import random
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can put right: `main.py` prints it as one line and exits with `code`."""
+
+    code = 2
+
+
+def progress(iterable, description):
+    """A tqdm bar on standard error; in a log file it speaks once a minute and only of work that takes longer."""
+    interactive = sys.stderr.isatty()
+    return tqdm(iterable, desc=description, leave=False, dynamic_ncols=True, delay=0 if interactive else 60,
+                mininterval=0.1 if interactive else 60)
+
+
+# ------------------------------------------------------------------------------------------------------------------ tasks
+# A task is its name, the geometry of its images, and a function that reads one split: (images uint8 (n, C, H, W), labels (n,)).
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), tuple(3 * s for s in (0.2023, 0.1994, 0.2010))
+
+
+class Task:
+    def __init__(self, read, channels, size, classes, mean=(0.0,), std=(1.0,), augments=False):
+        self.read, self.channels, self.size, self.classes = read, channels, size, classes
+        self.mean, self.std = mean, std  # of the normalisation (image / 255 - mean) / std, per channel
+        self.augments = augments  # whether flips and shifts keep the meaning of its images
+
+    @property
+    def inputs(self):
+        return self.channels * self.size * self.size
+
+
+def _digits(data_dir, train):
+    """scikit-learn's 1797 handwritten digits, 8x8 with 17 grey values, enlarged to 28x28; 360 of them are for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    images, labels = load_digits(return_X_y=True)
+    split = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
+    images, labels = (split[0], split[2]) if train else (split[1], split[3])
+    images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    images = F.interpolate(images * (255 / 16), size=(28, 28), mode="bilinear").round().to(torch.uint8)
+    return images, torch.tensor(labels, dtype=torch.int64)
+
+
+def _without_checksums(dataset):
+    """The torchvision class of a CIFAR data set, reading any files of its format: only a download is held to the checksums."""
+    unchecked = {name: [(file, None) for file, _ in getattr(dataset, name)] for name in ("train_list", "test_list")}
+    return type(dataset.__name__, (dataset,), {**unchecked, "meta": {**dataset.meta, "md5": None}})
+
+
+def _torchvision(name):
+    def read(data_dir, train):
+        dataset = getattr(torchvision.datasets, name)
+        if hasattr(dataset, "train_list"):
+            dataset = _without_checksums(dataset)
+        try:
+            data = dataset(data_dir, train=train)
+        except RuntimeError:  # torchvision's way to say that the files are not there
+            data = _download(dataset, name, data_dir, train)
+        except Exception as e:  # damaged files fail in any way
+            raise UserError(f"the files of {name} in {data_dir} cannot be read: {one_line(e)}") from None
+        images = torch.as_tensor(data.data)
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        return images.contiguous(), torch.as_tensor(data.targets, dtype=torch.int64)
+    return read
+
+
+def _download(dataset, name, data_dir, train):
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        print(f"{name} is not in {data_dir}: trying to download it", file=sys.stderr)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return dataset(data_dir, train=train, download=True)
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"the files of {name} are missing: not found in {os.path.abspath(data_dir)} (--data-dir), and the download "
+                        f"failed ({one_line(e)}); --task digits needs no files and no network") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+TASKS = {"digits": Task(_digits, 1, 28, 10),
+         "MNIST": Task(_torchvision("MNIST"), 1, 28, 10),
+         "FashionMNIST": Task(_torchvision("FashionMNIST"), 1, 28, 10),
+         "CIFAR10": Task(_torchvision("CIFAR10"), 3, 32, 10, CIFAR_MEAN, CIFAR_STD, augments=True),
+         "CIFAR100": Task(_torchvision("CIFAR100"), 3, 32, 100, CIFAR_MEAN, CIFAR_STD, augments=True)}
+
+
+class Batches:
+    """Mini-batches of a data set that sits in memory (on the GPU where there is one) as uint8; one iteration is an epoch.
+
+    images: uint8 (n, C, H, W); labels: (n,). Yields x, float32 (mbs, C, H, W) normalised, and y, (mbs,); the last batch may be
+    smaller. With `generator`, order and augmentation are drawn from it, on the CPU, so that they are the same on every device.
+    """
+
+    def __init__(self, images, labels, mbs, task, device, generator=None, augment=False):
+        self.images, self.labels, self.mbs = images.to(device), labels.to(device), mbs
+        self.generator, self.augment = generator, augment
+        self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (task.mean, task.std))
+
+    def __len__(self):
+        return -(-len(self.labels) // self.mbs)
+
+    @property
+    def samples(self):
+        return len(self.labels)
+
+    def __iter__(self):
+        n = self.samples
+        order = torch.arange(n) if self.generator is None else torch.randperm(n, generator=self.generator)
+        for chosen in order.to(self.labels.device).split(self.mbs):
+            images = self.images[chosen]
+            if self.augment:
+                images = flip_and_shift(images, self.generator)
+            yield self.normalise(images.float() / 255), self.labels[chosen]
+
+    def normalise(self, images):
+        return (images - self.mean) / self.std
+
+
+def flip_and_shift(images, generator, reach=4):
+    """Each image mirrored with probability 1/2, then cut to its size at a random place after `reach` pixels of edge padding.
+
+    images: (mbs, C, H, W), H = W. Both are one look-up: row and column of the source pixel, held at the edge.
+    """
+    mbs, channels, size, _ = images.shape
+    shift = torch.randint(0, 2 * reach + 1, (mbs, 2), generator=generator) - reach
+    mirrored = torch.rand(mbs, 1, generator=generator) < 0.5
+    place = torch.arange(size)
+    rows, columns = ((place + shift[:, i:i + 1]).clamp(0, size - 1).to(images.device) for i in (0, 1))
+    columns = torch.where(mirrored.to(images.device), size - 1 - columns, columns)
+    sample = torch.arange(mbs, device=images.device).view(-1, 1, 1, 1)
+    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
+    return images[sample, channel, rows.view(mbs, 1, size, 1), columns.view(mbs, 1, 1, size)]
+
+
+def load_split(name, data_dir, train, size=None):
+    """The first `size` (default: all) images and labels of one split. Raises UserError where the files are missing or too few."""
+    images, labels = TASKS[name].read(data_dir, train)
+    if size is not None and size > len(labels):
+        raise UserError(f"argument --{'train' if train else 'test'}-size: got {size}, {name} has {len(labels)} such images")
+    return images[:size], labels[:size]
+
+
+# ------------------------------------------------------------------------------------------------------------ run folders
+
+
+def one_line(error):
+    """The message of an exception, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A path beside `path` to write to; renamed to `path` when the block ends well, so that no reader ever sees half a file."""
+    path = pathlib.Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {one_line(e)}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class Run:
+    """The folder of one run. `folder`: its path."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+
+    @classmethod
+    def create(cls, alg, loss, device, root="results"):
+        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu)."""
+        now = datetime.datetime.now()
+        place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
+        folder = pathlib.Path(root, alg, loss, now.strftime("%Y-%m-%d"), now.strftime("%H-%M-%S") + "_" + place)
+        try:
+            folder.mkdir(parents=True)
+        except OSError as e:
+            raise UserError(f"cannot create the run folder {folder}: {one_line(e)}") from None
+        return cls(folder)
+
+    def write_hyperparameters(self, command_line, args, model):
+        lines = [f"command line: {command_line}", f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+                 *(f"{name}: {value}" for name, value in versions().items()), "", "arguments:",
+                 *(f"  {name}: {value!r}" for name, value in sorted(args.items())), "", "model:", str(model), ""]
+        with replacing(self.folder / "hyperparameters.txt") as path:
+            path.write_text("\n".join(lines))
+
+    def append_hyperparameters(self, line):
+        try:
+            with open(self.folder / "hyperparameters.txt", "a") as file:
+                file.write(line + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.folder / 'hyperparameters.txt'}: {one_line(e)}") from None
+
+    def save(self, name, state):
+        with replacing(self.folder / name) as path:
+            try:
+                torch.save(state, path)
+            except RuntimeError as e:  # torch's writer reports a full disk so
+                raise UserError(f"cannot write {self.folder / name}: {one_line(e)}") from None
+
+    def write_metrics(self, rows):
+        """metrics.csv, a row an epoch. rows: list of dicts with the same keys."""
+        with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def save_figure(self, name, figure):
+        with replacing(self.folder / name) as path:
+            figure.savefig(path, format="png", dpi=120)
+
+    def plot_accuracy(self, rows):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy of the free phase")
+        epochs = [row["epoch"] for row in rows]
+        for key, label in (("train_acc", "train, during the epoch"), ("test_acc", "test, after the epoch")):
+            axes.plot(epochs, [row[key] for row in rows], marker="o", markersize=3,
+                      label=f"{label} (last {rows[-1][key]:.2f})")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        self.save_figure("train-test_acc.png", figure)
+
+    def plot_activity(self, neurons):
+        """Histogram of each layer's neurons (a list of tensors) at the end of a free phase."""
+        figure = Figure(figsize=(3.2 * len(neurons), 3.2), layout="constrained")
+        figure.suptitle("Neurons at the end of the free phase, last training batch")
+        for n, (axes, state) in enumerate(zip(figure.subplots(1, len(neurons), squeeze=False)[0], neurons), 1):
+            values = state.detach().float().flatten().cpu().numpy()
+            low, high = float(values.min()), float(values.max())
+            room = 0.0 if high - low > 1e-3 else 0.5  # saturated layers can hold one value only
+            axes.hist(values, bins=50, range=(low - room, high + room), log=True)
+            axes.set_title(f"s_{n}, {' x '.join(map(str, state.shape[1:]))}", fontsize=9)
+            axes.set_xlabel("activation")
+        figure.axes[0].set_ylabel("neurons")
+        self.save_figure("neural_activity.png", figure)
+
+
+def versions():
+    """What a run depends on besides its arguments."""
+    revision = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True,
+                              cwd=pathlib.Path(__file__).parent).stdout.strip() if _has_git() else ""
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "cuda": torch.version.cuda or "none", "git revision": revision or "unknown"}
+
+
+def _has_git():
+    import shutil
+    return shutil.which("git") is not None
+
+
+def read_checkpoint(path):
+    """The dict in a checkpoint file. Raises UserError, one line with the file's name, for anything else; runs no code in it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as e:  # a damaged file can fail in any way, a pickle that needs code in one
+        raise UserError(f"{path} is no checkpoint that can be loaded safely: {one_line(e).split('. ')[0]}") from None
+    if not isinstance(state, dict) or "model_state_dict" not in state:
+        raise UserError(f"{path} is no checkpoint: it holds no model_state_dict")
+    return state
+
+
+def random_states(generator):
+    """The states of all random numbers that a run draws, in types that a safe load reads."""
+    kind, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "data": generator.get_state()}

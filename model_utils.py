@@ -1,0 +1,711 @@
+"""Energy models, their dynamics, and the two learning rules: Equilibrium Propagation and back-propagation through time.
+
+The order of the file is the order of the data: activations and poolings, a connection between two layers, a model made of
+connections, the learning rules, and the loops over a data set.
+
+A model has layers s_0 = x (fixed), s_1 ... s_N and, per sample, the primitive function
+
+    Phi = sum_n s_n . up_n(s_{n-1}) - beta * L(s_N, y),    up_n(s) = pool(conv(s)) or W s + b.
+
+Its dynamics is s_n(t+1) = act(dPhi/ds_n): the drive from below, up_n(s_{n-1}), plus the drive from above, the adjoint of up_{n+1}
+applied to s_{n+1}. Both are written out, so neither a step nor a weight update needs automatic differentiation.
+"""
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data_utils import TASKS, UserError, progress, random_states
+
+# ------------------------------------------------------------------------------------------------------------ activations
+
+
+_MINUS_TWO = torch.tensor(-2.0)
+
+
+def my_sigmoid(x):
+    """1 / (1 + exp(-4 (x - 1/2))): the logistic function of slope 1 at 1/2."""
+    return torch.add(_MINUS_TWO, x, alpha=4).sigmoid_()  # two passes over memory, where torch.sigmoid(4 * x - 2) takes three
+
+
+# hardtanh, not clamp, writes the hard functions: its slope at the two corners is 0, as in the published models.
+def hard_sigmoid(x):
+    """(1 + hardtanh(2x - 1)) / 2, which is x cut to [0, 1]."""
+    return F.hardtanh(x, 0.0, 1.0)
+
+
+def my_hard_sig(x):
+    """(1 + hardtanh(x - 1)) / 2, which is x / 2 cut to [0, 1]."""
+    return F.hardtanh(x, 0.0, 2.0) * 0.5
+
+
+def ctrd_hard_sig(x):
+    """hardtanh(2x) / 2, which is x cut to [-1/2, 1/2]."""
+    return F.hardtanh(x, -0.5, 0.5)
+
+
+ACTIVATIONS = {"mysig": my_sigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "hard_sigmoid": hard_sigmoid,
+               "my_hard_sig": my_hard_sig, "ctrd_hard_sig": ctrd_hard_sig}
+
+# --------------------------------------------------------------------------------------------------------------- poolings
+# A pooling is a linear map of a map u once its route is known (the winners of a max-pooling): `pool(u)` finds the route,
+# `follow(u, route)` is the linear map, `adjoint(post, route, size)` its adjoint, into a map of `size` (H, W).
+
+
+class MaxPool(nn.MaxPool2d):
+    routed = True  # the route depends on what is pooled
+
+    def pool(self, u):
+        return F.max_pool2d(u, self.kernel_size, self.stride, return_indices=True)
+
+    def follow(self, u, route):
+        # gathered with the channels innermost, which is how channels-last memory lies
+        pixels = [t.permute(0, 2, 3, 1).flatten(1, 2) for t in (u, route)]
+        return pixels[0].gather(1, pixels[1]).unflatten(1, route.shape[2:]).permute(0, 3, 1, 2)
+
+    def adjoint(self, post, route, size):
+        u = F.max_unpool2d(post, route, self.kernel_size, self.stride, output_size=size)
+        return u.contiguous(memory_format=torch.channels_last)  # a copy only where post was 1x1, which has no layout
+
+
+class AvgPool(nn.AvgPool2d):
+    routed = False
+
+    def pool(self, u):
+        return self(u), None
+
+    def follow(self, u, route):
+        return self(u)
+
+    def adjoint(self, post, route, size):
+        u = F.interpolate(post, scale_factor=2, mode="nearest") * 0.25
+        return F.pad(u, (0, size[1] - u.size(3), 0, size[0] - u.size(2)))  # an odd last row or column was in no window
+
+
+class NoPool(nn.Identity):
+    routed = False
+
+    def pool(self, u):
+        return u, None
+
+    def follow(self, u, route):
+        return u
+
+    def adjoint(self, post, route, size):
+        return post
+
+
+POOLS = {"m": lambda: MaxPool(2, 2), "a": lambda: AvgPool(2, 2), "i": NoPool}
+
+
+def make_pools(letters):
+    """A pooling per convolution: `m` maximum, `a` average (both 2x2 with stride 2), `i` none."""
+    unknown = sorted(set(letters) - set(POOLS))
+    if unknown:
+        raise ValueError(f"unknown pooling {' '.join(unknown)}: use m (max), a (average) or i (none)")
+    return nn.ModuleList([POOLS[letter]() for letter in letters])
+
+
+# ------------------------------------------------------------------------------------------------------------ connections
+# What a model asks of a connection between s_pre and s_post, whose term in Phi is s_post . up(s_pre):
+#   up(pre)                  the drive on post, and the route that `down` needs; up_from_zero(mbs): the drive of zero neurons
+#   down(post, route, drive) `drive` plus the drive of post on pre: the adjoint of up, through the separate feedback weights if any
+#   learn(pre, post)         d[s_post . up(s_pre)]/d(weight, bias), summed over the batch
+#   learn_feedback(pre, post)   the same for the separate feedback weights, in the shape of the forward ones
+#   term(pre, post), feedback_term(pre, post)   s_post . up(s_pre) of each sample, written with PyTorch's layers, for Phi
+
+
+def _dot(a, b):
+    """The scalar product of each sample, (mbs,)."""
+    return (a.flatten(1) * b.flatten(1)).sum(1)
+
+
+class Dense:
+    """up(s) = W s + b, with the layer below flattened.
+
+    `feedback`: a Linear without bias that holds the separate backward weights, of the shape of `synapse`, or of its
+    transpose if `transposed`.
+    """
+
+    def __init__(self, synapse, pre_shape, feedback=None, transposed=False):
+        self.synapse, self.pre_shape, self.feedback, self.transposed = synapse, pre_shape, feedback, transposed
+        self.post_shape = (synapse.out_features,)
+
+    def down_weight(self):
+        """The weights of the downward drive, in the shape of the forward ones, (post, pre)."""
+        if self.feedback is None:
+            return self.synapse.weight
+        return self.feedback.weight.t() if self.transposed else self.feedback.weight
+
+    def up(self, pre):
+        return F.linear(pre.flatten(1), self.synapse.weight, self.synapse.bias), None
+
+    def down(self, post, route, drive):
+        return torch.addmm(drive.flatten(1), post, self.down_weight()).view_as(drive)
+
+    def up_from_zero(self, mbs):
+        return self.synapse.bias.expand(mbs, -1)
+
+    def learn(self, pre, post):
+        return post.t() @ pre.flatten(1), post.sum(0)
+
+    def term(self, pre, post):
+        return _dot(self.synapse(pre.flatten(1)), post)
+
+    def feedback_term(self, pre, post):
+        return _dot(F.linear(pre.flatten(1), self.down_weight()), post)
+
+    def learn_feedback(self, pre, post):
+        return post.t() @ pre.flatten(1)
+
+    def set_feedback_grad(self, grad, scale):
+        _set_grad(self.feedback.weight, grad.t() if self.transposed else grad, scale)
+
+
+class _ConvUp(torch.autograd.Function):
+    """pool(conv(pre)) and its route. Keeps `pre` and the route for the backward pass, not the map between them."""
+
+    @staticmethod
+    def forward(ctx, pre, weight, bias, c):
+        post, route = c.pool.pool(F.conv2d(pre, weight, bias, **c.geometry))
+        ctx.c = c
+        ctx.save_for_backward(pre, weight, route)
+        if route is not None:
+            ctx.mark_non_differentiable(route)
+        return post, route
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        pre, weight, route = ctx.saved_tensors
+        u = ctx.c.pool.adjoint(grad, route, ctx.c.size)
+        needs = ctx.needs_input_grad
+        return (ctx.c.transposed(u, weight) if needs[0] else None, ctx.c.weight_grad(pre, u, weight) if needs[1] else None,
+                u.sum((0, 2, 3)) if needs[2] else None, None)
+
+
+class _ConvDown(torch.autograd.Function):
+    """The adjoint of pool(conv(.)) for a given route, applied to `post`. Keeps `post` and the route, not the map between."""
+
+    @staticmethod
+    def forward(ctx, post, weight, route, c):
+        ctx.c = c
+        ctx.save_for_backward(post, weight, route)
+        return c.transposed(c.pool.adjoint(post, route, c.size), weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        post, weight, route = ctx.saved_tensors
+        c, grad_post, grad_weight = ctx.c, None, None
+        if ctx.needs_input_grad[0]:
+            grad_post = c.pool.follow(F.conv2d(grad, weight, **c.geometry), route)
+        if ctx.needs_input_grad[1]:
+            grad_weight = c.weight_grad(grad, c.pool.adjoint(post, route, c.size), weight)
+        return grad_post, grad_weight, None, None
+
+
+class Conv:
+    """up(s) = pool(conv(s)). `feedback`: a Conv2d without bias with the separate backward weights; the winners of a
+    max-pooling on the way down are then those of its own convolution."""
+
+    def __init__(self, synapse, pool, pre_shape, feedback=None):
+        self.synapse, self.pool, self.pre_shape, self.feedback = synapse, pool, pre_shape, feedback
+        kernel, stride, padding = synapse.kernel_size[0], synapse.stride[0], synapse.padding[0]
+        size = pre_shape[1] + 2 * padding - kernel
+        self.size = (size // stride + 1,) * 2  # of the map before pooling
+        self.geometry = {"stride": stride, "padding": padding}
+        self.output_padding = size % stride  # rows that the last window does not reach
+        pooled = self.size[0] if isinstance(pool, NoPool) else self.size[0] // 2
+        if size < 0 or pooled < 1:
+            raise ValueError(f"a {kernel}x{kernel} convolution with stride {stride} and padding {padding}"
+                             f"{'' if isinstance(pool, NoPool) else ' and 2x2 pooling'} leaves nothing of a "
+                             f"{pre_shape[1]}x{pre_shape[1]} map")
+        self.post_shape = (synapse.out_channels, pooled, pooled)
+
+    def transposed(self, u, weight):
+        return F.conv_transpose2d(u, weight, output_padding=self.output_padding, **self.geometry)
+
+    def weight_grad(self, pre, u, weight):
+        """d[u . conv(pre)]/d(weight). As torch.nn.grad.conv2d_weight, but told the weight, so that the result has its layout."""
+        square = [[self.geometry[key]] * 2 for key in ("stride", "padding")]
+        return torch.ops.aten.convolution_backward(u, pre, weight, None, *square, [1, 1], False, [0, 0], 1, [False, True, False])[1]
+
+    def _pooled(self, pre, synapse):
+        return _ConvUp.apply(pre, synapse.weight, synapse.bias, self)
+
+    def up(self, pre):
+        post, route = self._pooled(pre, self.synapse)
+        if self.feedback is not None and self.pool.routed:
+            with torch.no_grad():
+                route = self._pooled(pre, self.feedback)[1]
+        return post, route
+
+    def down_weight(self):
+        return (self.feedback or self.synapse).weight
+
+    def down(self, post, route, drive):
+        return drive + _ConvDown.apply(post, self.down_weight(), route, self)
+
+    def up_from_zero(self, mbs):
+        return self.synapse.bias.view(1, -1, 1, 1).expand(mbs, *self.post_shape)
+
+    def _learn(self, pre, post, synapse):
+        route = self._pooled(pre, synapse)[1] if self.pool.routed else None
+        u = self.pool.adjoint(post, route, self.size)
+        return self.weight_grad(pre, u, synapse.weight), u.sum((0, 2, 3))
+
+    def learn(self, pre, post):
+        return self._learn(pre, post, self.synapse)
+
+    def term(self, pre, post):
+        return _dot(self.pool(self.synapse(pre)), post)
+
+    def feedback_term(self, pre, post):
+        return _dot(self.pool(self.feedback(pre)), post)
+
+    def learn_feedback(self, pre, post):
+        return self._learn(pre, post, self.feedback)[0]
+
+    def set_feedback_grad(self, grad, scale):
+        _set_grad(self.feedback.weight, grad, scale)
+
+
+def _set_grad(p, grad, scale):
+    if p is not None:
+        p.grad = torch.empty_like(p).copy_(grad).mul_(scale)
+
+
+# ----------------------------------------------------------------------------------------------------------------- models
+
+
+class EnergyModel(nn.Module):
+    """A chain of connections with one dynamics and one local update; the four public classes below only assemble it.
+
+    synapses      ModuleList of every forward Conv2d and Linear, the read-out last where `softmax`
+    B_syn         ModuleList of the separate backward weights (vector-field models; empty otherwise)
+    connections   one per layer of neurons s_1 ... s_N (the read-out is none)
+    softmax       whether the output is read out of s_N by a linear layer, with the cross-entropy acting on its logits
+    same_update   vector-field models: whether both weights of a connection take the mean of their two gradients
+    """
+
+    def __init__(self, synapses, B_syn, connections, activation, softmax=False, same_update=False, pools=()):
+        super().__init__()
+        self.synapses, self.B_syn = nn.ModuleList(synapses), nn.ModuleList(B_syn)
+        self.pools = nn.ModuleList(pools)
+        self.connections, self.activation = connections, activation
+        self.softmax, self.same_update = softmax, same_update
+        self.nc = self.synapses[-1].out_features
+        # Convolutions and poolings run faster in this layout, on CPU and GPU alike; it changes no value.
+        self.to(memory_format=torch.channels_last)
+
+    # ---- the state
+
+    def init_neurons(self, mbs, device):
+        """Zero neurons: a list of N tensors (mbs, *shape of the layer)."""
+        zeros = [torch.zeros(mbs, *c.post_shape, device=device, dtype=self.synapses[0].weight.dtype) for c in self.connections]
+        return [z.contiguous(memory_format=torch.channels_last) if z.dim() == 4 else z for z in zeros]
+
+    def readout(self, neurons):
+        """(mbs, classes): the logits where `softmax`, the output neurons otherwise."""
+        return self.synapses[-1](neurons[-1].flatten(1)) if self.softmax else neurons[-1]
+
+    # ---- the loss that nudges
+
+    def loss(self, neurons, y, criterion):
+        """L of each sample, (mbs,): 0.5 * ||s_N - onehot(y)||^2 for MSELoss, the cross-entropy of the read-out otherwise.
+        `criterion` is either loss of PyTorch with reduction='none'; `y` holds class indices (mbs,)."""
+        out = self.readout(neurons)
+        if isinstance(criterion, nn.MSELoss):
+            return 0.5 * criterion(out, F.one_hot(y, self.nc).to(out.dtype)).sum(1)
+        return criterion(out, y)
+
+    def _target(self, y, beta):
+        """onehot(y), (mbs, classes), for the slope of the loss; None where nothing nudges."""
+        if beta == 0:
+            return None
+        if y is None:
+            raise ValueError("labels are needed to nudge: y is None but beta is not 0")
+        return F.one_hot(y, self.nc).to(self.synapses[-1].weight.dtype)
+
+    def _loss_slope(self, neurons, target, criterion):
+        """dL/d(read-out), (mbs, classes)."""
+        out = self.readout(neurons)
+        return (out if isinstance(criterion, nn.MSELoss) else out.softmax(1)) - target
+
+    # ---- the dynamics
+
+    def Phi(self, x, y, neurons, beta, criterion):
+        """The primitive function of each sample, (mbs,); for vector-field models a list of one (mbs,) per layer, whose
+        entry n holds the terms that drive s_n. Differentiable; for reading and testing, no step or update needs it."""
+        layers = [x, *neurons]
+        phis = [c.term(pre, post) for c, pre, post in zip(self.connections, layers, neurons)]
+        for n, c in enumerate(self.connections):
+            if c.feedback is not None:
+                phis[n - 1] = phis[n - 1] + c.feedback_term(layers[n], neurons[n])
+        if beta != 0:
+            phis[-1] = phis[-1] - beta * self.loss(neurons, y, criterion)
+        return phis if len(self.B_syn) else sum(phis)
+
+    def input_drive(self, x):
+        """up_1(x), which does not change in time: computed once, it serves every step of every phase on `x`."""
+        return self.connections[0].up(x)[0]
+
+    def step(self, drive_x, neurons, target, beta, criterion, lowest=0):
+        """One synchronous step, s_n <- act(dPhi/ds_n) for all n at once; entries of `neurons` below `lowest` stay as they are.
+        With the cross-entropy and no read-out layer the output neurons are the logits: they take dPhi/ds_N as it is."""
+        drives = list(neurons)
+        if lowest == 0:
+            drives[0] = drive_x
+        for n in range(max(lowest, 1), len(drives)):  # connection n joins entries n - 1 and n
+            c = self.connections[n]
+            drives[n], route = c.up(neurons[n - 1])
+            if n > lowest:
+                drives[n - 1] = c.down(neurons[n], route, drives[n - 1])
+        if target is not None:
+            drives[-1] = self._nudged(drives[-1], neurons, target, beta, criterion)
+        return drives[:lowest] + self._activate(drives[lowest:], criterion)
+
+    def first_step(self, drive_x, target, beta, criterion):
+        """The step from zero neurons, where the drive from below is the bias and there is none from above."""
+        drives = [drive_x, *(c.up_from_zero(drive_x.size(0)) for c in self.connections[1:])]
+        if target is not None:
+            drives[-1] = self._nudged(drives[-1], self.init_neurons(drive_x.size(0), drive_x.device), target, beta, criterion)
+        return self._activate(drives, criterion)
+
+    def _nudged(self, drive, neurons, target, beta, criterion):
+        slope = self._loss_slope(neurons, target, criterion)
+        if self.softmax:
+            slope = (slope @ self.synapses[-1].weight).view_as(neurons[-1])
+        return torch.add(drive, slope, alpha=-beta)
+
+    def _activate(self, drives, criterion):
+        linear_output = not self.softmax and not isinstance(criterion, nn.MSELoss)
+        activated = [self.activation(d) for d in (drives[:-1] if linear_output else drives)]
+        return activated + drives[-1:] if linear_output else activated
+
+    def relax(self, drive_x, y, neurons, T, beta, criterion, output_only=False):
+        """T steps from `neurons` (zero if None), given the input's drive. Leaves its arguments as they are. With `output_only`
+        the last steps leave out the layers that cannot reach s_N any more: s_{N-k} is then returned as of k steps earlier."""
+        target = self._target(y, beta)
+        done = 0
+        if neurons is None and T > 0:
+            neurons, done = self.first_step(drive_x, target, beta, criterion), 1
+        elif neurons is None:
+            neurons = self.init_neurons(drive_x.size(0), drive_x.device)
+        for left in reversed(range(T - done)):
+            lowest = max(0, len(neurons) - 1 - left) if output_only else 0
+            neurons = self.step(drive_x, neurons, target, beta, criterion, lowest)
+        return list(neurons)
+
+    def forward(self, x, y=None, neurons=None, T=1, beta=0.0, criterion=nn.MSELoss(reduction="none"), check_thm=False):
+        """The neurons after T steps from `neurons` (from zero if None): a list of N tensors.
+
+        x: (mbs, ...); y: class indices (mbs,), may be None at beta 0. `check_thm` keeps the graph through the T steps (for
+        BPTT, attacks and gducheck); without it nothing is recorded, whatever the caller's grad mode is.
+        """
+        with torch.set_grad_enabled(check_thm):
+            return self.relax(self.input_drive(x), y, neurons, T, beta, criterion)
+
+    # ---- the local update
+
+    @torch.no_grad()
+    def compute_syn_grads(self, x, y, neurons_1, neurons_2, betas, criterion, check_thm=False, neurons_3=None):
+        """The EP update, into p.grad of every parameter (what was there is replaced):
+
+            p.grad = [dPhi(s_2, beta_2)/dp - dPhi(s_1, beta_1)/dp] / (beta_1 - beta_2),   Phi averaged over the batch,
+
+        the estimate of dL/dp. One-sided: neurons (free, nudged), betas (0, beta). Symmetric: (nudged at +beta, nudged at
+        -beta), betas (beta, -beta); vector-field models without `same_update` also need the free state then: (free, +beta,
+        -beta) as neurons 1, 2 and 3. There layer n's term pairs s_n, nudged, with the free state of its neighbours.
+        `check_thm` is part of the published signature and changes nothing: no graph is built either way.
+        """
+        beta_1, beta_2 = betas
+        scale = 1.0 / ((beta_1 - beta_2) * x.size(0))
+        free = [x, *neurons_1]
+        one, two = (neurons_2, neurons_3) if neurons_3 is not None else (neurons_1, neurons_2)
+        one, two = [x, *one], [x, *two]
+        paired = not len(self.B_syn) or self.same_update  # both ends of a connection in the same state
+
+        for n, c in enumerate(self.connections):
+            if n == 0 or not paired:  # the lower end is the same in both terms, and Phi is linear in the upper one
+                weight, bias = c.learn(free[n], two[n + 1] - one[n + 1])
+            else:
+                weight, bias = (b - a for a, b in zip(c.learn(one[n], one[n + 1]), c.learn(two[n], two[n + 1])))
+            if c.feedback is not None:
+                above_one, above_two = (one[n + 1], two[n + 1]) if paired else (free[n + 1], free[n + 1])
+                feedback = c.learn_feedback(two[n], above_two) - c.learn_feedback(one[n], above_one)
+                if self.same_update:
+                    weight = feedback = (weight + feedback) / 2
+                c.set_feedback_grad(feedback, scale)
+            _set_grad(c.synapse.weight, weight, scale)
+            _set_grad(c.synapse.bias, bias, scale)
+
+        if self.softmax:
+            synapse = self.synapses[-1]
+            weight = bias = 0.0
+            for state, beta, sign in ((one, beta_1, -1), (two, beta_2, 1)):
+                if beta != 0:  # L is a term of Phi only where it nudges
+                    slope = -beta * self._loss_slope(state[1:], self._target(y, beta), criterion)
+                    weight, bias = weight + sign * slope.t() @ state[-1].flatten(1), bias + sign * slope.sum(0)
+            _set_grad(synapse.weight, weight, scale)
+            _set_grad(synapse.bias, bias, scale)
+
+    # ---- reading
+
+    @torch.no_grad()
+    def angles(self):
+        """Degrees between the forward and the backward weights of each connection that has both."""
+        result = []
+        for c in self.connections:
+            if c.feedback is not None:
+                cosine = F.cosine_similarity(c.synapse.weight.flatten(), c.down_weight().flatten(), dim=0)
+                result.append(torch.rad2deg(torch.acos(cosine.clamp(-1, 1))).item())
+        return result
+
+
+def _dense_chain(archi, feedback):
+    if len(archi) < 2:
+        raise ValueError("an MLP needs at least an input and an output size")
+    synapses = [nn.Linear(a, b) for a, b in zip(archi, archi[1:])]
+    B_syn = [nn.Linear(b, a, bias=False) for a, b in zip(archi[1:], archi[2:])] if feedback else []
+    return synapses, B_syn
+
+
+class P_MLP(EnergyModel):
+    """Dense layers with tied weights. archi: sizes of all layers, the input's first."""
+
+    def __init__(self, archi, activation, softmax=False):
+        synapses, _ = _dense_chain(archi, False)
+        connections = [Dense(s, (a,)) for s, a in zip(synapses, archi)]
+        super().__init__(synapses, [], connections[:-1] if softmax else connections, activation, softmax)
+
+
+class VF_MLP(EnergyModel):
+    """Dense layers with separate backward weights `B_syn`, of shape (pre, post)."""
+
+    def __init__(self, archi, activation, softmax=False, same_update=False):
+        synapses, B_syn = _dense_chain(archi, True)
+        if softmax:
+            B_syn.pop()
+        feedback = [None, *B_syn, None]
+        connections = [Dense(s, (a,), b, transposed=True) for s, a, b in zip(synapses, archi, feedback)]
+        super().__init__(synapses, B_syn, connections[:-1] if softmax else connections, activation, softmax, same_update)
+
+
+class _CNN(EnergyModel):
+    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, separate, same_update=False):
+        if not len(channels) - 1 == len(kernels) == len(strides) == len(pools) == len(paddings) > 0 or not fc:
+            raise ValueError("kernels, strides, pools and paddings need one entry per convolution, channels one more, fc at least one")
+        synapses, B_syn, connections, shape = [], [], [], (channels[0], in_size, in_size)
+        for i, out in enumerate(channels[1:]):
+            geometry = (channels[i], out, kernels[i], strides[i], paddings[i])
+            synapses.append(nn.Conv2d(*geometry))
+            if separate and i > 0:
+                B_syn.append(nn.Conv2d(*geometry, bias=False))
+            try:
+                connections.append(Conv(synapses[-1], pools[i], shape, B_syn[-1] if separate and i > 0 else None))
+            except ValueError as e:
+                raise ValueError(f"layer {i + 1}: {e}") from None
+            shape = connections[-1].post_shape
+        for i, out in enumerate(fc):
+            size = shape[0] * shape[1] * shape[2] if len(shape) == 3 else shape[0]
+            synapses.append(nn.Linear(size, out))
+            if softmax and i == len(fc) - 1:
+                break
+            if separate:
+                B_syn.append(nn.Linear(size, out, bias=False))
+            connections.append(Dense(synapses[-1], shape, B_syn[-1] if separate else None))
+            shape = connections[-1].post_shape
+        super().__init__(synapses, B_syn, connections, activation, softmax, same_update, pools)
+
+
+class P_CNN(_CNN):
+    """Convolutions, each followed by a pooling, then dense layers, with tied weights.
+
+    in_size: height and width of the (square) images; channels: of all maps, the input's first; fc: sizes of the dense layers,
+    the last one the number of classes; pools: see `make_pools`. Raises ValueError, naming the layer, where nothing is left of a map.
+    """
+
+    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False):
+        super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, separate=False)
+
+
+class VF_CNN(_CNN):
+    """As P_CNN, with separate backward weights `B_syn` for every connection but the first (and the read-out)."""
+
+    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False, same_update=False):
+        super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, separate=True,
+                         same_update=same_update)
+
+
+# ---------------------------------------------------------------------------------------------------- models from arguments
+
+
+def make_model(args):
+    """The model that the command line's arguments describe, with initial weights scaled by args.scale."""
+    task, act = TASKS[args.task], ACTIVATIONS[args.act]
+    if args.model == "MLP":
+        model = P_MLP(args.archi, act, softmax=args.softmax)
+    elif args.model == "VFMLP":
+        model = VF_MLP(args.archi, act, softmax=args.softmax, same_update=args.same_update)
+    else:
+        geometry = (task.size, [task.channels, *args.channels], args.kernels, args.strides, args.fc, make_pools(args.pools), args.paddings)
+        if args.model == "CNN":
+            model = P_CNN(*geometry, act, softmax=args.softmax)
+        else:
+            model = VF_CNN(*geometry, act, softmax=args.softmax, same_update=args.same_update)
+    if args.scale is not None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(args.scale)
+    return model
+
+
+def make_criterion(loss):
+    """PyTorch's loss of that name (`mse` or `cel`), one value per sample and entry."""
+    return {"mse": nn.MSELoss, "cel": nn.CrossEntropyLoss}[loss](reduction="none")
+
+
+def make_optimizer(model, args):
+    """The optimizer, with a parameter group per layer (backward weights take the rates of their forward twin), and the
+    scheduler, or None. args: optim, lrs, wds, mmt, lr_decay."""
+    layers = len(model.synapses)
+    lrs = args.lrs or [0.01 if args.optim == "sgd" else 5e-4] * layers
+    wds = args.wds or [0.0] * layers
+    modules = [*zip(model.synapses, lrs, wds), *zip(model.B_syn, lrs[1:], wds[1:])]
+    groups = [{"params": list(m.parameters()), "lr": lr, "weight_decay": wd} for m, lr, wd in modules]
+    if args.optim == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=lrs[0], momentum=args.mmt, fused=True)
+    else:
+        optimizer = torch.optim.Adam(groups, lr=lrs[0], fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, eta_min=1e-5) if args.lr_decay else None
+    return optimizer, scheduler
+
+
+# --------------------------------------------------------------------------------------------------------- learning rules
+
+
+@torch.no_grad()
+def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False):
+    """Equilibrium Propagation on one mini-batch: fills p.grad and returns the free neurons.
+
+    A free phase of T1 steps at betas[0] from zero neurons; from there a nudged phase of T2 steps at betas[1], and with
+    `thirdphase` a second one at -betas[1], whose contrast has no error of first order in beta.
+    """
+    beta_1, beta_2 = betas
+    drive = model.input_drive(x)
+    free = model.relax(drive, y, None, T1, beta_1, criterion)
+    nudged = model.relax(drive, y, free, T2, beta_2, criterion)
+    if thirdphase:
+        opposite = model.relax(drive, y, free, T2, -beta_2, criterion)
+        model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), criterion, neurons_3=opposite)
+    else:
+        model.compute_syn_grads(x, y, free, nudged, betas, criterion)
+    return free
+
+
+def bptt_gradients(model, x, y, T1, T2, criterion):
+    """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and returns the neurons, of
+    which the output is as of T1 steps (the layers below it as of a few steps earlier, see `relax`)."""
+    neurons = model(x, None, None, T1 - T2, criterion=criterion) if T1 > T2 else None
+    neurons = model.relax(model.input_drive(x), None, neurons, T2, 0.0, criterion, output_only=True)
+    model.zero_grad()
+    model.loss(neurons, y, criterion).mean().backward()
+    for p in model.parameters():
+        if p.grad is None:  # T2 steps do not reach it; momentum and weight decay do
+            p.grad = torch.zeros_like(p)
+    return [n.detach() for n in neurons]
+
+
+# ------------------------------------------------------------------------------------------------------ loops over the data
+
+
+class Diverged(UserError):
+    code = 1
+
+
+def check_finite(model, neurons, epoch, batch):
+    """Raises Diverged, naming epoch, batch and layer, if a neuron or a weight is not finite any more."""
+    if torch.nn.utils.get_total_norm([*model.parameters(), *neurons]).isfinite():
+        return
+    tensors = [*model.named_parameters(), *((f"neurons of layer {n}", s) for n, s in enumerate(neurons, 1))]
+    broken = [name for name, tensor in tensors if not tensor.isfinite().all()]
+    if broken:
+        raise Diverged(f"training diverged in epoch {epoch}, batch {batch}: no longer finite are {', '.join(broken)}; "
+                       "smaller --lrs usually help, or a smaller --scale or beta")
+
+
+def correct(model, neurons, y):
+    """How many of the mini-batch are classified as `y`, a tensor without dimensions."""
+    return (model.readout(neurons).argmax(1) == y).sum()
+
+
+@torch.no_grad()
+def evaluate(model, batches, T1, criterion, description="evaluating"):
+    """The share of images that are classified correctly after T1 free steps."""
+    hits = 0
+    for x, y in progress(batches, description):
+        hits += correct(model, model(x, None, None, T1, criterion=criterion), y)
+    return int(hits) / batches.samples
+
+
+def train_epoch(model, optimizer, batches, args, criterion, epoch):
+    """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's neurons."""
+    hits = seen = 0
+    bar = progress(batches, f"epoch {epoch}")
+    for batch, (x, y) in enumerate(bar, 1):
+        if args.alg == "EP":
+            beta_1, beta_2 = args.betas
+            if args.random_sign and torch.rand(()) < 0.5:
+                beta_2 = -beta_2
+            neurons = ep_gradients(model, x, y, args.T1, args.T2, (beta_1, beta_2), criterion, args.thirdphase)
+        else:
+            neurons = bptt_gradients(model, x, y, args.T1, args.T2, criterion)
+        with torch.no_grad():
+            hits, seen = hits + correct(model, neurons, y), seen + len(y)
+        optimizer.step()
+        check_finite(model, neurons, epoch, batch)
+        bar.set_postfix_str(f"train {100 * int(hits) / seen:.2f} %", refresh=False)
+    return int(hits) / seen, neurons
+
+
+def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=()):
+    """Trains for args.epochs epochs after those in `history`, and returns the history: a list of dicts, a row of metrics.csv each.
+
+    args: alg, T1, T2, betas, random_sign, thirdphase, loss, epochs, and what else is to be written down. run: the
+    `data_utils.Run` to write to after every epoch, or None. Raises Diverged when neurons or weights stop being finite.
+    """
+    criterion = make_criterion(args.loss)
+    history = list(history)
+    last = len(history) + args.epochs
+    for epoch in range(len(history) + 1, last + 1):
+        start = time.perf_counter()
+        train_acc, neurons = train_epoch(model, optimizer, train_batches, args, criterion, epoch)
+        if scheduler is not None and scheduler.last_epoch < scheduler.T_max:  # it would rise again behind its minimum
+            scheduler.step()
+        test_acc = evaluate(model, test_batches, args.T1, criterion)
+        best = max((row["test_acc"] for row in history), default=-1.0)
+        row = {"epoch": epoch, "train_acc": round(100 * train_acc, 4), "test_acc": round(100 * test_acc, 4),
+               "seconds": round(time.perf_counter() - start, 2)}
+        row.update((f"angle_{n}", round(angle, 3)) for n, angle in enumerate(model.angles(), 2))
+        history.append(row)
+        print(f"epoch {epoch}/{last}: train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s"
+              + ("" if not len(model.B_syn) else ", angles " + " ".join(f"{a:.1f}" for a in model.angles())), flush=True)
+        if run:
+            snapshot = {"model_state_dict": model.state_dict(), "config": vars(args), "epoch": epoch, "history": history,
+                        "train_acc": [r["train_acc"] for r in history], "test_acc": [r["test_acc"] for r in history],
+                        "best": max(best, row["test_acc"])}
+            if row["test_acc"] > best:
+                run.save("model.pt", snapshot)
+            checkpoint = {**snapshot, "opt": optimizer.state_dict(), "scheduler": scheduler and scheduler.state_dict(),
+                          "random_states": random_states(train_batches.generator)}
+            run.write_metrics(history)
+            run.plot_accuracy(history)
+            run.plot_activity(neurons)
+            run.save("checkpoint.tar", checkpoint)
+            if epoch == last:
+                run.save("final_model.pt", snapshot)
+                run.save("final_checkpoint.tar", checkpoint)
+    return history

@@ -1,0 +1,94 @@
+import pathlib
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import main  # noqa: E402
+import model_utils as mu  # noqa: E402
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Runs a command line of main.py in an empty folder: words -> (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, **options):
+        code = main.main([str(w) for word in words for w in (word.split() if isinstance(word, str) else [word])], **options)
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run
+
+
+@pytest.fixture
+def ok(cli):
+    """As `cli`, for a command line that must succeed: returns its standard output."""
+    def run(*words, **options):
+        code, out, err = cli(*words, **options)
+        assert code == 0, err
+        return out
+    return run
+
+
+def only_run(folder):
+    """The one run folder below `folder`/results."""
+    runs = [p.parent for p in pathlib.Path(folder, "results").rglob("hyperparameters.txt")]
+    assert len(runs) == 1, runs
+    return runs[0]
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory):
+    """A data folder with files in the format of CIFAR-10: random images, 20 in each training batch, 40 for testing."""
+    root = tmp_path_factory.mktemp("data")
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, n in [*((f"data_batch_{i}", 20) for i in range(1, 6)), ("test_batch", 40)]:
+        entry = {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "labels": rng.integers(0, 10, n).tolist()}
+        (folder / name).write_bytes(pickle.dumps(entry))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    return root
+
+
+MODELS = {
+    "MLP": lambda act: mu.P_MLP([20, 16, 8, 5], act),
+    "MLP softmax": lambda act: mu.P_MLP([20, 16, 8, 5], act, softmax=True),
+    "VFMLP": lambda act: mu.VF_MLP([20, 16, 8, 5], act),
+    "VFMLP softmax": lambda act: mu.VF_MLP([20, 16, 8, 5], act, softmax=True),
+    # odd sizes, stride 2 and windows that miss the last row, every pooling, one to three dense layers
+    "CNN max": lambda act: mu.P_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act),
+    "CNN stride": lambda act: mu.P_CNN(14, [2, 4, 5], [4, 3], [2, 2], [7, 5], mu.make_pools("im"), [1, 2], act),
+    "CNN avg deep softmax": lambda act: mu.P_CNN(11, [1, 4, 3, 6], [3, 3, 2], [1, 1, 1], [9, 7, 5], mu.make_pools("aia"), [1, 1, 0],
+                                                 act, softmax=True),
+    "VFCNN max": lambda act: mu.VF_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act),
+    "VFCNN mixed softmax": lambda act: mu.VF_CNN(14, [2, 4, 5, 6], [4, 3, 2], [2, 1, 1], [7, 5], mu.make_pools("iam"), [1, 1, 1],
+                                                 act, softmax=True),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    torch.manual_seed(0)
+    return MODELS[request.param](torch.tanh).double()
+
+
+def sample(model, mbs=4):
+    """x and y of a mini-batch for one of the models above, in its precision."""
+    first = model.connections[0]
+    return torch.randn(mbs, *first.pre_shape, dtype=model.synapses[0].weight.dtype), torch.randint(0, 5, (mbs,))
+
+
+def criterion_of(model):
+    return mu.make_criterion("cel" if model.softmax else "mse")
+
+
+def grads(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}

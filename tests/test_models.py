@@ -1,0 +1,173 @@
+"""The written-out dynamics and updates against automatic differentiation of Phi, in float64, on shapes the golden cases lack."""
+import autodiff
+import pytest
+import torch
+from conftest import criterion_of, grads, sample
+
+import model_utils as mu
+
+TOLERANCE = dict(rtol=1e-9, atol=1e-12)
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cel"])
+def test_steps_are_the_gradient_of_phi(model, loss):
+    if model.softmax and loss == "mse":
+        pytest.skip("a read-out takes the cross-entropy")
+    criterion, (x, y) = mu.make_criterion(loss), sample(model)
+    zero = model.init_neurons(len(x), "cpu")
+    free = model(x, y, None, 6, 0.0, criterion)
+    assert_same(free, autodiff.relax(model, x, y, zero, 6, 0.0, criterion))
+    assert_same(model(x, None, zero, 6, 0.0, criterion), free)
+    nudged = model(x, y, free, 4, 0.3, criterion)
+    assert_same(nudged, autodiff.relax(model, x, y, free, 4, 0.3, criterion))
+    assert not any(n.requires_grad for n in nudged)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cel"])
+@pytest.mark.parametrize("thirdphase", [False, True])
+def test_ep_update_of_tied_weights_is_the_gradient_of_phi(model, loss, thirdphase):
+    if len(model.B_syn) or model.softmax and loss == "mse":
+        pytest.skip("the sum of phis is no energy with separate weights")
+    criterion, (x, y) = mu.make_criterion(loss), sample(model)
+    autodiff.ep_gradients(model, x, y, 6, 4, (0.0, 0.3), criterion, thirdphase)
+    expected = grads(model)
+    mu.ep_gradients(model, x, y, 6, 4, (0.0, 0.3), criterion, thirdphase)
+    for name, grad in grads(model).items():
+        torch.testing.assert_close(grad, expected[name], msg=name, **TOLERANCE)
+
+
+def test_vector_field_update_is_the_local_one(model):
+    """Layer n's term: d phi_n / dp with the free state around s_n, between s_n nudged and s_n free; or, with the same update,
+    both ends nudged, and the mean of the two gradients of a connection."""
+    if not len(model.B_syn):
+        pytest.skip("tied weights")
+    criterion, (x, y), beta = criterion_of(model), sample(model), 0.3
+    free = model(x, y, None, 6, 0.0, criterion)
+    plus, minus = (model(x, y, free, 4, b, criterion) for b in (beta, -beta))
+
+    def local(states, betas):
+        model.zero_grad()
+        for (state, b), sign in zip(zip(states, betas), (-1, 1)):
+            for n in range(len(free)):
+                mixed = [state[n] if k == n else free[k] for k in range(len(free))]
+                (sign * model.Phi(x, y, mixed, b, criterion)[n].mean() / (betas[0] - betas[1])).backward()
+        return grads(model)
+
+    for states, betas, third in (((free, plus), (0.0, beta), None), ((plus, minus), (beta, -beta), minus)):
+        expected = local(states, betas)
+        model.compute_syn_grads(x, y, free, plus, betas, criterion, neurons_3=third)
+        for name, grad in grads(model).items():
+            torch.testing.assert_close(grad, expected[name], msg=name, **TOLERANCE)
+
+    model.same_update = True
+    model.compute_syn_grads(x, y, free, plus, (0.0, beta), criterion)
+    ours = grads(model)
+    model.zero_grad()
+    for state, b, sign in ((free, 0.0, -1), (plus, beta, 1)):
+        (sign * sum(model.Phi(x, y, state, b, criterion)).mean() / -beta).backward()
+    for c in model.connections[1:]:
+        forward, backward = c.synapse.weight.grad, c.feedback.weight.grad
+        transposed = backward.shape != c.feedback.weight.shape or c.feedback.weight.shape != c.synapse.weight.shape
+        mean = (forward + (backward.t() if transposed else backward)) / 2
+        c.synapse.weight.grad = mean
+        c.feedback.weight.grad = mean.t() if transposed else mean
+    for name, grad in grads(model).items():
+        torch.testing.assert_close(ours[name], grad, msg=name, **TOLERANCE)
+
+
+@pytest.mark.parametrize("T1", [7, 4])
+def test_bptt_is_the_second_derivative(model, T1):
+    criterion, (x, y) = criterion_of(model), sample(model)
+    expected_neurons = autodiff.bptt_gradients(model, x, y, T1, 4, criterion)
+    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    neurons = mu.bptt_gradients(model, x, y, T1, 4, criterion)
+    torch.testing.assert_close(neurons[-1], expected_neurons[-1], **TOLERANCE)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name, **TOLERANCE)
+
+
+def test_no_step_and_no_update_calls_autograd(model, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("automatic differentiation was called")
+    monkeypatch.setattr(torch.autograd, "grad", forbidden)
+    monkeypatch.setattr(torch.autograd, "backward", forbidden)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        mu.ep_gradients(model, *sample(model), 3, 2, (0.0, 0.5), criterion_of(model), thirdphase=True)
+    assert not saved
+
+
+def test_input_drive_is_computed_once_a_phase(model, monkeypatch):
+    calls = []
+    first = model.connections[0]
+    up = type(first).up
+    monkeypatch.setattr(type(first), "up", lambda self, pre: calls.append(self is first) or up(self, pre))
+    model(sample(model)[0], None, None, 9)
+    assert sum(calls) == 1
+
+
+def test_one_sample_equals_its_row_in_a_batch(model):
+    criterion, (x, y) = criterion_of(model), sample(model)
+    batch = model(x, y, None, 6, 0.2, criterion)
+    alone = model(x[1:2], y[1:2], None, 6, 0.2, criterion)
+    assert_same(alone, [n[1:2] for n in batch])
+    mu.ep_gradients(model, x[1:2], y[1:2], 3, 2, (0.0, 0.5), criterion)
+    mu.bptt_gradients(model, x[1:2], y[1:2], 3, 2, criterion)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_labels_are_needed_only_to_nudge(model):
+    x, _ = sample(model)
+    model(x, None, None, 2)
+    with pytest.raises(ValueError, match="labels"):
+        model(x, None, None, 2, beta=0.5)
+
+
+def test_forward_leaves_its_arguments_as_they_are(model):
+    x, y = sample(model)
+    neurons = [torch.rand_like(n) for n in model.init_neurons(len(x), "cpu")]
+    copies = [n.clone() for n in neurons]
+    model(x, y, neurons, 3, 0.5, criterion_of(model))
+    assert_same(neurons, copies)
+    assert_same(model(x, y, neurons, 0), copies)
+
+
+@pytest.mark.parametrize("name", mu.ACTIVATIONS)
+def test_activations(name):
+    x = torch.linspace(-3, 3, 1001, dtype=torch.float64, requires_grad=True)
+    formula = {"mysig": lambda x: 1 / (1 + torch.exp(-4 * (x - 0.5))), "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+               "tanh": lambda x: (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1),
+               "hard_sigmoid": lambda x: (1 + torch.nn.functional.hardtanh(2 * x - 1)) / 2,
+               "my_hard_sig": lambda x: (1 + torch.nn.functional.hardtanh(x - 1)) / 2,
+               "ctrd_hard_sig": lambda x: torch.nn.functional.hardtanh(2 * x) / 2}[name]
+    ours, theirs = mu.ACTIVATIONS[name](x), formula(x)
+    torch.testing.assert_close(ours, theirs)
+    slopes = [torch.autograd.grad(v.sum(), x)[0] for v in (ours, theirs)]
+    torch.testing.assert_close(*slopes)
+
+
+def test_wrong_constructions_are_refused():
+    with pytest.raises(ValueError, match="unknown pooling"):
+        mu.make_pools("mx")
+    with pytest.raises(ValueError, match="layer 2: a 5x5 convolution .* leaves nothing of a 3x3 map"):
+        mu.P_CNN(8, [1, 2, 2], [3, 5], [1, 1], [10], mu.make_pools("mi"), [0, 0], torch.tanh)
+    with pytest.raises(ValueError, match="layer 1: .*pooling"):
+        mu.P_CNN(3, [1, 2], [3], [1], [10], mu.make_pools("m"), [0], torch.tanh)
+    with pytest.raises(ValueError, match="one entry per convolution"):
+        mu.P_CNN(8, [1, 2, 2], [3], [1, 1], [10], mu.make_pools("mm"), [0, 0], torch.tanh)
+
+
+def test_backward_weights_take_the_rates_of_their_twins():
+    model = mu.VF_CNN(12, [1, 2, 3], [3, 3], [1, 1], [4], mu.make_pools("mi"), [0, 0], torch.tanh)
+    args = __import__("argparse").Namespace(optim="sgd", lrs=[0.1, 0.2, 0.3], wds=[1e-1, 1e-2, 1e-3], mmt=0.9, lr_decay=True)
+    optimizer, scheduler = mu.make_optimizer(model, args)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    for n, c in enumerate(model.connections):
+        for p in [*c.synapse.parameters(), *(c.feedback.parameters() if c.feedback else [])]:
+            assert rates[id(p)] == (args.lrs[n], args.wds[n])
+    assert scheduler.T_max == 100 and scheduler.eta_min == 1e-5
