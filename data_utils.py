@@ -1,12 +1,18 @@
 """Tasks and mini-batches, run folders, checkpoints and plots."""
+import ast
 import contextlib
 import csv
 import datetime
+import errno
 import io
+import itertools
 import os
 import pathlib
+import pickle
 import platform
 import random
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +29,12 @@ class UserError(Exception):
     """Something the user can put right: `main.py` prints it as one line and exits with `code`."""
 
     code = 2
+
+
+class RunError(UserError):
+    """A run that began well and cannot go on."""
+
+    code = 1
 
 
 def progress(iterable, description):
@@ -171,16 +183,29 @@ def one_line(error):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A path beside `path` to write to; renamed to `path` when the block ends well, so that no reader ever sees half a file."""
+    """A path beside `path` to write to; renamed to `path` when the block ends well, so that no reader ever sees half a file
+    and a failure, a full disk say, leaves the old one. Raises RunError if it cannot be written."""
     path = pathlib.Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {one_line(e)}") from None
+        raise RunError(f"cannot write {path}: {one_line(e)}; what was there before is unchanged") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def save_state(path, state):
+    """torch.save into a file that is replaced whole."""
+    with replacing(path) as beside:
+        try:
+            torch.save(state, beside)
+        except RuntimeError as e:  # torch's way to say that the disk is full
+            raise OSError(one_line(e).split(". ")[0]) from None
 
 
 class Run:
@@ -188,44 +213,56 @@ class Run:
 
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
+        for half_written in self.folder.glob(".*.tmp-*"):  # by a process that was killed
+            half_written.unlink(missing_ok=True)
 
     @classmethod
-    def create(cls, alg, loss, device, root="results"):
-        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu)."""
+    def create(cls, args, device, command_line, model, checkpoint, root="results"):
+        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; with _2, _3 ... behind it where that exists). It appears
+        with hyperparameters.txt and the checkpoint of epoch 0 inside, so that a run killed at any moment can be resumed."""
         now = datetime.datetime.now()
         place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
-        folder = pathlib.Path(root, alg, loss, now.strftime("%Y-%m-%d"), now.strftime("%H-%M-%S") + "_" + place)
+        final = pathlib.Path(root, args.alg, args.loss, now.strftime("%Y-%m-%d"), now.strftime("%H-%M-%S") + "_" + place)
+        hidden = final.with_name(f".{final.name}.{os.getpid()}")
         try:
-            folder.mkdir(parents=True)
+            hidden.mkdir(parents=True)
+            run = cls(hidden)
+            run.write_hyperparameters(command_line, vars(args), model, device)
+            run.save("checkpoint.tar", checkpoint)
+            for attempt in itertools.count(1):
+                run.folder = final if attempt == 1 else final.with_name(f"{final.name}_{attempt}")
+                try:
+                    os.rename(hidden, run.folder)
+                    return run
+                except OSError as e:
+                    if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # not that another run was first
+                        raise
         except OSError as e:
-            raise UserError(f"cannot create the run folder {folder}: {one_line(e)}") from None
-        return cls(folder)
+            raise RunError(f"cannot create the run folder {final}: {one_line(e)}") from None
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
 
-    def write_hyperparameters(self, command_line, args, model):
-        lines = [f"command line: {command_line}", f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+    def write_hyperparameters(self, command_line, args, model, device):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        lines = [f"command line: {command_line}", f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", f"device: {device} ({name})",
                  *(f"{name}: {value}" for name, value in versions().items()), "", "arguments:",
                  *(f"  {name}: {value!r}" for name, value in sorted(args.items())), "", "model:", str(model), ""]
         with replacing(self.folder / "hyperparameters.txt") as path:
             path.write_text("\n".join(lines))
 
     def append_hyperparameters(self, line):
-        try:
-            with open(self.folder / "hyperparameters.txt", "a") as file:
-                file.write(line + "\n")
-        except OSError as e:
-            raise UserError(f"cannot write {self.folder / 'hyperparameters.txt'}: {one_line(e)}") from None
+        file = self.folder / "hyperparameters.txt"
+        before = file.read_text() if file.exists() else ""
+        with replacing(file) as path:
+            path.write_text(before + line + "\n")
 
     def save(self, name, state):
-        with replacing(self.folder / name) as path:
-            try:
-                torch.save(state, path)
-            except RuntimeError as e:  # torch's writer reports a full disk so
-                raise UserError(f"cannot write {self.folder / name}: {one_line(e)}") from None
+        save_state(self.folder / name, state)
 
     def write_metrics(self, rows):
-        """metrics.csv, a row an epoch. rows: list of dicts with the same keys."""
+        """metrics.csv, a row an epoch. rows: list of dicts; what a row lacks stays empty (a run continued from the original code)."""
         with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
+            writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
             writer.writeheader()
             writer.writerows(rows)
 
@@ -262,28 +299,123 @@ class Run:
 
 def versions():
     """What a run depends on besides its arguments."""
-    revision = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True,
-                              cwd=pathlib.Path(__file__).parent).stdout.strip() if _has_git() else ""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
+    except OSError:  # no git
+        revision = ""
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
             "numpy": np.__version__, "cuda": torch.version.cuda or "none", "git revision": revision or "unknown"}
 
 
-def _has_git():
-    import shutil
-    return shutil.which("git") is not None
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+
+class Pickled:
+    """What stands in for an object of a file by the original code: its attributes, and none of its class's code."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+    def children(self, name):
+        """The members of a ModuleList or list called `name`."""
+        value = self.__dict__.get("_modules", {}).get(name, self.__dict__.get(name, []))
+        return list(value._modules.values()) if isinstance(value, Pickled) else list(value)
+
+
+def _named(name):
+    return type(name.rpartition(".")[2], (Pickled,), {})
+
+
+def _activation(name):
+    """Stands in for an activation function, which is never called through the file."""
+    def named():
+        raise TypeError(name)
+    named.__name__ = name
+    return named
+
+
+def _getattr(owner, name):
+    """torch.tanh is pickled as getattr(torch._C._VariableFunctionsClass, 'tanh'): this getattr knows such names alone."""
+    if name not in ("tanh", "sigmoid"):
+        raise pickle.UnpicklingError(f"it asks for the attribute {name}")
+    return _activation(name)
+
+
+_LAYERS = ["conv.Conv2d", "linear.Linear", "linear.Identity", "container.ModuleList", "pooling.MaxPool2d", "pooling.AvgPool2d"]
+OLD_GLOBALS = [
+    *((_named(f"model_utils.{name}"), f"model_utils.{name}") for name in ("P_MLP", "VF_MLP", "P_CNN", "VF_CNN")),
+    *((_named(name), f"torch.nn.modules.{name}") for name in _LAYERS),
+    *((_activation(name), f"model_utils.{name}") for name in ("my_sigmoid", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig")),
+    *((_activation(name), f"torch.{name}") for name in ("tanh", "sigmoid")),
+    *((_named("_VariableFunctionsClass"), f"torch._C.{name}") for name in ("_VariableFunctionsClass", "_VariableFunctions")),
+    (_getattr, "builtins.getattr"), (_getattr, "__builtin__.getattr"), (set, "builtins.set"), (set, "__builtin__.set"),
+]
+
+
+def _from_pickled_module(module):
+    """The checkpoint that a module pickled by the original code amounts to: its parameters, and the arguments of its model."""
+    kind = type(module).__name__.replace("P_", "").replace("_", "")  # P_CNN -> CNN, VF_CNN -> VFCNN
+    synapses, pools = module.children("synapses"), module.children("pools")
+    state = {f"{group}.{i}.{name}": p.detach() for group in ("synapses", "B_syn") for i, layer in enumerate(module.children(group))
+             for name, p in layer._parameters.items() if p is not None}
+    config = {"model": kind, "act": {"my_sigmoid": "mysig"}.get(module.activation.__name__, module.activation.__name__),
+              "softmax": bool(module.__dict__.get("softmax", False)), "same_update": bool(module.__dict__.get("same_update", False))}
+    dense = [layer for layer in synapses if type(layer).__name__ == "Linear"]
+    if kind in ("MLP", "VFMLP"):
+        config["archi"] = [dense[0].in_features, *(layer.out_features for layer in dense)]
+    else:
+        convolutions = synapses[:len(synapses) - len(dense)]
+        square = lambda value: value[0] if isinstance(value, tuple) else value  # noqa: E731
+        letters = {"MaxPool2d": "m", "AvgPool2d": "a", "Identity": "i"}
+        config.update(channels=[c.out_channels for c in convolutions], kernels=[square(c.kernel_size) for c in convolutions],
+                      strides=[square(c.stride) for c in convolutions], paddings=[square(c.padding) for c in convolutions],
+                      pools="".join(letters[type(pool).__name__] for pool in pools), fc=[layer.out_features for layer in dense])
+    return {"model_state_dict": state, "config": config}
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file. Raises UserError, one line with the file's name, for anything else; runs no code in it."""
+    """The dict in a checkpoint file; a module pickled by the original code is read as one, through stand-ins for the classes and
+    functions that such a file names. Raises UserError, one line with the file's name, for anything else; runs no code in it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(OLD_GLOBALS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(state, Pickled):
+            state = _from_pickled_module(state)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except Exception as e:  # a damaged file can fail in any way, a pickle that needs code in one
-        raise UserError(f"{path} is no checkpoint that can be loaded safely: {one_line(e).split('. ')[0]}") from None
-    if not isinstance(state, dict) or "model_state_dict" not in state:
-        raise UserError(f"{path} is no checkpoint: it holds no model_state_dict")
+    except Exception as e:  # a damaged file can fail in any way
+        refused = re.search(r"GLOBAL ([\w.]+)", str(e))
+        why = f"it asks for {refused[1]}, which could run code; nothing of it was run" if refused else one_line(e).split(". ")[0]
+        raise UserError(f"{path} cannot be loaded: {why or 'it is empty'}") from None
+    weights = state.get("model_state_dict") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(p, torch.Tensor) for p in weights.values()):
+        raise UserError(f"{path} is no checkpoint of a model: it holds no model_state_dict")
     return state
+
+
+def read_arguments(folder):
+    """The arguments written in a run folder's hyperparameters.txt, as text or plain values; {} where there are none.
+
+    Reads lines `name: value` (any indentation, or a dash before them; value a Python literal or a word), as ours are, and as
+    the original code's are.
+    """
+    try:
+        lines = pathlib.Path(folder, "hyperparameters.txt").read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    arguments = {}
+    for line in lines:
+        found = re.match(r"[\s-]*([A-Za-z]\w*)\s*:\s*(.+?)\s*$", line)
+        if found:
+            try:
+                arguments[found[1]] = ast.literal_eval(found[2])
+            except (ValueError, SyntaxError):
+                arguments[found[1]] = found[2]
+    return arguments
 
 
 def random_states(generator):
@@ -291,3 +423,15 @@ def random_states(generator):
     kind, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "data": generator.get_state()}
+
+
+def restore_random_states(states, generator):
+    """Sets all that `random_states` read; a CUDA state only where there is such a device."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    for index, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, index)
+    generator.set_state(states["data"])

@@ -7,12 +7,19 @@ Typical use:
 
 With --load-path, every flag that is not given takes its value from the saved run; the architecture always does.
 """
+import signal
+
+if __name__ == "__main__":  # while libraries load there is nothing to save and no one to catch a KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import collections
 import math
+import pathlib
 import random
 import shlex
 import sys
+import threading
 
 import numpy as np
 import torch
@@ -87,8 +94,10 @@ FLAGS = {
     ],
 }
 
-ARCHITECTURE = ("task", "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax")
-NOT_INHERITED = ("todo", "load_path", "save", "device", "epochs")  # of a saved run
+# Of a saved run, what no flag changes; what none changes when its training goes on; and what is never taken from it.
+ARCHITECTURE = ("task", "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax", "same_update")
+OPTIMIZER = ("optim", "lrs", "wds", "mmt", "lr_decay", "seed")
+NOT_INHERITED = ("todo", "load_path", "save", "device", "epochs")
 
 
 def dest(flag):
@@ -140,16 +149,36 @@ def judge(flag, text):
     return value
 
 
-def settle(given, flags, saved=None):
-    """Every argument's value: as given, else as in the saved run, else the default. Returns a Namespace."""
-    args = argparse.Namespace()
+def judge_saved(flag, value, path):
+    """The value of one flag as a saved run has it, held to the same rules."""
+    if value is None or flag.kind is bool and isinstance(value, bool):
+        return value
+    try:
+        if flag.many and isinstance(value, (list, tuple)):
+            return [judge(flag, str(v)) for v in value]
+        if not flag.many and flag.kind is not bool and isinstance(value, (str, int, float)):
+            return judge(flag, str(value))
+    except UserError:
+        pass
+    raise UserError(f"{path} has no sensible --{flag.name}: {value!r}")
+
+
+def settle(given, flags, saved=None, path=None):
+    """Every argument's value: as given, else as in the run saved at `path`, else the default. Returns a Namespace."""
+    args, ignored = argparse.Namespace(), []
+    fixed = ARCHITECTURE + (OPTIMIZER if given.get("todo", "train") == "train" else ())
     for flag in (flag for group in flags.values() for flag in group):
         name, value = dest(flag), flag.default
         if name in given:
             value = [judge(flag, text) for text in given[name]] if flag.many else judge(flag, given[name])
-        if saved and name in saved and name not in NOT_INHERITED and (name not in given or name in ARCHITECTURE):
-            value = saved[name]
+        if saved and name in saved and name not in NOT_INHERITED and (name not in given or name in fixed):
+            kept = judge_saved(flag, saved[name], path)
+            if name in given and value != kept:
+                ignored.append(f"--{flag.name} {shown(kept)} (not {shown(value)})")
+            value = kept
         setattr(args, name, value)
+    if ignored:
+        print(f"note: the saved run decides {', '.join(ignored)}", file=sys.stderr)
     return args
 
 
@@ -231,21 +260,46 @@ def batches(args, device, train, generator=None):
     return data_utils.Batches(images, labels, args.mbs, task, device, generator, augment)
 
 
-def train(args, model, device, saved, command_line):
+def train(args, model, device, saved, argv, name, interruption):
     generator = torch.Generator().manual_seed(args.seed)
     train_batches, test_batches = batches(args, device, True, generator), batches(args, device, False)
     optimizer, scheduler = model_utils.make_optimizer(model, args)
-    history = []
+    history = restore(saved, optimizer, scheduler, generator, args) if saved else []
+    first, run = len(history), None
     if saved:
-        optimizer.load_state_dict(saved["opt"])
         run = data_utils.Run(args.load_path)
-    else:
-        run = data_utils.Run.create(args.alg, args.loss, device) if args.save else None
+    elif args.save:
+        run = data_utils.Run.create(args, device, shlex.join(["python", name, *argv]), model,
+                                    model_utils.snapshot(model, args, history, optimizer, scheduler, generator))
     if run:
-        print(f"results go to {run.folder}")
-        if not saved:
-            run.write_hyperparameters(command_line, vars(args), model)
+        print(f"results go to {run.folder}" + (f", from epoch {first + 1} on" if saved else ""), flush=True)
+    def advice():
+        if not run:
+            return "nothing was saved, for want of --save"
+        remaining = args.epochs - (len(history) - first)
+        again = shlex.join(["python", name, *argv, "--load-path", str(run.folder), "--epochs", str(remaining)])
+        return f"{len(history)} epochs are saved in {run.folder}, resume with\n  {again}"
+
+    interruption.advice = advice
     model_utils.train(model, optimizer, train_batches, test_batches, args, scheduler, run, history)
+
+
+def restore(saved, optimizer, scheduler, generator, args):
+    """Puts the rest of a checkpoint back and returns the history. A checkpoint of the original code has no random states, and
+    lists of accuracies for a history."""
+    try:
+        if "opt" in saved:
+            optimizer.load_state_dict(saved["opt"])
+        if scheduler and saved.get("scheduler"):
+            scheduler.load_state_dict(saved["scheduler"])
+        if "random_states" in saved:
+            data_utils.restore_random_states(saved["random_states"], generator)
+        if "history" in saved:
+            return [{"epoch": row["epoch"], "train_acc": row["train_acc"], "test_acc": row["test_acc"], **row} for row in saved["history"]]
+        accuracies = zip(saved.get("train_acc", []), saved.get("test_acc", []))
+        return [{"epoch": epoch, "train_acc": float(a), "test_acc": float(b), "seconds": ""} for epoch, (a, b) in enumerate(accuracies, 1)]
+    except Exception as e:  # whatever else such a file may hold
+        raise UserError(f"{args.load_path}/checkpoint.tar does not fit this run: {data_utils.one_line(e)}") from None
 
 
 def evaluate(args, model, device, source):
@@ -259,15 +313,34 @@ def evaluate(args, model, device, source):
     data_utils.Run(args.load_path).append_hyperparameters(line)
 
 
-def run(argv, flags, command_line):
+def find_saved(path, todo):
+    """The checkpoint file that --load-path names: the latest epoch to go on with training, the best model to examine."""
+    path = pathlib.Path(path)
+    names = ["checkpoint.tar"] if todo == "train" else ["model.pt", "checkpoint.tar"]
+    found = next((path / name for name in names if (path / name).exists()), None)
+    if found is None:
+        where = f"has no {' or '.join(names)}" if path.is_dir() else "is no folder"
+        raise UserError(f"argument --load-path: {path} {where}")
+    return found
+
+
+def load_weights(model, saved, path):
+    try:
+        model.load_state_dict(saved["model_state_dict"])
+    except RuntimeError as e:
+        raise UserError(f"the weights in {path} do not fit the model: {data_utils.one_line(e).partition(': ')[2]}") from None
+
+
+def run(argv, flags, name, interruption):
     given = parse(argv, flags)
-    saved = None
-    todo = given.get("todo", "train")
+    todo, saved, path, config = given.get("todo", "train"), None, None, None
     if "load_path" in given:
-        saved = data_utils.read_checkpoint(f"{given['load_path']}/{'checkpoint.tar' if todo == 'train' else 'model.pt'}")
+        path = find_saved(given["load_path"], todo)
+        saved = data_utils.read_checkpoint(path)
+        config = {**data_utils.read_arguments(path.parent), **saved.get("config", {})}
     elif todo in ("evaluate", "attack"):
         raise UserError(f"--todo {todo} needs a trained model: name its run folder with --load-path")
-    args = settle(given, flags, saved and saved.get("config"))
+    args = settle(given, flags, config, path)
     check(args)
     for note in notes(args):
         print(f"note: {note}", file=sys.stderr)
@@ -277,27 +350,53 @@ def run(argv, flags, command_line):
         model = model_utils.make_model(args)
     except ValueError as e:
         raise UserError(f"the model cannot be built: {e}") from None
-    model.to(device)
     if saved:
-        model.load_state_dict(saved["model_state_dict"])
+        load_weights(model, saved, path)
+    model.to(device)
     if args.todo == "train":
-        train(args, model, device, saved, command_line)
+        train(args, model, device, saved, argv, name, interruption)
     elif args.todo == "evaluate":
-        evaluate(args, model, device, "model.pt")
+        evaluate(args, model, device, path.name)
     else:
         raise UserError(f"--todo {args.todo} is not built yet")
 
 
+class Interruption:
+    """SIGINT (Ctrl-C) and SIGTERM (as batch systems send it) raise KeyboardInterrupt within the block. `number`: the signal that
+    came, or None; `advice`: a function that says what is saved and how to go on."""
+
+    def __init__(self):
+        self.number, self.advice, self.before = None, lambda: "nothing was changed", {}
+
+    def _handle(self, number, frame):
+        self.number = number
+        raise KeyboardInterrupt
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def main(argv=None, flags=FLAGS, name="main.py"):
-    """Runs one command line and returns its exit code."""
+    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 1 for a run that cannot go on,
+    130 or 143 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(argv, flags, shlex.join(["python", name, *argv]))
-    except UserError as e:
-        print(f"{name}: error: {e}", file=sys.stderr)
-        return e.code
-    except KeyboardInterrupt:
-        return 130
+    with Interruption() as interruption:
+        try:
+            run(argv, flags, name, interruption)
+        except BaseException as e:
+            if interruption.number is not None:  # whatever a library made of the KeyboardInterrupt
+                print(f"\ninterrupted; {interruption.advice()}", file=sys.stderr)
+                return 128 + interruption.number
+            if not isinstance(e, UserError):
+                raise
+            print(f"{name}: error: {e}", file=sys.stderr)
+            return e.code
     return 0
 
 

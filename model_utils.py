@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils import TASKS, UserError, progress, random_states
+from data_utils import TASKS, RunError, progress, random_states
 
 # ------------------------------------------------------------------------------------------------------------ activations
 
@@ -157,10 +157,10 @@ class Dense:
         return _dot(F.linear(pre.flatten(1), self.down_weight()), post)
 
     def learn_feedback(self, pre, post):
-        return post.t() @ pre.flatten(1)
+        return (post.t() @ pre.flatten(1),)
 
-    def set_feedback_grad(self, grad, scale):
-        _set_grad(self.feedback.weight, grad.t() if self.transposed else grad, scale)
+    def set_feedback_grad(self, grad):
+        _set_grad(self.feedback.weight, grad.t() if self.transposed else grad)
 
 
 class _ConvUp(torch.autograd.Function):
@@ -266,15 +266,15 @@ class Conv:
         return _dot(self.pool(self.feedback(pre)), post)
 
     def learn_feedback(self, pre, post):
-        return self._learn(pre, post, self.feedback)[0]
+        return self._learn(pre, post, self.feedback)[:1]
 
-    def set_feedback_grad(self, grad, scale):
-        _set_grad(self.feedback.weight, grad, scale)
+    def set_feedback_grad(self, grad):
+        _set_grad(self.feedback.weight, grad)
 
 
-def _set_grad(p, grad, scale):
-    if p is not None:
-        p.grad = torch.empty_like(p).copy_(grad).mul_(scale)
+def _set_grad(p, grad):
+    if p is not None:  # optimizers are faster where both have one layout
+        p.grad = grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
 
 
 # ----------------------------------------------------------------------------------------------------------------- models
@@ -428,29 +428,34 @@ class EnergyModel(nn.Module):
         one, two = [x, *one], [x, *two]
         paired = not len(self.B_syn) or self.same_update  # both ends of a connection in the same state
 
+        def contrast(learn, below_one, above_one, below_two, above_two):
+            # of d[s_above . up(s_below)]/dp, linear in s_above, which is the smaller thing to scale
+            if below_one is below_two:
+                return learn(below_one, (above_two - above_one) * scale)
+            terms = learn(below_one, above_one * scale), learn(below_two, above_two * scale)
+            return [b.sub_(a) for a, b in zip(*terms)]
+
         for n, c in enumerate(self.connections):
-            if n == 0 or not paired:  # the lower end is the same in both terms, and Phi is linear in the upper one
-                weight, bias = c.learn(free[n], two[n + 1] - one[n + 1])
-            else:
-                weight, bias = (b - a for a, b in zip(c.learn(one[n], one[n + 1]), c.learn(two[n], two[n + 1])))
+            below = (one[n], two[n]) if paired else (free[n], free[n])
+            weight, bias = contrast(c.learn, below[0], one[n + 1], below[1], two[n + 1])
             if c.feedback is not None:
-                above_one, above_two = (one[n + 1], two[n + 1]) if paired else (free[n + 1], free[n + 1])
-                feedback = c.learn_feedback(two[n], above_two) - c.learn_feedback(one[n], above_one)
+                above = (one[n + 1], two[n + 1]) if paired else (free[n + 1], free[n + 1])
+                feedback, = contrast(c.learn_feedback, one[n], above[0], two[n], above[1])
                 if self.same_update:
-                    weight = feedback = (weight + feedback) / 2
-                c.set_feedback_grad(feedback, scale)
-            _set_grad(c.synapse.weight, weight, scale)
-            _set_grad(c.synapse.bias, bias, scale)
+                    weight = (weight + feedback) / 2
+                    feedback = weight.clone()
+                c.set_feedback_grad(feedback)
+            _set_grad(c.synapse.weight, weight)
+            _set_grad(c.synapse.bias, bias)
 
         if self.softmax:
-            synapse = self.synapses[-1]
             weight = bias = 0.0
-            for state, beta, sign in ((one, beta_1, -1), (two, beta_2, 1)):
+            for state, beta in ((one, beta_1), (two, -beta_2)):
                 if beta != 0:  # L is a term of Phi only where it nudges
-                    slope = -beta * self._loss_slope(state[1:], self._target(y, beta), criterion)
-                    weight, bias = weight + sign * slope.t() @ state[-1].flatten(1), bias + sign * slope.sum(0)
-            _set_grad(synapse.weight, weight, scale)
-            _set_grad(synapse.bias, bias, scale)
+                    slope = beta * scale * self._loss_slope(state[1:], self._target(y, beta), criterion)
+                    weight, bias = weight + slope.t() @ state[-1].flatten(1), bias + slope.sum(0)
+            _set_grad(self.synapses[-1].weight, weight)
+            _set_grad(self.synapses[-1].bias, bias)
 
     # ---- reading
 
@@ -622,18 +627,14 @@ def bptt_gradients(model, x, y, T1, T2, criterion):
 # ------------------------------------------------------------------------------------------------------ loops over the data
 
 
-class Diverged(UserError):
-    code = 1
-
-
 def check_finite(model, neurons, epoch, batch):
-    """Raises Diverged, naming epoch, batch and layer, if a neuron or a weight is not finite any more."""
+    """Raises RunError, naming epoch, batch and layer, if a neuron or a weight is not finite any more."""
     if torch.nn.utils.get_total_norm([*model.parameters(), *neurons]).isfinite():
         return
     tensors = [*model.named_parameters(), *((f"neurons of layer {n}", s) for n, s in enumerate(neurons, 1))]
     broken = [name for name, tensor in tensors if not tensor.isfinite().all()]
     if broken:
-        raise Diverged(f"training diverged in epoch {epoch}, batch {batch}: no longer finite are {', '.join(broken)}; "
+        raise RunError(f"training diverged in epoch {epoch}, batch {batch}: no longer finite are {', '.join(broken)}; "
                        "smaller --lrs usually help, or a smaller --scale or beta")
 
 
@@ -671,14 +672,28 @@ def train_epoch(model, optimizer, batches, args, criterion, epoch):
     return int(hits) / seen, neurons
 
 
-def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=()):
-    """Trains for args.epochs epochs after those in `history`, and returns the history: a list of dicts, a row of metrics.csv each.
+def snapshot(model, args, history, optimizer=None, scheduler=None, generator=None):
+    """What is written down of a run after len(history) epochs; with the optimizer and what follows, all that resuming needs."""
+    state = {"model_state_dict": model.state_dict(), "config": vars(args), "epoch": len(history), "history": history,
+             "train_acc": [row["train_acc"] for row in history], "test_acc": [row["test_acc"] for row in history],
+             "best": best_of(history)}
+    if optimizer is not None:
+        state.update(opt=optimizer.state_dict(), scheduler=scheduler and scheduler.state_dict(), random_states=random_states(generator))
+    return state
+
+
+def best_of(history):
+    return max((row["test_acc"] for row in history), default=-1.0)
+
+
+def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=None):
+    """Trains for args.epochs epochs after those in `history`, to which it appends: a list of dicts, a row of metrics.csv each.
 
     args: alg, T1, T2, betas, random_sign, thirdphase, loss, epochs, and what else is to be written down. run: the
-    `data_utils.Run` to write to after every epoch, or None. Raises Diverged when neurons or weights stop being finite.
+    `data_utils.Run` to write to after every epoch, or None. Raises RunError when neurons or weights stop being finite.
     """
     criterion = make_criterion(args.loss)
-    history = list(history)
+    history = [] if history is None else history
     last = len(history) + args.epochs
     for epoch in range(len(history) + 1, last + 1):
         start = time.perf_counter()
@@ -686,26 +701,27 @@ def train(model, optimizer, train_batches, test_batches, args, scheduler=None, r
         if scheduler is not None and scheduler.last_epoch < scheduler.T_max:  # it would rise again behind its minimum
             scheduler.step()
         test_acc = evaluate(model, test_batches, args.T1, criterion)
-        best = max((row["test_acc"] for row in history), default=-1.0)
         row = {"epoch": epoch, "train_acc": round(100 * train_acc, 4), "test_acc": round(100 * test_acc, 4),
                "seconds": round(time.perf_counter() - start, 2)}
-        row.update((f"angle_{n}", round(angle, 3)) for n, angle in enumerate(model.angles(), 2))
+        angles = model.angles()
+        row.update((f"angle_{n}", round(angle, 3)) for n, angle in enumerate(angles, 2))
+        improved = row["test_acc"] > best_of(history)
+        if run:
+            finish_epoch(run, snapshot(model, args, [*history, row]), neurons, improved, epoch == last,
+                         snapshot(model, args, [*history, row], optimizer, scheduler, train_batches.generator))
         history.append(row)
         print(f"epoch {epoch}/{last}: train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s"
-              + ("" if not len(model.B_syn) else ", angles " + " ".join(f"{a:.1f}" for a in model.angles())), flush=True)
-        if run:
-            snapshot = {"model_state_dict": model.state_dict(), "config": vars(args), "epoch": epoch, "history": history,
-                        "train_acc": [r["train_acc"] for r in history], "test_acc": [r["test_acc"] for r in history],
-                        "best": max(best, row["test_acc"])}
-            if row["test_acc"] > best:
-                run.save("model.pt", snapshot)
-            checkpoint = {**snapshot, "opt": optimizer.state_dict(), "scheduler": scheduler and scheduler.state_dict(),
-                          "random_states": random_states(train_batches.generator)}
-            run.write_metrics(history)
-            run.plot_accuracy(history)
-            run.plot_activity(neurons)
-            run.save("checkpoint.tar", checkpoint)
-            if epoch == last:
-                run.save("final_model.pt", snapshot)
-                run.save("final_checkpoint.tar", checkpoint)
-    return history
+              + (", angles " + " ".join(f"{a:.1f}" for a in angles) if angles else ""), flush=True)
+
+
+def finish_epoch(run, state, neurons, improved, final, checkpoint):
+    """Writes an epoch to the run folder. The checkpoint comes last: before it, resuming repeats the epoch and writes all again."""
+    run.write_metrics(state["history"])
+    run.plot_accuracy(state["history"])
+    run.plot_activity(neurons)
+    if improved:
+        run.save("model.pt", state)
+    if final:
+        run.save("final_model.pt", state)
+        run.save("final_checkpoint.tar", checkpoint)
+    run.save("checkpoint.tar", checkpoint)

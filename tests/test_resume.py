@@ -1,0 +1,296 @@
+"""Runs that are interrupted, killed, or given files that are not what they should be."""
+import multiprocessing
+import os
+import pathlib
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, only_run
+
+import data_utils
+import main
+import model_utils as mu
+
+MLP = "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save --archi 784 12 10"
+CNN = MLP + " --model CNN --channels 3 4"
+EXACT = {
+    "MLP EP random sign, momentum, decay": MLP + " --random-sign --mmt 0.9 --lr-decay --lrs 0.1 0.1",
+    "MLP BPTT Adam": MLP + " --alg BPTT --optim adam --lr-decay",
+    "CNN EP random sign Adam": CNN + " --random-sign --optim adam",
+    "CNN BPTT momentum": CNN + " --alg BPTT --mmt 0.9 --lr-decay",
+    "VFCNN EP symmetric, augmented": CNN + " --task CIFAR10 --data-aug --model VFCNN --thirdphase --optim adam --lr-decay",
+}
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["main"])
+
+
+def enter(folder, words):
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.exit(main.main(words))
+
+
+def start(folder, line):
+    """main.py in a process of its own; libraries are loaded already, so that it begins at once."""
+    process = context.Process(target=enter, args=(str(folder), line.split()))
+    process.start()
+    return process
+
+
+def final_weights(run):
+    return torch.load(run / "final_checkpoint.tar", weights_only=True)["model_state_dict"]
+
+
+def assert_same_run(run, other):
+    for name, weight in final_weights(other).items():
+        assert torch.equal(final_weights(run)[name], weight), name
+    rows = [[line.rsplit(",", 1)[0] if "angle" not in line else "" for line in (r / "metrics.csv").read_text().splitlines()] for r in (run, other)]
+    strip = [[",".join(line.split(",")[:3]) for line in r] for r in rows]
+    assert strip[0] == strip[1]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_and_two_epochs_are_four(ok, tmp_path, cifar, name):
+    line = EXACT[name] + f" --data-dir {cifar}"
+    folders = [tmp_path / "once", tmp_path / "twice"]
+    for folder in folders:
+        folder.mkdir()
+    os.chdir(folders[0])
+    ok(line, "--epochs 4")
+    os.chdir(folders[1])
+    ok(line, "--epochs 2")
+    run = only_run(folders[1])
+    assert "from epoch 3 on" in ok(line, f"--epochs 2 --load-path {run}/")
+    assert_same_run(run, only_run(folders[0]))
+    ok(f"--device -1 --load-path {run}")  # one epoch beyond the end, everything else from the run
+    assert torch.load(run / "checkpoint.tar", weights_only=True)["epoch"] == 5
+
+
+def test_killed_at_twenty_moments_a_run_always_resumes_and_ends_the_same(ok, tmp_path):
+    line, epochs, rng = CNN + " --random-sign --mmt 0.9", 8, random.Random(0)
+    once = tmp_path / "once"
+    once.mkdir()
+    os.chdir(once)
+    ok(line, f"--epochs {epochs}")
+    kills = ended = 0
+    while kills < 20 or not ended:
+        folder = tmp_path / f"killed-{ended}"
+        folder.mkdir(exist_ok=True)
+        while True:
+            runs = list(folder.glob("results/*/*/*/[!.]*"))
+            done = torch.load(runs[0] / "checkpoint.tar", weights_only=True)["epoch"] if runs else 0
+            resume = f" --load-path {runs[0]}" if runs else ""
+            process = start(folder, f"{line} --epochs {epochs - done}{resume}")
+            process.join(rng.uniform(0.1, 1.2) if kills < 20 else None)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                kills += 1
+                if (runs or list(folder.glob("results/*/*/*/[!.]*"))):
+                    checkpoint = next(folder.glob("results/*/*/*/[!.]*")) / "checkpoint.tar"
+                    if torch.load(checkpoint, weights_only=True)["epoch"] == epochs:
+                        break
+                continue
+            assert process.exitcode == 0
+            break
+        assert_same_run(only_run(folder), only_run(once))
+        assert not [p for p in only_run(folder).iterdir() if p.name.startswith(".")] or process.exitcode
+        ended += 1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupts_say_how_to_go_on(tmp_path, number, code):
+    words = (MLP + " --train-size 1437 --T1 200 --epochs 500").split()
+    process = subprocess.Popen([sys.executable, "-u", ROOT / "main.py", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "results go to" in process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err
+    run = only_run(tmp_path)
+    done = torch.load(run / "checkpoint.tar", weights_only=True)["epoch"]
+    again = next(text for text in err.splitlines() if "--load-path" in text).split()
+    assert again[:2] == ["python", "main.py"] and again[-4:] == ["--load-path", str(run.relative_to(tmp_path)), "--epochs", str(500 - done)]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch breached",)
+
+
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory):
+    folder, before = tmp_path_factory.mktemp("trained"), os.getcwd()
+    os.chdir(folder)
+    assert main.main(CNN.split()) == 0
+    os.chdir(before)
+    return only_run(folder)
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path, cli):
+    return pathlib.Path(shutil.copytree(trained_once, tmp_path / "results" / "EP" / "mse" / "day" / "run"))
+
+
+def digest(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+BROKEN = {
+    "code": lambda path: torch.save(Malicious(), path),
+    "code in a dict": lambda path: torch.save({"model_state_dict": {}, "opt": Malicious()}, path),
+    "a bare pickle": lambda path: path.write_bytes(pickle.dumps(Malicious(), 2)),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:2000]),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not a checkpoint"),
+    "no checkpoint": lambda path: torch.save({"weights": torch.zeros(3)}, path),
+    "a tensor": lambda path: torch.save(torch.zeros(3), path),
+    "other weights": lambda path: torch.save({**torch.load(path, weights_only=True), "model_state_dict": mu.P_MLP([784, 9, 10], torch.tanh).state_dict()}, path),
+    "senseless arguments": lambda path: torch.save({**torch.load(path, weights_only=True), "config": {"channels": "many"}}, path),
+    "absent": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("todo", ["train", "evaluate", "attack", "gducheck"])
+@pytest.mark.parametrize("how", BROKEN)
+def test_files_that_are_no_checkpoints_are_refused(cli, trained, how, todo, tmp_path):
+    for name in ("model.pt", "checkpoint.tar"):
+        BROKEN[how](trained / name)
+    before = digest(trained)
+    code, out, err = cli(f"--todo {todo} --device -1 --load-path {trained}")
+    assert code == 2 and err.count("\n") == 1 and str(trained) in err and "Traceback" not in err, err
+    assert digest(trained) == before
+    assert not list(tmp_path.rglob("breached")) and not os.path.exists("breached")
+
+
+@pytest.mark.parametrize("damage", [{"opt": {"state": 3}}, {"random_states": {"python": None}}, {"history": [3]}])
+def test_a_checkpoint_with_damaged_parts_is_refused(cli, trained, damage):
+    path = trained / "checkpoint.tar"
+    torch.save({**torch.load(path, weights_only=True), **damage}, path)
+    before = digest(trained)
+    code, _, err = cli(f"--device -1 --load-path {trained}")
+    assert code == 2 and err.count("\n") == 1 and "checkpoint.tar" in err and digest(trained) == before
+
+
+def test_contradicting_flags_are_reported_and_the_run_wins(cli, trained):
+    code, out, err = cli(f"--load-path {trained} --device -1 --channels 9 9 --loss cel --task MNIST --lrs 1 1 1 --T1 5")
+    assert code == 0 and all(flag in err for flag in ("--channels 3 4", "--loss mse", "--task digits", "--lrs")) and "--T1" not in err
+    assert torch.load(trained / "checkpoint.tar", weights_only=True)["config"]["channels"] == [3, 4]
+
+
+def test_a_run_is_recreated_from_its_hyperparameters_alone(ok, trained, tmp_path):
+    values = data_utils.read_arguments(trained)
+    assert {"python", "torch", "torchvision", "cuda", "device", "seed", "channels", "T1"} <= set(values) and "git revision:" in (trained / "hyperparameters.txt").read_text()
+    line = next(text for text in (trained / "hyperparameters.txt").read_text().splitlines() if text.startswith("command line: python main.py"))
+    shutil.move(trained, tmp_path / "first")
+    ok(line.removeprefix("command line: python main.py "), f"--seed {values['seed']}")
+    assert_same_run(only_run(tmp_path), tmp_path / "first")
+
+
+def test_runs_that_start_in_the_same_second_get_two_folders(tmp_path):
+    processes = [start(tmp_path, MLP) for _ in range(3)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len([p for p in tmp_path.glob("results/*/*/*/*") if (p / "final_model.pt").exists()]) == 3
+
+
+def limited(folder, words, limit):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails, as on a full disk
+    os.chdir(folder)
+    sys.stderr, sys.stdout = open(folder + "/err", "w", buffering=1), open(os.devnull, "w")
+    code = main.main(words)
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(trained, tmp_path):
+    before = (trained / "checkpoint.tar").read_bytes()
+    limit = (trained / "checkpoint.tar").stat().st_size - 1000
+    process = context.Process(target=limited, args=(str(tmp_path), f"--load-path {trained} --device -1".split(), limit))
+    process.start()
+    process.join()
+    err = (tmp_path / "err").read_text()
+    assert process.exitcode == 1 and "cannot write" in err and err.count("\n") == 1, err
+    assert (trained / "checkpoint.tar").read_bytes() == before
+    assert not [p for p in trained.iterdir() if p.name.startswith(".")]
+
+
+# ---- files of the original code, rebuilt from throw-away classes of the same names
+
+OLD = '''
+import sys, types, torch
+sys.path.insert(0, {root!r})
+import model_utils as ours
+kind, folder = sys.argv[1:]
+torch.manual_seed(0)
+act = ours.my_hard_sig if "CNN" in kind else torch.tanh
+geometry = (28, [1, 3, 4], [5, 5], [1, 1], [6, 10], ours.make_pools("ma"), [0, 1])
+new = {{"P_MLP": lambda: ours.P_MLP([784, 12, 10], act), "VF_MLP": lambda: ours.VF_MLP([784, 12, 10, 10], act),
+        "P_CNN": lambda: ours.P_CNN(*geometry, act, softmax=True), "VF_CNN": lambda: ours.VF_CNN(*geometry, act, softmax=True)}}[kind]()
+x = torch.rand(5, 1, 28, 28)
+out = new.readout(new(x, None, None, 6))
+old_module = types.ModuleType("model_utils")
+exec("""
+import torch
+def my_hard_sig(x): return x
+class %s(torch.nn.Module):
+    pass
+""" % kind, old_module.__dict__)
+sys.modules["model_utils"] = old_module
+for value in old_module.__dict__.values():
+    if callable(value): value.__module__ = "model_utils"
+old = getattr(old_module, kind)()
+plain = lambda layer: layer
+old.synapses = torch.nn.ModuleList(new.synapses)
+if len(new.B_syn): old.B_syn = torch.nn.ModuleList(new.B_syn)
+if "CNN" in kind:
+    old.pools = [torch.nn.MaxPool2d(2, stride=2), torch.nn.AvgPool2d(2, stride=2)]
+    old.softmax, old.same_update = True, False
+old.activation = old_module.my_hard_sig if "CNN" in kind else torch.tanh
+old.nc = 10
+torch.save(old, folder + "/model.pt")
+optimizer = torch.optim.SGD([{{"params": m.parameters(), "lr": 0.01}} for m in [*new.synapses, *new.B_syn]], lr=0.01, momentum=0.9)
+torch.save({{"model_state_dict": new.state_dict(), "opt": optimizer.state_dict(), "scheduler": None, "train_acc": [40.0, 50.0], "test_acc": [41.0, 49.0],
+            "best": 49.0, "epoch": 1, "angles": [90.0]}}, folder + "/checkpoint.tar")
+torch.save((x, out), folder + "/expected")
+'''
+
+
+@pytest.mark.parametrize("kind", ["P_MLP", "VF_MLP", "P_CNN", "VF_CNN"])
+def test_files_of_the_original_code_load(ok, tmp_path, kind):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    subprocess.run([sys.executable, "-c", OLD.format(root=str(ROOT)), kind, str(folder)], check=True)
+    x, out = torch.load(folder / "expected", weights_only=True)
+
+    # the pickled module tells its architecture itself
+    saved = data_utils.read_checkpoint(folder / "model.pt")
+    args = main.settle({"todo": "evaluate", "load_path": "", **({"softmax": True} if "CNN" in kind else {})}, main.FLAGS, {**saved["config"], "loss": "cel" if "CNN" in kind else "mse"}, "model.pt")
+    model = mu.make_model(args)
+    main.load_weights(model, saved, "model.pt")
+    torch.testing.assert_close(model.readout(model(x, None, None, 6)), out)
+
+    # the state dict takes it from hyperparameters.txt, as the original code writes it, or from the flags
+    flags = {"P_MLP": "--model MLP --archi 784 12 10 --act tanh", "VF_MLP": "--model VFMLP --archi 784 12 10 10 --act tanh"}.get(
+        kind, f"--model {kind.replace('P_', '').replace('_', '')} --channels 3 4 --kernels 5 5 --pools ma --paddings 0 1 --fc 6 10 --act my_hard_sig --loss cel --softmax")
+    common = "--task digits --device -1 --test-size 20 --train-size 40"
+    assert "test accuracy" in ok(f"--todo evaluate --load-path {folder} {common}", "--loss cel --softmax" if "CNN" in kind else "")
+    (folder / "hyperparameters.txt").unlink()
+    if kind == "P_CNN":
+        (folder / "hyperparameters.txt").write_text("- task: digits\n- model: CNN\n  channels: [3, 4]\n  kernels : [5, 5]\n  pools: ma\n  paddings: [0, 1]\n"
+                                                    "  fc: [6, 10]\n  act: my_hard_sig\n  loss: cel\n  softmax: True\n")
+        flags = ""
+    out = ok(f"--load-path {folder} {common} --mmt 0.9", flags)
+    assert "from epoch 3 on" in out and "epoch 3/3" in out
+    assert data_utils.read_checkpoint(folder / "checkpoint.tar")["epoch"] == 3
