@@ -44,6 +44,9 @@ def progress(iterable, description):
                 mininterval=0.1 if interactive else 60)
 
 
+progress.write = tqdm.write  # a line that leaves a bar in one piece
+
+
 # ------------------------------------------------------------------------------------------------------------------ tasks
 # A task is its name, the geometry of its images, and a function that reads one split: (images uint8 (n, C, H, W), labels (n,)).
 
@@ -259,12 +262,28 @@ class Run:
     def save(self, name, state):
         save_state(self.folder / name, state)
 
-    def write_metrics(self, rows):
-        """metrics.csv, a row an epoch. rows: list of dicts; what a row lacks stays empty (a run continued from the original code)."""
-        with replacing(self.folder / "metrics.csv") as path, open(path, "w", newline="") as file:
+    def write_csv(self, name, rows):
+        """rows: list of dicts; what a row lacks stays empty."""
+        with replacing(self.folder / name) as path, open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
             writer.writeheader()
             writer.writerows(rows)
+
+    def read_csv(self, name):
+        try:
+            with open(self.folder / name, newline="") as file:
+                return list(csv.DictReader(file))
+        except OSError:
+            return []
+
+    def append_csv(self, name, rows):
+        self.write_csv(name, self.read_csv(name) + rows)
+
+    def forget_after(self, epoch):
+        """Drops what a killed process wrote of epochs behind the one that the run goes on from."""
+        rows = self.read_csv("gducheck.csv")
+        if rows:
+            self.write_csv("gducheck.csv", [row for row in rows if not (row.get("epoch") or "").isdigit() or int(row["epoch"]) <= epoch])
 
     def save_figure(self, name, figure):
         with replacing(self.folder / name) as path:
@@ -295,6 +314,43 @@ class Run:
             axes.set_xlabel("activation")
         figure.axes[0].set_ylabel("neurons")
         self.save_figure("neural_activity.png", figure)
+
+    def plot_gdu(self, BPTT, EP, rows, drawn=5):
+        """Cumulative EP (dashed) and BPTT (solid) over time for some synapses or neurons of each kind, drawn with a fixed seed:
+        gdu_NAME.png; and the distance of the summed estimates to BPTT of all: gdu_overview.png. rows: of `compare_gdu`."""
+        generator = torch.Generator().manual_seed(0)
+        for name, bptt in BPTT.items():
+            width = bptt[0].numel()
+            live = bptt.flatten(1).abs().sum(0).cpu().nonzero().flatten()  # entries that stay 0 have nothing to show
+            pool = live if len(live) else torch.arange(width)
+            chosen = pool[torch.randperm(len(pool), generator=generator)[:drawn]]
+            figure = Figure(figsize=(6, 4), layout="constrained")
+            axes = figure.add_subplot(xlabel="time steps of the nudged phase, and of BPTT from the end", ylabel="cumulative estimate",
+                                      title=f"{name}: EP (dashed) and BPTT (solid)")
+            time = range(1, len(bptt) + 1)
+            for n, entry in enumerate(chosen.tolist()):
+                place = ", ".join(str(int(i)) for i in np.unravel_index(entry, bptt.shape[1:]))
+                for estimate, style in ((bptt, "-"), (EP[name], "--")):
+                    axes.plot(time, estimate.flatten(1)[:, entry].cumsum(0).cpu().numpy(), style, color=f"C{n}",
+                              label=f"[{place}]" if style == "-" else None)
+            axes.axhline(0, color="black", linewidth=0.5)
+            axes.grid(alpha=0.3)
+            figure.legend(loc="outside right upper", fontsize=8, title="entry", title_fontsize=8)
+            self.save_figure(f"gdu_{name}.png", figure)
+
+        names = list(BPTT)
+        figure = Figure(figsize=(7, 1.6 + 0.32 * len(names)), layout="constrained")
+        axes = figure.add_subplot(xlabel="||sum of EP - sum of BPTT|| / ||sum of BPTT||", title="Distance of the summed EP estimates to BPTT")
+        estimates = list(dict.fromkeys(row["estimate"] for row in rows))
+        for n, estimate in enumerate(estimates):
+            values = {row["name"]: row["distance"] for row in rows if row["estimate"] == estimate}
+            axes.plot([values[name] for name in names], range(len(names)), "os"[n], label=estimate)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=2)
+        self.save_figure("gdu_overview.png", figure)
 
 
 def versions():

@@ -209,11 +209,11 @@ def check(args):
     for name in ("lrs", "wds"):
         if getattr(args, name) is not None and len(getattr(args, name)) != layers:
             raise length_error(name, getattr(args, name), layers, "one per layer")
-    if args.alg == "BPTT" and args.T2 > args.T1:
+    if args.T2 > args.T1 and (args.alg == "BPTT" or args.check_thm or args.todo == "gducheck"):
         raise UserError(f"argument --T2: got {args.T2}, BPTT goes back through at most the {args.T1} steps of --T1")
     if len(args.betas) != 2:
         raise length_error("betas", args.betas, 2, "of the free and of the nudged phase")
-    if args.alg == "EP" and (args.betas[0] == args.betas[1] or args.thirdphase and args.betas[1] == 0):
+    if (args.alg == "EP" or args.todo == "gducheck") and (args.betas[0] == args.betas[1] or args.thirdphase and args.betas[1] == 0):
         raise UserError(f"argument --betas: got {shown(args.betas)}, EP needs two different values, the second not 0")
 
 
@@ -268,6 +268,7 @@ def train(args, model, device, saved, argv, name, interruption):
     first, run = len(history), None
     if saved:
         run = data_utils.Run(args.load_path)
+        run.forget_after(first)
     elif args.save:
         run = data_utils.Run.create(args, device, shlex.join(["python", name, *argv]), model,
                                     model_utils.snapshot(model, args, history, optimizer, scheduler, generator))
@@ -311,6 +312,28 @@ def evaluate(args, model, device, source):
         line += f" {split} accuracy {100 * accuracy:.2f} % ({data.samples} images)" + ("," if split == "train" else "")
     print(line)
     data_utils.Run(args.load_path).append_hyperparameters(line)
+
+
+def gducheck(args, model, device, saved, argv, name):
+    images, labels = data_utils.load_split(args.task, args.data_dir, True, args.train_size)
+    x, y = next(iter(data_utils.Batches(images, labels, min(20, len(labels)), TASKS[args.task], device)))
+    rows, BPTT, runs = model_utils.gdu_report(model, x, y, args, model_utils.make_criterion(args.loss))
+    width = max(len(row["name"]) for row in rows)
+    print(f"EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = {shown(args.betas)}")
+    print(f"{'':{width}}  estimate      RMSE  sign errors   cosine  distance")
+    for row in rows:
+        print(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %  {row['cosine']:7.4f}  {row['distance']:8.2e}")
+    if args.save:
+        if saved:
+            run = data_utils.Run(args.load_path)
+        else:
+            run = data_utils.Run.create(args, device, shlex.join(["python", name, *argv]), model, model_utils.snapshot(model, args, []))
+        for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (BPTT, *runs)):
+            run.save(file, {name: tensor.cpu() for name, tensor in value.items()})
+        run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in rows])
+        EP = runs[0] if len(runs) == 1 else {name: (runs[0][name] + runs[1][name]) / 2 for name in BPTT}
+        run.plot_gdu(BPTT, EP, rows)
+        print(f"plots and data are in {run.folder}")
 
 
 def find_saved(path, todo):
@@ -357,6 +380,8 @@ def run(argv, flags, name, interruption):
         train(args, model, device, saved, argv, name, interruption)
     elif args.todo == "evaluate":
         evaluate(args, model, device, path.name)
+    elif args.todo == "gducheck":
+        gducheck(args, model, device, saved, argv, name)
     else:
         raise UserError(f"--todo {args.todo} is not built yet")
 

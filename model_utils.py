@@ -419,10 +419,13 @@ class EnergyModel(nn.Module):
         the estimate of dL/dp. One-sided: neurons (free, nudged), betas (0, beta). Symmetric: (nudged at +beta, nudged at
         -beta), betas (beta, -beta); vector-field models without `same_update` also need the free state then: (free, +beta,
         -beta) as neurons 1, 2 and 3. There layer n's term pairs s_n, nudged, with the free state of its neighbours.
-        `check_thm` is part of the published signature and changes nothing: no graph is built either way.
+        `check_thm`: the two states are successive ones of a nudged phase, so that both Phi are taken at beta_2, and the update
+        is that step's share of the whole (gducheck).
         """
         beta_1, beta_2 = betas
         scale = 1.0 / ((beta_1 - beta_2) * x.size(0))
+        if check_thm:
+            beta_1 = beta_2
         free = [x, *neurons_1]
         one, two = (neurons_2, neurons_3) if neurons_3 is not None else (neurons_1, neurons_2)
         one, two = [x, *one], [x, *two]
@@ -624,6 +627,119 @@ def bptt_gradients(model, x, y, T1, T2, criterion):
     return [n.detach() for n in neurons]
 
 
+# ------------------------------------------------------------------------------------------------ EP against BPTT (gducheck)
+
+
+def bptt_contributions(model, x, y, T1, T2, beta, criterion):
+    """What each of the last T2 of T1 free steps contributes to the gradient of the loss, by one backward pass.
+
+    Every step gets parameters of its own, that share the model's memory, so that one pass keeps their gradients apart.
+    Returns a dict: each parameter's name -> (T2, *shape), the gradient of the mean loss through the k-th step from the end;
+    `neurons_i` -> (T2, mbs, *shape of the layer), minus the gradient of each sample's loss with respect to that layer k steps
+    before the end. Time T2 forward and backward steps; memory the graph of T2 steps and the result, T2 times parameters and neurons.
+    """
+    neurons = model(x, y, None, T1 - T2, beta, criterion)
+    steps, states = [], []
+    for _ in range(T2):
+        steps.append({name: p.detach().requires_grad_() for name, p in model.named_parameters()})
+        neurons = torch.func.functional_call(model, steps[-1], (x, y, neurons, 1, beta, criterion, True))
+        states.append(neurons)
+    with torch.enable_grad():  # the read-out is part of the loss and counts as the last step's
+        loss = torch.func.functional_call(_Loss(model), {f"model.{name}": p for name, p in steps[-1].items()}, (neurons, y, criterion))
+    wanted = [*(p for step in steps for p in step.values()), *(s for state in states for s in state)]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    names = [name for step in steps for name in step] + [f"neurons_{i}" for i in range(len(neurons))] * T2
+    result, filled = {}, dict.fromkeys(names, T2)
+    for name, like, grad in zip(names, wanted, grads):
+        if name not in result:
+            result[name] = like.new_empty(T2, *like.shape, requires_grad=False)
+        filled[name] -= 1  # from the last step back
+        entry = result[name][filled[name]]
+        if grad is None:
+            entry.zero_()
+        elif name.startswith("neurons_"):
+            torch.mul(grad, -x.size(0), out=entry)
+        else:
+            entry.copy_(grad)
+    return result
+
+
+class _Loss(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, neurons, y, criterion):
+        return self.model.loss(neurons, y, criterion).mean()
+
+
+def ep_contributions(model, x, y, T1, T2, betas, criterion):
+    """The EP update between successive steps of the nudged phase, in the form of `bptt_contributions`: entry k is that of the
+    k-th nudged step, which the theorem holds against the k-th free step from the end. p.grad is left as it is.
+
+    For the neurons it is (s(k+1) - s(k)) / (beta_2 - beta_1), which tends to minus the gradient times the activation's slope.
+    """
+    kept = [p.grad for p in model.parameters()]
+    state = model(x, y, None, T1, betas[0], criterion)
+    result = {name: [] for name in [*dict(model.named_parameters()), *(f"neurons_{i}" for i in range(len(state)))]}
+    for _ in range(T2):
+        before, state = state, model(x, y, state, 1, betas[1], criterion)
+        model.compute_syn_grads(x, y, before, state, betas, criterion, check_thm=True)
+        for name, p in model.named_parameters():
+            result[name].append(p.grad.clone())
+        for i, (a, b) in enumerate(zip(before, state)):
+            result[f"neurons_{i}"].append((b - a) / (betas[1] - betas[0]))
+    for p, grad in zip(model.parameters(), kept):
+        p.grad = grad
+    return {name: torch.stack(values) for name, values in result.items()}
+
+
+def check_gdu(model, x, y, T1, T2, betas, criterion, alg="EP"):
+    """EP's updates step by step, and what BPTT says they should be (Ernoult et al., 2019).
+
+    Returns (BPTT, EP), dicts over parameter names and `neurons_i`, time first: see `bptt_contributions` for shapes, time and
+    memory, and `ep_contributions`. The model and its p.grad are left as they are. `alg`: EP is all there is to compare.
+    """
+    if alg != "EP":
+        raise ValueError(f"gducheck compares EP with BPTT, not {alg}")
+    if T2 > T1:
+        raise ValueError(f"BPTT goes back through at most T1 = {T1} steps, got T2 = {T2}")
+    return bptt_contributions(model, x, y, T1, T2, betas[0], criterion), ep_contributions(model, x, y, T1, T2, betas, criterion)
+
+
+def compare_gdu(BPTT, EP, estimate):
+    """How far an EP estimate is from BPTT: a list of dicts, one per parameter and layer, with
+
+    rmse        root mean square over time of their difference, divided by the larger of their own, mean over the entries
+    sign_error  share of entries and times where their signs differ
+    cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||
+    """
+    rows = []
+    for name, bptt in BPTT.items():
+        ep, bptt = EP[name].double(), bptt.double()
+        rms = lambda v: v.pow(2).mean(0).sqrt()  # noqa: E731
+        larger = torch.maximum(rms(ep), rms(bptt))
+        total_ep, total_bptt = ep.sum(0).flatten(), bptt.sum(0).flatten()
+        rows.append({"name": name, "estimate": estimate,
+                     "rmse": (rms(ep - bptt) / (larger + 1e-30)).mean().item(),
+                     "sign_error": (ep * bptt < 0).double().mean().item(),
+                     "cosine": F.cosine_similarity(total_ep, total_bptt, dim=0, eps=1e-30).item(),
+                     "distance": ((total_ep - total_bptt).norm() / (total_bptt.norm() + 1e-30)).item()})
+    return rows
+
+
+def gdu_report(model, x, y, args, criterion):
+    """Both sides of gducheck for the arguments T1, T2, betas and thirdphase. Returns (rows of `compare_gdu`, BPTT, [EP at
+    beta_2, and with thirdphase EP at -beta_2])."""
+    beta_1, beta_2 = args.betas
+    BPTT, EP = check_gdu(model, x, y, args.T1, args.T2, (beta_1, beta_2), criterion)
+    runs, rows = [EP], compare_gdu(BPTT, EP, "one-sided")
+    if args.thirdphase:
+        runs.append(ep_contributions(model, x, y, args.T1, args.T2, (beta_1, -beta_2), criterion))
+        rows += compare_gdu(BPTT, {name: (EP[name] + runs[1][name]) / 2 for name in EP}, "symmetric")
+    return rows, BPTT, runs
+
+
 # ------------------------------------------------------------------------------------------------------ loops over the data
 
 
@@ -652,11 +768,25 @@ def evaluate(model, batches, T1, criterion, description="evaluating"):
     return int(hits) / batches.samples
 
 
-def train_epoch(model, optimizer, batches, args, criterion, epoch):
+def log_theorem(model, x, y, args, criterion, epoch, batch, run):
+    """gducheck on a few images while training: a line in the log, and rows of gducheck.csv. Changes nothing that training uses."""
+    rows = gdu_report(model, x, y, args, criterion)[0]
+    best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
+    worst = min(best, key=lambda row: row["cosine"])
+    progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least {worst['cosine']:.3f} "
+                   f"({worst['name']}), RMSE on average {sum(row['rmse'] for row in best) / len(best):.3f}")
+    if run:
+        run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])
+
+
+def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None):
     """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's neurons."""
     hits = seen = 0
     bar = progress(batches, f"epoch {epoch}")
+    every = -(-len(batches) // 10)
     for batch, (x, y) in enumerate(bar, 1):
+        if args.check_thm and args.alg == "EP" and (batch - 1) % every == 0:
+            log_theorem(model, x[:5], y[:5], args, criterion, epoch, batch, run)
         if args.alg == "EP":
             beta_1, beta_2 = args.betas
             if args.random_sign and torch.rand(()) < 0.5:
@@ -697,7 +827,7 @@ def train(model, optimizer, train_batches, test_batches, args, scheduler=None, r
     last = len(history) + args.epochs
     for epoch in range(len(history) + 1, last + 1):
         start = time.perf_counter()
-        train_acc, neurons = train_epoch(model, optimizer, train_batches, args, criterion, epoch)
+        train_acc, neurons = train_epoch(model, optimizer, train_batches, args, criterion, epoch, run)
         if scheduler is not None and scheduler.last_epoch < scheduler.T_max:  # it would rise again behind its minimum
             scheduler.step()
         test_acc = evaluate(model, test_batches, args.T1, criterion)
@@ -716,7 +846,7 @@ def train(model, optimizer, train_batches, test_batches, args, scheduler=None, r
 
 def finish_epoch(run, state, neurons, improved, final, checkpoint):
     """Writes an epoch to the run folder. The checkpoint comes last: before it, resuming repeats the epoch and writes all again."""
-    run.write_metrics(state["history"])
+    run.write_csv("metrics.csv", state["history"])
     run.plot_accuracy(state["history"])
     run.plot_activity(neurons)
     if improved:

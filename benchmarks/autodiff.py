@@ -48,3 +48,26 @@ def bptt_gradients(model, x, y, T1, T2, criterion):
     model.zero_grad()
     model.loss(neurons, y, criterion).mean().backward()
     return neurons
+
+
+def separate_backpropagations(model, x, y, T1, T2, criterion):
+    """gducheck as T2 + 1 back-propagations: the one through the last K steps, less the one through the last K - 1, is what the
+    K-th step from the end contributes. The same numbers as `model_utils.bptt_contributions`; cost grows with T2 squared."""
+    names = [name for name, _ in model.named_parameters()]
+    result = {name: [] for name in names}
+    before = None
+    for K in range(T2 + 1):
+        neurons = [n.detach().requires_grad_() for n in model(x, None, None, T1 - K, criterion=criterion)]
+        last = model(x, None, neurons, K, criterion=criterion, check_thm=True)
+        wanted = [*model.parameters(), *neurons]
+        grads = torch.autograd.grad(model.loss(last, y, criterion).mean(), wanted, allow_unused=True)
+        grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted)]
+        if K > 0:
+            for n, name in enumerate(names):
+                readout = K == 1 and model.softmax and name.startswith(f"synapses.{len(model.synapses) - 1}.")
+                result[name].append(grads[n] if readout else grads[n] - before[n])
+        if K < T2:
+            for i, grad in enumerate(grads[len(names):]):
+                result.setdefault(f"neurons_{i}", []).append(-grad * x.size(0))
+        before = grads
+    return {name: torch.stack(values) for name, values in result.items()}

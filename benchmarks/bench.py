@@ -51,7 +51,21 @@ def cases(device):
             (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y, *t_ep, (0.0, 1.0), CEL)),
         f"cnn BPTT update, T1 {t_bptt[0]}, T2 {t_bptt[1]}":
             (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y, *t_bptt, CEL)),
+        "mlp gducheck, T1 60, T2 30, against 31 back-propagations": (mlp, lambda side, m, x, y: gducheck(side, m, x[:20], y[:20], MSE)),
+        "small cnn gducheck, T1 60, T2 30, against 31 back-propagations": (small_cnn, lambda side, m, x, y: gducheck(side, m, x, y, CEL)),
     }
+
+
+def small_cnn(device):
+    pools = model_utils.make_pools("mm")
+    model = model_utils.P_CNN(28, [1, 16, 32], [5, 5], [1, 1], [10], pools, [0, 0], model_utils.my_sigmoid, softmax=True).to(device)
+    return model, torch.rand(20, 1, 28, 28, device=device), torch.randint(0, 10, (20,), device=device)
+
+
+def gducheck(side, model, x, y, criterion):
+    if side is model_utils:
+        return model_utils.bptt_contributions(model, x, y, 60, 30, 0.0, criterion)
+    return autodiff.separate_backpropagations(model, x, y, 60, 30, criterion)
 
 
 def sides(name, device):
