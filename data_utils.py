@@ -4,8 +4,10 @@ import contextlib
 import csv
 import datetime
 import errno
+import hashlib
 import io
 import itertools
+import json
 import os
 import pathlib
 import pickle
@@ -351,6 +353,93 @@ class Run:
         axes.grid(alpha=0.3)
         figure.legend(loc="outside lower center", ncols=2)
         self.save_figure("gdu_overview.png", figure)
+
+
+class Sweep:
+    """The files of an attack sweep in a run folder: Adversarial_Accuracy.txt and .csv and .png (other attacks and norms than PGD in
+    the 2-norm have them in their names). Rows of the same settings are kept, so that a killed sweep goes on; a file of other settings is
+    moved aside to NAME_1 and so on."""
+
+    def __init__(self, run, attack, norm, settings, clean):
+        self.run, self.settings, self.clean = run, settings, clean
+        self.stem = "Adversarial_Accuracy" + ("" if (attack, norm) == ("pgd", "2") else f"_{attack}_{norm}")
+        self.text = run.folder / f"{self.stem}.txt"
+        self.header = "# settings: " + json.dumps(settings, sort_keys=True)
+        self.rows = []
+        if self.text.exists():
+            if self.header in self.text.read_text().splitlines():
+                self.rows = run.read_csv(f"{self.stem}.csv")
+            else:
+                self._move_aside()
+
+    def _move_aside(self):
+        number = next(n for n in itertools.count(1) if not (self.run.folder / f"{self.stem}_{n}.txt").exists())
+        for end in (".csv", ".png", "_images.png", "_images.npz", ".txt"):
+            old = self.run.folder / (self.stem + end)
+            if old.exists():
+                os.replace(old, self.run.folder / f"{self.stem}_{number}{end}")
+
+    def has(self, eps):
+        return any(float(row["eps"]) == eps for row in self.rows)
+
+    def add(self, eps, results):
+        """The rows of one eps: results as `model_utils.attack` returns them."""
+        for grad, result in results.items():
+            row = {"eps": f"{eps:g}", "grad": grad, "clean": f"{self.clean:.6f}", "adversarial": f"{result['correct'].mean():.6f}",
+                   "masked": f"{result['masked']:.6f}", "unmoved": f"{result['unmoved']:.6f}", "mean_norm": f"{result['mean_norm']:.6g}"}
+            self.rows.append({**row, "eps": repr(eps)})
+        lines = [self.header, "# masked: share of images whose gradient was exactly zero or not finite at some iteration; unmoved: whose "
+                 "perturbation is zero", "# eps, clean accuracy, adversarial accuracy (of the strongest gradient, per image)"]
+        for _, group in itertools.groupby(self.rows, key=lambda row: row["eps"]):
+            group = list(group)
+            lines += [f"# {r['grad']}: adversarial {r['adversarial']}, masked {r['masked']}, unmoved {r['unmoved']}, mean norm {r['mean_norm']}"
+                      + (", an upper bound only" if float(r["masked"]) > 0.01 else "") for r in group]
+            lines.append(f"{float(group[-1]['eps']):g} {group[-1]['clean']} {group[-1]['adversarial']}")
+        self.run.write_csv(f"{self.stem}.csv", self.rows)
+        with replacing(self.text) as path:  # last: without it the .csv is not looked at
+            path.write_text("\n".join(lines) + "\n")
+
+    def plot(self):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel=f"eps ({self.settings['attack_norm']}-norm, images in [0, 1])", ylabel="accuracy (%)", xscale="log",
+                                  title=f"{self.settings['attack']}, {self.settings['images']} images", ylim=(0, 100))
+        axes.axhline(100 * self.clean, color="black", linewidth=1, label="clean")
+        for grad in dict.fromkeys(row["grad"] for row in self.rows):
+            rows = [row for row in self.rows if row["grad"] == grad and float(row["eps"]) > 0]
+            bound = " (upper bound: gradients vanish)" if any(float(r["masked"]) > 0.01 for r in rows) else ""
+            axes.plot([float(r["eps"]) for r in rows], [100 * float(r["adversarial"]) for r in rows], marker="o", markersize=3, label=grad + bound)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        self.run.save_figure(f"{self.stem}.png", figure)
+
+    def save_images(self, images, labels, clean, eps, result, shown=6):
+        """A picture of some attacked images, those that changed class first, and all of them as .npz."""
+        with replacing(self.run.folder / f"{self.stem}_images.npz") as path, open(path, "wb") as file:
+            np.savez_compressed(file, x_adv=result["x_adv"], labels=labels.numpy(), prediction=result["prediction"], eps=eps)
+        x = (images.float() / 255).numpy()
+        chosen = np.argsort(result["correct"] | ~clean.numpy(), kind="stable")[:shown]
+        figure = Figure(figsize=(1.6 * len(chosen) + 0.6, 5.4), layout="constrained")
+        figure.suptitle(f"{self.settings['attack']}, {self.settings['attack_norm']}-norm, eps = {eps:g}")
+        for column, i in enumerate(chosen):
+            delta = result["x_adv"][i] - x[i]
+            scale = np.abs(delta).max() or 1.0
+            before = f"{labels[i]}" if clean[i] else f"not {labels[i]}"
+            panels = ((x[i], f"predicted {before}"), (0.5 + delta / (2 * scale), f"change, up to {scale:.2g}"),
+                      (result["x_adv"][i], f"predicted {result['prediction'][i]}"))
+            for row, (panel, title) in enumerate(panels):
+                axes = figure.add_subplot(3, len(chosen), row * len(chosen) + column + 1)
+                axes.imshow(np.clip(panel, 0, 1).transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
+                axes.set_title(title, fontsize=8)
+                axes.axis("off")
+        self.run.save_figure(f"{self.stem}_images.png", figure)
+
+
+def fingerprint(state):
+    """A short digest of a state dict's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def versions():

@@ -91,6 +91,11 @@ FLAGS = {
         Flag("attack-iters", int, 20, "iterations of the attack", low=1),
         Flag("attack-step", int, 29, "time steps that the attack's gradient goes through", low=1),
         Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1),
+        Flag("attack-grad", str, ["bptt"], "how gradients are got: through the time steps (bptt), the same with slopes that do not "
+             "vanish (smooth), by Equilibrium Propagation (ep); of several, the worst counts", ("bptt", "smooth", "ep"), many=True),
+        Flag("attack-start", str, "zero", "where the gradient's time steps begin: at zero neurons, or near the equilibrium",
+             ("zero", "equilibrium")),
+        Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did"),
     ],
 }
 
@@ -314,6 +319,40 @@ def evaluate(args, model, device, source):
     data_utils.Run(args.load_path).append_hyperparameters(line)
 
 
+EPS = {"2": [*(round(float(e), 4) for e in np.geomspace(0.05, 3, 10)), 1.0],
+       "inf": [*(float(f"{e:.4g}") for e in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]}
+
+
+def attack(args, model, device, saved):
+    task, criterion, run = TASKS[args.task], model_utils.make_criterion(args.loss), data_utils.Run(args.load_path)
+    images, labels = data_utils.load_split(args.task, args.data_dir, False, args.test_size)
+    steps = args.predict_step or args.T1
+    clean = model_utils.predictions(model, data_utils.Batches(images, labels, args.mbs, task, device), steps, criterion) == labels
+    settings = {name: getattr(args, name) for name in ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start",
+                                                       "no_clip", "seed", "mbs")}
+    settings.update(predict_step=steps, images=len(labels), eps_list=sorted(args.eps_list or EPS[args.attack_norm]),
+                    weights=data_utils.fingerprint(saved["model_state_dict"]))
+    sweep = data_utils.Sweep(run, args.attack, args.attack_norm, settings, clean.double().mean().item())
+    print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} steps, gradients through {args.attack_step}; "
+          f"clean accuracy {100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
+    results = None
+    for eps in settings["eps_list"]:
+        if sweep.has(eps):
+            continue
+        results = model_utils.attack(model, images, labels, args, eps, task, f"eps {eps:g}")
+        sweep.add(eps, results)
+        for grad, result in results.items():
+            warning = ""
+            if result["masked"] > 0.01 and args.attack not in ("square", "hopskipjump"):
+                warning = (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not finite: this number is only "
+                           "an upper bound of the robust accuracy; try --attack-grad smooth ep, --attack-start equilibrium, --attack square")
+            data_utils.progress.write(f"eps {eps:g}, {grad}: adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm {result['mean_norm']:.3g}"
+                                      + warning)
+    sweep.plot()
+    if args.save and results:
+        sweep.save_images(images, labels, clean, eps, list(results.values())[-1])
+
+
 def gducheck(args, model, device, saved, argv, name):
     images, labels = data_utils.load_split(args.task, args.data_dir, True, args.train_size)
     x, y = next(iter(data_utils.Batches(images, labels, min(20, len(labels)), TASKS[args.task], device)))
@@ -383,7 +422,7 @@ def run(argv, flags, name, interruption):
     elif args.todo == "gducheck":
         gducheck(args, model, device, saved, argv, name)
     else:
-        raise UserError(f"--todo {args.todo} is not built yet")
+        attack(args, model, device, saved)
 
 
 class Interruption:

@@ -280,6 +280,13 @@ def _set_grad(p, grad):
 # ----------------------------------------------------------------------------------------------------------------- models
 
 
+class _Pull:
+    """A constant slope to nudge against, where a label's one-hot vector would be the target."""
+
+    def __init__(self, slope):
+        self.slope = slope
+
+
 class EnergyModel(nn.Module):
     """A chain of connections with one dynamics and one local update; the four public classes below only assemble it.
 
@@ -375,7 +382,7 @@ class EnergyModel(nn.Module):
         return self._activate(drives, criterion)
 
     def _nudged(self, drive, neurons, target, beta, criterion):
-        slope = self._loss_slope(neurons, target, criterion)
+        slope = target.slope if isinstance(target, _Pull) else self._loss_slope(neurons, target, criterion)
         if self.softmax:
             slope = (slope @ self.synapses[-1].weight).view_as(neurons[-1])
         return torch.add(drive, slope, alpha=-beta)
@@ -385,10 +392,11 @@ class EnergyModel(nn.Module):
         activated = [self.activation(d) for d in (drives[:-1] if linear_output else drives)]
         return activated + drives[-1:] if linear_output else activated
 
-    def relax(self, drive_x, y, neurons, T, beta, criterion, output_only=False):
+    def relax(self, drive_x, y, neurons, T, beta, criterion, output_only=False, slope=None):
         """T steps from `neurons` (zero if None), given the input's drive. Leaves its arguments as they are. With `output_only`
-        the last steps leave out the layers that cannot reach s_N any more: s_{N-k} is then returned as of k steps earlier."""
-        target = self._target(y, beta)
+        the last steps leave out the layers that cannot reach s_N any more: s_{N-k} is then returned as of k steps earlier.
+        `slope`: what to nudge against in place of dL/d(read-out), (mbs, classes), constant in time."""
+        target = self._target(y, beta) if slope is None else _Pull(slope)
         done = 0
         if neurons is None and T > 0:
             neurons, done = self.first_step(drive_x, target, beta, criterion), 1
@@ -399,14 +407,15 @@ class EnergyModel(nn.Module):
             neurons = self.step(drive_x, neurons, target, beta, criterion, lowest)
         return list(neurons)
 
-    def forward(self, x, y=None, neurons=None, T=1, beta=0.0, criterion=nn.MSELoss(reduction="none"), check_thm=False):
-        """The neurons after T steps from `neurons` (from zero if None): a list of N tensors.
+    def forward(self, x, y=None, neurons=None, T=1, beta=0.0, criterion=nn.MSELoss(reduction="none"), check_thm=False,
+                output_only=False):
+        """The neurons after T steps from `neurons` (from zero if None): a list of N tensors. `output_only`: see `relax`.
 
         x: (mbs, ...); y: class indices (mbs,), may be None at beta 0. `check_thm` keeps the graph through the T steps (for
         BPTT, attacks and gducheck); without it nothing is recorded, whatever the caller's grad mode is.
         """
         with torch.set_grad_enabled(check_thm):
-            return self.relax(self.input_drive(x), y, neurons, T, beta, criterion)
+            return self.relax(self.input_drive(x), y, neurons, T, beta, criterion, output_only)
 
     # ---- the local update
 
@@ -764,7 +773,7 @@ def evaluate(model, batches, T1, criterion, description="evaluating"):
     """The share of images that are classified correctly after T1 free steps."""
     hits = 0
     for x, y in progress(batches, description):
-        hits += correct(model, model(x, None, None, T1, criterion=criterion), y)
+        hits += correct(model, model(x, None, None, T1, criterion=criterion, output_only=True), y)
     return int(hits) / batches.samples
 
 
@@ -855,3 +864,78 @@ def finish_epoch(run, state, neurons, improved, final, checkpoint):
         run.save("final_model.pt", state)
         run.save("final_checkpoint.tar", checkpoint)
     run.save("checkpoint.tar", checkpoint)
+
+
+# ----------------------------------------------------------------------------------------------------------------- attacks
+
+
+def attack_batch(model, x, y, args, eps, grad, task):
+    """One attack on the images x, (n, C, H, W) in [0, 1], with true labels y: {x_adv, adversarial prediction, masked count}.
+
+    args: attack, attack_norm, attack_iters, attack_step, attack_start, predict_step, loss, no_clip. See `ART_Timesteps_Addition`.
+    """
+    import numpy as np
+
+    from ART_Timesteps_Addition import attacks
+    from ART_Timesteps_Addition.pytorch import PyTorchClassifier
+    watch = attacks.Watch()
+    mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (task.mean, task.std))
+    # The squared error of hard output neurons is exactly zero, and flat, where they are right; the cross-entropy never is.
+    loss = nn.MSELoss() if args.loss == "mse" and grad == "bptt" else nn.CrossEntropyLoss()
+    device = next(model.parameters()).device
+    # Square takes the range of its noise from the clip values: without clipping they are as wide as anything within eps.
+    clip = (0.0, 1.0) if not args.no_clip else (-eps, 1.0 + eps) if args.attack in ("square", "autoattack", "hopskipjump") else None
+    classifier = PyTorchClassifier(
+        model, loss, x.shape[1:], task.classes, args.predict_step or args.T1, args.attack_step, criterion=make_criterion(args.loss), grad=grad,
+        start=args.attack_start, watch=watch, shift=1.0 if args.loss == "mse" and args.attack in ("apgd-ce", "apgd-dlr", "autoattack") else 0.0,
+        clip_values=clip, preprocessing=(mean, std), device_type="cpu" if device.type == "cpu" else "gpu")
+    watch.start(len(x))
+    labels = np.eye(task.classes, dtype=np.float32)[y]
+    if eps == 0:
+        x_adv = x.copy()
+    else:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x_adv = attacks.build(args.attack, classifier, args.attack_norm, eps, args.attack_iters, len(x)).generate(x.copy(), labels)
+        if args.attack in attacks.MINIMAL:  # what takes more than eps is no success within eps
+            x_adv = np.where((attacks.norms(x_adv - x, args.attack_norm) <= eps).reshape(-1, 1, 1, 1), x_adv, x)
+        x_adv = attacks.within(x_adv.astype(np.float32), x, args.attack_norm, eps, not args.no_clip)
+    return {"x_adv": x_adv, "prediction": classifier.predict(x_adv, batch_size=len(x)).argmax(1), "masked": watch.count()}
+
+
+def attack(model, images, labels, args, eps, task, description):
+    """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad.
+
+    Returns {grad: result, ..., "worst": result}, `worst` taking for each image the strongest of all; a result holds `correct` (n,)
+    bool, `x_adv`, `prediction`, and the shares `masked` (gradient exactly zero or not finite at some iteration) and `unmoved`
+    (perturbation zero), and `mean_norm`. Memory is that of one mini-batch. `worst` is left out where there is one gradient.
+    """
+    import random
+
+    import numpy as np
+
+    from ART_Timesteps_Addition import attacks
+    results = {}
+    x, y = (images.float() / 255).numpy(), labels.numpy()
+    for grad in args.attack_grad:
+        random.seed(args.seed), np.random.seed(args.seed % 2 ** 32), torch.manual_seed(args.seed)  # a sweep may go on at any eps
+        parts = [attack_batch(model, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, grad, task)
+                 for i in progress(range(0, len(x), args.mbs), f"{description}, {grad}")]
+        x_adv, prediction = (np.concatenate([part[key] for part in parts]) for key in ("x_adv", "prediction"))
+        results[grad] = {"x_adv": x_adv, "prediction": prediction, "masked": sum(part["masked"] for part in parts) / len(x)}
+    if len(results) > 1:
+        worst = {key: value.copy() if hasattr(value, "copy") else value for key, value in results[args.attack_grad[0]].items()}
+        for result in results.values():
+            better = (worst["prediction"] == y) & (result["prediction"] != y)
+            worst["x_adv"][better], worst["prediction"][better] = result["x_adv"][better], result["prediction"][better]
+            worst["masked"] = min(worst["masked"], result["masked"])
+        results["worst"] = worst
+    for result in results.values():
+        moved = attacks.norms(result["x_adv"] - x, args.attack_norm)
+        result.update(correct=result["prediction"] == y, unmoved=float((moved == 0).mean()), mean_norm=float(moved.mean()))
+    return results
+
+
+@torch.no_grad()
+def predictions(model, batches, T1, criterion):
+    """The predicted class of every image, (n,), on the CPU."""
+    return torch.cat([model.readout(model(x, None, None, T1, criterion=criterion, output_only=True)).argmax(1).cpu() for x, _ in batches])

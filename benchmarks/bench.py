@@ -51,6 +51,7 @@ def cases(device):
             (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y, *t_ep, (0.0, 1.0), CEL)),
         f"cnn BPTT update, T1 {t_bptt[0]}, T2 {t_bptt[1]}":
             (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y, *t_bptt, CEL)),
+        "attack gradient, 40 images, 29 steps": (attacked_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y)),
         "mlp gducheck, T1 60, T2 30, against 31 back-propagations": (mlp, lambda side, m, x, y: gducheck(side, m, x[:20], y[:20], MSE)),
         "small cnn gducheck, T1 60, T2 30, against 31 back-propagations": (small_cnn, lambda side, m, x, y: gducheck(side, m, x, y, CEL)),
     }
@@ -60,6 +61,24 @@ def small_cnn(device):
     pools = model_utils.make_pools("mm")
     model = model_utils.P_CNN(28, [1, 16, 32], [5, 5], [1, 1], [10], pools, [0, 0], model_utils.my_sigmoid, softmax=True).to(device)
     return model, torch.rand(20, 1, 28, 28, device=device), torch.randint(0, 10, (20,), device=device)
+
+
+def attacked_cnn(device):
+    """The network of the published attack figures, at a quarter of its width or less."""
+    pools = model_utils.make_pools("mmmm")
+    model = model_utils.P_CNN(32, [3, 16, 32, 32, 32], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0], model_utils.my_sigmoid, softmax=True).to(device)
+    return model, torch.randn(40, 3, 32, 32, device=device), torch.randint(0, 10, (40,), device=device)
+
+
+def attack_gradient(side, model, x, y):
+    x = x.clone().requires_grad_()
+    if side is model_utils:
+        from ART_Timesteps_Addition.pytorch import Unrolled
+        logits = Unrolled(model, 60, 29, CEL)(x)
+    else:  # as the original code: gradients of the parameters come along
+        logits = model.readout(autodiff.relax(model, x, None, autodiff.zeros(model, x), 29, 0.0, CEL, check_thm=True))
+    torch.nn.functional.cross_entropy(logits, y).backward()
+    return x.grad
 
 
 def gducheck(side, model, x, y, criterion):

@@ -1,0 +1,202 @@
+import argparse
+import csv
+import os
+import resource
+import shlex
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import only_run
+from test_cli import SEED_LINES, SMALL
+from test_resume import start
+
+import main
+import model_utils as mu
+from ART_Timesteps_Addition import attacks
+from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled
+from data_utils import TASKS, load_split
+
+
+@pytest.fixture(scope="session", params=["CNN", "MLP"])
+def trained(request, tmp_path_factory):
+    """A model that has learnt the digits, in a run folder."""
+    folder, before = tmp_path_factory.mktemp("attacked"), os.getcwd()
+    os.chdir(folder)
+    model = {"CNN": "--model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 5e-3",
+             "MLP": "--archi 784 64 10 --betas 0 0.2 --lrs 1e-3 1e-3"}[request.param]
+    line = f"--task digits --device -1 --T1 16 --T2 6 --thirdphase --optim adam --epochs 3 --seed 0 --save {model}"
+    assert main.main(line.split()) == 0
+    os.chdir(before)
+    return only_run(folder)
+
+
+def rows(run, stem="Adversarial_Accuracy"):
+    return list(csv.DictReader(open(run / f"{stem}.csv")))
+
+
+def fresh(run, tmp_path):
+    import shutil
+    return shutil.copytree(run, tmp_path / "run")
+
+
+COMMON = "--todo attack --device -1 --test-size 20 --mbs 20 --attack-step 10"
+
+
+@pytest.mark.parametrize("norm, eps", [("2", 2.0), ("inf", 0.2)])
+def test_all_attacks(ok, trained, tmp_path, norm, eps):
+    run = fresh(trained, tmp_path)
+    images, labels = load_split("digits", "", False, 20)
+    x = (images.float() / 255).numpy()
+    found = {}
+    for attack in attacks.NAMES:
+        ok(COMMON, f"--load-path {run} --attack {attack} --attack-norm {norm} --eps-list {eps} --attack-iters {4 if attack == 'hopskipjump' else 10} --save")
+        stem = "Adversarial_Accuracy" + ("" if (attack, norm) == ("pgd", "2") else f"_{attack}_{norm}")
+        text = [line.split() for line in (run / f"{stem}.txt").read_text().splitlines() if not line.startswith("#")]
+        assert len(text) == 1 and len(text[0]) == 3 and float(text[0][0]) == eps
+        found[attack], clean = float(text[0][2]), float(text[0][1])
+        x_adv = np.load(run / f"{stem}_images.npz")["x_adv"]
+        assert attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5) and x_adv.min() >= 0 and x_adv.max() <= 1
+        assert all((run / f"{stem}{end}").stat().st_size for end in (".png", "_images.png", ".csv"))
+    assert found["autoattack"] <= found["pgd"] + 1.01 / 20 and found["pgd"] < clean - 0.1 and max(found.values()) <= clean + 1e-6
+
+
+def test_no_clip_lets_images_leave_the_range(ok, trained, tmp_path):
+    run = fresh(trained, tmp_path)
+    ok(COMMON, f"--load-path {run} --eps-list 3 --attack-iters 5 --no-clip --save")
+    assert np.load(run / "Adversarial_Accuracy_images.npz")["x_adv"].min() < -0.01
+    ok(COMMON, f"--load-path {run} --eps-list 3 --attack square --attack-iters 5 --no-clip")
+
+
+def test_a_sweep_goes_on_and_keeps_what_other_settings_gave(ok, trained, tmp_path):
+    once, twice = fresh(trained, tmp_path / "a"), fresh(trained, tmp_path / "b")
+    line = f"{COMMON} --attack apgd-ce --attack-iters 4 --eps-list 0.5 1 2"
+    ok(line, f"--load-path {once}")
+    name = "Adversarial_Accuracy_apgd-ce_2"
+    process = start(tmp_path, f"{line} --load-path {twice}")
+    while process.is_alive() and not (twice / f"{name}.txt").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    ok(line, f"--load-path {twice}/")
+    assert (twice / f"{name}.txt").read_text() == (once / f"{name}.txt").read_text()
+    assert rows(twice, name) == rows(once, name)
+    before = (once / f"{name}.txt").read_text()
+    ok(line, f"--load-path {once} --attack-iters 3")
+    assert (once / f"{name}_1.txt").read_text() == before != (once / f"{name}.txt").read_text()
+
+
+def saturated():
+    """A network, and images, whose neurons sit deep in the flat parts of their activation, with labels it predicts."""
+    torch.manual_seed(0)
+    model = mu.P_CNN(28, [1, 6, 8], [5, 5], [1, 1], [10], mu.make_pools("mm"), [0, 0], mu.my_hard_sig, softmax=True)
+    with torch.no_grad():
+        for synapse in model.synapses[:2]:
+            synapse.weight.mul_(40), synapse.bias.mul_(40)
+    images = load_split("digits", "", False, 40)[0]
+    labels = model.readout(model(images.float() / 255, None, None, 20, criterion=mu.make_criterion("cel"))).argmax(1)
+    return model, images, labels
+
+
+def arguments(**changes):
+    return argparse.Namespace(**{"attack": "pgd", "attack_norm": "2", "attack_iters": 10, "attack_step": 10, "attack_start": "zero", "T1": 20,
+                                 "predict_step": None, "loss": "cel", "no_clip": False, "mbs": 20, "seed": 0, "attack_grad": ["bptt", "smooth"], **changes})
+
+
+def test_vanishing_gradients_are_reported_and_smooth_ones_attack(capsys):
+    model, images, labels = saturated()
+    for eps in (1.0, 3.0, 6.0):
+        results = mu.attack(model, images, labels, arguments(), eps, TASKS["digits"], "")
+        bptt, smooth, worst = (results[name] for name in ("bptt", "smooth", "worst"))
+        assert bptt["masked"] > 0.5 and bptt["unmoved"] > 0.5 and smooth["masked"] < 0.01 and smooth["unmoved"] == 0
+        assert smooth["correct"].mean() <= bptt["correct"].mean() and worst["correct"].mean() <= smooth["correct"].mean()
+    assert smooth["correct"].mean() < bptt["correct"].mean()
+
+
+def test_the_warning(ok, tmp_path, trained):
+    model, images, labels = saturated()
+    run = fresh(trained, tmp_path)
+    state = torch.load(run / "model.pt", weights_only=True)
+    if state["config"]["model"] != "CNN":
+        pytest.skip("the saturated network is convolutional")
+    torch.save({**state, "model_state_dict": model.state_dict()}, run / "model.pt")
+    out = ok(COMMON, f"--load-path {run} --eps-list 0.5 --attack-iters 3 --attack-grad bptt smooth")
+    assert "upper bound" in out and "--attack-grad smooth" in out
+    assert [row["grad"] for row in rows(run)] == ["bptt", "smooth", "worst"]
+    assert float(rows(run)[0]["masked"]) > 0.01 and "upper bound" in (run / "Adversarial_Accuracy.txt").read_text()
+
+
+@pytest.mark.parametrize("act", mu.ACTIVATIONS)
+def test_smooth_changes_no_output(act):
+    torch.manual_seed(0)
+    model = mu.P_MLP([20, 16, 5], mu.ACTIVATIONS[act])
+    x = 3 * torch.randn(8, 20)
+    outs = [Unrolled(model, 12, 12, mu.make_criterion("mse"), grad=grad)(x.clone().requires_grad_()) for grad in ("bptt", "smooth")]
+    assert torch.equal(*outs) and torch.equal(outs[0], Unrolled(model, 12, 12, mu.make_criterion("mse"))(x))
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_the_gradient_by_ep_is_that_of_bptt_at_equilibrium(softmax):
+    torch.manual_seed(0)
+    loss = torch.nn.CrossEntropyLoss() if softmax else torch.nn.MSELoss()
+    models = [mu.P_MLP([30, 24, 12, 5], torch.tanh, softmax=softmax),
+              mu.P_CNN(12, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("aa"), [1, 0], torch.tanh, softmax=softmax)]
+    for model in models:
+        model.double()
+        x, y = torch.randn(6, *model.connections[0].pre_shape, dtype=torch.float64), torch.randint(0, 5, (6,))
+        y = y if softmax else torch.nn.functional.one_hot(y, 5).double()
+        gradients = []
+        for grad in ("bptt", "ep"):
+            leaf = x.clone().requires_grad_()
+            unrolled = Unrolled(model, 400, 200, mu.make_criterion("cel" if softmax else "mse"), grad=grad, start="equilibrium", beta=0.01)
+            gradients.append(torch.autograd.grad(loss(unrolled(leaf), y), leaf)[0].flatten(1))
+        cosine = torch.nn.functional.cosine_similarity(*gradients, dim=1)
+        assert cosine.min() > 0.99
+        assert (gradients[0].norm() / gradients[1].norm()).item() == pytest.approx(1, abs=0.02)
+
+
+def test_memory_does_not_grow_with_iterations(trained):
+    state = torch.load(trained / "model.pt", weights_only=True)
+    model = mu.make_model(argparse.Namespace(**state["config"]))
+    images, labels = load_split("digits", "", False, 30)
+
+    def resident(iterations):
+        args = arguments(loss=state["config"]["loss"], attack_iters=iterations, attack_grad=["bptt"], mbs=10)
+        mu.attack(model, images, labels, args, 1.0, TASKS["digits"], "")
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    resident(5)
+    assert resident(50) < 1.05 * resident(5)
+
+
+def test_class_gradients_go_through_T2_steps_and_predictions_through_T1(model):
+    if model.synapses[0].weight.dim() != 4:
+        pytest.skip("ART's images have channels")
+    model.float()
+    first = model.connections[0]
+    x = np.random.default_rng(0).random((3, *first.pre_shape), dtype=np.float32)
+    loss = torch.nn.CrossEntropyLoss() if model.softmax else torch.nn.MSELoss()
+    classifier = PyTorchClassifier(model, loss, first.pre_shape, 5, 9, 7, device_type="cpu")
+    criterion = mu.make_criterion("cel" if model.softmax else "mse")
+    tensor = torch.from_numpy(x)
+    np.testing.assert_allclose(classifier.predict(x), model.readout(model(tensor, None, None, 9, criterion=criterion)).detach().numpy(), rtol=1e-5)
+    leaf = tensor.clone().requires_grad_()
+    out = model.readout(model(leaf, None, None, 7, criterion=criterion, check_thm=True))
+    np.testing.assert_allclose(classifier.class_gradient(x, label=2)[:, 0], torch.autograd.grad(out[:, 2].sum(), leaf)[0].numpy(), rtol=1e-4, atol=1e-7)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("line", [line for line in SEED_LINES if "--todo attack" in line])
+def test_attack_lines_of_the_seed(ok, cli, tmp_path, cifar, line):
+    words = shlex.split(line)[2:]
+    folder = words[words.index("--load-path") + 1]
+    ok(*[w if w != "attack" else "train" for w in words if w not in ("--load-path", folder)], SMALL, "--save", "--data-dir", str(cifar))
+    run = only_run(tmp_path)
+    reduced = f"{SMALL} --data-dir {cifar} --test-size 8 --attack-iters 2 --attack-step 3"
+    for path in (f"{run}/", str(run)):
+        ok(*words, "--load-path", path, reduced)
+    assert len([text for text in (run / "Adversarial_Accuracy.txt").read_text().splitlines() if text[0] != "#"]) == 11
+    code, _, err = cli(*words, reduced)
+    assert code == 2 and err.count("\n") == 1 and folder.rstrip("/") in err
