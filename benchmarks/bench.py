@@ -10,6 +10,7 @@ import argparse
 import datetime
 import pathlib
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def main():
     if args.memory_of:
         print(peak_memory(args.memory_of[0], int(args.memory_of[1]), device))
         return
-    command = "python benchmarks/bench.py" + "".join(f" {a}" for a in sys.argv[1:] if a != "--write")
+    command = "python benchmarks/bench.py" + "".join(f" {shlex.quote(a)}" for a in sys.argv[1:] if a != "--write")
     lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "", f"`{command}`", "",
              "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | ours, MiB | theirs, MiB | share |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
