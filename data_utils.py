@@ -105,12 +105,12 @@ def _download(dataset, name, data_dir, train):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
-        print(f"{name} is not in {data_dir}: trying to download it", file=sys.stderr)
         with contextlib.redirect_stdout(io.StringIO()):
             return dataset(data_dir, train=train, download=True)
     except (RuntimeError, OSError) as e:
+        reason = re.search(r"<urlopen error (.*?)>", str(e))
         raise UserError(f"the files of {name} are missing: not found in {os.path.abspath(data_dir)} (--data-dir), and the download "
-                        f"failed ({one_line(e)}); --task digits needs no files and no network") from None
+                        f"failed ({reason[1] if reason else one_line(e)}); --task digits needs no files and no network") from None
     finally:
         socket.setdefaulttimeout(timeout)
 

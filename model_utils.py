@@ -721,7 +721,8 @@ def compare_gdu(BPTT, EP, estimate):
 
     rmse        root mean square over time of their difference, divided by the larger of their own, mean over the entries
     sign_error  share of entries and times where their signs differ
-    cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||
+    cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||; nan where T2 steps of
+                        BPTT do not reach the parameter or layer
     """
     rows = []
     for name, bptt in BPTT.items():
@@ -732,8 +733,8 @@ def compare_gdu(BPTT, EP, estimate):
         rows.append({"name": name, "estimate": estimate,
                      "rmse": (rms(ep - bptt) / (larger + 1e-30)).mean().item(),
                      "sign_error": (ep * bptt < 0).double().mean().item(),
-                     "cosine": F.cosine_similarity(total_ep, total_bptt, dim=0, eps=1e-30).item(),
-                     "distance": ((total_ep - total_bptt).norm() / (total_bptt.norm() + 1e-30)).item()})
+                     "cosine": F.cosine_similarity(total_ep, total_bptt, dim=0, eps=1e-30).item() if total_bptt.any() else float("nan"),
+                     "distance": ((total_ep - total_bptt).norm() / total_bptt.norm()).item() if total_bptt.any() else float("nan")})
     return rows
 
 
@@ -781,7 +782,7 @@ def log_theorem(model, x, y, args, criterion, epoch, batch, run):
     """gducheck on a few images while training: a line in the log, and rows of gducheck.csv. Changes nothing that training uses."""
     rows = gdu_report(model, x, y, args, criterion)[0]
     best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
-    worst = min(best, key=lambda row: row["cosine"])
+    worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
     progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least {worst['cosine']:.3f} "
                    f"({worst['name']}), RMSE on average {sum(row['rmse'] for row in best) / len(best):.3f}")
     if run:
