@@ -168,7 +168,7 @@ class _ConvUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pre, weight, bias, c):
-        post, route = c.pool.pool(F.conv2d(pre, weight, bias, **c.geometry))
+        post, route = c.pool.pool(c.convolve(pre, weight, bias))
         ctx.c = c
         ctx.save_for_backward(pre, weight, route)
         if route is not None:
@@ -223,6 +223,12 @@ class Conv:
                              f"{'' if isinstance(pool, NoPool) else ' and 2x2 pooling'} leaves nothing of a "
                              f"{pre_shape[1]}x{pre_shape[1]} map")
         self.post_shape = (synapse.out_channels, pooled, pooled)
+
+    def convolve(self, pre, weight, bias):
+        """conv(pre), computed in the layout of the weights, into channels-last memory."""
+        if weight.is_contiguous(memory_format=torch.channels_last):
+            return F.conv2d(pre, weight, bias, **self.geometry)
+        return F.conv2d(pre.contiguous(), weight, bias, **self.geometry).contiguous(memory_format=torch.channels_last)
 
     def transposed(self, u, weight):
         return F.conv_transpose2d(u, weight, output_padding=self.output_padding, **self.geometry)
@@ -888,7 +894,8 @@ def attack_batch(model, x, y, args, eps, grad, task):
     clip = (0.0, 1.0) if not args.no_clip else (-eps, 1.0 + eps) if args.attack in ("square", "autoattack", "hopskipjump") else None
     classifier = PyTorchClassifier(
         model, loss, x.shape[1:], task.classes, args.predict_step or args.T1, args.attack_step, criterion=make_criterion(args.loss), grad=grad,
-        start=args.attack_start, watch=watch, shift=1.0 if args.loss == "mse" and args.attack in ("apgd-ce", "apgd-dlr", "autoattack") else 0.0,
+        start=args.attack_start, watch=watch, gain=10.0 if args.loss == "mse" and not isinstance(loss, nn.MSELoss) else 1.0,
+        shift=1.0 if args.loss == "mse" and args.attack in ("apgd-ce", "apgd-dlr", "autoattack") else 0.0,
         clip_values=clip, preprocessing=(mean, std), device_type="cpu" if device.type == "cpu" else "gpu")
     watch.start(len(x))
     labels = np.eye(task.classes, dtype=np.float32)[y]

@@ -14,6 +14,11 @@ import model_utils
 GRADIENTS = ("bptt", "smooth", "ep")
 STARTS = ("zero", "equilibrium")
 
+# Perturbations are multiples of one step, so that exact ties in a max-pooling are common, and the rounding of the convolution
+# decides who wins. Kernels for AVX-512 sum in the same order everywhere, whatever the layout; those for AVX2 do not, and the
+# published images, made with them in PyTorch's default layout, are got again only in it. It costs a few per cent.
+REPRODUCES_LAYOUT = torch.backends.cpu.get_cpu_capability() != "AVX512"
+
 
 class _Smooth(torch.autograd.Function):
     """A hard activation whose backward pass has, on the flat parts, the slope of an arctangent that leaves the corner with the
@@ -79,14 +84,16 @@ class Unrolled(torch.nn.Module):
     criterion: the loss that the model was trained with (it decides whether output neurons have an activation). grad: how the
     gradient is got, `bptt`, `smooth` (see `smoothed`) or `ep` (see `_EPGradient`, with `beta`). start: whether the T2 steps begin
     from zero neurons or, with `equilibrium`, after T1 - T2 steps without a graph. last_layer: 1 reads out logits, 0 gives the
-    neurons of the last layer. shift: added to the read-out, for attacks that take neurons within [0, 1] for probabilities.
+    neurons of the last layer. gain, shift: what attacks see is gain * read-out + shift; output neurons within [0, 1] are neither
+    logits (a gap of 1 is little to a softmax, which then attends to every class alike) nor, though they look it, probabilities.
     watch: called with the gradient with respect to x whenever one is computed.
     """
 
-    def __init__(self, model, T1, T2, criterion, last_layer=1, grad="bptt", start="zero", beta=0.1, shift=0.0, watch=None):
+    def __init__(self, model, T1, T2, criterion, last_layer=1, grad="bptt", start="zero", beta=0.1, gain=1.0, shift=0.0,
+                 watch=None):
         super().__init__()
         self.model, self.T1, self.T2, self.criterion, self.last_layer = model, T1, T2, criterion, last_layer
-        self.grad, self.start, self.beta, self.shift, self.watch = grad, start, beta, shift, watch
+        self.grad, self.start, self.beta, self.gain, self.shift, self.watch = grad, start, beta, gain, shift, watch
         self.differentiated = smoothed(model) if grad == "smooth" else model
 
     def forward(self, x):
@@ -97,11 +104,13 @@ class Unrolled(torch.nn.Module):
             x = x.view_as(x)
             x.register_hook(self.watch)
         if self.grad == "ep":
-            return _EPGradient.apply(x, self) + self.shift
+            return self.gain * _EPGradient.apply(x, self) + self.shift
         neurons = None
         if self.start == "equilibrium" and self.T1 > self.T2:
             neurons = self.model(x, None, None, self.T1 - self.T2, 0.0, self.criterion, False)
         frozen = {name: p.detach() for name, p in self.differentiated.named_parameters()}  # only x is to get a gradient
+        if REPRODUCES_LAYOUT:
+            frozen = {name: p.contiguous() for name, p in frozen.items()}
         out = torch.func.functional_call(_Through(self), {f"unrolled.differentiated.{name}": p for name, p in frozen.items()}, (x, neurons))
         return out if out.requires_grad else out + 0 * x.flatten(1).sum(1, keepdim=True)  # fewer steps than layers: x has no effect
 
@@ -109,7 +118,7 @@ class Unrolled(torch.nn.Module):
         return self.output(self.differentiated(x, None, neurons, self.T2, 0.0, self.criterion, True, output_only=True), self.differentiated)
 
     def output(self, neurons, model=None):
-        return (model or self.model).readout(neurons) + self.shift if self.last_layer else neurons[-1].flatten(1)
+        return self.gain * (model or self.model).readout(neurons) + self.shift if self.last_layer else neurons[-1].flatten(1)
 
 
 class _Through(torch.nn.Module):
@@ -126,15 +135,15 @@ class PyTorchClassifier(ArtClassifier):
 
     model: one of `model_utils`; loss: as ART takes it, and, with its reduction set aside, the loss of the model unless `criterion`
     names another; T1: free steps of a prediction; T2: steps that a loss or class gradient goes through, from zero neurons; last_layer:
-    1 reads out logits. grad, start, beta, shift, watch: see `Unrolled`. All other arguments are ART's own.
+    1 reads out logits. grad, start, beta, gain, shift, watch: see `Unrolled`. All other arguments are ART's own.
     """
 
     estimator_params = ArtClassifier.estimator_params
 
     def __init__(self, model, loss, input_shape, nb_classes, T1, T2, last_layer=1, *, criterion=None, grad="bptt", start="zero", beta=0.1,
-                 shift=0.0, watch=None, **art):
+                 gain=1.0, shift=0.0, watch=None, **art):
         if not isinstance(model, Unrolled):
             criterion = criterion or model_utils.make_criterion("mse" if isinstance(loss, torch.nn.MSELoss) else "cel")
-            model = Unrolled(model, T1, T2, criterion, last_layer, grad, start, beta, shift, watch)
+            model = Unrolled(model, T1, T2, criterion, last_layer, grad, start, beta, gain, shift, watch)
         super().__init__(model=model, loss=loss, input_shape=input_shape, nb_classes=nb_classes, **art)
         self.T1, self.T2, self.last_layer = T1, T2, last_layer

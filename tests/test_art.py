@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +10,8 @@ from conftest import GOLDEN
 
 import model_utils as mu
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier
+
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +45,18 @@ def test_golden_attacks(golden, row):
     assert abs((classifier.predict(x_adv).argmax(1) == labels).mean() - adversarial) <= 1.01 / len(x)
     ours, theirs = x_adv[:10] - x[:10], g["x_adv"][f"{norm}_{eps}"].numpy() - x[:10]
     if norm == "inf":
-        # Where the model is certain the softmax's gradient is rounding error, and its sign that of the processor's rounding: the
-        # textbook form itself gives all golden images exactly only without AVX-512. The others are equal.
         error = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(ours, theirs)]
-        assert np.median(error) < 0.01 and max(error) < 0.25, error
+        # On AVX-512 exact ties in a max-pooling go to another pixel (see REPRODUCES_LAYOUT), for the original code as well.
+        assert np.median(error) < 0.01 and max(error) < (0.25 if AVX512 else 0.01), error
     else:
         assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 0.2  # ART changed its L2 step since
+
+
+@pytest.mark.skipif(not AVX512, reason="the test above has held the images to 1 % already")
+def test_golden_images_with_the_kernels_that_made_them():
+    kernels = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__, "-k", "golden_attacks"], env={**os.environ, **kernels}, capture_output=True, text=True)
+    assert done.returncode == 0 and "7 passed" in done.stdout, done.stdout
 
 
 def test_the_numbers_do_not_depend_on_the_batch(golden):
