@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import torch
@@ -47,6 +48,72 @@ def progress(iterable, description):
 
 
 progress.write = tqdm.write  # a line that leaves a bar in one piece
+
+
+class Account:
+    """Where the time of a training goes, in seconds by part, and how many steps the free phases took.
+
+    On a CUDA device work is timed by events and added up only when asked for, so that nothing waits for it meanwhile."""
+
+    def __init__(self, device=None):
+        self.cuda = device is not None and device.type == "cuda"
+        self.seconds, self.events = {}, []
+        self.images = self.steps = self.most = self.unsettled = 0
+
+    @contextlib.contextmanager
+    def time(self, part):
+        if self.cuda:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            yield
+            events[1].record()
+            self.events.append((part, *events))
+        else:
+            start = time.perf_counter()
+            yield
+            self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+
+    def watch(self, batches, part):
+        """Iterates over `batches`, and takes the time that they take to come."""
+        iterator = iter(batches)
+        while True:
+            with self.time(part):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def settling(self, steps, settled):
+        """Counts in the free phase of a mini-batch: of each image the steps that it took, and whether it had settled by then."""
+        self.images += len(steps)
+        self.steps, self.unsettled = self.steps + steps.sum(), self.unsettled + (~settled).sum()
+        self.most = torch.maximum(steps.max(), torch.as_tensor(self.most, device=steps.device))
+
+    def used(self):
+        """Columns of metrics.csv: mean and maximum of the steps, and the share in % of images that did not settle; {} if not counted."""
+        if not self.images:
+            return {}
+        return {"steps_mean": round(int(self.steps) / self.images, 2), "steps_max": int(self.most),
+                "unsettled": round(100 * int(self.unsettled) / self.images, 4)}
+
+    def settled(self):
+        return "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % unsettled".format(**self.used())
+
+    def total(self):
+        """Seconds by part."""
+        for part, start, end in self.events:
+            end.synchronize()
+            self.seconds[part] = self.seconds.get(part, 0.0) + start.elapsed_time(end) / 1000
+        self.events = []
+        return self.seconds
+
+    def add(self, other):
+        for part, seconds in other.total().items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+    def shares(self):
+        whole = sum(self.total().values()) or 1.0
+        return ", ".join(f"{part} {seconds:.1f} s ({100 * seconds / whole:.0f} %)" for part, seconds in self.seconds.items())
 
 
 # ------------------------------------------------------------------------------------------------------------------ tasks

@@ -41,6 +41,8 @@ FLAGS = {
         Flag("load-path", str, None, "a run folder: to go on training it, or to examine it"),
         Flag("save", bool, False, "write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its own)"),
         Flag("device", int, 0, "index of the GPU; -1 is the CPU", low=-1),
+        Flag("precision", str, "fp32", "of the time steps on a CUDA device; weights, and the contrast of EP, stay fp32", ("fp32", "tf32", "bf16")),
+        Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)"),
         Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", low=0),
     ],
     "data": [
@@ -71,6 +73,10 @@ FLAGS = {
         Flag("T1", int, 20, "time steps of the free phase", low=1),
         Flag("T2", int, 4, "time steps of a nudged phase; of BPTT", low=1),
         Flag("betas", float, [0.0, 0.01], "nudging of the free and of the nudged phase", many=True),
+        Flag("schedule", str, "sync", "all layers step at once (sync), or odd and even ones in turn (async): half the arithmetic for the same "
+             "progress, to a fixed point that can be another", ("sync", "async")),
+        Flag("tol", float, 0.0, "free phases and predictions: stop an image once a step changes no layer by more than this share of its norm; "
+             "0: always take T1 steps", low=0),
         Flag("random-sign", bool, False, "EP: draw the sign of the second beta anew for each batch"),
         Flag("thirdphase", bool, False, "EP: nudge with beta and -beta (symmetric estimate)"),
         Flag("same-update", bool, False, "VF models: forward and backward weights take the mean of their updates"),
@@ -102,7 +108,7 @@ FLAGS = {
 # Of a saved run, what no flag changes; what none changes when its training goes on; and what is never taken from it.
 ARCHITECTURE = ("task", "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax", "same_update")
 OPTIMIZER = ("optim", "lrs", "wds", "mmt", "lr_decay", "seed")
-NOT_INHERITED = ("todo", "load_path", "save", "device", "epochs")
+NOT_INHERITED = ("todo", "load_path", "save", "device", "epochs", "precision", "compile")
 
 
 def dest(flag):
@@ -231,6 +237,10 @@ def notes(args):
     for name in ("random_sign", "thirdphase", "check_thm"):
         if getattr(args, name) and args.alg != "EP":
             yield f"--{name.replace('_', '-')} has no effect with --alg {args.alg}"
+    if args.todo == "gducheck":
+        for name in ("tol", "precision"):
+            if getattr(args, name) not in (0, "fp32"):
+                yield f"--{name} has no effect on gducheck, which takes every step in fp32"
     if args.mmt and args.optim != "sgd":
         yield f"--mmt has no effect with --optim {args.optim}"
 
@@ -247,6 +257,18 @@ def pick_device(index):
     if index >= torch.cuda.device_count():
         raise UserError(f"argument --device: got {index}, expected -1 (the CPU) to {torch.cuda.device_count() - 1}")
     return torch.device("cuda", index)
+
+
+def check_device(args, device):
+    """What the arguments demand of the device. Raises UserError."""
+    if args.compile and device.type != "cuda":
+        raise UserError("argument --compile: needs a CUDA device; on a CPU compiled steps are no faster")
+    if args.precision != "fp32":
+        if device.type != "cuda":
+            raise UserError(f"argument --precision: {args.precision} needs a CUDA device, this one computes in fp32")
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError(f"argument --precision: {args.precision} needs a GPU of compute capability 8.0, {torch.cuda.get_device_name(device)} "
+                            f"has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}")
 
 
 def seed_everything(args):
@@ -313,8 +335,10 @@ def evaluate(args, model, device, source):
     line = f"evaluated {source} with T1 = {args.T1}:"
     for split in ("train", "test"):
         data = batches(args, device, split == "train")
-        accuracy = model_utils.evaluate(model, data, args.T1, criterion, f"evaluating, {split}")
-        line += f" {split} accuracy {100 * accuracy:.2f} % ({data.samples} images)" + ("," if split == "train" else "")
+        account = data_utils.Account()
+        accuracy = model_utils.evaluate(model, data, args.T1, criterion, f"evaluating, {split}", args.tol, account)
+        line += f" {split} accuracy {100 * accuracy:.2f} % ({data.samples} images{', ' + account.settled() if args.tol else ''})"
+        line += "," if split == "train" else ""
     print(line)
     data_utils.Run(args.load_path).append_hyperparameters(line)
 
@@ -327,9 +351,9 @@ def attack(args, model, device, saved):
     task, criterion, run = TASKS[args.task], model_utils.make_criterion(args.loss), data_utils.Run(args.load_path)
     images, labels = data_utils.load_split(args.task, args.data_dir, False, args.test_size)
     steps = args.predict_step or args.T1
-    clean = model_utils.predictions(model, data_utils.Batches(images, labels, args.mbs, task, device), steps, criterion) == labels
+    clean = model_utils.predictions(model, data_utils.Batches(images, labels, args.mbs, task, device), steps, criterion, args.tol) == labels
     settings = {name: getattr(args, name) for name in ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start",
-                                                       "no_clip", "seed", "mbs")}
+                                                       "no_clip", "seed", "mbs", "tol", "schedule", "precision")}
     settings.update(predict_step=steps, images=len(labels), eps_list=sorted(args.eps_list or EPS[args.attack_norm]),
                     weights=data_utils.fingerprint(saved["model_state_dict"]))
     sweep = data_utils.Sweep(run, args.attack, args.attack_norm, settings, clean.double().mean().item())
@@ -407,6 +431,8 @@ def run(argv, flags, name, interruption):
     for note in notes(args):
         print(f"note: {note}", file=sys.stderr)
     device = pick_device(args.device)
+    check_device(args, device)
+    model_utils.set_precision(args.precision)
     seed_everything(args)
     try:
         model = model_utils.make_model(args)
@@ -415,6 +441,9 @@ def run(argv, flags, name, interruption):
     if saved:
         load_weights(model, saved, path)
     model.to(device)
+    model.compiled = args.compile
+    if args.precision == "bf16" and args.todo in ("evaluate", "attack"):
+        model.to(torch.bfloat16)
     if args.todo == "train":
         train(args, model, device, saved, argv, name, interruption)
     elif args.todo == "evaluate":

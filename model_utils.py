@@ -10,13 +10,15 @@ A model has layers s_0 = x (fixed), s_1 ... s_N and, per sample, the primitive f
 Its dynamics is s_n(t+1) = act(dPhi/ds_n): the drive from below, up_n(s_{n-1}), plus the drive from above, the adjoint of up_{n+1}
 applied to s_{n+1}. Both are written out, so neither a step nor a weight update needs automatic differentiation.
 """
+import copy
+import functools
 import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils import TASKS, RunError, progress, random_states
+from data_utils import TASKS, Account, RunError, progress, random_states
 
 # ------------------------------------------------------------------------------------------------------------ activations
 
@@ -37,7 +39,7 @@ def hard_sigmoid(x):
 
 def my_hard_sig(x):
     """(1 + hardtanh(x - 1)) / 2, which is x / 2 cut to [0, 1]."""
-    return F.hardtanh(x, 0.0, 2.0) * 0.5
+    return F.hardtanh(x, 0.0, 2.0).mul_(0.5)
 
 
 def ctrd_hard_sig(x):
@@ -109,7 +111,8 @@ def make_pools(letters):
 
 # ------------------------------------------------------------------------------------------------------------ connections
 # What a model asks of a connection between s_pre and s_post, whose term in Phi is s_post . up(s_pre):
-#   up(pre)                  the drive on post, and the route that `down` needs; up_from_zero(mbs): the drive of zero neurons
+#   up(pre)                  the drive on post, and the route that `down` needs (None unless `routed`); up_from_zero(mbs): the
+#                            drive of zero neurons
 #   down(post, route, drive) `drive` plus the drive of post on pre: the adjoint of up, through the separate feedback weights if any
 #   learn(pre, post)         d[s_post . up(s_pre)]/d(weight, bias), summed over the batch
 #   learn_feedback(pre, post)   the same for the separate feedback weights, in the shape of the forward ones
@@ -121,6 +124,16 @@ def _dot(a, b):
     return (a.flatten(1) * b.flatten(1)).sum(1)
 
 
+def _rows(weight):
+    """The weights of a convolution in channels-last memory as a matrix, a row per output channel."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _pixels(u):
+    """A map in channels-last memory as a matrix, a row per pixel."""
+    return u.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 class Dense:
     """up(s) = W s + b, with the layer below flattened.
 
@@ -129,7 +142,7 @@ class Dense:
     """
 
     def __init__(self, synapse, pre_shape, feedback=None, transposed=False):
-        self.synapse, self.pre_shape, self.feedback, self.transposed = synapse, pre_shape, feedback, transposed
+        self.synapse, self.pre_shape, self.feedback, self.transposed, self.routed = synapse, pre_shape, feedback, transposed, False
         self.post_shape = (synapse.out_features,)
 
     def down_weight(self):
@@ -142,7 +155,7 @@ class Dense:
         return F.linear(pre.flatten(1), self.synapse.weight, self.synapse.bias), None
 
     def down(self, post, route, drive):
-        return torch.addmm(drive.flatten(1), post, self.down_weight()).view_as(drive)
+        return torch.mm(post, self.down_weight()).view_as(drive).add_(drive)  # faster than addmm, which copies the drive first
 
     def up_from_zero(self, mbs):
         return self.synapse.bias.expand(mbs, -1)
@@ -211,7 +224,7 @@ class Conv:
     max-pooling on the way down are then those of its own convolution."""
 
     def __init__(self, synapse, pool, pre_shape, feedback=None):
-        self.synapse, self.pool, self.pre_shape, self.feedback = synapse, pool, pre_shape, feedback
+        self.synapse, self.pool, self.pre_shape, self.feedback, self.routed = synapse, pool, pre_shape, feedback, pool.routed
         kernel, stride, padding = synapse.kernel_size[0], synapse.stride[0], synapse.padding[0]
         size = pre_shape[1] + 2 * padding - kernel
         self.size = (size // stride + 1,) * 2  # of the map before pooling
@@ -224,17 +237,47 @@ class Conv:
                              f"{pre_shape[1]}x{pre_shape[1]} map")
         self.post_shape = (synapse.out_channels, pooled, pooled)
 
+    # Three ways through the convolution, all in channels-last memory. Where the map is small beside the weights, a matrix product
+    # over its windows is several times faster on a CPU than a convolution, which first lays all the weights out anew.
+
+    def _as_product(self, mbs, weight):
+        return (weight.device.type == "cpu" and 2 * mbs * self.size[0] ** 2 <= weight.size(0)
+                and weight.is_contiguous(memory_format=torch.channels_last))
+
+    def _windows(self, pre):
+        """What each output pixel sees, (mbs * H * W, kernel * kernel * C)."""
+        kernel, stride, padding = self.synapse.kernel_size[0], self.geometry["stride"], self.geometry["padding"]
+        pre = F.pad(pre, (padding,) * 4) if padding else pre
+        return pre.unfold(2, kernel, stride).unfold(3, kernel, stride).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(0, 2)
+
     def convolve(self, pre, weight, bias):
-        """conv(pre), computed in the layout of the weights, into channels-last memory."""
+        """conv(pre), computed in the layout of the weights."""
+        if self._as_product(pre.size(0), weight):
+            out = F.linear(self._windows(pre), _rows(weight), bias)
+            return out.view(pre.size(0), *self.size, -1).permute(0, 3, 1, 2)
         if weight.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(pre, weight, bias, **self.geometry)
         return F.conv2d(pre.contiguous(), weight, bias, **self.geometry).contiguous(memory_format=torch.channels_last)
 
     def transposed(self, u, weight):
-        return F.conv_transpose2d(u, weight, output_padding=self.output_padding, **self.geometry)
+        """The adjoint of the convolution, applied to the map u."""
+        if not self._as_product(u.size(0), weight):
+            return F.conv_transpose2d(u, weight, output_padding=self.output_padding, **self.geometry)
+        kernel, stride, padding = self.synapse.kernel_size[0], self.geometry["stride"], self.geometry["padding"]
+        windows = (_pixels(u) @ _rows(weight)).view(u.size(0), *self.size, kernel, kernel, -1)
+        side = self.pre_shape[1] + 2 * padding
+        pre = u.new_zeros(u.size(0), side, side, weight.size(1))
+        reach = [slice(i, i + stride * (self.size[0] - 1) + 1, stride) for i in range(kernel)]
+        for i, rows in enumerate(reach):
+            for j, columns in enumerate(reach):
+                pre[:, rows, columns] += windows[:, :, :, i, j]
+        return pre[:, padding:side - padding, padding:side - padding].permute(0, 3, 1, 2)
 
     def weight_grad(self, pre, u, weight):
         """d[u . conv(pre)]/d(weight). As torch.nn.grad.conv2d_weight, but told the weight, so that the result has its layout."""
+        if self._as_product(pre.size(0), weight):
+            grad = _pixels(u).t() @ self._windows(pre)
+            return grad.view(weight.size(0), *weight.shape[2:], weight.size(1)).permute(0, 3, 1, 2)
         square = [[self.geometry[key]] * 2 for key in ("stride", "padding")]
         return torch.ops.aten.convolution_backward(u, pre, weight, None, *square, [1, 1], False, [0, 0], 1, [False, True, False])[1]
 
@@ -243,7 +286,7 @@ class Conv:
 
     def up(self, pre):
         post, route = self._pooled(pre, self.synapse)
-        if self.feedback is not None and self.pool.routed:
+        if self.feedback is not None and self.routed:
             with torch.no_grad():
                 route = self._pooled(pre, self.feedback)[1]
         return post, route
@@ -252,13 +295,14 @@ class Conv:
         return (self.feedback or self.synapse).weight
 
     def down(self, post, route, drive):
-        return drive + _ConvDown.apply(post, self.down_weight(), route, self)
+        u = _ConvDown.apply(post, self.down_weight(), route, self)
+        return u + drive if torch.is_grad_enabled() else u.add_(drive)
 
     def up_from_zero(self, mbs):
         return self.synapse.bias.view(1, -1, 1, 1).expand(mbs, *self.post_shape)
 
     def _learn(self, pre, post, synapse):
-        route = self._pooled(pre, synapse)[1] if self.pool.routed else None
+        route = self._pooled(pre, synapse)[1] if self.routed else None
         u = self.pool.adjoint(post, route, self.size)
         return self.weight_grad(pre, u, synapse.weight), u.sum((0, 2, 3))
 
@@ -286,6 +330,23 @@ def _set_grad(p, grad):
 # ----------------------------------------------------------------------------------------------------------------- models
 
 
+def relative_change(before, after):
+    """How far each image moved: the largest over the layers of ||after - before|| / ||after||, (mbs,). before, after: neurons."""
+    return torch.stack([(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-12) for a, b in zip(before, after)]).amax(0)
+
+
+def _rows_of(tensor, chosen):
+    """Some samples of a tensor (of None: None), in its layout."""
+    if tensor is None or tensor.dim() != 4:
+        return None if tensor is None else tensor[chosen]
+    return tensor.permute(0, 2, 3, 1)[chosen].permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function)
+
+
 class _Pull:
     """A constant slope to nudge against, where a label's one-hot vector would be the target."""
 
@@ -301,14 +362,17 @@ class EnergyModel(nn.Module):
     connections   one per layer of neurons s_1 ... s_N (the read-out is none)
     softmax       whether the output is read out of s_N by a linear layer, with the cross-entropy acting on its logits
     same_update   vector-field models: whether both weights of a connection take the mean of their two gradients
+    schedule      `sync`: all layers step at once; `async`: odd and even ones in turn, each seeing the other's new state. A fixed
+                  point of one that keeps its max-pooling winners is one of the other, but from zero they can reach different ones
+    compiled      whether steps without a graph go through torch.compile
     """
 
-    def __init__(self, synapses, B_syn, connections, activation, softmax=False, same_update=False, pools=()):
+    def __init__(self, synapses, B_syn, connections, activation, softmax=False, same_update=False, pools=(), schedule="sync"):
         super().__init__()
         self.synapses, self.B_syn = nn.ModuleList(synapses), nn.ModuleList(B_syn)
         self.pools = nn.ModuleList(pools)
         self.connections, self.activation = connections, activation
-        self.softmax, self.same_update = softmax, same_update
+        self.softmax, self.same_update, self.schedule, self.compiled = softmax, same_update, schedule, False
         self.nc = self.synapses[-1].out_features
         # Convolutions and poolings run faster in this layout, on CPU and GPU alike; it changes no value.
         self.to(memory_format=torch.channels_last)
@@ -336,7 +400,7 @@ class EnergyModel(nn.Module):
 
     def _target(self, y, beta):
         """onehot(y), (mbs, classes), for the slope of the loss; None where nothing nudges."""
-        if beta == 0:
+        if not torch.is_tensor(beta) and beta == 0:
             return None
         if y is None:
             raise ValueError("labels are needed to nudge: y is None but beta is not 0")
@@ -363,7 +427,7 @@ class EnergyModel(nn.Module):
 
     def input_drive(self, x):
         """up_1(x), which does not change in time: computed once, it serves every step of every phase on `x`."""
-        return self.connections[0].up(x)[0]
+        return self.connections[0].up(x.to(self.synapses[0].weight.dtype))[0]
 
     def step(self, drive_x, neurons, target, beta, criterion, lowest=0):
         """One synchronous step, s_n <- act(dPhi/ds_n) for all n at once; entries of `neurons` below `lowest` stay as they are.
@@ -378,40 +442,104 @@ class EnergyModel(nn.Module):
                 drives[n - 1] = c.down(neurons[n], route, drives[n - 1])
         if target is not None:
             drives[-1] = self._nudged(drives[-1], neurons, target, beta, criterion)
-        return drives[:lowest] + self._activate(drives[lowest:], criterion)
+        return drives[:lowest] + [self._activate(n, drives[n], criterion) for n in range(lowest, len(drives))]
 
     def first_step(self, drive_x, target, beta, criterion):
-        """The step from zero neurons, where the drive from below is the bias and there is none from above."""
+        """The synchronous step from zero neurons, where the drive from below is the bias and there is none from above."""
         drives = [drive_x, *(c.up_from_zero(drive_x.size(0)) for c in self.connections[1:])]
         if target is not None:
             drives[-1] = self._nudged(drives[-1], self.init_neurons(drive_x.size(0), drive_x.device), target, beta, criterion)
-        return self._activate(drives, criterion)
+        return [self._activate(n, drive, criterion) for n, drive in enumerate(drives)]
+
+    def sweep(self, drive_x, neurons, routes, target, beta, criterion):
+        """One asynchronous step: s_1, s_3, ... from their neighbours, then s_2, s_4, ... from the new ones.
+
+        routes: each connection's, for the present state of the layer below it, or None; brought up to date in place. A layer
+        does not change between its connection's upward drive and the next downward one, so that no route is looked for twice."""
+        neurons = list(neurons)
+        for first in (0, 1):
+            for n in range(first, len(neurons), 2):
+                drive = drive_x
+                if n > 0:
+                    drive, routes[n] = self.connections[n].up(neurons[n - 1])
+                if n + 1 < len(neurons):
+                    above = self.connections[n + 1]
+                    if above.routed and routes[n + 1] is None:
+                        with torch.no_grad():
+                            routes[n + 1] = above.up(neurons[n])[1]
+                    drive = above.down(neurons[n + 1], routes[n + 1], drive)
+                elif target is not None:
+                    drive = self._nudged(drive, neurons, target, beta, criterion)
+                neurons[n] = self._activate(n, drive, criterion)
+        return neurons
 
     def _nudged(self, drive, neurons, target, beta, criterion):
         slope = target.slope if isinstance(target, _Pull) else self._loss_slope(neurons, target, criterion)
+        if torch.is_tensor(beta):
+            slope, beta = slope * beta, 1.0
         if self.softmax:
             slope = (slope @ self.synapses[-1].weight).view_as(neurons[-1])
         return torch.add(drive, slope, alpha=-beta)
 
-    def _activate(self, drives, criterion):
-        linear_output = not self.softmax and not isinstance(criterion, nn.MSELoss)
-        activated = [self.activation(d) for d in (drives[:-1] if linear_output else drives)]
-        return activated + drives[-1:] if linear_output else activated
+    def _activate(self, n, drive, criterion):
+        linear = n == len(self.connections) - 1 and not self.softmax and not isinstance(criterion, nn.MSELoss)
+        return drive if linear else self.activation(drive)
+
+    def advance(self, drive_x, neurons, routes, target, beta, criterion, lowest=0):
+        """One step of the model's schedule from `neurons` (zero if None). routes: see `sweep`; lowest: see `step`."""
+        if neurons is None and self.schedule == "sync":
+            return self.first_step(drive_x, target, beta, criterion)
+        if neurons is None:
+            neurons = self.init_neurons(drive_x.size(0), drive_x.device)
+        step, sweep = self.step, self.sweep
+        if self.compiled and not torch.is_grad_enabled() and lowest == 0:
+            step, sweep = (functools.partial(_compiled(f), self) for f in (EnergyModel.step, EnergyModel.sweep))
+        if self.schedule == "sync":
+            return step(drive_x, neurons, target, beta, criterion, lowest)
+        return sweep(drive_x, neurons, routes, target, beta, criterion)
 
     def relax(self, drive_x, y, neurons, T, beta, criterion, output_only=False, slope=None):
         """T steps from `neurons` (zero if None), given the input's drive. Leaves its arguments as they are. With `output_only`
-        the last steps leave out the layers that cannot reach s_N any more: s_{N-k} is then returned as of k steps earlier.
-        `slope`: what to nudge against in place of dL/d(read-out), (mbs, classes), constant in time."""
-        target = self._target(y, beta) if slope is None else _Pull(slope)
-        done = 0
-        if neurons is None and T > 0:
-            neurons, done = self.first_step(drive_x, target, beta, criterion), 1
-        elif neurons is None:
+        the last synchronous steps leave out the layers that cannot reach s_N any more: s_{N-k} is then returned as of k steps
+        earlier. beta: a number, or one per sample, (mbs, 1). `slope`: what to nudge against in place of dL/d(read-out),
+        (mbs, classes), constant in time."""
+        target, depth = self._target(y, beta) if slope is None else _Pull(slope), len(self.connections)
+        if T == 0 and neurons is None:
             neurons = self.init_neurons(drive_x.size(0), drive_x.device)
-        for left in reversed(range(T - done)):
-            lowest = max(0, len(neurons) - 1 - left) if output_only else 0
-            neurons = self.step(drive_x, neurons, target, beta, criterion, lowest)
+        routes = [None] * depth
+        for left in reversed(range(T)):
+            lowest = max(0, depth - 1 - left) if output_only and neurons is not None else 0
+            neurons = self.advance(drive_x, neurons, routes, target, beta, criterion, lowest)
         return list(neurons)
+
+    @torch.no_grad()
+    def settle(self, drive_x, y, T, beta, criterion, tol, every=5):
+        """As `relax` from zero neurons, but an image stops once it has settled: once a step has changed no layer of it by `tol` of
+        that layer's norm. Looks after every fifth step; images that have settled leave the batch.
+
+        Returns (neurons, steps, settled): a list of N tensors as `relax` does; how many steps each image took, (mbs,); and whether
+        it had settled then, (mbs,) bool."""
+        mbs, device = drive_x.size(0), drive_x.device
+        target, state, routes = self._target(y, beta), None, [None] * len(self.connections)
+        result = self.init_neurons(mbs, device)
+        steps, settled = torch.full((mbs,), T, device=device), torch.zeros(mbs, dtype=torch.bool, device=device)
+        active = torch.arange(mbs, device=device)
+        for done in range(1, T + 1):
+            before, state = state, self.advance(drive_x, state, routes, target, beta, criterion)
+            if done == 1 or done % every and done < T:
+                continue
+            still = relative_change(before, state) < tol
+            stop = still if done < T else torch.ones_like(still)
+            steps[active[still]], settled[active[still]] = done, True
+            for whole, part in zip(result, state):
+                whole[active[stop]] = part[stop]
+            if stop.any():
+                go_on = (~stop).nonzero().flatten()
+                drive_x, target, active = (_rows_of(t, go_on) for t in (drive_x, target, active))
+                state, routes = ([_rows_of(t, go_on) for t in tensors] for tensors in (state, routes))
+            if not len(active):
+                break
+        return result, steps, settled
 
     def forward(self, x, y=None, neurons=None, T=1, beta=0.0, criterion=nn.MSELoss(reduction="none"), check_thm=False,
                 output_only=False):
@@ -499,26 +627,27 @@ def _dense_chain(archi, feedback):
 class P_MLP(EnergyModel):
     """Dense layers with tied weights. archi: sizes of all layers, the input's first."""
 
-    def __init__(self, archi, activation, softmax=False):
+    def __init__(self, archi, activation, softmax=False, schedule="sync"):
         synapses, _ = _dense_chain(archi, False)
         connections = [Dense(s, (a,)) for s, a in zip(synapses, archi)]
-        super().__init__(synapses, [], connections[:-1] if softmax else connections, activation, softmax)
+        super().__init__(synapses, [], connections[:-1] if softmax else connections, activation, softmax, schedule=schedule)
 
 
 class VF_MLP(EnergyModel):
     """Dense layers with separate backward weights `B_syn`, of shape (pre, post)."""
 
-    def __init__(self, archi, activation, softmax=False, same_update=False):
+    def __init__(self, archi, activation, softmax=False, same_update=False, schedule="sync"):
         synapses, B_syn = _dense_chain(archi, True)
         if softmax:
             B_syn.pop()
         feedback = [None, *B_syn, None]
         connections = [Dense(s, (a,), b, transposed=True) for s, a, b in zip(synapses, archi, feedback)]
-        super().__init__(synapses, B_syn, connections[:-1] if softmax else connections, activation, softmax, same_update)
+        super().__init__(synapses, B_syn, connections[:-1] if softmax else connections, activation, softmax, same_update, schedule=schedule)
 
 
 class _CNN(EnergyModel):
-    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, separate, same_update=False):
+    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, separate, same_update=False,
+                 schedule="sync"):
         if not len(channels) - 1 == len(kernels) == len(strides) == len(pools) == len(paddings) > 0 or not fc:
             raise ValueError("kernels, strides, pools and paddings need one entry per convolution, channels one more, fc at least one")
         synapses, B_syn, connections, shape = [], [], [], (channels[0], in_size, in_size)
@@ -541,7 +670,7 @@ class _CNN(EnergyModel):
                 B_syn.append(nn.Linear(size, out, bias=False))
             connections.append(Dense(synapses[-1], shape, B_syn[-1] if separate else None))
             shape = connections[-1].post_shape
-        super().__init__(synapses, B_syn, connections, activation, softmax, same_update, pools)
+        super().__init__(synapses, B_syn, connections, activation, softmax, same_update, pools, schedule)
 
 
 class P_CNN(_CNN):
@@ -551,16 +680,17 @@ class P_CNN(_CNN):
     the last one the number of classes; pools: see `make_pools`. Raises ValueError, naming the layer, where nothing is left of a map.
     """
 
-    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False):
-        super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, separate=False)
+    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False, schedule="sync"):
+        super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, separate=False, schedule=schedule)
 
 
 class VF_CNN(_CNN):
     """As P_CNN, with separate backward weights `B_syn` for every connection but the first (and the read-out)."""
 
-    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False, same_update=False):
+    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False, same_update=False,
+                 schedule="sync"):
         super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, separate=True,
-                         same_update=same_update)
+                         same_update=same_update, schedule=schedule)
 
 
 # ---------------------------------------------------------------------------------------------------- models from arguments
@@ -568,17 +698,14 @@ class VF_CNN(_CNN):
 
 def make_model(args):
     """The model that the command line's arguments describe, with initial weights scaled by args.scale."""
-    task, act = TASKS[args.task], ACTIVATIONS[args.act]
-    if args.model == "MLP":
-        model = P_MLP(args.archi, act, softmax=args.softmax)
-    elif args.model == "VFMLP":
-        model = VF_MLP(args.archi, act, softmax=args.softmax, same_update=args.same_update)
+    task, act, options = TASKS[args.task], ACTIVATIONS[args.act], {"softmax": args.softmax, "schedule": args.schedule}
+    if args.model.startswith("VF"):
+        options["same_update"] = args.same_update
+    if args.model in ("MLP", "VFMLP"):
+        model = {"MLP": P_MLP, "VFMLP": VF_MLP}[args.model](args.archi, act, **options)
     else:
         geometry = (task.size, [task.channels, *args.channels], args.kernels, args.strides, args.fc, make_pools(args.pools), args.paddings)
-        if args.model == "CNN":
-            model = P_CNN(*geometry, act, softmax=args.softmax)
-        else:
-            model = VF_CNN(*geometry, act, softmax=args.softmax, same_update=args.same_update)
+        model = {"CNN": P_CNN, "VFCNN": VF_CNN}[args.model](*geometry, act, **options)
     if args.scale is not None:
         with torch.no_grad():
             for p in model.parameters():
@@ -610,36 +737,82 @@ def make_optimizer(model, args):
 # --------------------------------------------------------------------------------------------------------- learning rules
 
 
+# Of all learning rules: `tol`: let the free phase end early (see `EnergyModel.settle`), 0: never. `account`: where the time goes and how
+# many steps were used. `twin`: a copy of the model in lower precision (see `lowered`) that the time steps are left to.
+
+
+def free_phase(model, x, y, T, beta, criterion, tol=0.0, account=None):
+    """(drive of the input, neurons after at most T steps from zero)."""
+    with torch.no_grad(), (account or Account()).time("free"):
+        drive = model.input_drive(x)
+        if not tol:
+            return drive, model.relax(drive, y, None, T, beta, criterion)
+        neurons, steps, settled = model.settle(drive, y, T, beta, criterion, tol)
+        if account:
+            account.settling(steps, settled)
+        return drive, neurons
+
+
+PAIRED = 2 ** 20  # neurons in a mini-batch up to which two nudged phases are faster as one of twice the size
+
+
+def nudged_phases(model, drive, y, free, T2, beta, criterion):
+    """The neurons after T2 steps from `free` nudged by beta, and by -beta."""
+    if sum(s.numel() for s in free) > PAIRED:
+        return [model.relax(drive, y, free, T2, b, criterion) for b in (beta, -beta)]
+    signs = torch.tensor([beta, -beta], device=drive.device, dtype=drive.dtype).repeat_interleave(len(drive)).view(-1, 1)
+    both = model.relax(torch.cat([drive, drive]), torch.cat([y, y]), [torch.cat([s, s]) for s in free], T2, signs, criterion)
+    return zip(*(s.chunk(2) for s in both))
+
+
 @torch.no_grad()
-def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False):
+def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False, tol=0.0, account=None, twin=None):
     """Equilibrium Propagation on one mini-batch: fills p.grad and returns the free neurons.
 
     A free phase of T1 steps at betas[0] from zero neurons; from there a nudged phase of T2 steps at betas[1], and with
     `thirdphase` a second one at -betas[1], whose contrast has no error of first order in beta.
     """
-    beta_1, beta_2 = betas
-    drive = model.input_drive(x)
-    free = model.relax(drive, y, None, T1, beta_1, criterion)
-    nudged = model.relax(drive, y, free, T2, beta_2, criterion)
-    if thirdphase:
-        opposite = model.relax(drive, y, free, T2, -beta_2, criterion)
-        model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), criterion, neurons_3=opposite)
-    else:
-        model.compute_syn_grads(x, y, free, nudged, betas, criterion)
+    account, (beta_1, beta_2), moving = account or Account(), betas, twin or model
+    drive, free = free_phase(moving, x, y, T1, beta_1, criterion, tol, account)
+    with account.time("nudged"):
+        if thirdphase:
+            states = [free, *nudged_phases(moving, drive, y, free, T2, beta_2, criterion)]
+        else:
+            states = [free, moving.relax(drive, y, free, T2, beta_2, criterion)]
+    with account.time("update"):
+        free, nudged, *opposite = ([s.to(x.dtype) for s in state] for state in states)
+        if thirdphase:
+            model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), criterion, neurons_3=opposite[0])
+        else:
+            model.compute_syn_grads(x, y, free, nudged, betas, criterion)
     return free
 
 
-def bptt_gradients(model, x, y, T1, T2, criterion):
+def bptt_gradients(model, x, y, T1, T2, criterion, tol=0.0, account=None, twin=None):
     """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and returns the neurons, of
     which the output is as of T1 steps (the layers below it as of a few steps earlier, see `relax`)."""
-    neurons = model(x, None, None, T1 - T2, criterion=criterion) if T1 > T2 else None
-    neurons = model.relax(model.input_drive(x), None, neurons, T2, 0.0, criterion, output_only=True)
-    model.zero_grad()
-    model.loss(neurons, y, criterion).mean().backward()
-    for p in model.parameters():
-        if p.grad is None:  # T2 steps do not reach it; momentum and weight decay do
-            p.grad = torch.zeros_like(p)
-    return [n.detach() for n in neurons]
+    account, moving = account or Account(), twin or model
+    neurons = free_phase(moving, x, None, T1 - T2, 0.0, criterion, tol, account)[1] if T1 > T2 else None
+    with account.time("BPTT"):
+        neurons = moving.relax(moving.input_drive(x), None, neurons, T2, 0.0, criterion, output_only=True)
+        moving.zero_grad()
+        moving.loss(neurons, y, criterion).mean().backward()
+        for p, q in zip(model.parameters(), moving.parameters()):
+            if q.grad is None:  # T2 steps do not reach it; momentum and weight decay do
+                q.grad = torch.zeros_like(q)
+            if p is not q:
+                p.grad = q.grad.to(p.dtype)
+    return [n.detach().to(x.dtype) for n in neurons]
+
+
+def lowered(model, dtype):
+    """A copy of the model in another precision, for the time steps; `refresh` gives it the model's present weights."""
+    return copy.deepcopy(model).to(dtype)
+
+
+@torch.no_grad()
+def refresh(twin, model):
+    torch._foreach_copy_(list(twin.parameters()), list(model.parameters()))
 
 
 # ------------------------------------------------------------------------------------------------ EP against BPTT (gducheck)
@@ -776,11 +949,19 @@ def correct(model, neurons, y):
 
 
 @torch.no_grad()
-def evaluate(model, batches, T1, criterion, description="evaluating"):
-    """The share of images that are classified correctly after T1 free steps."""
+def predicting_neurons(model, x, T, criterion, tol=0.0, account=None):
+    """The neurons whose read-out is the prediction after T free steps; with `tol` after at most T, see `EnergyModel.settle`."""
+    if tol:
+        return free_phase(model, x, None, T, 0.0, criterion, tol, account)[1]
+    return model(x, None, None, T, criterion=criterion, output_only=True)
+
+
+@torch.no_grad()
+def evaluate(model, batches, T1, criterion, description="evaluating", tol=0.0, account=None):
+    """The share of images that are classified correctly after T1 free steps (with `tol`: at most, see `EnergyModel.settle`)."""
     hits = 0
     for x, y in progress(batches, description):
-        hits += correct(model, model(x, None, None, T1, criterion=criterion, output_only=True), y)
+        hits += correct(model, predicting_neurons(model, x, T1, criterion, tol, account), y)
     return int(hits) / batches.samples
 
 
@@ -795,25 +976,32 @@ def log_theorem(model, x, y, args, criterion, epoch, batch, run):
         run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])
 
 
-def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None):
+def gradients(model, x, y, args, criterion, account=None, twin=None):
+    """Fills p.grad from one mini-batch by the learning rule in args (alg, T1, T2, betas, random_sign, thirdphase, tol). Returns the
+    neurons of the free phase."""
+    if args.alg == "BPTT":
+        return bptt_gradients(model, x, y, args.T1, args.T2, criterion, args.tol, account, twin)
+    beta_1, beta_2 = args.betas
+    if args.random_sign and torch.rand(()) < 0.5:
+        beta_2 = -beta_2
+    return ep_gradients(model, x, y, args.T1, args.T2, (beta_1, beta_2), criterion, args.thirdphase, args.tol, account, twin)
+
+
+def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, account=None, twin=None):
     """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's neurons."""
-    hits = seen = 0
-    bar = progress(batches, f"epoch {epoch}")
+    account, hits, seen = account or Account(), 0, 0
+    bar = progress(account.watch(batches, "data"), f"epoch {epoch}")
     every = -(-len(batches) // 10)
     for batch, (x, y) in enumerate(bar, 1):
         if args.check_thm and args.alg == "EP" and (batch - 1) % every == 0:
             log_theorem(model, x[:5], y[:5], args, criterion, epoch, batch, run)
-        if args.alg == "EP":
-            beta_1, beta_2 = args.betas
-            if args.random_sign and torch.rand(()) < 0.5:
-                beta_2 = -beta_2
-            neurons = ep_gradients(model, x, y, args.T1, args.T2, (beta_1, beta_2), criterion, args.thirdphase)
-        else:
-            neurons = bptt_gradients(model, x, y, args.T1, args.T2, criterion)
-        with torch.no_grad():
+        neurons = gradients(model, x, y, args, criterion, account, twin)
+        with torch.no_grad(), account.time("update"):
             hits, seen = hits + correct(model, neurons, y), seen + len(y)
-        optimizer.step()
-        check_finite(model, neurons, epoch, batch)
+            optimizer.step()
+            if twin:
+                refresh(twin, model)
+            check_finite(model, neurons, epoch, batch)
         bar.set_postfix_str(f"train {100 * int(hits) / seen:.2f} %", refresh=False)
     return int(hits) / seen, neurons
 
@@ -835,20 +1023,26 @@ def best_of(history):
 def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=None):
     """Trains for args.epochs epochs after those in `history`, to which it appends: a list of dicts, a row of metrics.csv each.
 
-    args: alg, T1, T2, betas, random_sign, thirdphase, loss, epochs, and what else is to be written down. run: the
+    args: alg, T1, T2, betas, random_sign, thirdphase, tol, precision, loss, epochs, and what else is to be written down. run: the
     `data_utils.Run` to write to after every epoch, or None. Raises RunError when neurons or weights stop being finite.
     """
-    criterion = make_criterion(args.loss)
+    criterion, whole = make_criterion(args.loss), Account()
+    device = next(model.parameters()).device
+    twin = lowered(model, torch.bfloat16) if args.precision == "bf16" else None
+    if args.precision != "fp32":
+        report_precision(model, train_batches, args, criterion, twin)
     history = [] if history is None else history
     last = len(history) + args.epochs
     for epoch in range(len(history) + 1, last + 1):
-        start = time.perf_counter()
-        train_acc, neurons = train_epoch(model, optimizer, train_batches, args, criterion, epoch, run)
+        start, account = time.perf_counter(), Account(device)
+        train_acc, neurons = train_epoch(model, optimizer, train_batches, args, criterion, epoch, run, account, twin)
         if scheduler is not None and scheduler.last_epoch < scheduler.T_max:  # it would rise again behind its minimum
             scheduler.step()
-        test_acc = evaluate(model, test_batches, args.T1, criterion)
+        spent = time.perf_counter() - start
+        with account.time("evaluation"):
+            test_acc = evaluate(twin or model, test_batches, args.T1, criterion, tol=args.tol)
         row = {"epoch": epoch, "train_acc": round(100 * train_acc, 4), "test_acc": round(100 * test_acc, 4),
-               "seconds": round(time.perf_counter() - start, 2)}
+               "seconds": round(time.perf_counter() - start, 2), **account.used()}
         angles = model.angles()
         row.update((f"angle_{n}", round(angle, 3)) for n, angle in enumerate(angles, 2))
         improved = row["test_acc"] > best_of(history)
@@ -856,8 +1050,32 @@ def train(model, optimizer, train_batches, test_batches, args, scheduler=None, r
             finish_epoch(run, snapshot(model, args, [*history, row]), neurons, improved, epoch == last,
                          snapshot(model, args, [*history, row], optimizer, scheduler, train_batches.generator))
         history.append(row)
-        print(f"epoch {epoch}/{last}: train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s"
+        whole.add(account)
+        print(f"epoch {epoch}/{last}: train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
+              f"{train_batches.samples / spent:.0f} images/s" + (f", {account.settled()}" if args.tol else "")
               + (", angles " + " ".join(f"{a:.1f}" for a in angles) if angles else ""), flush=True)
+    print(f"time: {whole.shares()}", flush=True)
+
+
+def report_precision(model, batches, args, criterion, twin):
+    """Prints how far the gradients of a mini-batch in args.precision are from those in fp32. Leaves random numbers as they are."""
+    images, labels = (t[:batches.mbs] for t in (batches.images, batches.labels))
+    x, found = batches.normalise(images.float() / 255), []
+    state = torch.get_rng_state()
+    for name, in_it in (("fp32", None), (args.precision, twin)):
+        set_precision(name)
+        torch.set_rng_state(state)
+        gradients(model, x, labels, args, criterion, twin=in_it)
+        found.append({name: p.grad.flatten().double() for name, p in model.named_parameters()})
+    torch.set_rng_state(state)
+    cosines = {name: F.cosine_similarity(a, found[1][name], dim=0, eps=1e-30).item() for name, a in found[0].items()}
+    worst = min(cosines, key=cosines.get)
+    print(f"{args.precision} against fp32 at beta {args.betas[1]:g}: gradient cosine at least {cosines[worst]:.4f} ({worst})", flush=True)
+
+
+def set_precision(name):
+    """How float32 products are computed on a CUDA device: `tf32` in that format, which has 10 bits of mantissa, otherwise exactly."""
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if name == "tf32" else "ieee"
 
 
 def finish_epoch(run, state, neurons, improved, final, checkpoint):
@@ -894,7 +1112,7 @@ def attack_batch(model, x, y, args, eps, grad, task):
     clip = (0.0, 1.0) if not args.no_clip else (-eps, 1.0 + eps) if args.attack in ("square", "autoattack", "hopskipjump") else None
     classifier = PyTorchClassifier(
         model, loss, x.shape[1:], task.classes, args.predict_step or args.T1, args.attack_step, criterion=make_criterion(args.loss), grad=grad,
-        start=args.attack_start, watch=watch, gain=10.0 if args.loss == "mse" and not isinstance(loss, nn.MSELoss) else 1.0,
+        start=args.attack_start, tol=args.tol, watch=watch, gain=10.0 if args.loss == "mse" and not isinstance(loss, nn.MSELoss) else 1.0,
         shift=1.0 if args.loss == "mse" and args.attack in ("apgd-ce", "apgd-dlr", "autoattack") else 0.0,
         clip_values=clip, preprocessing=(mean, std), device_type="cpu" if device.type == "cpu" else "gpu")
     watch.start(len(x))
@@ -944,6 +1162,6 @@ def attack(model, images, labels, args, eps, task, description):
 
 
 @torch.no_grad()
-def predictions(model, batches, T1, criterion):
+def predictions(model, batches, T1, criterion, tol=0.0):
     """The predicted class of every image, (n,), on the CPU."""
-    return torch.cat([model.readout(model(x, None, None, T1, criterion=criterion, output_only=True)).argmax(1).cpu() for x, _ in batches])
+    return torch.cat([model.readout(predicting_neurons(model, x, T1, criterion, tol)).argmax(1).cpu() for x, _ in batches])

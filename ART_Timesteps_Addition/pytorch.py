@@ -86,20 +86,26 @@ class Unrolled(torch.nn.Module):
     from zero neurons or, with `equilibrium`, after T1 - T2 steps without a graph. last_layer: 1 reads out logits, 0 gives the
     neurons of the last layer. gain, shift: what attacks see is gain * read-out + shift; output neurons within [0, 1] are neither
     logits (a gap of 1 is little to a softmax, which then attends to every class alike) nor, though they look it, probabilities.
-    watch: called with the gradient with respect to x whenever one is computed.
+    tol: lets predictions end early, see `EnergyModel.settle`. watch: called with the gradient with respect to x whenever one is computed.
     """
 
-    def __init__(self, model, T1, T2, criterion, last_layer=1, grad="bptt", start="zero", beta=0.1, gain=1.0, shift=0.0,
+    def __init__(self, model, T1, T2, criterion, last_layer=1, *, grad="bptt", start="zero", beta=0.1, gain=1.0, shift=0.0, tol=0.0,
                  watch=None):
         super().__init__()
+        if grad == "ep" and model.softmax and not last_layer:
+            raise ValueError("the gradient by EP is that of a loss on the read-out: it needs last_layer=1")
         self.model, self.T1, self.T2, self.criterion, self.last_layer = model, T1, T2, criterion, last_layer
-        self.grad, self.start, self.beta, self.gain, self.shift, self.watch = grad, start, beta, gain, shift, watch
+        self.grad, self.start, self.beta, self.gain, self.shift, self.tol, self.watch = grad, start, beta, gain, shift, tol, watch
         self.differentiated = smoothed(model) if grad == "smooth" else model
 
     def forward(self, x):
-        x = x.to(next(self.model.parameters()).dtype)  # some attacks count in float64
+        dtype = self.model.synapses[0].weight.dtype
+        out = self.respond(x.to(dtype))  # some attacks count in float64
+        return out.float() if dtype == torch.bfloat16 else out
+
+    def respond(self, x):
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.output(self.model(x, None, None, self.T1, 0.0, self.criterion, False, output_only=True))
+            return self.output(model_utils.predicting_neurons(self.model, x, self.T1, self.criterion, self.tol), self.model)
         if self.watch is not None:
             x = x.view_as(x)
             x.register_hook(self.watch)
@@ -117,8 +123,8 @@ class Unrolled(torch.nn.Module):
     def through(self, x, neurons):
         return self.output(self.differentiated(x, None, neurons, self.T2, 0.0, self.criterion, True, output_only=True), self.differentiated)
 
-    def output(self, neurons, model=None):
-        return self.gain * (model or self.model).readout(neurons) + self.shift if self.last_layer else neurons[-1].flatten(1)
+    def output(self, neurons, model):
+        return self.gain * (model.readout(neurons) if self.last_layer else neurons[-1].flatten(1)) + self.shift
 
 
 class _Through(torch.nn.Module):
@@ -135,15 +141,15 @@ class PyTorchClassifier(ArtClassifier):
 
     model: one of `model_utils`; loss: as ART takes it, and, with its reduction set aside, the loss of the model unless `criterion`
     names another; T1: free steps of a prediction; T2: steps that a loss or class gradient goes through, from zero neurons; last_layer:
-    1 reads out logits. grad, start, beta, gain, shift, watch: see `Unrolled`. All other arguments are ART's own.
+    1 reads out logits. grad, start, beta, gain, shift, tol, watch: see `Unrolled`. All other arguments are ART's own.
     """
 
     estimator_params = ArtClassifier.estimator_params
 
     def __init__(self, model, loss, input_shape, nb_classes, T1, T2, last_layer=1, *, criterion=None, grad="bptt", start="zero", beta=0.1,
-                 gain=1.0, shift=0.0, watch=None, **art):
+                 gain=1.0, shift=0.0, tol=0.0, watch=None, **art):
         if not isinstance(model, Unrolled):
             criterion = criterion or model_utils.make_criterion("mse" if isinstance(loss, torch.nn.MSELoss) else "cel")
-            model = Unrolled(model, T1, T2, criterion, last_layer, grad, start, beta, gain, shift, watch)
+            model = Unrolled(model, T1, T2, criterion, last_layer, grad=grad, start=start, beta=beta, gain=gain, shift=shift, tol=tol, watch=watch)
         super().__init__(model=model, loss=loss, input_shape=input_shape, nb_classes=nb_classes, **art)
         self.T1, self.T2, self.last_layer = T1, T2, last_layer

@@ -102,7 +102,7 @@ def saturated():
 
 def arguments(**changes):
     return argparse.Namespace(**{"attack": "pgd", "attack_norm": "2", "attack_iters": 10, "attack_step": 10, "attack_start": "zero", "T1": 20,
-                                 "predict_step": None, "loss": "cel", "no_clip": False, "mbs": 20, "seed": 0, "attack_grad": ["bptt", "smooth"], **changes})
+                                 "predict_step": None, "loss": "cel", "no_clip": False, "tol": 0.0, "mbs": 20, "seed": 0, "attack_grad": ["bptt", "smooth"], **changes})
 
 
 def test_vanishing_gradients_are_reported_and_smooth_ones_attack(capsys):
