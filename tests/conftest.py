@@ -68,6 +68,8 @@ MODELS = {
     "CNN stride": lambda act: mu.P_CNN(14, [2, 4, 5], [4, 3], [2, 2], [7, 5], mu.make_pools("im"), [1, 2], act),
     "CNN avg deep softmax": lambda act: mu.P_CNN(11, [1, 4, 3, 6], [3, 3, 2], [1, 1, 1], [9, 7, 5], mu.make_pools("aia"), [1, 1, 0],
                                                  act, softmax=True),
+    # wide, on maps so small that the convolutions go through matrix products
+    "CNN product": lambda act: mu.P_CNN(9, [2, 40, 72], [3, 3], [2, 2], [5], mu.make_pools("ma"), [1, 2], act),
     "VFCNN max": lambda act: mu.VF_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act),
     "VFCNN mixed softmax": lambda act: mu.VF_CNN(14, [2, 4, 5, 6], [4, 3, 2], [2, 1, 1], [7, 5], mu.make_pools("iam"), [1, 1, 1],
                                                  act, softmax=True),
