@@ -245,6 +245,48 @@ def load_split(name, data_dir, train, size=None):
     return images[:size], labels[:size]
 
 
+# CIFAR-10-C and its like: a file per corruption, uint8 (5 n, 32, 32, 3), the n test images at severity 1, then at severity 2 and so on.
+CORRUPTIONS = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog",
+               "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",  # the 15 that published means are over
+               "speckle_noise", "gaussian_blur", "spatter", "saturate")
+SEVERITIES = 5
+
+
+def open_corruptions(folder, task, size=None):
+    """Every corruption of the test images of `task`, none of it in memory: {name: five arrays, one per severity, uint8 (n, 32, 32, 3),
+    memory-mapped}, and the labels, (5, n); of the n images of a severity the first `size`. Raises UserError, naming the file, where one
+    is not as it should be."""
+    def opened(name):
+        path = pathlib.Path(folder, f"{name}.npy")
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise UserError(f"{path.absolute()} is missing: --corruptions-dir names the folder of the corrupted images") from None
+        except Exception as e:  # a damaged file can fail in any way
+            raise UserError(f"{path.absolute()} cannot be read: {one_line(e)}") from None
+        return path, array
+
+    def wrong(path, array, expected):
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        return UserError(f"{path.absolute()} holds {found}, expected {expected}")
+
+    path, labels = opened("labels")
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels) or len(labels) % SEVERITIES:
+        raise wrong(path, labels, f"whole numbers, as many for each of {SEVERITIES} severities")
+    if labels.min() < 0 or labels.max() >= task.classes:
+        raise UserError(f"{path.absolute()} holds labels from {labels.min()} to {labels.max()}, the task has {task.classes} classes")
+    shape, arrays = (len(labels), task.size, task.size, task.channels), {}
+    for name in CORRUPTIONS:
+        path, array = opened(name)
+        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shape:
+            raise wrong(path, array, f"uint8 {shape}, as many images as there are labels")
+        arrays[name] = [part[:size] for part in np.split(array, SEVERITIES)]
+    labels = torch.from_numpy(labels.reshape(SEVERITIES, -1).astype(np.int64))
+    if size is not None and size > labels.size(1):
+        raise UserError(f"argument --test-size: got {size}, {pathlib.Path(folder).absolute()} has {labels.size(1)} images of each severity")
+    return arrays, labels[:, :size]
+
+
 # ------------------------------------------------------------------------------------------------------------ run folders
 
 
@@ -384,6 +426,32 @@ class Run:
         figure.axes[0].set_ylabel("neurons")
         self.save_figure("neural_activity.png", figure)
 
+    def write_lines(self, name, lines):
+        with replacing(self.folder / name) as path:
+            path.write_text("\n".join(lines) + "\n")
+
+    def move_aside(self, stem, ends):
+        """Renames the files STEM + end, those that exist, to STEM_1 + end, or the first number at which there is no .txt yet."""
+        number = next(n for n in itertools.count(1) if not (self.folder / f"{stem}_{n}.txt").exists())
+        for end in ends:
+            old = self.folder / (stem + end)
+            if old.exists():
+                os.replace(old, self.folder / f"{stem}_{number}{end}")
+
+    def plot_characteristic(self, accuracy, settled, eps):
+        """The shares of images classified correctly and settled, over the free steps: Characteristic_Time.png."""
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="time steps of the free phase", ylabel="share of the test images (%)", ylim=(-2, 102),
+                                  title="Accuracy over the number of free steps")
+        for shares, label, style in ((accuracy, f"classified correctly (last {100 * accuracy[-1]:.2f})", "-"),
+                                     (settled, f"settled: no layer moved by {eps:g} of its norm (last {100 * settled[-1]:.2f})", "--")):
+            axes.plot(range(1, len(shares) + 1), [100 * share for share in shares], style, marker="o" if len(shares) <= 50 else None, markersize=3,
+                      label=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", fontsize=9)
+        self.save_figure("Characteristic_Time.png", figure)
+
     def plot_gdu(self, BPTT, EP, rows, drawn=5):
         """Cumulative EP (dashed) and BPTT (solid) over time for some synapses or neurons of each kind, drawn with a fixed seed:
         gdu_NAME.png; and the distance of the summed estimates to BPTT of all: gdu_overview.png. rows: of `compare_gdu`."""
@@ -437,14 +505,7 @@ class Sweep:
             if self.header in self.text.read_text().splitlines():
                 self.rows = run.read_csv(f"{self.stem}.csv")
             else:
-                self._move_aside()
-
-    def _move_aside(self):
-        number = next(n for n in itertools.count(1) if not (self.run.folder / f"{self.stem}_{n}.txt").exists())
-        for end in (".csv", ".png", "_images.png", "_images.npz", ".txt"):
-            old = self.run.folder / (self.stem + end)
-            if old.exists():
-                os.replace(old, self.run.folder / f"{self.stem}_{number}{end}")
+                run.move_aside(self.stem, (".csv", ".png", "_images.png", "_images.npz", ".txt"))
 
     def has(self, eps):
         return any(float(row["eps"]) == eps for row in self.rows)
@@ -499,6 +560,54 @@ class Sweep:
                 axes.set_title(title, fontsize=8)
                 axes.axis("off")
         self.run.save_figure(f"{self.stem}_images.png", figure)
+
+
+class CorruptionTable:
+    """Corruption_Accuracy.txt and .png of a run folder: a row per corruption, its accuracy at each severity. The rows of the same
+    settings are kept, so that a killed run goes on; a file of other settings is moved aside to Corruption_Accuracy_1.txt and so on.
+
+    text: the path of the table; rows: {corruption: its accuracies as written, one per severity}.
+    """
+
+    def __init__(self, run, settings):
+        self.run, self.settings, self.text = run, settings, run.folder / "Corruption_Accuracy.txt"
+        self.header, self.rows = "# settings: " + json.dumps(settings, sort_keys=True), {}
+        if self.text.exists():
+            lines = self.text.read_text().splitlines()
+            if self.header in lines:
+                words = [line.split() for line in lines]
+                self.rows = {name: shares for name, *shares in filter(None, words) if name in CORRUPTIONS and len(shares) == SEVERITIES}
+            else:
+                run.move_aside("Corruption_Accuracy", (".png", ".txt"))
+
+    def add(self, name, accuracies):
+        self.rows[name] = [f"{accuracy:.6f}" for accuracy in accuracies]
+        self.write()
+
+    def mean(self, names=CORRUPTIONS):
+        """The mean accuracy over the corruptions `names` and all severities, of what the table says."""
+        return float(np.mean([[float(share) for share in self.rows[name]] for name in names]))
+
+    def write(self):
+        lines = [self.header, "# corruption, accuracy at severity 1 to 5"]
+        lines += [f"{name} {' '.join(self.rows[name])}" for name in CORRUPTIONS if name in self.rows]
+        if len(self.rows) == len(CORRUPTIONS):
+            lines.append(f"# mean over all {len(CORRUPTIONS)}: {self.mean():.6f}, over the first 15: {self.mean(CORRUPTIONS[:15]):.6f}")
+        self.run.write_lines(self.text.name, lines)
+
+    def plot(self):
+        shares = np.array([[100 * float(share) for share in self.rows[name]] for name in CORRUPTIONS])
+        figure = Figure(figsize=(6, 7.5), layout="constrained")
+        axes = figure.add_subplot(xlabel="severity", title=f"Accuracy (%) under corruption, {self.settings['images']} images each\n"
+                                  f"mean {100 * self.mean():.1f}, of the first 15 {100 * self.mean(CORRUPTIONS[:15]):.1f}")
+        image = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        for (row, column), share in np.ndenumerate(shares):
+            axes.text(column, row, f"{share:.1f}", ha="center", va="center", fontsize=9, color="black" if share > 60 else "white")
+        axes.set_xticks(range(SEVERITIES), range(1, SEVERITIES + 1))
+        axes.set_yticks(range(len(CORRUPTIONS)), [name.replace("_", " ") for name in CORRUPTIONS])
+        axes.axhline(14.5, color="white", linewidth=3)  # the four extra ones are below
+        figure.colorbar(image, label="accuracy (%)", shrink=0.6)
+        self.run.save_figure("Corruption_Accuracy.png", figure)
 
 
 def fingerprint(state):

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # while libraries load there is nothing to save and 
 
 import argparse
 import collections
+import datetime
 import math
 import pathlib
 import random
@@ -37,7 +38,7 @@ Flag = collections.namedtuple("Flag", "name kind default help choices low high m
 
 FLAGS = {
     "what to do": [
-        Flag("todo", str, "train", "what to do", ("train", "evaluate", "attack", "gducheck")),
+        Flag("todo", str, "train", "what to do", ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions")),
         Flag("load-path", str, None, "a run folder: to go on training it, or to examine it"),
         Flag("save", bool, False, "write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its own)"),
         Flag("device", int, 0, "index of the GPU; -1 is the CPU", low=-1),
@@ -48,6 +49,7 @@ FLAGS = {
     "data": [
         Flag("task", str, "MNIST", "the data set; digits needs no download", tuple(TASKS)),
         Flag("data-dir", str, "./data", "where the data sets are, or are downloaded to"),
+        Flag("corruptions-dir", str, None, "where the corrupted test images are (default: the folder CIFAR-10-C, or CIFAR-100-C, in --data-dir)"),
         Flag("data-aug", bool, False, "random flips and shifts of the CIFAR training images"),
         Flag("train-size", int, None, "use the first N training images", low=1),
         Flag("test-size", int, None, "use the first N test images", low=1),
@@ -222,6 +224,8 @@ def check(args):
             raise length_error(name, getattr(args, name), layers, "one per layer")
     if args.T2 > args.T1 and (args.alg == "BPTT" or args.check_thm or args.todo == "gducheck"):
         raise UserError(f"argument --T2: got {args.T2}, BPTT goes back through at most the {args.T1} steps of --T1")
+    if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
+        raise UserError(f"--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is {args.task}")
     if len(args.betas) != 2:
         raise length_error("betas", args.betas, 2, "of the free and of the nudged phase")
     if (args.alg == "EP" or args.todo == "gducheck") and (args.betas[0] == args.betas[1] or args.thirdphase and args.betas[1] == 0):
@@ -343,6 +347,44 @@ def evaluate(args, model, device, source):
     data_utils.Run(args.load_path).append_hyperparameters(line)
 
 
+def characteristic(args, model, device, source):
+    data, tol = batches(args, device, False), getattr(args, "tol", None)
+    eps = model_utils.SETTLED if tol is None else tol
+    accuracy, settled = model_utils.characteristic(model, data, args.T1, model_utils.make_criterion(args.loss), eps)
+    reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
+    run = data_utils.Run(args.load_path)
+    run.write_lines("Characteristic_Time.txt", [
+        f"# {source}, T1 = {args.T1}, {data.samples} test images, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}, "
+        f"settled: no layer moved by {eps:g} of its norm in a step",
+        "# t accuracy settled", *(f"{t} {share:.6f} {still:.6f}" for t, (share, still) in enumerate(zip(accuracy, settled), 1))])
+    run.plot_characteristic(accuracy, settled, eps)
+    print(f"{source} after T1 = {args.T1} steps: test accuracy {100 * accuracy[-1]:.2f} % ({data.samples} images), "
+          f"first within 0.1 points of it at step {reached}; {100 * settled[-1]:.2f} % settled\n"
+          f"results are in {run.folder / 'Characteristic_Time.txt'}")
+
+
+def corruptions(args, model, device, saved, interruption):
+    task, criterion = TASKS[args.task], model_utils.make_criterion(args.loss)
+    folder = pathlib.Path(args.corruptions_dir or pathlib.Path(args.data_dir, args.task.replace("CIFAR", "CIFAR-") + "-C"))
+    images, labels = data_utils.open_corruptions(folder, task, args.test_size)
+    table = data_utils.CorruptionTable(data_utils.Run(args.load_path), {
+        "folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "weights": data_utils.fingerprint(saved["model_state_dict"])})
+    interruption.advice = lambda: f"{len(table.rows)} corruptions are in {table.text}, the same command goes on behind them"
+    print(f"{labels.size(1)} images of each severity, T1 = {args.T1}; results go to {table.text}", flush=True)
+    for name in data_utils.CORRUPTIONS:
+        severities, accuracies = images.pop(name), []  # popped: what was read of a mapped file leaves the memory with it
+        if name in table.rows:
+            continue
+        for severity, (x, y) in enumerate(zip(severities, labels), 1):
+            x = torch.from_numpy(x.copy()).permute(0, 3, 1, 2).contiguous()
+            data = data_utils.Batches(x, y, args.mbs, task, device)
+            accuracies.append(model_utils.evaluate(model, data, args.T1, criterion, f"{name}, severity {severity}"))
+        table.add(name, accuracies)
+        print(f"{name}: " + ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies) + " %", flush=True)
+    table.plot()
+    print(f"mean accuracy {100 * table.mean():.2f} %, over the first 15 corruptions {100 * table.mean(data_utils.CORRUPTIONS[:15]):.2f} %")
+
+
 EPS = {"2": [*(round(float(e), 4) for e in np.geomspace(0.05, 3, 10)), 1.0],
        "inf": [*(float(f"{e:.4g}") for e in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]}
 
@@ -424,7 +466,7 @@ def run(argv, flags, name, interruption):
         path = find_saved(given["load_path"], todo)
         saved = data_utils.read_checkpoint(path)
         config = {**data_utils.read_arguments(path.parent), **saved.get("config", {})}
-    elif todo in ("evaluate", "attack"):
+    elif todo in ("evaluate", "attack", "characteristic", "corruptions"):
         raise UserError(f"--todo {todo} needs a trained model: name its run folder with --load-path")
     args = settle(given, flags, config, path)
     check(args)
@@ -450,6 +492,10 @@ def run(argv, flags, name, interruption):
         evaluate(args, model, device, path.name)
     elif args.todo == "gducheck":
         gducheck(args, model, device, saved, argv, name)
+    elif args.todo == "characteristic":
+        characteristic(args, model, device, path.name)
+    elif args.todo == "corruptions":
+        corruptions(args, model, device, saved, interruption)
     else:
         attack(args, model, device, saved)
 

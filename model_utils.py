@@ -1091,6 +1091,31 @@ def finish_epoch(run, state, neurons, improved, final, checkpoint):
     run.save("checkpoint.tar", checkpoint)
 
 
+def relative_change(before, after):
+    """How far each image moved: the largest over the layers of ||after - before|| / ||after||, (mbs,). before, after: neurons."""
+    return torch.stack([(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-12) for a, b in zip(before, after)]).amax(0)
+
+
+SETTLED = 1e-4  # an image has settled once no layer moves by more than this share of its norm in a step
+
+
+@torch.no_grad()
+def characteristic(model, batches, T1, criterion, eps=SETTLED, description="characteristic"):
+    """After t = 1 ... T1 free steps from zero: the share of images classified correctly, as `evaluate` says it for that t, and
+    the share that has settled by then, having moved by less than `eps` in some step (see `relative_change`). Two lists of T1."""
+    hits, settled = torch.zeros(2, T1, dtype=torch.int64, device=batches.labels.device)
+    for x, y in progress(batches, description):
+        drive, neurons = model.input_drive(x), model.init_neurons(len(y), x.device)
+        still = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+        for t in range(T1):
+            # None: the step from zero takes a shorter way, whose rounding is that of `evaluate`
+            before, neurons = neurons, model.relax(drive, None, neurons if t else None, 1, 0.0, criterion)
+            still |= relative_change(before, neurons) < eps
+            hits[t] += correct(model, neurons, y)
+            settled[t] += still.sum()
+    return [[int(count) / batches.samples for count in counts] for counts in (hits, settled)]
+
+
 # ----------------------------------------------------------------------------------------------------------------- attacks
 
 

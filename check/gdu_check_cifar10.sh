@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # EP against BPTT on the published CIFAR-10 network: a trained run, bash check/gdu_check_cifar10.sh RUN, or an untrained one.
 # Needs: an NVIDIA GPU with 10 GB and a minute (a CPU takes some minutes with --device -1). DATA=... names the data folder.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-bash check/setup.sh
-common=(--todo gducheck --task CIFAR10 --data-dir "${DATA:-./data}" --T1 250 --T2 15 --betas 0.0 0.1 --thirdphase --device 0 --save)
+source "$(dirname "$0")/common.sh" cifar
+common=(--todo gducheck --task CIFAR10 --data-dir "$data" --T1 250 --T2 15 --betas 0.0 0.1 --thirdphase --device 0 --save)
 if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
-    exec .venv/bin/python main.py "${common[@]}" --load-path "$1" "${@:2}"
+    last main.py "${common[@]}" --load-path "$@"
+else
+    last main.py "${common[@]}" --model CNN --channels 128 256 512 512 --kernels 3 3 3 3 --pools mmmm --strides 1 1 1 1 \
+        --paddings 1 1 1 0 --fc 10 --act my_hard_sig --loss mse --scale 0.5 "$@"
 fi
-exec .venv/bin/python main.py "${common[@]}" --model CNN --channels 128 256 512 512 --kernels 3 3 3 3 --pools mmmm --strides 1 1 1 1 \
-    --paddings 1 1 1 0 --fc 10 --act my_hard_sig --loss mse --scale 0.5 "$@"

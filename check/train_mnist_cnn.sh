@@ -2,12 +2,10 @@
 # Small convolutional models on MNIST: EP symmetric and BPTT, squared error and cross-entropy, tied and separate weights.
 # Needs: a CPU, about 3 minutes a line and epoch on two cores (--train-size 10000: half a minute). DATA=... names MNIST's folder.
 # Further flags are passed on to every line.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-bash check/setup.sh
-common=(--task MNIST --data-dir "${DATA:-./data}" --channels 16 32 --kernels 5 5 --strides 1 1 --paddings 0 0 --pools mm --fc 10
+source "$(dirname "$0")/common.sh" mnist
+common=(--task MNIST --data-dir "$data" --channels 16 32 --kernels 5 5 --strides 1 1 --paddings 0 0 --pools mm --fc 10
     --act my_hard_sig --optim adam --lrs 3e-3 3e-3 3e-3 --T1 20 --T2 8 --mbs 50 --epochs 2 --device -1 --save)
-train() { .venv/bin/python main.py "${common[@]}" "$@"; }
+train() { suite main.py "${common[@]}" "$@"; }
 train --model CNN --alg EP --thirdphase --betas 0.0 0.5 --loss mse "$@"
 train --model CNN --alg EP --thirdphase --betas 0.0 1.0 --loss cel --softmax "$@"
 train --model CNN --alg BPTT --loss mse --act mysig "$@"

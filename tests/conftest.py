@@ -1,10 +1,9 @@
 import pathlib
-import pickle
 import sys
 
-import numpy as np
 import pytest
 import torch
+from make_cifar import write_cifar
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -48,13 +47,7 @@ def only_run(folder):
 def cifar(tmp_path_factory):
     """A data folder with files in the format of CIFAR-10: random images, 20 in each training batch, 40 for testing."""
     root = tmp_path_factory.mktemp("data")
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, n in [*((f"data_batch_{i}", 20) for i in range(1, 6)), ("test_batch", 40)]:
-        entry = {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "labels": rng.integers(0, 10, n).tolist()}
-        (folder / name).write_bytes(pickle.dumps(entry))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    write_cifar(root)
     return root
 
 

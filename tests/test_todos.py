@@ -1,0 +1,241 @@
+"""--todo characteristic and --todo corruptions."""
+import argparse
+import os
+import re
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import only_run
+from make_cifar import write_cifar, write_corruptions
+from test_resume import start
+
+import data_utils
+import main
+import model_utils as mu
+from data_utils import CORRUPTIONS
+
+# ------------------------------------------------------------------------------------------------------------ characteristic
+
+MODELS = {"MLP": "--archi 784 32 10 --betas 0 0.2 --lrs 1e-3 1e-3",
+          "CNN": "--model CNN --channels 4 6 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 5e-3",
+          "VFCNN": "--model VFCNN --channels 4 6 --act my_hard_sig --loss cel --betas 0 1 --lrs 5e-3 5e-3 5e-3"}
+
+
+def table(path):
+    return np.array([line.split() for line in path.read_text().splitlines() if not line.startswith("#")], dtype=float)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_characteristic_agrees_with_evaluate(ok, tmp_path, model):
+    ok("--task digits --device -1 --train-size 600 --T1 12 --T2 4 --thirdphase --optim adam --seed 0 --save", MODELS[model])
+    run = only_run(tmp_path)
+    common = f"--device -1 --load-path {run} --train-size 1 --test-size 237 --mbs 50"
+    out = ok("--todo characteristic --T1 40", common)
+    rows = table(run / "Characteristic_Time.txt")
+    assert rows.shape == (40, 3) and (rows[:, 0] == range(1, 41)).all() and (run / "Characteristic_Time.png").stat().st_size > 5000
+    first = (run / "Characteristic_Time.txt").read_text().splitlines()[0]
+    assert all(word in first for word in ("# model.pt", "T1 = 40", "237 test images", "0.0001"))
+    for T1 in (1, 7, 40):
+        said = re.search(r"test accuracy (\S+) %", ok(f"--todo evaluate --T1 {T1}", common))[1]
+        assert said == f"{100 * rows[T1 - 1, 1]:.2f}"  # 237 images: no two numbers of them are the same in two decimals
+    assert (np.diff(rows[:, 2]) >= 0).all() and rows[-1, 2] > rows[0, 2]
+    step = int(re.search(r"at step (\d+)", out)[1])
+    assert (rows[:step - 1, 1] < rows[-1, 1] - 0.001).all() and rows[step - 1, 1] >= rows[-1, 1] - 0.00100001
+    assert f"{100 * rows[-1, 2]:.2f} % settled" in out
+
+
+def test_settled_is_the_first_step_that_moves_by_less_than_eps(model):
+    """Against the states of free phases of t and t + 1 steps, image by image."""
+    from conftest import criterion_of, sample
+    x, y = sample(model, 6)
+    task = argparse.Namespace(mean=(0.0,), std=(1.0,))
+    batches = data_utils.Batches(torch.zeros(6, *x.shape[1:]), y, 4, task, "cpu")
+    batches.images, batches.normalise = 255 * x.float(), lambda images: images.double()
+    x = x.float().double()
+    states = [model(x, T=t, criterion=criterion_of(model)) for t in range(13)]
+    moved = torch.stack([mu.relative_change(a, b) for a, b in zip(states, states[1:])])
+    for n, state in enumerate(states[3]):
+        assert (moved[2] >= (state - states[2][n]).flatten(1).norm(dim=1) / state.flatten(1).norm(dim=1) - 1e-12).all()
+    eps = moved.median().item()
+    accuracy, settled = mu.characteristic(model, batches, 12, criterion_of(model), eps)
+    assert settled == pytest.approx((moved < eps).cummax(0).values.double().mean(1).tolist())
+    assert accuracy == pytest.approx([(model.readout(s).argmax(1) == y).double().mean().item() for s in states[1:]])
+
+
+def test_tol_is_the_eps_of_settled(ok, tmp_path):
+    ok("--task digits --device -1 --train-size 100 --test-size 20 --archi 784 12 10 --save")
+    args = argparse.Namespace(**torch.load(only_run(tmp_path) / "checkpoint.tar", weights_only=True)["config"])
+    args.tol, args.load_path = 10.0, only_run(tmp_path)
+    main.characteristic(args, mu.make_model(args), torch.device("cpu"), "model.pt")
+    assert (table(only_run(tmp_path) / "Characteristic_Time.txt")[:, 2] == 1).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- corruptions
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory):
+    """A folder with CIFAR-10 and CIFAR-10-C in data/, and a run on them."""
+    folder, before = tmp_path_factory.mktemp("corrupted"), os.getcwd()
+    os.chdir(folder)
+    write_cifar("data")
+    write_corruptions("data", CORRUPTIONS)
+    line = "--task CIFAR10 --model CNN --channels 4 6 --act my_hard_sig --T1 6 --T2 2 --betas 0 0.5 --device -1 --seed 0 --save"
+    assert main.main(line.split()) == 0
+    os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def corrupted(template, tmp_path):
+    """A copy of it in the folder that the test runs in: (the run, the folder of corrupted images)."""
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    return only_run(tmp_path), tmp_path / "data/CIFAR-10-C"
+
+
+def line(run, more=""):
+    return f"--todo corruptions --device -1 --load-path {run} {more}"
+
+
+def entries(path):
+    rows = [line.split() for line in path.read_text().splitlines() if not line.startswith("#")]
+    return {name: list(map(float, shares)) for name, *shares in rows}
+
+
+def test_corruptions_are_counted_right(ok, corrupted):
+    run, folder = corrupted
+    # labels as the model predicts them for one corruption: all right at severity 1, of the others as many as are told here
+    state = torch.load(run / "model.pt", weights_only=True)
+    args = argparse.Namespace(**state["config"])
+    model = mu.make_model(args)
+    model.load_state_dict(state["model_state_dict"])
+    images = torch.from_numpy(np.load(folder / "fog.npy")).permute(0, 3, 1, 2)
+    std = 3 * torch.tensor([0.2023, 0.1994, 0.2010])
+    x = (images / 255 - torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)) / std.view(3, 1, 1)
+    labels = model.readout(model(x, T=args.T1)).argmax(1).view(5, 8).numpy()
+    for severity, wrong in enumerate((0, 1, 2, 4, 8)):
+        labels[severity, :wrong] = (labels[severity, :wrong] + 1) % 10
+    np.save(folder / "labels.npy", labels.flatten().astype(np.uint8))
+
+    out = ok(line(run))
+    lines = (run / "Corruption_Accuracy.txt").read_text().splitlines()
+    assert lines[0].startswith("# settings") and lines[1].startswith("#") and lines[-1].startswith("# mean over all 19: ")
+    assert [line.split()[0] for line in lines[2:-1]] == list(CORRUPTIONS)
+    assert "fog 1.000000 0.875000 0.750000 0.500000 0.000000" in lines
+    rows = entries(run / "Corruption_Accuracy.txt")
+    means = np.mean(list(rows.values())), np.mean([rows[name] for name in CORRUPTIONS[:15]])
+    assert lines[-1] == f"# mean over all 19: {means[0]:.6f}, over the first 15: {means[1]:.6f}"
+    assert f"mean accuracy {100 * means[0]:.2f} %, over the first 15 corruptions {100 * means[1]:.2f} %" in out
+    assert (run / "Corruption_Accuracy.png").stat().st_size > 20000
+
+    ok(line(run, "--test-size 2"))  # the first of every severity; the other table is moved aside
+    assert (run / "Corruption_Accuracy_1.txt").read_text().splitlines() == lines and (run / "Corruption_Accuracy_1.png").exists()
+    assert entries(run / "Corruption_Accuracy.txt")["fog"] == [1, 0.5, 0, 0, 0]
+    ok(line(run, "--T1 2"))
+    assert (run / "Corruption_Accuracy_2.txt").exists()
+
+
+def test_a_killed_run_goes_on_at_the_first_missing_corruption(ok, corrupted, monkeypatch):
+    run, _ = corrupted
+    ok(line(run))
+    text, evaluate, seen = run / "Corruption_Accuracy.txt", mu.evaluate, []
+    whole = text.read_text()
+    text.write_text("".join(whole.splitlines(keepends=True)[:-4]))
+    monkeypatch.setattr(mu, "evaluate", lambda *args: seen.append(args[-1]) or evaluate(*args))
+    ok(line(run))
+    assert text.read_text() == whole and len(seen) == 15 and seen[0] == "gaussian_blur, severity 1"
+    ok(line(run))
+    assert text.read_text() == whole and len(seen) == 15 and not (run / "Corruption_Accuracy_1.txt").exists()
+
+
+def test_rows_are_there_as_soon_as_they_are_known(corrupted, cli, monkeypatch):
+    run, _ = corrupted
+    evaluate, seen = mu.evaluate, []
+
+    def interrupted(*args):
+        if len(seen) == 12:  # in the middle of the third corruption
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        seen.append(1)
+        return evaluate(*args)
+    monkeypatch.setattr(mu, "evaluate", interrupted)
+    code, _, err = cli(line(run))
+    assert code == 143 and "2 corruptions are in" in err and list(entries(run / "Corruption_Accuracy.txt")) == list(CORRUPTIONS[:2])
+    assert "mean" not in (run / "Corruption_Accuracy.txt").read_text()
+
+
+def test_a_process_killed_at_any_moment_goes_on(ok, corrupted, tmp_path):
+    run, _ = corrupted
+    process = start(tmp_path, line(run))
+    while not (run / "Corruption_Accuracy.txt").exists() and process.is_alive():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    first = entries(run / "Corruption_Accuracy.txt")
+    assert first
+    ok(line(run))
+    after = entries(run / "Corruption_Accuracy.txt")
+    assert list(after) == list(CORRUPTIONS) and all(after[name] == shares for name, shares in first.items())
+
+
+def damage(folder, what):
+    images = np.load(folder / "snow.npy")
+    if what == "missing":
+        (folder / "snow.npy").unlink()
+    elif what == "truncated":
+        (folder / "snow.npy").write_bytes((folder / "snow.npy").read_bytes()[:1000])
+    elif what == "pickled":
+        np.save(folder / "snow.npy", np.array([{}]), allow_pickle=True)
+    elif what == "several arrays":
+        np.savez(folder / "snow", images)
+        (folder / "snow.npz").rename(folder / "snow.npy")
+    elif what == "labels":
+        np.save(folder / "labels.npy", np.zeros(40))
+    elif what == "label":
+        np.save(folder / "labels.npy", np.full(40, 10))
+    else:
+        np.save(folder / "snow.npy", {"dtype": images.astype(np.float32), "shape": images[:35], "order": images.transpose(0, 3, 1, 2)}[what])
+
+
+DAMAGES = {"missing": "snow.npy is missing", "truncated": "snow.npy cannot be read", "pickled": "snow.npy cannot be read",
+           "several arrays": "snow.npy holds several arrays", "dtype": "snow.npy holds float32 (40, 32, 32, 3), expected uint8 (40, 32, 32, 3)",
+           "shape": "snow.npy holds uint8 (35, 32, 32, 3)", "order": "snow.npy holds uint8 (40, 3, 32, 32)",
+           "labels": "labels.npy holds float64 (40,)", "label": "labels.npy holds labels from 10 to 10"}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_files_are_named_before_anything_is_done(cli, corrupted, what):
+    run, folder = corrupted
+    damage(folder, what)
+    code, out, err = cli(line(run))
+    assert code == 2 and err.count("\n") == 1 and DAMAGES[what] in err and not out and not (run / "Corruption_Accuracy.txt").exists(), err
+
+
+@pytest.mark.parametrize("more, message", [("--corruptions-dir elsewhere", "elsewhere/labels.npy is missing"),
+                                           ("--test-size 9", "--test-size: got 9"), ("--T1 0", "--T1")])
+def test_wrong_arguments_are_one_line(cli, corrupted, more, message):
+    code, _, err = cli(line(corrupted[0], more))
+    assert code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_another_folder(ok, corrupted):
+    run, folder = corrupted
+    folder.rename(folder.with_name("mine"))
+    ok(line(run, "--test-size 1 --corruptions-dir data/mine"))
+    assert len(entries(run / "Corruption_Accuracy.txt")) == 19
+
+
+def test_other_tasks_have_no_corruptions(cli, tmp_path):
+    cli("--task digits --device -1 --train-size 20 --test-size 20 --archi 784 8 10 --save")
+    code, _, err = cli(line(only_run(tmp_path)))
+    assert code == 2 and err.count("\n") == 1 and "digits" in err
+
+
+@pytest.mark.parametrize("todo", ["characteristic", "corruptions"])
+def test_they_need_a_run(cli, todo):
+    code, _, err = cli(f"--todo {todo}")
+    assert code == 2 and err.count("\n") == 1 and "--load-path" in err
