@@ -348,8 +348,7 @@ def evaluate(args, model, device, source):
 
 
 def characteristic(args, model, device, source):
-    data, tol = batches(args, device, False), getattr(args, "tol", None)
-    eps = model_utils.SETTLED if tol is None else tol
+    data, eps = batches(args, device, False), args.tol or model_utils.SETTLED
     accuracy, settled = model_utils.characteristic(model, data, args.T1, model_utils.make_criterion(args.loss), eps)
     reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
     run = data_utils.Run(args.load_path)
@@ -368,7 +367,8 @@ def corruptions(args, model, device, saved, interruption):
     folder = pathlib.Path(args.corruptions_dir or pathlib.Path(args.data_dir, args.task.replace("CIFAR", "CIFAR-") + "-C"))
     images, labels = data_utils.open_corruptions(folder, task, args.test_size)
     table = data_utils.CorruptionTable(data_utils.Run(args.load_path), {
-        "folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "weights": data_utils.fingerprint(saved["model_state_dict"])})
+        "folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "tol": args.tol, "schedule": args.schedule, "precision": args.precision,
+        "weights": data_utils.fingerprint(saved["model_state_dict"])})
     interruption.advice = lambda: f"{len(table.rows)} corruptions are in {table.text}, the same command goes on behind them"
     print(f"{labels.size(1)} images of each severity, T1 = {args.T1}; results go to {table.text}", flush=True)
     for name in data_utils.CORRUPTIONS:
@@ -378,7 +378,7 @@ def corruptions(args, model, device, saved, interruption):
         for severity, (x, y) in enumerate(zip(severities, labels), 1):
             x = torch.from_numpy(x.copy()).permute(0, 3, 1, 2).contiguous()
             data = data_utils.Batches(x, y, args.mbs, task, device)
-            accuracies.append(model_utils.evaluate(model, data, args.T1, criterion, f"{name}, severity {severity}"))
+            accuracies.append(model_utils.evaluate(model, data, args.T1, criterion, f"{name}, severity {severity}", args.tol))
         table.add(name, accuracies)
         print(f"{name}: " + ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies) + " %", flush=True)
     table.plot()
@@ -484,7 +484,7 @@ def run(argv, flags, name, interruption):
         load_weights(model, saved, path)
     model.to(device)
     model.compiled = args.compile
-    if args.precision == "bf16" and args.todo in ("evaluate", "attack"):
+    if args.precision == "bf16" and args.todo not in ("train", "gducheck"):
         model.to(torch.bfloat16)
     if args.todo == "train":
         train(args, model, device, saved, argv, name, interruption)

@@ -1091,11 +1091,6 @@ def finish_epoch(run, state, neurons, improved, final, checkpoint):
     run.save("checkpoint.tar", checkpoint)
 
 
-def relative_change(before, after):
-    """How far each image moved: the largest over the layers of ||after - before|| / ||after||, (mbs,). before, after: neurons."""
-    return torch.stack([(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-12) for a, b in zip(before, after)]).amax(0)
-
-
 SETTLED = 1e-4  # an image has settled once no layer moves by more than this share of its norm in a step
 
 

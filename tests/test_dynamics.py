@@ -95,7 +95,8 @@ def test_on_the_asynchronous_schedule_ep_sums_up_to_bptt():
     BPTT = mu.bptt_contributions(model, x, y, 400, 200, 0.0, criterion)
     EP = [mu.ep_contributions(model, x, y, 400, 200, (0.0, b), criterion) for b in (1e-3, -1e-3)]
     for name, p in model.named_parameters():
-        torch.testing.assert_close((EP[0][name] + EP[1][name]).sum(0) / 2, BPTT[name].sum(0), rtol=1e-3, atol=1e-6)
+        bptt = BPTT[name].sum(0)
+        assert ((EP[0][name] + EP[1][name]).sum(0) / 2 - bptt).norm() < 1e-4 * bptt.norm()
 
 
 def test_both_schedules_settle_where_phi_is_stationary():
