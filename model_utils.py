@@ -134,7 +134,62 @@ def _pixels(u):
     return u.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-class Dense:
+class Connection:
+    """What most connections have in common. `routed`: whether `down` needs the route that `up` found."""
+
+    routed = False
+
+    def packed(self, mbs):
+        """The connection, prepared for many steps with the same weights."""
+        return self
+
+    def of_samples(self, chosen):
+        """The connection for some samples of the mini-batch, by their indices."""
+        return self
+
+
+class Dropped(Connection):
+    """A connection that sees the neurons below it through a mask, m: up'(s) = up(m s), and its adjoint, m down(.). The mask is 0, or
+    1 / (probability of being kept), so that both drives are on average what they are without it. mask: (mbs, *shape below)."""
+
+    def __init__(self, connection, mask):
+        self.connection, self.mask = connection, mask
+
+    def __getattr__(self, name):  # what the mask does not touch
+        if name in ("connection", "mask"):  # not there yet: while being copied
+            raise AttributeError(name)
+        return getattr(self.connection, name)
+
+    @property
+    def routed(self):
+        return self.connection.routed
+
+    def packed(self, mbs):
+        return Dropped(self.connection.packed(mbs), self.mask)
+
+    def of_samples(self, chosen):
+        return Dropped(self.connection, _rows_of(self.mask, chosen))
+
+    def up(self, pre):
+        return self.connection.up(self.mask * pre)
+
+    def down(self, post, route, drive):
+        return drive + self.mask * self.connection.down(post, route, torch.zeros_like(drive))
+
+    def learn(self, pre, post):
+        return self.connection.learn(self.mask * pre, post)
+
+    def learn_feedback(self, pre, post):
+        return self.connection.learn_feedback(self.mask * pre, post)
+
+    def term(self, pre, post):
+        return self.connection.term(self.mask * pre, post)
+
+    def feedback_term(self, pre, post):
+        return self.connection.feedback_term(self.mask * pre, post)
+
+
+class Dense(Connection):
     """up(s) = W s + b, with the layer below flattened.
 
     `feedback`: a Linear without bias that holds the separate backward weights, of the shape of `synapse`, or of its
@@ -142,7 +197,7 @@ class Dense:
     """
 
     def __init__(self, synapse, pre_shape, feedback=None, transposed=False):
-        self.synapse, self.pre_shape, self.feedback, self.transposed, self.routed = synapse, pre_shape, feedback, transposed, False
+        self.synapse, self.pre_shape, self.feedback, self.transposed = synapse, pre_shape, feedback, transposed
         self.post_shape = (synapse.out_features,)
 
     def down_weight(self):
@@ -219,7 +274,11 @@ class _ConvDown(torch.autograd.Function):
         return grad_post, grad_weight, None, None
 
 
-class Conv:
+PACKING = torch.ops.mkldnn  # what torch.compile packs weights with; without it they stay as they are
+PACKS = torch.backends.mkldnn.is_available() and hasattr(PACKING, "_reorder_convolution_transpose_weight")
+
+
+class Conv(Connection):
     """up(s) = pool(conv(s)). `feedback`: a Conv2d without bias with the separate backward weights; the winners of a
     max-pooling on the way down are then those of its own convolution."""
 
@@ -228,7 +287,7 @@ class Conv:
         kernel, stride, padding = synapse.kernel_size[0], synapse.stride[0], synapse.padding[0]
         size = pre_shape[1] + 2 * padding - kernel
         self.size = (size // stride + 1,) * 2  # of the map before pooling
-        self.geometry = {"stride": stride, "padding": padding}
+        self.geometry, self.packs = {"stride": stride, "padding": padding}, {}
         self.output_padding = size % stride  # rows that the last window does not reach
         pooled = self.size[0] if isinstance(pool, NoPool) else self.size[0] // 2
         if size < 0 or pooled < 1:
@@ -250,8 +309,23 @@ class Conv:
         pre = F.pad(pre, (padding,) * 4) if padding else pre
         return pre.unfold(2, kernel, stride).unfold(3, kernel, stride).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(0, 2)
 
+    def packed(self, mbs):
+        """This connection with large weights laid out as the CPU's convolutions (of oneDNN) want them, for as long as they do not change:
+        otherwise each call lays them out anew, which takes a tenth of a step at a mini-batch of 8."""
+        twin, weights = copy.copy(self), [layer.weight for layer in (self.synapse, self.feedback) if layer is not None]
+        stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
+        pre, u = ((mbs, *shape) for shape in (self.pre_shape, (self.post_shape[0], *self.size)))
+        twin.packs = {w.data_ptr(): (
+            PACKING._reorder_convolution_weight(w.detach(), padding, stride, [1, 1], 1, pre),
+            PACKING._reorder_convolution_transpose_weight(w.detach(), padding, [self.output_padding] * 2, stride, [1, 1], 1, u))
+            for w in weights if w.numel() > 2 ** 16 and not self._as_product(mbs, w)}
+        return twin
+
     def convolve(self, pre, weight, bias):
         """conv(pre), computed in the layout of the weights."""
+        if weight.data_ptr() in self.packs:
+            stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
+            return PACKING._convolution_pointwise(pre, self.packs[weight.data_ptr()][0], bias, padding, stride, [1, 1], 1, "none", [], "")
         if self._as_product(pre.size(0), weight):
             out = F.linear(self._windows(pre), _rows(weight), bias)
             return out.view(pre.size(0), *self.size, -1).permute(0, 3, 1, 2)
@@ -261,6 +335,10 @@ class Conv:
 
     def transposed(self, u, weight):
         """The adjoint of the convolution, applied to the map u."""
+        if weight.data_ptr() in self.packs:
+            stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
+            return PACKING._convolution_transpose_pointwise(u, self.packs[weight.data_ptr()][1], None, padding, [self.output_padding] * 2, stride,
+                                                            [1, 1], 1, "none", [], "")
         if not self._as_product(u.size(0), weight):
             return F.conv_transpose2d(u, weight, output_padding=self.output_padding, **self.geometry)
         kernel, stride, padding = self.synapse.kernel_size[0], self.geometry["stride"], self.geometry["padding"]
@@ -359,7 +437,8 @@ class EnergyModel(nn.Module):
 
     synapses      ModuleList of every forward Conv2d and Linear, the read-out last where `softmax`
     B_syn         ModuleList of the separate backward weights (vector-field models; empty otherwise)
-    connections   one per layer of neurons s_1 ... s_N (the read-out is none)
+    connections   one per layer of neurons s_1 ... s_N
+    output        the connection that reads out s_N, where `softmax`: its other end is no neuron
     softmax       whether the output is read out of s_N by a linear layer, with the cross-entropy acting on its logits
     same_update   vector-field models: whether both weights of a connection take the mean of their two gradients
     schedule      `sync`: all layers step at once; `async`: odd and even ones in turn, each seeing the other's new state. A fixed
@@ -372,6 +451,7 @@ class EnergyModel(nn.Module):
         self.synapses, self.B_syn = nn.ModuleList(synapses), nn.ModuleList(B_syn)
         self.pools = nn.ModuleList(pools)
         self.connections, self.activation = connections, activation
+        self.output = Dense(self.synapses[-1], connections[-1].post_shape) if softmax else None
         self.softmax, self.same_update, self.schedule, self.compiled = softmax, same_update, schedule, False
         self.nc = self.synapses[-1].out_features
         # Convolutions and poolings run faster in this layout, on CPU and GPU alike; it changes no value.
@@ -386,7 +466,7 @@ class EnergyModel(nn.Module):
 
     def readout(self, neurons):
         """(mbs, classes): the logits where `softmax`, the output neurons otherwise."""
-        return self.synapses[-1](neurons[-1].flatten(1)) if self.softmax else neurons[-1]
+        return self.output.up(neurons[-1])[0] if self.softmax else neurons[-1]
 
     # ---- the loss that nudges
 
@@ -475,11 +555,9 @@ class EnergyModel(nn.Module):
 
     def _nudged(self, drive, neurons, target, beta, criterion):
         slope = target.slope if isinstance(target, _Pull) else self._loss_slope(neurons, target, criterion)
-        if torch.is_tensor(beta):
-            slope, beta = slope * beta, 1.0
         if self.softmax:
-            slope = (slope @ self.synapses[-1].weight).view_as(neurons[-1])
-        return torch.add(drive, slope, alpha=-beta)
+            return self.output.down(-beta * slope, None, drive)
+        return drive - beta * slope if torch.is_tensor(beta) else torch.add(drive, slope, alpha=-beta)
 
     def _activate(self, n, drive, criterion):
         linear = n == len(self.connections) - 1 and not self.softmax and not isinstance(criterion, nn.MSELoss)
@@ -498,6 +576,29 @@ class EnergyModel(nn.Module):
             return step(drive_x, neurons, target, beta, criterion, lowest)
         return sweep(drive_x, neurons, routes, target, beta, criterion)
 
+    def packed(self, drive_x, T):
+        """The model for T steps in which no weight changes: see `Conv.packed`."""
+        if T < 8 or torch.is_grad_enabled() or not PACKS or drive_x.device.type != "cpu" or drive_x.dtype != torch.float32:
+            return self
+        model = copy.copy(self)
+        model.connections = [c.packed(len(drive_x)) for c in self.connections]
+        return model
+
+    def dropped(self, masks):
+        """The model, on the same parameters, with its connections seeing the layers below through masks (see `Dropped`). masks: for
+        each connection, and for the read-out where `softmax`, (mbs, *shape below), or None."""
+        model = copy.copy(self)
+        *model.connections, model.output = (c if m is None else Dropped(c, m) for c, m in zip([*self.connections, self.output], [*masks, None]))
+        return model
+
+    def of_samples(self, chosen):
+        """The model for some samples of the mini-batch that its masks are of, if it has any; chosen: their indices."""
+        if not any(isinstance(c, Dropped) for c in (*self.connections, self.output)):
+            return self
+        model = copy.copy(self)
+        *model.connections, model.output = (c and c.of_samples(chosen) for c in (*self.connections, self.output))
+        return model
+
     def relax(self, drive_x, y, neurons, T, beta, criterion, output_only=False, slope=None):
         """T steps from `neurons` (zero if None), given the input's drive. Leaves its arguments as they are. With `output_only`
         the last synchronous steps leave out the layers that cannot reach s_N any more: s_{N-k} is then returned as of k steps
@@ -506,10 +607,10 @@ class EnergyModel(nn.Module):
         target, depth = self._target(y, beta) if slope is None else _Pull(slope), len(self.connections)
         if T == 0 and neurons is None:
             neurons = self.init_neurons(drive_x.size(0), drive_x.device)
-        routes = [None] * depth
+        routes, model = [None] * depth, self.packed(drive_x, T)
         for left in reversed(range(T)):
             lowest = max(0, depth - 1 - left) if output_only and neurons is not None else 0
-            neurons = self.advance(drive_x, neurons, routes, target, beta, criterion, lowest)
+            neurons = model.advance(drive_x, neurons, routes, target, beta, criterion, lowest)
         return list(neurons)
 
     @torch.no_grad()
@@ -523,9 +624,9 @@ class EnergyModel(nn.Module):
         target, state, routes = self._target(y, beta), None, [None] * len(self.connections)
         result = self.init_neurons(mbs, device)
         steps, settled = torch.full((mbs,), T, device=device), torch.zeros(mbs, dtype=torch.bool, device=device)
-        active = torch.arange(mbs, device=device)
+        active, model = torch.arange(mbs, device=device), self.packed(drive_x, T)
         for done in range(1, T + 1):
-            before, state = state, self.advance(drive_x, state, routes, target, beta, criterion)
+            before, state = state, model.advance(drive_x, state, routes, target, beta, criterion)
             if done == 1 or done % every and done < T:
                 continue
             still = relative_change(before, state) < tol
@@ -537,6 +638,7 @@ class EnergyModel(nn.Module):
                 go_on = (~stop).nonzero().flatten()
                 drive_x, target, active = (_rows_of(t, go_on) for t in (drive_x, target, active))
                 state, routes = ([_rows_of(t, go_on) for t in tensors] for tensors in (state, routes))
+                model = model.of_samples(go_on)
             if not len(active):
                 break
         return result, steps, settled
@@ -595,13 +697,13 @@ class EnergyModel(nn.Module):
             _set_grad(c.synapse.bias, bias)
 
         if self.softmax:
-            weight = bias = 0.0
+            grads = []
             for state, beta in ((one, beta_1), (two, -beta_2)):
                 if beta != 0:  # L is a term of Phi only where it nudges
-                    slope = beta * scale * self._loss_slope(state[1:], self._target(y, beta), criterion)
-                    weight, bias = weight + slope.t() @ state[-1].flatten(1), bias + slope.sum(0)
-            _set_grad(self.synapses[-1].weight, weight)
-            _set_grad(self.synapses[-1].bias, bias)
+                    slope = self._loss_slope(state[1:], self._target(y, beta), criterion)
+                    grads.append(self.output.learn(state[-1], beta * scale * slope))
+            for p, grad in zip((self.output.synapse.weight, self.output.synapse.bias), zip(*grads)):
+                _set_grad(p, sum(grad))
 
     # ---- reading
 
@@ -761,6 +863,7 @@ def nudged_phases(model, drive, y, free, T2, beta, criterion):
     if sum(s.numel() for s in free) > PAIRED:
         return [model.relax(drive, y, free, T2, b, criterion) for b in (beta, -beta)]
     signs = torch.tensor([beta, -beta], device=drive.device, dtype=drive.dtype).repeat_interleave(len(drive)).view(-1, 1)
+    model = model.of_samples(torch.arange(len(drive), device=drive.device).repeat(2))
     both = model.relax(torch.cat([drive, drive]), torch.cat([y, y]), [torch.cat([s, s]) for s in free], T2, signs, criterion)
     return zip(*(s.chunk(2) for s in both))
 

@@ -1,10 +1,13 @@
-"""Ours against automatic differentiation of Phi (benchmarks/autodiff.py): time per mini-batch and peak memory.
+"""Ours against automatic differentiation of Phi (benchmarks/autodiff.py): time per mini-batch, peak memory, and the floor.
 
 Usage, from the project's root:  python benchmarks/bench.py [--device -1] [--only mlp cnn] [--repeats 7] [--write]
 
 Both sides run in turn, A B A B ..., in one process, so that a drift of the machine's speed meets both; the ratio is the
 median of the ratios of neighbours. Memory is what a process of its own needed at most above what it held before the
-update: resident memory on a CPU, allocated memory on a GPU. `--write` appends the table to benchmarks/RESULTS.md.
+update: resident memory on a CPU, allocated memory on a GPU. Floor: the floating-point operations of our side, as PyTorch's
+FlopCounterMode counts them, at the rate that this machine reaches on a large matrix product; `of the floor` is our time over it.
+The second table is of our side alone, and says how cost grows with the batch, T1 and depth. `--write` appends the tables to
+benchmarks/RESULTS.md.
 """
 import argparse
 import datetime
@@ -18,6 +21,7 @@ import threading
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -43,19 +47,35 @@ def cnn(device, mbs=None):
 
 def cases(device):
     """name -> (network, function of (side, model, x, y)); the same function serves both sides."""
-    quick = device.type == "cpu"
-    t_ep, t_bptt = ((30, 10), (10, 10)) if quick else ((250, 30), (30, 30))
+    small = device.type == "cpu"
+    ep, bptt, gdu, attacked = ((30, 10), (10, 10), (10, 5, 2), (10, 4)) if small else ((250, 30), (30, 30), (60, 15, 20), (29, 128))
+    batches = {"": cnn, ", batch 8": lambda device: cnn(device, 8)} if small else {"": cnn}
+    recipe = {} if small else {"cnn symmetric EP update, T1 250, T2 30, the published recipe":
+                               (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y, 250, 30, (0.0, 1.0), CEL, True))}
     return {
         "mlp EP update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.ep_gradients(m, x, y, 30, 10, (0.0, 0.1), MSE)),
         "mlp BPTT update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.bptt_gradients(m, x, y, 30, 10, MSE)),
-        f"cnn EP update, T1 {t_ep[0]}, T2 {t_ep[1]}":
-            (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y, *t_ep, (0.0, 1.0), CEL)),
-        f"cnn BPTT update, T1 {t_bptt[0]}, T2 {t_bptt[1]}":
-            (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y, *t_bptt, CEL)),
-        "attack gradient, 40 images, 29 steps": (attacked_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y)),
-        "mlp gducheck, T1 60, T2 30, against 31 back-propagations": (mlp, lambda side, m, x, y: gducheck(side, m, x[:20], y[:20], MSE)),
-        "small cnn gducheck, T1 60, T2 30, against 31 back-propagations": (small_cnn, lambda side, m, x, y: gducheck(side, m, x, y, CEL)),
+        "mlp free phase, T1 30": (mlp, lambda side, m, x, y: free_phase(side, m, x, 30, MSE)),
+        "mlp gducheck, T1 60, T2 30": (mlp, lambda side, m, x, y: gducheck(side, m, x[:20], y[:20], 60, 30, MSE)),
+        "mlp attack gradient, 29 steps": (mlp, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, MSE)),
+        **{f"cnn EP update, T1 {ep[0]}, T2 {ep[1]}{batch}": (network, lambda side, m, x, y: side.ep_gradients(m, x, y, *ep, (0.0, 1.0), CEL))
+           for batch, network in batches.items()},
+        **recipe,
+        f"cnn BPTT update, T1 {bptt[0]}, T2 {bptt[1]}": (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y, *bptt, CEL)),
+        **{f"cnn free phase, T1 {ep[0]}{batch}": (network, lambda side, m, x, y: free_phase(side, m, x, ep[0], CEL)) for batch, network in batches.items()},
+        f"cnn gducheck, T1 {gdu[0]}, T2 {gdu[1]}, {gdu[2]} images":
+            (lambda device: cnn(device, gdu[2]), lambda side, m, x, y: gducheck(side, m, x, y, gdu[0], gdu[1], CEL)),
+        f"cnn attack gradient, {attacked[0]} steps, {attacked[1]} images":
+            (lambda device: cnn(device, attacked[1]), lambda side, m, x, y: attack_gradient(side, m, x, y, attacked[0], CEL)),
+        "small cnn gducheck, T1 60, T2 30": (small_cnn, lambda side, m, x, y: gducheck(side, m, x, y, 60, 30, CEL)),
+        "small cnn attack gradient, 29 steps, 40 images": (attacked_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL)),
     }
+
+
+def free_phase(side, model, x, T, criterion):
+    if side is model_utils:
+        return model(x, None, None, T, criterion=criterion)
+    return autodiff.relax(model, x, None, autodiff.zeros(model, x), T, 0.0, criterion)
 
 
 def small_cnn(device):
@@ -71,30 +91,68 @@ def attacked_cnn(device):
     return model, torch.randn(40, 3, 32, 32, device=device), torch.randint(0, 10, (40,), device=device)
 
 
-def attack_gradient(side, model, x, y):
+def attack_gradient(side, model, x, y, T, criterion):
     x = x.clone().requires_grad_()
     if side is model_utils:
         from ART_Timesteps_Addition.pytorch import Unrolled
-        logits = Unrolled(model, 60, 29, CEL)(x)
+        out = Unrolled(model, 60, T, criterion)(x)
     else:  # as the original code: gradients of the parameters come along
-        logits = model.readout(autodiff.relax(model, x, None, autodiff.zeros(model, x), 29, 0.0, CEL, check_thm=True))
-    torch.nn.functional.cross_entropy(logits, y).backward()
+        out = model.readout(autodiff.relax(model, x, None, autodiff.zeros(model, x), T, 0.0, criterion, check_thm=True))
+    torch.nn.functional.cross_entropy(out, y).backward()
     return x.grad
 
 
-def gducheck(side, model, x, y, criterion):
+def gducheck(side, model, x, y, T1, T2, criterion):
     if side is model_utils:
-        return model_utils.bptt_contributions(model, x, y, 60, 30, 0.0, criterion)
-    return autodiff.separate_backpropagations(model, x, y, 60, 30, criterion)
+        return model_utils.bptt_contributions(model, x, y, T1, T2, 0.0, criterion)
+    return autodiff.separate_backpropagations(model, x, y, T1, T2, criterion)
+
+
+def growth(device):
+    """name -> call without arguments: how our cost grows."""
+    T, pools = 10, lambda n: model_utils.make_pools("m" * n)
+    calls = {}
+    for mbs in (4, 8, 16, 32) if device.type == "cpu" else (32, 64, 128, 256):
+        model, x, y = cnn(device, mbs)
+        calls[f"cnn free phase, {T} steps, batch {mbs}"] = lambda model=model, x=x: model(x, None, None, T, criterion=CEL)
+    model, x, y = mlp(device)
+    for T1 in (10, 50, 250):
+        calls[f"mlp EP update, T1 {T1}, T2 10"] = lambda T1=T1, model=model, x=x, y=y: model_utils.ep_gradients(model, x, y, T1, 10, (0.0, 0.1), MSE)
+    for depth in (1, 2, 3, 4):
+        torch.manual_seed(0)
+        model = model_utils.P_CNN(32, [3, 64, 64, 64, 64][:depth + 1], [3] * depth, [1] * depth, [10], pools(depth), [1] * depth, model_utils.my_hard_sig,
+                                  softmax=True).to(device)
+        x = torch.randn(16, 3, 32, 32, device=device)
+        calls[f"free phase, {T} steps, {depth} convolutions of 64 maps, batch 16"] = lambda model=model, x=x: model(x, None, None, T, criterion=CEL)
+    return calls
+
+
+def matrix_rate(device, size=2048):
+    """Floating-point operations a second of a large product of float32 matrices."""
+    a, b = torch.randn(2, size, size, device=device)
+    return 2 * size ** 3 / min(clock(lambda: a @ b, device) for _ in range(8))
+
+
+def operations(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def sides(name, device):
     """Two calls without arguments that do the same work: ours and automatic differentiation."""
     torch.manual_seed(0)
-    network, work = cases(device)[name]
+    network, work = cases(device).get(name) or lengths(name)
     model, x, y = network(device)
     textbook = autodiff.textbook(model)
     return lambda: work(model_utils, model, x, y), lambda: work(autodiff, textbook, x, y)
+
+
+def lengths(name):
+    """The case `NETWORK T`: an EP update with T1 = T2 = T."""
+    network, T = name.split()
+    criterion = MSE if network == "mlp" else CEL
+    return globals()[network], lambda side, m, x, y: side.ep_gradients(m, x, y, int(T), int(T), (0.0, 0.1), criterion)
 
 
 def clock(call, device):
@@ -108,6 +166,12 @@ def clock(call, device):
 def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+def memory_of(name, side, device):
+    """`peak_memory`, in a process of its own."""
+    command = [sys.executable, __file__, "--device", str(device_index(device)), "--memory-of", name, str(side)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def peak_memory(name, side, device):
@@ -133,17 +197,18 @@ def peak_memory(name, side, device):
     return max(peak[0], resident()) - before
 
 
-def measure(name, device, repeats):
+def measure(name, device, repeats, rate):
     ours, theirs = sides(name, device)
     for _ in range(2):
         ours(), theirs()
     pairs = [(clock(ours, device), clock(theirs, device)) for _ in range(repeats)]
-    memory = [int(subprocess.run([sys.executable, __file__, "--device", str(device_index(device)), "--memory-of", name, str(side)],
-                                 check=True, capture_output=True, text=True).stdout) for side in (0, 1)]
+    memory = [memory_of(name, side, device) for side in (0, 1)]
     cells = [name]
     for times in zip(*pairs):
         cells.append(f"{1e3 * statistics.median(times):.1f} ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})")
     cells.append(f"**{statistics.median(b / a for a, b in pairs):.2f}**")
+    floor = operations(ours) / rate
+    cells += [f"{1e3 * floor:.1f}", f"{statistics.median(a for a, _ in pairs) / floor:.2f}"]
     cells += [f"{m / 2 ** 20:.0f}" for m in memory] + [f"{memory[0] / memory[1]:.2f}" if memory[1] else ""]
     return cells
 
@@ -164,6 +229,7 @@ def main():
     parser.add_argument("--device", type=int, default=-1)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose names contain one of these words")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32"), help="of both sides, on a GPU")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -172,14 +238,28 @@ def main():
         print(peak_memory(args.memory_of[0], int(args.memory_of[1]), device))
         return
     command = "python benchmarks/bench.py" + "".join(f" {shlex.quote(a)}" for a in sys.argv[1:] if a != "--write")
-    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "", f"`{command}`", "",
-             "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | ours, MiB | theirs, MiB | share |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    model_utils.set_precision(args.precision)
+    rate = matrix_rate(device)
+    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in a matrix product", "",
+             f"`{command}`", "",
+             "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | floor, ms | of the floor | ours, MiB | theirs, MiB | share |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     print("\n".join(lines), flush=True)
+
+    def say(line):
+        lines.append(line)
+        print(line, flush=True)
     for name in cases(device):
         if any(word in name for word in args.only):
-            lines.append("| " + " | ".join(measure(name, device, args.repeats)) + " |")
-            print(lines[-1], flush=True)
+            say("| " + " | ".join(measure(name, device, args.repeats, rate)) + " |")
+    if args.only == [""] or "growth" in args.only:
+        say("\n| ours alone | ms (range) |\n| --- | --- |")
+        for name, call in growth(device).items():
+            times = sorted(clock(call, device) for _ in range(args.repeats + 1))[:-1]  # the first is the slowest
+            say(f"| {name} | {1e3 * statistics.median(times):.1f} ({1e3 * times[0]:.1f} to {1e3 * times[-1]:.1f}) |")
+        say("\n| memory of an EP update, MiB | T1 10, T2 10 | T1 250, T2 250 |\n| --- | --- | --- |")
+        for network in ("mlp", "small_cnn"):
+            say(f"| {network} | " + " | ".join(f"{memory_of(f'{network} {T}', 0, device) / 2 ** 20:.1f}" for T in (10, 250)) + " |")
     if args.write:
         with open(HERE / "RESULTS.md", "a") as file:
             file.write("\n".join(["", *lines, ""]))
