@@ -71,7 +71,7 @@ FLAGS = {
         Flag("scale", float, None, "factor on the initial weights and biases", low=0),
     ],
     "dynamics and learning rule": [
-        Flag("alg", str, "EP", "Equilibrium Propagation or back-propagation through time", ("EP", "BPTT")),
+        Flag("alg", str, "EP", "Equilibrium Propagation, its continual form, or back-propagation through time", ("EP", "CEP", "BPTT")),
         Flag("T1", int, 20, "time steps of the free phase", low=1),
         Flag("T2", int, 4, "time steps of a nudged phase; of BPTT", low=1),
         Flag("betas", float, [0.0, 0.01], "nudging of the free and of the nudged phase", many=True),
@@ -107,9 +107,13 @@ FLAGS = {
     ],
 }
 
+# A flag of main_dropout.py alone; main.py takes it from a saved run, and so goes on with one.
+DROPOUTS = Flag("dropouts", float, None, "probability of keeping a neuron, for each connection on what it sees below (training only)", low=0, high=1,
+                many=True)
+
 # Of a saved run, what no flag changes; what none changes when its training goes on; and what is never taken from it.
 ARCHITECTURE = ("task", "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax", "same_update")
-OPTIMIZER = ("optim", "lrs", "wds", "mmt", "lr_decay", "seed")
+OPTIMIZER = ("optim", "lrs", "wds", "mmt", "lr_decay", "dropouts", "seed")
 NOT_INHERITED = ("todo", "load_path", "save", "device", "epochs", "precision", "compile")
 
 
@@ -180,7 +184,7 @@ def settle(given, flags, saved=None, path=None):
     """Every argument's value: as given, else as in the run saved at `path`, else the default. Returns a Namespace."""
     args, ignored = argparse.Namespace(), []
     fixed = ARCHITECTURE + (OPTIMIZER if given.get("todo", "train") == "train" else ())
-    for flag in (flag for group in flags.values() for flag in group):
+    for flag in [*(flag for group in flags.values() for flag in group if flag is not DROPOUTS), DROPOUTS]:
         name, value = dest(flag), flag.default
         if name in given:
             value = [judge(flag, text) for text in given[name]] if flag.many else judge(flag, given[name])
@@ -219,16 +223,23 @@ def check(args):
         raise UserError(f"argument --{last[0]}: its last entry is {last[1]}, {args.task} has {task.classes} classes")
     if args.softmax and args.loss != "cel":
         raise UserError(f"argument --softmax: needs --loss cel, got --loss {args.loss}")
-    for name in ("lrs", "wds"):
+    for name in ("lrs", "wds", "dropouts"):
         if getattr(args, name) is not None and len(getattr(args, name)) != layers:
             raise length_error(name, getattr(args, name), layers, "one per layer")
     if args.T2 > args.T1 and (args.alg == "BPTT" or args.check_thm or args.todo == "gducheck"):
         raise UserError(f"argument --T2: got {args.T2}, BPTT goes back through at most the {args.T1} steps of --T1")
     if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
         raise UserError(f"--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is {args.task}")
+    if args.dropouts and 0 in args.dropouts:
+        raise UserError(f"argument --dropouts: got {shown(args.dropouts)}, expected numbers above 0 and at most 1")
+    if args.alg == "CEP" and args.todo == "train" and (args.optim != "sgd" or args.mmt):
+        raise UserError(f"argument --optim: got {args.optim}" + (f" with --mmt {args.mmt:g}" if args.mmt else "")
+                        + ", CEP changes weights by plain gradient steps: it needs sgd without momentum")
+    if args.alg == "CEP" and args.precision == "bf16":
+        raise UserError("argument --precision: bf16 is not for CEP, whose weights change at every step")
     if len(args.betas) != 2:
         raise length_error("betas", args.betas, 2, "of the free and of the nudged phase")
-    if (args.alg == "EP" or args.todo == "gducheck") and (args.betas[0] == args.betas[1] or args.thirdphase and args.betas[1] == 0):
+    if (args.alg != "BPTT" or args.todo == "gducheck") and (args.betas[0] == args.betas[1] or args.thirdphase and args.betas[1] == 0):
         raise UserError(f"argument --betas: got {shown(args.betas)}, EP needs two different values, the second not 0")
 
 
@@ -239,7 +250,7 @@ def notes(args):
     if args.same_update and not args.model.startswith("VF"):
         yield f"--same-update has no effect on {args.model}, whose weights are tied"
     for name in ("random_sign", "thirdphase", "check_thm"):
-        if getattr(args, name) and args.alg != "EP":
+        if getattr(args, name) and args.alg != "EP" and (args.alg != "CEP" or name == "check_thm"):
             yield f"--{name.replace('_', '-')} has no effect with --alg {args.alg}"
     if args.todo == "gducheck":
         for name in ("tol", "precision"):

@@ -170,23 +170,26 @@ class Dropped(Connection):
     def of_samples(self, chosen):
         return Dropped(self.connection, _rows_of(self.mask, chosen))
 
+    def seen(self, pre):
+        return self.mask.view_as(pre) * pre  # an image enters a dense layer unflattened
+
     def up(self, pre):
-        return self.connection.up(self.mask * pre)
+        return self.connection.up(self.seen(pre))
 
     def down(self, post, route, drive):
-        return drive + self.mask * self.connection.down(post, route, torch.zeros_like(drive))
+        return drive + self.seen(self.connection.down(post, route, torch.zeros_like(drive)))
 
     def learn(self, pre, post):
-        return self.connection.learn(self.mask * pre, post)
+        return self.connection.learn(self.seen(pre), post)
 
     def learn_feedback(self, pre, post):
-        return self.connection.learn_feedback(self.mask * pre, post)
+        return self.connection.learn_feedback(self.seen(pre), post)
 
     def term(self, pre, post):
-        return self.connection.term(self.mask * pre, post)
+        return self.connection.term(self.seen(pre), post)
 
     def feedback_term(self, pre, post):
-        return self.connection.feedback_term(self.mask * pre, post)
+        return self.connection.feedback_term(self.seen(pre), post)
 
 
 class Dense(Connection):
@@ -908,6 +911,42 @@ def bptt_gradients(model, x, y, T1, T2, criterion, tol=0.0, account=None, twin=N
     return [n.detach().to(x.dtype) for n in neurons]
 
 
+@torch.no_grad()
+def cep_updates(model, optimizer, x, y, T1, T2, betas, criterion, thirdphase=False, tol=0.0, account=None, average=lambda: None):
+    """Continual Equilibrium Propagation on one mini-batch (Ernoult et al., 2020): in the nudged phase every step changes the weights
+    at once, by its own share of the EP update, lr * [dPhi(s(t+1))/dp - dPhi(s(t))/dp] / (beta_2 - beta_1). With `thirdphase` a phase at
+    beta_2 and one at -beta_2, each from the free neurons and each with half of the rate. As the rates go to zero the sum of the changes
+    tends to that of EP. Returns the free neurons.
+
+    Leaves p.grad at zero: a step of the optimizer (sgd without momentum) that follows decays the weights and does nothing else.
+    average: called whenever p.grad is filled and before it is used.
+    """
+    account, (beta_1, beta_2) = account or Account(), betas
+    free = free_phase(model, x, y, T1, beta_1, criterion, tol, account)[1]
+    phases = (beta_2, -beta_2) if thirdphase else (beta_2,)
+    for beta in phases:
+        state = free
+        for t in range(T2):
+            with account.time("nudged"):
+                before, state = state, model.relax(model.input_drive(x), y, state, 1, beta, criterion)
+            with account.time("update"):
+                model.compute_syn_grads(x, y, free, before, (beta_1, beta), criterion, check_thm=t > 0, neurons_3=state)
+                average()
+                for group in optimizer.param_groups:
+                    for p in group["params"]:
+                        p.sub_(p.grad, alpha=group["lr"] / len(phases))
+    for p in model.parameters():
+        p.grad.zero_()
+    return free
+
+
+def draw_masks(model, keep, mbs):
+    """Masks for `EnergyModel.dropped`, drawn anew for each of mbs samples and drawn on the CPU, so that every device has the same: 0
+    with probability 1 - keep, else 1 / keep. keep: a number in (0, 1] for each connection, the read-out being the last."""
+    weight, connections = model.synapses[0].weight, [*model.connections, *([model.output] if model.softmax else [])]
+    return [None if p == 1 else ((torch.rand(mbs, *c.pre_shape) < p) / p).to(weight.device, weight.dtype) for c, p in zip(connections, keep)]
+
+
 def lowered(model, dtype):
     """A copy of the model in another precision, for the time steps; `refresh` gives it the model's present weights."""
     return copy.deepcopy(model).to(dtype)
@@ -1079,14 +1118,20 @@ def log_theorem(model, x, y, args, criterion, epoch, batch, run):
         run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])
 
 
-def gradients(model, x, y, args, criterion, account=None, twin=None):
-    """Fills p.grad from one mini-batch by the learning rule in args (alg, T1, T2, betas, random_sign, thirdphase, tol). Returns the
-    neurons of the free phase."""
+def gradients(model, x, y, args, criterion, account=None, twin=None, optimizer=None):
+    """Fills p.grad from one mini-batch by the learning rule in args (alg, T1, T2, betas, random_sign, thirdphase, dropouts, tol); CEP,
+    which needs the optimizer, changes the weights as well. Returns the neurons of the free phase."""
+    if args.dropouts:
+        masks = draw_masks(model, args.dropouts, len(x))
+        model = model.dropped(masks)
+        twin = twin and twin.dropped([m if m is None else m.to(twin.synapses[0].weight.dtype) for m in masks])
     if args.alg == "BPTT":
         return bptt_gradients(model, x, y, args.T1, args.T2, criterion, args.tol, account, twin)
     beta_1, beta_2 = args.betas
     if args.random_sign and torch.rand(()) < 0.5:
         beta_2 = -beta_2
+    if args.alg == "CEP":
+        return cep_updates(model, optimizer, x, y, args.T1, args.T2, (beta_1, beta_2), criterion, args.thirdphase, args.tol, account)
     return ep_gradients(model, x, y, args.T1, args.T2, (beta_1, beta_2), criterion, args.thirdphase, args.tol, account, twin)
 
 
@@ -1098,7 +1143,7 @@ def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, acc
     for batch, (x, y) in enumerate(bar, 1):
         if args.check_thm and args.alg == "EP" and (batch - 1) % every == 0:
             log_theorem(model, x[:5], y[:5], args, criterion, epoch, batch, run)
-        neurons = gradients(model, x, y, args, criterion, account, twin)
+        neurons = gradients(model, x, y, args, criterion, account, twin, optimizer)
         with torch.no_grad(), account.time("update"):
             hits, seen = hits + correct(model, neurons, y), seen + len(y)
             optimizer.step()
@@ -1126,7 +1171,7 @@ def best_of(history):
 def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=None):
     """Trains for args.epochs epochs after those in `history`, to which it appends: a list of dicts, a row of metrics.csv each.
 
-    args: alg, T1, T2, betas, random_sign, thirdphase, tol, precision, loss, epochs, and what else is to be written down. run: the
+    args: alg, T1, T2, betas, random_sign, thirdphase, dropouts, tol, precision, loss, epochs, and what else is to be written down. run: the
     `data_utils.Run` to write to after every epoch, or None. Raises RunError when neurons or weights stop being finite.
     """
     criterion, whole = make_criterion(args.loss), Account()

@@ -127,7 +127,7 @@ def test_two_nudged_phases_in_one_batch(model, schedule, monkeypatch):
 def test_lower_precision_keeps_weights_and_gradients_whole(model, alg):
     model.float()
     x, y = sample(model)
-    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0)
+    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0, dropouts=None)
     twin, found = mu.lowered(model, torch.bfloat16), []
     for used in (None, twin):
         mu.gradients(model, x, y, args, criterion_of(model), twin=used)

@@ -1,0 +1,182 @@
+"""Masks on connections, and weights that change at every nudged step."""
+import argparse
+
+import autodiff
+import pytest
+import torch
+from conftest import criterion_of, grads, only_run, sample
+
+import main
+import main_dropout
+import model_utils as mu
+
+KEEP = 0.7
+
+
+@pytest.fixture
+def dropped(model):
+    torch.manual_seed(1)
+    connections = len(model.connections) + model.softmax
+    return model.dropped(mu.draw_masks(model, [KEEP] * connections, 4))
+
+
+def same(ours, theirs, tolerance=1e-9):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["sync", "async"])
+def test_phases_and_updates_are_those_of_the_masked_phi(dropped, schedule):
+    criterion, (x, y) = criterion_of(dropped), sample(dropped)
+    dropped.schedule = schedule
+    free = dropped(x, y, None, 6, 0.0, criterion)
+    if schedule == "sync":
+        same(free, autodiff.relax(dropped, x, y, dropped.init_neurons(4, "cpu"), 6, 0.0, criterion))
+        same(dropped(x, y, free, 4, 0.3, criterion), autodiff.relax(dropped, x, y, free, 4, 0.3, criterion))
+    mu.ep_gradients(dropped, x, y, 6, 4, (0.0, 0.3), criterion, thirdphase=True)
+    ours = grads(dropped)
+    if not len(dropped.B_syn):
+        dropped.zero_grad()
+        for beta, sign in ((0.3, -1), (-0.3, 1)):
+            state = dropped(x, y, free, 4, beta, criterion)
+            (sign * dropped.Phi(x, y, state, beta, criterion).mean() / 0.6).backward()
+        same(ours.values(), grads(dropped).values())
+
+
+def test_gducheck_holds_with_masks_held(dropped):
+    criterion, (x, y) = criterion_of(dropped), sample(dropped)
+    if any(c.routed for c in dropped.connections) or len(dropped.B_syn):
+        pytest.skip("the theorem is of smooth dynamics with an energy")
+    BPTT = mu.bptt_contributions(dropped, x, y, 300, 100, 0.0, criterion)
+    EP = [mu.ep_contributions(dropped, x, y, 300, 100, (0.0, b), criterion) for b in (1e-3, -1e-3)]
+    for name, p in list(dropped.named_parameters())[:-2 if dropped.softmax else None]:
+        for ours, theirs in zip((EP[0][name] + EP[1][name]) / 2, BPTT[name]):  # step by step
+            assert (ours - theirs).norm() <= 1e-3 * BPTT[name].flatten(1).norm(dim=1).max()
+
+
+def test_bptt_goes_through_the_masks(dropped):
+    criterion, (x, y) = criterion_of(dropped), sample(dropped)
+    expected = autodiff.bptt_gradients(dropped, x, y, 7, 4, criterion)
+    theirs = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in dropped.named_parameters()}
+    same(mu.bptt_gradients(dropped, x, y, 7, 4, criterion)[-1:], expected[-1:])
+    same(grads(dropped).values(), theirs.values())
+
+
+def test_settling_keeps_each_image_with_its_mask(dropped):
+    criterion, (x, y) = criterion_of(dropped), sample(dropped)
+    x[::2] *= 20
+    neurons, steps, _ = dropped.settle(dropped.input_drive(x), None, 40, 0.0, criterion, 1e-4, every=1)
+    for i, T in enumerate(steps.tolist()):
+        same([s[i:i + 1] for s in neurons], [s[i:i + 1] for s in dropped(x, None, None, T, 0.0, criterion)])
+
+
+def test_masks_differ_between_images_and_batches_and_keep_the_mean(model):
+    count = len(model.connections) + model.softmax
+    torch.manual_seed(0)
+    first, second = (mu.draw_masks(model, [0.9] * count, 500) for _ in range(2))
+    for a, b, c in zip(first, second, [*model.connections, model.output]):
+        assert a.shape == (500, *c.pre_shape) and a.mean().item() == pytest.approx(1, abs=0.03) and not torch.equal(a, b)
+        assert len(a.flatten(1).unique(dim=0)) > 1
+    assert mu.draw_masks(model, [1.0] * count, 3) == [None] * count
+
+
+def test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none(ok, monkeypatch, tmp_path):
+    drawn, masks, relaxed = [], mu.draw_masks, []
+    monkeypatch.setattr(mu, "draw_masks", lambda *args: drawn.append(masks(*args)) or drawn[-1])
+    relax = mu.EnergyModel.relax
+
+    def watched(self, *args, **more):
+        relaxed.append([c.mask for c in self.connections if isinstance(c, mu.Dropped)])
+        return relax(self, *args, **more)
+    monkeypatch.setattr(mu.EnergyModel, "relax", watched)
+    monkeypatch.setattr(mu, "PAIRED", 0)
+    ok(QUICK, "--thirdphase --dropouts 0.9 0.5 --save", flags=main_dropout.FLAGS, name="main_dropout.py")
+    batches, evaluations = 5, 3
+    assert len(drawn) == batches and len(relaxed) == 3 * batches + evaluations
+    for n, batch in enumerate(drawn):
+        assert all(phase[0] is batch[0] and phase[1] is batch[1] for phase in relaxed[3 * n:3 * n + 3])
+    assert all(not phase for phase in relaxed[3 * batches:])
+    before = len(drawn)
+    ok(f"--todo evaluate --device -1 --load-path {only_run(tmp_path)}")
+    assert len(drawn) == before
+    ok(f"--device -1 --load-path {only_run(tmp_path)}")  # main.py goes on with what the run was trained with
+    assert len(drawn) == 2 * before
+
+
+QUICK = "--task digits --device -1 --train-size 100 --test-size 60 --mbs 20 --archi 784 20 10 --T1 8 --T2 4 --betas 0 0.3 --seed 0"
+
+
+@pytest.mark.parametrize("words", ["--alg EP --thirdphase", "--alg BPTT", "--alg CEP", "--alg EP --thirdphase --model VFCNN --same-update", "--alg EP --thirdphase --tol 1e-3"])
+def test_a_cnn_learns_with_dropout(ok, words):
+    out = ok("--task digits --device -1 --seed 0 --model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax --betas 0 1 --T1 12 --T2 5",
+             "--train-size 600 --epochs 3" + (" --lrs 0.02 0.02 0.02 --epochs 5" if "CEP" in words else " --optim adam --lrs 5e-3 5e-3 5e-3"),
+             words, "--dropouts 1.0 0.9 0.9", flags=main_dropout.FLAGS)
+    assert float(out.splitlines()[-2].split("test ")[1].split(" %")[0]) > 50
+
+
+@pytest.mark.parametrize("words, what", [("--dropouts 0.9", "--dropouts: got 1 (0.9), expected 2"), ("--dropouts 0 1", "--dropouts: got 0.0 1.0"),
+                                         ("--dropouts 1 1.5", "--dropouts: got '1.5'"), ("--dropouts half 1", "--dropouts: got 'half'")])
+def test_bad_probabilities(cli, words, what):
+    code, _, err = cli(QUICK, words, flags=main_dropout.FLAGS, name="main_dropout.py")
+    assert code == 2 and what in err and err.count("\n") == 1 and err.startswith("main_dropout.py")
+
+
+def test_main_has_no_dropouts(cli):
+    code, _, err = cli(QUICK, "--dropouts 1 1")
+    assert code == 2 and "--dropouts" in err
+
+
+# ---- continual EP
+
+
+@pytest.mark.parametrize("thirdphase", [False, True])
+def test_the_sum_of_small_continual_updates_is_that_of_ep(model, thirdphase):
+    criterion, (x, y) = criterion_of(model), sample(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    mu.ep_gradients(model, x, y, 8, 5, (0.0, 0.3), criterion, thirdphase)
+    exact, errors = torch.cat([p.grad.flatten() for p in model.parameters()]), []
+    for lr in (1e-3, 1e-4, 1e-5):
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+        mu.cep_updates(model, optimizer, x, y, 8, 5, (0.0, 0.3), criterion, thirdphase)
+        optimizer.step()
+        change = torch.cat([(a - p).detach().flatten() / lr for a, p in zip(before, model.parameters())])
+        errors.append(((change - exact).norm() / exact.norm()).item())
+        with torch.no_grad():
+            for a, p in zip(before, model.parameters()):
+                p.copy_(a)
+    assert 0 < errors[2] < 1e-2 and errors[2] < errors[0] / 5
+    if not any(c.routed for c in model.connections):  # a winner that changes is a jump
+        assert errors[1] / errors[2] == pytest.approx(10, rel=0.1)  # of first order in the rate
+
+
+def test_cep_decays_weights_once_a_batch(model):
+    criterion, (x, y) = criterion_of(model), sample(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
+    mu.cep_updates(model, optimizer, x, y, 4, 2, (0.0, 0.3), criterion)
+    optimizer.param_groups[0]["lr"] = 0.5
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    same([0.95 * p for p in before], [p.detach() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("words", ["", "--thirdphase", "--random-sign --lr-decay", "--model VFMLP"])
+def test_cep_learns_and_resumes(ok, tmp_path, words):
+    line = "--task digits --device -1 --archi 784 64 10 --alg CEP --betas 0 0.2 --T1 20 --T2 6 --lrs 0.02 0.01 --seed 0 --save " + words
+    out = ok(line, "--epochs 3")
+    assert float(out.splitlines()[-2].split("test ")[1].split(" %")[0]) > 60
+    run = only_run(tmp_path)
+    assert run.parts[-4] == "CEP"
+    ok(f"--load-path {run} --device -1")
+    assert torch.load(run / "checkpoint.tar", weights_only=True)["epoch"] == 4
+
+
+@pytest.mark.parametrize("words, what", [("--optim adam", "--optim: got adam"), ("--mmt 0.9", "--mmt 0.9"), ("--betas 0 0", "--betas")])
+def test_what_cep_cannot_do(cli, words, what):
+    code, _, err = cli(QUICK, "--alg CEP", words)
+    assert code == 2 and what in err and err.count("\n") == 1
+
+
+def test_flags_are_defined_once():
+    names = [flag.name for group in main_dropout.FLAGS.values() for flag in group]
+    assert len(names) == len(set(names)) and set(names) - {flag.name for group in main.FLAGS.values() for flag in group} == {"dropouts"}
+    assert isinstance(main.settle({}, main.FLAGS), argparse.Namespace) and main.settle({}, main.FLAGS).dropouts is None
