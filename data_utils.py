@@ -162,7 +162,8 @@ class Workers:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             with self._exchange():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=self.PATIENCE)
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self._store(self.PATIENCE),
+                                        rank=self.rank, world_size=self.size, timeout=self.PATIENCE)
 
     def part(self):
         if self.size > 1:
@@ -173,7 +174,8 @@ class Workers:
         try:
             yield
         except RuntimeError as e:  # all of torch.distributed's errors are
-            raise LostWorker(f"a worker was lost ({one_line(e)[:100]})") from None
+            reason = re.sub(r"^\[\S+:\d+\] ", "", one_line(e)).split(". ")[0]  # without the place in gloo's source
+            raise LostWorker(f"a worker was lost ({reason})") from None
 
     # ---- shares of the work
 
@@ -263,13 +265,18 @@ class Workers:
         return code
 
     def _first(self):
-        """Whether no other worker has asked before: torchrun itself keeps count, whichever worker is lost."""
-        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        """Whether no other worker has asked before."""
         try:
-            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=datetime.timedelta(seconds=5))
-            return store.add(f"said why attempt {attempt} ended", 1) == 1
+            return self._store(datetime.timedelta(seconds=5)).add("said why", 1) == 1
         except RuntimeError:  # torchrun is gone as well
             return True
+
+    def _store(self, timeout):
+        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that it starts in place of lost ones."""
+        address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+        if self.size == int(os.environ["LOCAL_WORLD_SIZE"]):  # MASTER_ADDR is the machine's name, which without a network may mean nothing
+            address = "localhost"
+        return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
 
 
 # ------------------------------------------------------------------------------------------------------------------ tasks

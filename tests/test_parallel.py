@@ -1,6 +1,8 @@
 """Several workers under torchrun, two on this machine, against one process."""
+import contextlib
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import main
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 MLP = "--task digits --device -1 --seed 5 --save --test-size 40 --mbs 16 --archi 784 12 10 --T1 6 --T2 3 --betas 0 0.5 --lrs 0.1 0.1 --mmt 0.9"
-CNN = MLP + " --model CNN --channels 3 4 --lrs 0.1 0.1 0.1"
+CNN = MLP + " --model CNN --channels 3 4 --lrs 0.03 0.03 0.03"
 TRAINED = {  # 50 images leave two for the last mini-batch, 49 one: nothing for the second worker
     "MLP EP symmetric, account of steps": MLP + " --train-size 50 --thirdphase --tol 0.03 --check-thm --epochs 2",
     "MLP EP random sign": MLP + " --train-size 49 --random-sign --lr-decay --epochs 2",
@@ -33,9 +35,15 @@ EXAMINED = {
 }
 
 
+@contextlib.contextmanager
 def torchrun(*words, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*TORCHRUN, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+    process = subprocess.Popen([*TORCHRUN, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+    try:
+        yield process
+    finally:
+        process.terminate()  # and with it, where a test has failed, its workers
+        process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +65,9 @@ def both(tmp_path_factory, cifar):
         assert main.main(EXAMINED[name].split()) == 0
     work = {**lines, "resumed": lines[RESUMED] + " --epochs 1", **EXAMINED}
     (root / "work.json").write_text(json.dumps({str(root / "two" / name): line.split() for name, line in work.items()}))
-    process = torchrun(ROOT / "tests" / "share_work.py", root / "work.json")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and not err, err
+    with torchrun(ROOT / "tests" / "share_work.py", root / "work.json") as process:
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and "arning" not in err, err
     os.chdir(root / "two" / "resumed")
     assert main.main(["--device", "-1", "--load-path", str(only_run("."))]) == 0
     os.chdir(before)
@@ -93,25 +101,22 @@ def ours(err):
 
 
 def test_what_needs_one_process_is_refused_once(tmp_path):
-    process = torchrun(ROOT / "main.py", *"--todo gducheck --task digits --device -1".split(), cwd=tmp_path)
-    _, err = process.communicate(timeout=60)
+    with torchrun(ROOT / "main.py", *"--todo gducheck --task digits --device -1".split(), cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=60)
     assert len(ours(err)) == 1 and "--todo gducheck is the work of one process" in ours(err)[0] and "main.py\", line" not in err, err
     assert process.returncode == 1 and "exitcode  : 2" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_lost_worker_ends_the_run_and_says_how_to_go_on(tmp_path, number):
-    process = torchrun(ROOT / "main.py", *(MLP + " --T1 100 --epochs 500").split(), cwd=tmp_path)
-    assert "results go to" in process.stdout.readline()
-    children = [int(child) for child in open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()]
-    time.sleep(1)
-    start = time.monotonic()
-    if number == signal.SIGINT:
-        process.send_signal(number)
-    else:
-        os.kill(max(children), number)
-    _, err = process.communicate(timeout=30)
-    assert time.monotonic() - start < 10 and process.returncode
+    with torchrun(ROOT / "main.py", *(MLP + " --T1 100 --epochs 500").split(), cwd=tmp_path) as process:
+        assert "results go to" in process.stdout.readline()
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        time.sleep(1)
+        start = time.monotonic()
+        os.kill(process.pid if number == signal.SIGINT else int(children[-1]), number)
+        _, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < 15 and process.returncode
     run = only_run(tmp_path)
     message, = ours(err)
     assert ("interrupted;" if number == signal.SIGINT else "a worker") in message and "main.py\", line" not in err, err
