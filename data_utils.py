@@ -274,8 +274,6 @@ class Workers:
     def _store(self, timeout):
         """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that it starts in place of lost ones."""
         address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
-        if self.size == int(os.environ["LOCAL_WORLD_SIZE"]):  # MASTER_ADDR is the machine's name, which without a network may mean nothing
-            address = "localhost"
         return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
 
 

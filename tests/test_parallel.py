@@ -18,7 +18,7 @@ from test_resume import final_weights
 import data_utils
 import main
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
 MLP = "--task digits --device -1 --seed 5 --save --test-size 40 --mbs 16 --archi 784 12 10 --T1 6 --T2 3 --betas 0 0.5 --lrs 0.1 0.1 --mmt 0.9"
 CNN = MLP + " --model CNN --channels 3 4 --lrs 0.03 0.03 0.03"
 TRAINED = {  # 50 images leave two for the last mini-batch, 49 one: nothing for the second worker
