@@ -22,6 +22,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
@@ -89,6 +90,12 @@ class Account:
         self.steps, self.unsettled = self.steps + steps.sum(), self.unsettled + (~settled).sum()
         self.most = torch.maximum(steps.max(), torch.as_tensor(self.most, device=steps.device))
 
+    def pool(self, workers):
+        """Counts in the free phases of all workers, in each one's account."""
+        counted = workers.gather([int(count) for count in (self.images, self.steps, self.unsettled, self.most)])
+        self.images, self.steps, self.unsettled = (sum(row[i] for row in counted) for i in range(3))
+        self.most = max(row[3] for row in counted)
+
     def used(self):
         """Columns of metrics.csv: mean and maximum of the steps, and the share in % of images that did not settle; {} if not counted."""
         if not self.images:
@@ -114,6 +121,158 @@ class Account:
     def shares(self):
         whole = sum(self.total().values()) or 1.0
         return ", ".join(f"{part} {seconds:.1f} s ({100 * seconds / whole:.0f} %)" for part, seconds in self.seconds.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------- workers
+
+
+class LostWorker(RunError):
+    """Another worker has ended, or was not heard of for too long."""
+
+
+class Workers:
+    """The processes that torchrun started to work on one thing together; one, for which nothing here does anything, without it.
+
+    rank, size: which one this is, of how many; number 0 writes the files. local_rank: which one on its machine. What exchanges
+    (`sum`, `average_gradients`, `gather`, `collect`, `agree`, `ahead`) is to be called by all, in the same order, and raises
+    LostWorker if one of them does not come.
+    """
+
+    PATIENCE = datetime.timedelta(minutes=10)  # longer than a download of a data set, which the others wait for
+
+    def __init__(self, rank=0, size=1, local_rank=0):
+        self.rank, self.size, self.local_rank, self.device, self.stderr = rank, size, local_rank, None, sys.stderr
+
+    @classmethod
+    def launched(cls):
+        """Those that torchrun's environment variables speak of."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls()
+        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+    @property
+    def launcher(self):
+        """The words in front of main.py on the command line."""
+        return ["python"] if self.size == 1 else ["torchrun", "--standalone", "--nproc_per_node", str(self.size)]
+
+    def meet(self, device):
+        """From here on workers exchange: what is on the CPU by gloo, what is on a CUDA device by nccl."""
+        self.device = device
+        if self.size > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            with self._exchange():
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self._store(self.PATIENCE),
+                                        rank=self.rank, world_size=self.size, timeout=self.PATIENCE)
+
+    def part(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _exchange(self):
+        try:
+            yield
+        except RuntimeError as e:  # all of torch.distributed's errors are
+            reason = re.sub(r"^\[\S+:\d+\] ", "", one_line(e)).split(". ")[0]  # without the place in gloo's source
+            raise LostWorker(f"a worker was lost ({reason})") from None
+
+    # ---- shares of the work
+
+    def rows(self, n):
+        """This worker's part of a mini-batch of n samples: (its rows, how many they are).
+
+        With fewer samples than workers some get none. They compute along on a sample of another's, for a weight of 0: no learning
+        rule has to do with empty batches, and all draw the same random numbers."""
+        first, last = (-(-n * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return slice(min(first, n - 1), max(first + 1, last)), last - first
+
+    def deal(self, iterable):
+        """Every size-th item, from this worker's first on. See `collect`."""
+        return itertools.islice(iterable, self.rank, None, self.size)
+
+    # ---- exchange
+
+    @torch.no_grad()
+    def average_gradients(self, model, n_local, n_global):
+        """Makes every p.grad, this worker's mean over its n_local samples, the mean over all n_global of the mini-batch."""
+        if self.size == 1:
+            return
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        together = torch.cat([grad.flatten() for grad in grads]).mul_(n_local / n_global)
+        with self._exchange():
+            dist.all_reduce(together)
+        for grad, mean in zip(grads, together.split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))
+
+    def sum(self, value):
+        """The sum over the workers of a number or tensor, as a tensor."""
+        total = torch.as_tensor(value, device=self.device)
+        if self.size > 1:
+            total = total.clone()
+            with self._exchange():
+                dist.all_reduce(total)
+        return total
+
+    def gather(self, item):
+        """[item of worker 0, of worker 1, ...]."""
+        items = [item]
+        if self.size > 1:
+            items = [None] * self.size
+            with self._exchange():
+                dist.all_gather_object(items, item)
+        return items
+
+    def collect(self, dealt):
+        """The list whose items were dealt, from what each worker made of its own."""
+        return [item for row in itertools.zip_longest(*self.gather(dealt), fillvalue=Workers) for item in row if item is not Workers]
+
+    def agree(self, item):
+        """Worker 0's."""
+        return self.gather(item)[0]
+
+    @contextlib.contextmanager
+    def ahead(self):
+        """Worker 0 goes through the block before all others do."""
+        if self.rank > 0:
+            self.gather(None)
+        yield
+        if self.rank == 0:
+            self.gather(None)
+
+    # ---- what the user hears
+
+    @contextlib.contextmanager
+    def one_voice(self):
+        """Within the block only worker 0 prints and shows progress."""
+        with contextlib.ExitStack() as stack:
+            if self.rank > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+
+    def end(self, message, code):
+        """Says why the run ends, if no other worker has said so before, and returns `code`; of several workers ends this one at once,
+        for orderly goodbyes would wait for those that are lost."""
+        if self.size == 1 or self._first():
+            print(message, file=self.stderr, flush=True)
+        if self.size > 1:
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+
+    def _first(self):
+        """Whether no other worker has asked before."""
+        try:
+            return self._store(datetime.timedelta(seconds=5)).add("said why", 1) == 1
+        except RuntimeError:  # torchrun is gone as well
+            return True
+
+    def _store(self, timeout):
+        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that it starts in place of lost ones."""
+        address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+        return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
 
 
 # ------------------------------------------------------------------------------------------------------------------ tasks

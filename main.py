@@ -16,11 +16,13 @@ import argparse
 import collections
 import datetime
 import math
+import os
 import pathlib
 import random
 import shlex
 import sys
 import threading
+import time
 
 import numpy as np
 import torch
@@ -263,12 +265,16 @@ def notes(args):
 # ------------------------------------------------------------------------------------------------------------ what it does
 
 
-def pick_device(index):
+def pick_device(index, workers):
     if index == -1:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         print("note: there is no CUDA device here, running on the CPU (--device -1 says so without this note)", file=sys.stderr)
         return torch.device("cpu")
+    if workers.size > 1:
+        index = workers.local_rank
+        if index >= torch.cuda.device_count():
+            raise UserError(f"torchrun --nproc_per_node: each process needs a GPU, this machine has {torch.cuda.device_count()} (--device -1: the CPU)")
     if index >= torch.cuda.device_count():
         raise UserError(f"argument --device: got {index}, expected -1 (the CPU) to {torch.cuda.device_count() - 1}")
     return torch.device("cuda", index)
@@ -286,45 +292,50 @@ def check_device(args, device):
                             f"has {'.'.join(map(str, torch.cuda.get_device_capability(device)))}")
 
 
-def seed_everything(args):
+def seed_everything(args, workers):
     if args.seed is None:
-        args.seed = random.SystemRandom().randrange(2 ** 31)
+        args.seed = workers.agree(random.SystemRandom().randrange(2 ** 31))
     random.seed(args.seed)
     np.random.seed(args.seed % 2 ** 32)
     torch.manual_seed(args.seed)
 
 
-def batches(args, device, train, generator=None):
+def batches(args, device, workers, train, generator=None):
     """The mini-batches of one split; with a generator shuffled and, with --data-aug, augmented."""
     task = TASKS[args.task]
-    images, labels = data_utils.load_split(args.task, args.data_dir, train, args.train_size if train else args.test_size)
+    with workers.ahead():  # as it may have to download them
+        images, labels = data_utils.load_split(args.task, args.data_dir, train, args.train_size if train else args.test_size)
     augment = generator is not None and args.data_aug and task.augments
     return data_utils.Batches(images, labels, args.mbs, task, device, generator, augment)
 
 
-def train(args, model, device, saved, argv, name, interruption):
+def train(args, model, device, saved, argv, name, interruption, workers):
+    command = [*workers.launcher, name, *argv]
     generator = torch.Generator().manual_seed(args.seed)
-    train_batches, test_batches = batches(args, device, True, generator), batches(args, device, False)
+    train_batches, test_batches = batches(args, device, workers, True, generator), batches(args, device, workers, False)
     optimizer, scheduler = model_utils.make_optimizer(model, args)
     history = restore(saved, optimizer, scheduler, generator, args) if saved else []
     first, run = len(history), None
-    if saved:
+    if workers.rank > 0:
+        pass  # worker 0 writes
+    elif saved:
         run = data_utils.Run(args.load_path)
         run.forget_after(first)
     elif args.save:
-        run = data_utils.Run.create(args, device, shlex.join(["python", name, *argv]), model,
+        run = data_utils.Run.create(args, device, shlex.join(command), model,
                                     model_utils.snapshot(model, args, history, optimizer, scheduler, generator))
     if run:
         print(f"results go to {run.folder}" + (f", from epoch {first + 1} on" if saved else ""), flush=True)
+    folder = workers.agree(run and str(run.folder))
     def advice():
-        if not run:
+        if not folder:
             return "nothing was saved, for want of --save"
         remaining = args.epochs - (len(history) - first)
-        again = shlex.join(["python", name, *argv, "--load-path", str(run.folder), "--epochs", str(remaining)])
-        return f"{len(history)} epochs are saved in {run.folder}, resume with\n  {again}"
+        again = shlex.join([*command, "--load-path", folder, "--epochs", str(remaining)])
+        return f"{len(history)} epochs are saved in {folder}, resume with\n  {again}"
 
     interruption.advice = advice
-    model_utils.train(model, optimizer, train_batches, test_batches, args, scheduler, run, history)
+    model_utils.train(model, optimizer, train_batches, test_batches, args, scheduler, run, history, workers)
 
 
 def restore(saved, optimizer, scheduler, generator, args):
@@ -345,17 +356,19 @@ def restore(saved, optimizer, scheduler, generator, args):
         raise UserError(f"{args.load_path}/checkpoint.tar does not fit this run: {data_utils.one_line(e)}") from None
 
 
-def evaluate(args, model, device, source):
+def evaluate(args, model, device, source, workers):
     criterion = model_utils.make_criterion(args.loss)
     line = f"evaluated {source} with T1 = {args.T1}:"
     for split in ("train", "test"):
-        data = batches(args, device, split == "train")
+        data = batches(args, device, workers, split == "train")
         account = data_utils.Account()
-        accuracy = model_utils.evaluate(model, data, args.T1, criterion, f"evaluating, {split}", args.tol, account)
+        accuracy = model_utils.evaluate(model, data, args.T1, criterion, f"evaluating, {split}", args.tol, account, workers)
+        account.pool(workers)
         line += f" {split} accuracy {100 * accuracy:.2f} % ({data.samples} images{', ' + account.settled() if args.tol else ''})"
         line += "," if split == "train" else ""
     print(line)
-    data_utils.Run(args.load_path).append_hyperparameters(line)
+    if workers.rank == 0:
+        data_utils.Run(args.load_path).append_hyperparameters(line)
 
 
 def characteristic(args, model, device, source):
@@ -400,23 +413,25 @@ EPS = {"2": [*(round(float(e), 4) for e in np.geomspace(0.05, 3, 10)), 1.0],
        "inf": [*(float(f"{e:.4g}") for e in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]}
 
 
-def attack(args, model, device, saved):
-    task, criterion, run = TASKS[args.task], model_utils.make_criterion(args.loss), data_utils.Run(args.load_path)
-    images, labels = data_utils.load_split(args.task, args.data_dir, False, args.test_size)
+def attack(args, model, device, saved, workers):
+    task, criterion = TASKS[args.task], model_utils.make_criterion(args.loss)
+    with workers.ahead():
+        images, labels = data_utils.load_split(args.task, args.data_dir, False, args.test_size)
     steps = args.predict_step or args.T1
-    clean = model_utils.predictions(model, data_utils.Batches(images, labels, args.mbs, task, device), steps, criterion, args.tol) == labels
+    clean = model_utils.predictions(model, data_utils.Batches(images, labels, args.mbs, task, device), steps, criterion, args.tol, workers) == labels
     settings = {name: getattr(args, name) for name in ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start",
                                                        "no_clip", "seed", "mbs", "tol", "schedule", "precision")}
     settings.update(predict_step=steps, images=len(labels), eps_list=sorted(args.eps_list or EPS[args.attack_norm]),
                     weights=data_utils.fingerprint(saved["model_state_dict"]))
-    sweep = data_utils.Sweep(run, args.attack, args.attack_norm, settings, clean.double().mean().item())
-    print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} steps, gradients through {args.attack_step}; "
-          f"clean accuracy {100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
-    results = None
-    for eps in settings["eps_list"]:
-        if sweep.has(eps):
+    sweep = results = None
+    if workers.rank == 0:  # which alone reads and writes the run folder
+        sweep = data_utils.Sweep(data_utils.Run(args.load_path), args.attack, args.attack_norm, settings, clean.double().mean().item())
+        print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} steps, gradients through {args.attack_step}; "
+              f"clean accuracy {100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
+    for eps in workers.agree(sweep and [eps for eps in settings["eps_list"] if not sweep.has(eps)]):
+        results = model_utils.attack(model, images, labels, args, eps, task, f"eps {eps:g}", workers)
+        if not sweep:
             continue
-        results = model_utils.attack(model, images, labels, args, eps, task, f"eps {eps:g}")
         sweep.add(eps, results)
         for grad, result in results.items():
             warning = ""
@@ -425,8 +440,9 @@ def attack(args, model, device, saved):
                            "an upper bound of the robust accuracy; try --attack-grad smooth ep, --attack-start equilibrium, --attack square")
             data_utils.progress.write(f"eps {eps:g}, {grad}: adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm {result['mean_norm']:.3g}"
                                       + warning)
-    sweep.plot()
-    if args.save and results:
+    if sweep:
+        sweep.plot()
+    if sweep and args.save and results:
         sweep.save_images(images, labels, clean, eps, list(results.values())[-1])
 
 
@@ -470,7 +486,10 @@ def load_weights(model, saved, path):
         raise UserError(f"the weights in {path} do not fit the model: {data_utils.one_line(e).partition(': ')[2]}") from None
 
 
-def run(argv, flags, name, interruption):
+PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
+
+
+def run(argv, flags, name, interruption, workers):
     given = parse(argv, flags)
     todo, saved, path, config = given.get("todo", "train"), None, None, None
     if "load_path" in given:
@@ -480,13 +499,16 @@ def run(argv, flags, name, interruption):
     elif todo in ("evaluate", "attack", "characteristic", "corruptions"):
         raise UserError(f"--todo {todo} needs a trained model: name its run folder with --load-path")
     args = settle(given, flags, config, path)
+    if workers.size > 1 and args.todo not in PARALLEL:
+        raise UserError(f"--todo {args.todo} is the work of one process: start it with python instead of torchrun")
     check(args)
     for note in notes(args):
         print(f"note: {note}", file=sys.stderr)
-    device = pick_device(args.device)
+    device = pick_device(args.device, workers)
     check_device(args, device)
+    workers.meet(device)
     model_utils.set_precision(args.precision)
-    seed_everything(args)
+    seed_everything(args, workers)
     try:
         model = model_utils.make_model(args)
     except ValueError as e:
@@ -498,9 +520,9 @@ def run(argv, flags, name, interruption):
     if args.precision == "bf16" and args.todo not in ("train", "gducheck"):
         model.to(torch.bfloat16)
     if args.todo == "train":
-        train(args, model, device, saved, argv, name, interruption)
+        train(args, model, device, saved, argv, name, interruption, workers)
     elif args.todo == "evaluate":
-        evaluate(args, model, device, path.name)
+        evaluate(args, model, device, path.name, workers)
     elif args.todo == "gducheck":
         gducheck(args, model, device, saved, argv, name)
     elif args.todo == "characteristic":
@@ -508,15 +530,15 @@ def run(argv, flags, name, interruption):
     elif args.todo == "corruptions":
         corruptions(args, model, device, saved, interruption)
     else:
-        attack(args, model, device, saved)
+        attack(args, model, device, saved, workers)
 
 
 class Interruption:
     """SIGINT (Ctrl-C) and SIGTERM (as batch systems send it) raise KeyboardInterrupt within the block. `number`: the signal that
     came, or None; `advice`: a function that says what is saved and how to go on."""
 
-    def __init__(self):
-        self.number, self.advice, self.before = None, lambda: "nothing was changed", {}
+    def __init__(self, workers):
+        self.number, self.advice, self.before, self.workers = None, lambda: "nothing was changed", {}, workers
 
     def _handle(self, number, frame):
         self.number = number
@@ -525,28 +547,53 @@ class Interruption:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            if self.workers.size > 1:
+                arrivals, wakeup = os.pipe()
+                os.set_blocking(wakeup, False)
+                signal.set_wakeup_fd(wakeup)
+                threading.Thread(target=self._insist, args=(arrivals,), daemon=True).start()
         return self
+
+    def _insist(self, arrivals):
+        """For a worker that waits for a lost one inside a library, where no exception reaches it."""
+        self.number = os.read(arrivals, 1)[0]
+        time.sleep(3)
+        self.end()
+
+    def end(self):
+        """Says what was interrupted, and returns the exit code. torchrun sends SIGTERM to those that are left when it has lost a worker."""
+        lost = " or lost a worker" if self.number == signal.SIGTERM and self.workers.size > 1 else ""
+        return self.workers.end(f"\ninterrupted{lost}; {self.advice()}", 128 + self.number)
+
+    def ignore(self):
+        for number in self.before:
+            signal.signal(number, signal.SIG_IGN)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.before:
+            signal.set_wakeup_fd(-1)
 
 
 def main(argv=None, flags=FLAGS, name="main.py"):
     """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 1 for a run that cannot go on,
-    130 or 143 when interrupted."""
+    130 or 143 when interrupted. Started by torchrun, it is one of several workers."""
     argv = sys.argv[1:] if argv is None else argv
-    with Interruption() as interruption:
+    workers = data_utils.Workers.launched()
+    with Interruption(workers) as interruption:
         try:
-            run(argv, flags, name, interruption)
+            with workers.one_voice():
+                run(argv, flags, name, interruption, workers)
+            workers.part()
         except BaseException as e:
+            interruption.ignore()  # torchrun interrupts all others as soon as one has ended
             if interruption.number is not None:  # whatever a library made of the KeyboardInterrupt
-                print(f"\ninterrupted; {interruption.advice()}", file=sys.stderr)
-                return 128 + interruption.number
+                return interruption.end()
             if not isinstance(e, UserError):
                 raise
-            print(f"{name}: error: {e}", file=sys.stderr)
-            return e.code
+            advice = f"; {interruption.advice()}" if isinstance(e, data_utils.LostWorker) else ""
+            return workers.end(f"{name}: error: {e}{advice}", e.code)
     return 0
 
 

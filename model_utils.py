@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils import TASKS, Account, RunError, progress, random_states
+from data_utils import TASKS, Account, RunError, Workers, progress, random_states
 
 # ------------------------------------------------------------------------------------------------------------ activations
 
@@ -940,11 +940,12 @@ def cep_updates(model, optimizer, x, y, T1, T2, betas, criterion, thirdphase=Fal
     return free
 
 
-def draw_masks(model, keep, mbs):
-    """Masks for `EnergyModel.dropped`, drawn anew for each of mbs samples and drawn on the CPU, so that every device has the same: 0
-    with probability 1 - keep, else 1 / keep. keep: a number in (0, 1] for each connection, the read-out being the last."""
+def draw_masks(model, keep, mbs, rows=slice(None)):
+    """Masks for `EnergyModel.dropped`, drawn anew for each of mbs samples: 0 with probability 1 - keep, else 1 / keep. Drawn on the CPU,
+    for the whole mini-batch, so that they are the same on every device and for any number of workers, which keep their own `rows`.
+    keep: a number in (0, 1] for each connection, the read-out being the last."""
     weight, connections = model.synapses[0].weight, [*model.connections, *([model.output] if model.softmax else [])]
-    return [None if p == 1 else ((torch.rand(mbs, *c.pre_shape) < p) / p).to(weight.device, weight.dtype) for c, p in zip(connections, keep)]
+    return [None if p == 1 else ((torch.rand(mbs, *c.pre_shape)[rows] < p) / p).to(weight.device, weight.dtype) for c, p in zip(connections, keep)]
 
 
 def lowered(model, dtype):
@@ -1099,12 +1100,13 @@ def predicting_neurons(model, x, T, criterion, tol=0.0, account=None):
 
 
 @torch.no_grad()
-def evaluate(model, batches, T1, criterion, description="evaluating", tol=0.0, account=None):
-    """The share of images that are classified correctly after T1 free steps (with `tol`: at most, see `EnergyModel.settle`)."""
+def evaluate(model, batches, T1, criterion, description="evaluating", tol=0.0, account=None, workers=Workers()):
+    """The share of images that are classified correctly after T1 free steps (with `tol`: at most, see `EnergyModel.settle`).
+    `workers` take whole mini-batches in turn, so that each rounds as it does for one."""
     hits = 0
-    for x, y in progress(batches, description):
+    for x, y in workers.deal(progress(batches, description)):
         hits += correct(model, predicting_neurons(model, x, T1, criterion, tol, account), y)
-    return int(hits) / batches.samples
+    return int(workers.sum(hits)) / batches.samples
 
 
 def log_theorem(model, x, y, args, criterion, epoch, batch, run):
@@ -1118,40 +1120,51 @@ def log_theorem(model, x, y, args, criterion, epoch, batch, run):
         run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])
 
 
-def gradients(model, x, y, args, criterion, account=None, twin=None, optimizer=None):
+def gradients(model, x, y, args, criterion, account=None, twin=None, optimizer=None, workers=Workers()):
     """Fills p.grad from one mini-batch by the learning rule in args (alg, T1, T2, betas, random_sign, thirdphase, dropouts, tol); CEP,
-    which needs the optimizer, changes the weights as well. Returns the neurons of the free phase."""
+    which needs the optimizer, changes the weights as well. Of several workers each takes a share, and p.grad becomes the mean.
+
+    Returns the neurons of the free phase and the labels, both of this worker's share, and how many samples that is."""
+    n, rows, mine = len(y), *workers.rows(len(y))
+    x, y, whole, account = x[rows], y[rows], model, account if mine else None
     if args.dropouts:
-        masks = draw_masks(model, args.dropouts, len(x))
+        masks = draw_masks(model, args.dropouts, n, rows)
         model = model.dropped(masks)
         twin = twin and twin.dropped([m if m is None else m.to(twin.synapses[0].weight.dtype) for m in masks])
-    if args.alg == "BPTT":
-        return bptt_gradients(model, x, y, args.T1, args.T2, criterion, args.tol, account, twin)
     beta_1, beta_2 = args.betas
     if args.random_sign and torch.rand(()) < 0.5:
         beta_2 = -beta_2
+    rule = (args.T1, args.T2, (beta_1, beta_2), criterion, args.thirdphase, args.tol, account)
     if args.alg == "CEP":
-        return cep_updates(model, optimizer, x, y, args.T1, args.T2, (beta_1, beta_2), criterion, args.thirdphase, args.tol, account)
-    return ep_gradients(model, x, y, args.T1, args.T2, (beta_1, beta_2), criterion, args.thirdphase, args.tol, account, twin)
+        neurons = cep_updates(model, optimizer, x, y, *rule, average=lambda: workers.average_gradients(whole, mine, n))
+    elif args.alg == "EP":
+        neurons = ep_gradients(model, x, y, *rule, twin)
+    else:
+        neurons = bptt_gradients(model, x, y, args.T1, args.T2, criterion, args.tol, account, twin)
+    if args.alg != "CEP":
+        with (account or Account()).time("update"):
+            workers.average_gradients(whole, mine, n)
+    return neurons, y, mine
 
 
-def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, account=None, twin=None):
-    """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's neurons."""
+def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, account=None, twin=None, workers=Workers()):
+    """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's neurons, of several
+    `workers` those of this one's share."""
     account, hits, seen = account or Account(), 0, 0
     bar = progress(account.watch(batches, "data"), f"epoch {epoch}")
     every = -(-len(batches) // 10)
     for batch, (x, y) in enumerate(bar, 1):
-        if args.check_thm and args.alg == "EP" and (batch - 1) % every == 0:
+        if workers.rank == 0 and args.check_thm and args.alg == "EP" and (batch - 1) % every == 0:
             log_theorem(model, x[:5], y[:5], args, criterion, epoch, batch, run)
-        neurons = gradients(model, x, y, args, criterion, account, twin, optimizer)
+        neurons, y, mine = gradients(model, x, y, args, criterion, account, twin, optimizer, workers)
         with torch.no_grad(), account.time("update"):
-            hits, seen = hits + correct(model, neurons, y), seen + len(y)
+            hits, seen = hits + correct(model, neurons, y) * min(mine, 1), seen + mine
             optimizer.step()
             if twin:
                 refresh(twin, model)
             check_finite(model, neurons, epoch, batch)
-        bar.set_postfix_str(f"train {100 * int(hits) / seen:.2f} %", refresh=False)
-    return int(hits) / seen, neurons
+        bar.set_postfix_str(f"train {100 * int(hits) / max(seen, 1):.2f} %", refresh=False)
+    return int(workers.sum(hits)) / batches.samples, neurons
 
 
 def snapshot(model, args, history, optimizer=None, scheduler=None, generator=None):
@@ -1168,27 +1181,29 @@ def best_of(history):
     return max((row["test_acc"] for row in history), default=-1.0)
 
 
-def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=None):
+def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=None, workers=Workers()):
     """Trains for args.epochs epochs after those in `history`, to which it appends: a list of dicts, a row of metrics.csv each.
 
     args: alg, T1, T2, betas, random_sign, thirdphase, dropouts, tol, precision, loss, epochs, and what else is to be written down. run: the
-    `data_utils.Run` to write to after every epoch, or None. Raises RunError when neurons or weights stop being finite.
+    `data_utils.Run` to write to after every epoch, or None. workers: those that share every mini-batch; the updates are those of one.
+    Raises RunError when neurons or weights stop being finite.
     """
     criterion, whole = make_criterion(args.loss), Account()
     device = next(model.parameters()).device
     twin = lowered(model, torch.bfloat16) if args.precision == "bf16" else None
     if args.precision != "fp32":
-        report_precision(model, train_batches, args, criterion, twin)
+        report_precision(model, train_batches, args, criterion, twin, workers)
     history = [] if history is None else history
     last = len(history) + args.epochs
     for epoch in range(len(history) + 1, last + 1):
         start, account = time.perf_counter(), Account(device)
-        train_acc, neurons = train_epoch(model, optimizer, train_batches, args, criterion, epoch, run, account, twin)
+        train_acc, neurons = train_epoch(model, optimizer, train_batches, args, criterion, epoch, run, account, twin, workers)
         if scheduler is not None and scheduler.last_epoch < scheduler.T_max:  # it would rise again behind its minimum
             scheduler.step()
         spent = time.perf_counter() - start
         with account.time("evaluation"):
-            test_acc = evaluate(twin or model, test_batches, args.T1, criterion, tol=args.tol)
+            test_acc = evaluate(twin or model, test_batches, args.T1, criterion, tol=args.tol, workers=workers)
+        account.pool(workers)
         row = {"epoch": epoch, "train_acc": round(100 * train_acc, 4), "test_acc": round(100 * test_acc, 4),
                "seconds": round(time.perf_counter() - start, 2), **account.used()}
         angles = model.angles()
@@ -1205,7 +1220,7 @@ def train(model, optimizer, train_batches, test_batches, args, scheduler=None, r
     print(f"time: {whole.shares()}", flush=True)
 
 
-def report_precision(model, batches, args, criterion, twin):
+def report_precision(model, batches, args, criterion, twin, workers=Workers()):
     """Prints how far the gradients of a mini-batch in args.precision are from those in fp32. Leaves random numbers as they are."""
     images, labels = (t[:batches.mbs] for t in (batches.images, batches.labels))
     x, found = batches.normalise(images.float() / 255), []
@@ -1213,7 +1228,7 @@ def report_precision(model, batches, args, criterion, twin):
     for name, in_it in (("fp32", None), (args.precision, twin)):
         set_precision(name)
         torch.set_rng_state(state)
-        gradients(model, x, labels, args, criterion, twin=in_it)
+        gradients(model, x, labels, args, criterion, twin=in_it, workers=workers)
         found.append({name: p.grad.flatten().double() for name, p in model.named_parameters()})
     torch.set_rng_state(state)
     cosines = {name: F.cosine_similarity(a, found[1][name], dim=0, eps=1e-30).item() for name, a in found[0].items()}
@@ -1296,12 +1311,13 @@ def attack_batch(model, x, y, args, eps, grad, task):
     return {"x_adv": x_adv, "prediction": classifier.predict(x_adv, batch_size=len(x)).argmax(1), "masked": watch.count()}
 
 
-def attack(model, images, labels, args, eps, task, description):
+def attack(model, images, labels, args, eps, task, description, workers=Workers()):
     """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad.
 
     Returns {grad: result, ..., "worst": result}, `worst` taking for each image the strongest of all; a result holds `correct` (n,)
     bool, `x_adv`, `prediction`, and the shares `masked` (gradient exactly zero or not finite at some iteration) and `unmoved`
     (perturbation zero), and `mean_norm`. Memory is that of one mini-batch. `worst` is left out where there is one gradient.
+    `workers` take whole mini-batches in turn, and all get the results.
     """
     import random
 
@@ -1313,7 +1329,8 @@ def attack(model, images, labels, args, eps, task, description):
     for grad in args.attack_grad:
         random.seed(args.seed), np.random.seed(args.seed % 2 ** 32), torch.manual_seed(args.seed)  # a sweep may go on at any eps
         parts = [attack_batch(model, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, grad, task)
-                 for i in progress(range(0, len(x), args.mbs), f"{description}, {grad}")]
+                 for i in workers.deal(progress(range(0, len(x), args.mbs), f"{description}, {grad}"))]
+        parts = workers.collect(parts)
         x_adv, prediction = (np.concatenate([part[key] for part in parts]) for key in ("x_adv", "prediction"))
         results[grad] = {"x_adv": x_adv, "prediction": prediction, "masked": sum(part["masked"] for part in parts) / len(x)}
     if len(results) > 1:
@@ -1330,6 +1347,7 @@ def attack(model, images, labels, args, eps, task, description):
 
 
 @torch.no_grad()
-def predictions(model, batches, T1, criterion, tol=0.0):
-    """The predicted class of every image, (n,), on the CPU."""
-    return torch.cat([model.readout(predicting_neurons(model, x, T1, criterion, tol)).argmax(1).cpu() for x, _ in batches])
+def predictions(model, batches, T1, criterion, tol=0.0, workers=Workers()):
+    """The predicted class of every image, (n,), on the CPU; `workers` take whole mini-batches in turn, and all get all."""
+    own = [model.readout(predicting_neurons(model, x, T1, criterion, tol)).argmax(1).cpu() for x, _ in workers.deal(batches)]
+    return torch.cat(workers.collect(own))
