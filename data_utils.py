@@ -41,10 +41,10 @@ class RunError(UserError):
     code = 1
 
 
-def progress(iterable, description):
+def progress(iterable, description, total=None):
     """A tqdm bar on standard error; in a log file it speaks once a minute and only of work that takes longer."""
     interactive = sys.stderr.isatty()
-    return tqdm(iterable, desc=description, leave=False, dynamic_ncols=True, delay=0 if interactive else 60,
+    return tqdm(iterable, desc=description, total=total, leave=False, dynamic_ncols=True, delay=0 if interactive else 60,
                 mininterval=0.1 if interactive else 60)
 
 

@@ -79,7 +79,7 @@ FLAGS = {
         Flag("betas", float, [0.0, 0.01], "nudging of the free and of the nudged phase", many=True),
         Flag("schedule", str, "sync", "all layers step at once (sync), or odd and even ones in turn (async): half the arithmetic for the same "
              "progress, to a fixed point that can be another", ("sync", "async")),
-        Flag("tol", float, 0.0, "free phases and predictions: stop an image once a step changes no layer by more than this share of its norm; "
+        Flag("tol", float, 0.0, "free phases and predictions: stop an image once five steps change no layer by more than this share of its norm; "
              "0: always take T1 steps", low=0),
         Flag("random-sign", bool, False, "EP: draw the sign of the second beta anew for each batch"),
         Flag("thirdphase", bool, False, "EP: nudge with beta and -beta (symmetric estimate)"),
@@ -114,7 +114,8 @@ DROPOUTS = Flag("dropouts", float, None, "probability of keeping a neuron, for e
                 many=True)
 
 # Of a saved run, what no flag changes; what none changes when its training goes on; and what is never taken from it.
-ARCHITECTURE = ("task", "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax", "same_update")
+ARCHITECTURE = ("task", "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax", "same_update",
+                "schedule")
 OPTIMIZER = ("optim", "lrs", "wds", "mmt", "lr_decay", "dropouts", "seed")
 NOT_INHERITED = ("todo", "load_path", "save", "device", "epochs", "precision", "compile")
 
@@ -237,12 +238,14 @@ def check(args):
     if args.alg == "CEP" and args.todo == "train" and (args.optim != "sgd" or args.mmt):
         raise UserError(f"argument --optim: got {args.optim}" + (f" with --mmt {args.mmt:g}" if args.mmt else "")
                         + ", CEP changes weights by plain gradient steps: it needs sgd without momentum")
-    if args.alg == "CEP" and args.precision == "bf16":
-        raise UserError("argument --precision: bf16 is not for CEP, whose weights change at every step")
+    if args.alg == "CEP" and args.precision != "fp32" and args.todo == "train":
+        raise UserError(f"argument --precision: {args.precision} is not for CEP, whose weights change at every step")
     if len(args.betas) != 2:
         raise length_error("betas", args.betas, 2, "of the free and of the nudged phase")
     if (args.alg != "BPTT" or args.todo == "gducheck") and (args.betas[0] == args.betas[1] or args.thirdphase and args.betas[1] == 0):
         raise UserError(f"argument --betas: got {shown(args.betas)}, EP needs two different values, the second not 0")
+    if args.betas[0] and (args.random_sign or args.thirdphase and args.alg == "CEP") and args.alg != "BPTT":
+        raise UserError(f"argument --betas: got {shown(args.betas)}, a second one of either sign is to be held against a first of 0")
 
 
 def notes(args):
@@ -258,6 +261,12 @@ def notes(args):
         for name in ("tol", "precision"):
             if getattr(args, name) not in (0, "fp32"):
                 yield f"--{name} has no effect on gducheck, which takes every step in fp32"
+        if args.schedule == "async":
+            yield "on the asynchronous schedule EP and BPTT agree in their sums over time, not step by step"
+    if args.dropouts and args.todo != "train":
+        yield f"--dropouts has no effect on {args.todo}: masks are drawn in training only"
+    if args.compile and (args.alg == "BPTT" and args.todo == "train" or args.todo == "gducheck"):
+        yield "--compile has no effect on steps that gradients go through"
     if args.mmt and args.optim != "sgd":
         yield f"--mmt has no effect with --optim {args.optim}"
 
@@ -277,6 +286,7 @@ def pick_device(index, workers):
             raise UserError(f"torchrun --nproc_per_node: each process needs a GPU, this machine has {torch.cuda.device_count()} (--device -1: the CPU)")
     if index >= torch.cuda.device_count():
         raise UserError(f"argument --device: got {index}, expected -1 (the CPU) to {torch.cuda.device_count() - 1}")
+    torch.cuda.set_device(index)  # events and streams are the current device's
     return torch.device("cuda", index)
 
 
@@ -372,7 +382,7 @@ def evaluate(args, model, device, source, workers):
 
 
 def characteristic(args, model, device, source):
-    data, eps = batches(args, device, False), args.tol or model_utils.SETTLED
+    data, eps = batches(args, device, data_utils.Workers(), False), args.tol or model_utils.SETTLED
     accuracy, settled = model_utils.characteristic(model, data, args.T1, model_utils.make_criterion(args.loss), eps)
     reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
     run = data_utils.Run(args.load_path)
@@ -391,7 +401,7 @@ def corruptions(args, model, device, saved, interruption):
     folder = pathlib.Path(args.corruptions_dir or pathlib.Path(args.data_dir, args.task.replace("CIFAR", "CIFAR-") + "-C"))
     images, labels = data_utils.open_corruptions(folder, task, args.test_size)
     table = data_utils.CorruptionTable(data_utils.Run(args.load_path), {
-        "folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "tol": args.tol, "schedule": args.schedule, "precision": args.precision,
+        "folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "tol": args.tol, "precision": args.precision,
         "weights": data_utils.fingerprint(saved["model_state_dict"])})
     interruption.advice = lambda: f"{len(table.rows)} corruptions are in {table.text}, the same command goes on behind them"
     print(f"{labels.size(1)} images of each severity, T1 = {args.T1}; results go to {table.text}", flush=True)
@@ -420,7 +430,8 @@ def attack(args, model, device, saved, workers):
     steps = args.predict_step or args.T1
     clean = model_utils.predictions(model, data_utils.Batches(images, labels, args.mbs, task, device), steps, criterion, args.tol, workers) == labels
     settings = {name: getattr(args, name) for name in ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start",
-                                                       "no_clip", "seed", "mbs", "tol", "schedule", "precision")}
+                                                       "no_clip", "seed", "mbs")}
+    settings.update((name, getattr(args, name)) for name in ("tol", "precision") if getattr(args, name) not in (0, "fp32"))
     settings.update(predict_step=steps, images=len(labels), eps_list=sorted(args.eps_list or EPS[args.attack_norm]),
                     weights=data_utils.fingerprint(saved["model_state_dict"]))
     sweep = results = None
@@ -507,7 +518,7 @@ def run(argv, flags, name, interruption, workers):
     device = pick_device(args.device, workers)
     check_device(args, device)
     workers.meet(device)
-    model_utils.set_precision(args.precision)
+    model_utils.set_precision("fp32" if args.todo == "gducheck" else args.precision)
     seed_everything(args, workers)
     try:
         model = model_utils.make_model(args)

@@ -10,6 +10,7 @@ A model has layers s_0 = x (fixed), s_1 ... s_N and, per sample, the primitive f
 Its dynamics is s_n(t+1) = act(dPhi/ds_n): the drive from below, up_n(s_{n-1}), plus the drive from above, the adjoint of up_{n+1}
 applied to s_{n+1}. Both are written out, so neither a step nor a weight update needs automatic differentiation.
 """
+import contextlib
 import copy
 import functools
 import time
@@ -165,7 +166,8 @@ class Dropped(Connection):
         return self.connection.routed
 
     def packed(self, mbs):
-        return Dropped(self.connection.packed(mbs), self.mask)
+        packed = self.connection.packed(mbs)
+        return self if packed is self.connection else Dropped(packed, self.mask)
 
     def of_samples(self, chosen):
         return Dropped(self.connection, _rows_of(self.mask, chosen))
@@ -315,18 +317,22 @@ class Conv(Connection):
     def packed(self, mbs):
         """This connection with large weights laid out as the CPU's convolutions (of oneDNN) want them, for as long as they do not change:
         otherwise each call lays them out anew, which takes a tenth of a step at a mini-batch of 8."""
-        twin, weights = copy.copy(self), [layer.weight for layer in (self.synapse, self.feedback) if layer is not None]
+        weights = [layer.weight for layer in (self.synapse, self.feedback) if layer is not None]
         stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
         pre, u = ((mbs, *shape) for shape in (self.pre_shape, (self.post_shape[0], *self.size)))
-        twin.packs = {w.data_ptr(): (
+        packs = {w.data_ptr(): (
             PACKING._reorder_convolution_weight(w.detach(), padding, stride, [1, 1], 1, pre),
             PACKING._reorder_convolution_transpose_weight(w.detach(), padding, [self.output_padding] * 2, stride, [1, 1], 1, u))
             for w in weights if w.numel() > 2 ** 16 and not self._as_product(mbs, w)}
+        if not packs:
+            return self
+        twin = copy.copy(self)
+        twin.packs = packs
         return twin
 
     def convolve(self, pre, weight, bias):
         """conv(pre), computed in the layout of the weights."""
-        if weight.data_ptr() in self.packs:
+        if self.packs and weight.data_ptr() in self.packs:
             stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
             return PACKING._convolution_pointwise(pre, self.packs[weight.data_ptr()][0], bias, padding, stride, [1, 1], 1, "none", [], "")
         if self._as_product(pre.size(0), weight):
@@ -338,7 +344,7 @@ class Conv(Connection):
 
     def transposed(self, u, weight):
         """The adjoint of the convolution, applied to the map u."""
-        if weight.data_ptr() in self.packs:
+        if self.packs and weight.data_ptr() in self.packs:
             stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
             return PACKING._convolution_transpose_pointwise(u, self.packs[weight.data_ptr()][1], None, padding, [self.output_padding] * 2, stride,
                                                             [1, 1], 1, "none", [], "")
@@ -583,8 +589,11 @@ class EnergyModel(nn.Module):
         """The model for T steps in which no weight changes: see `Conv.packed`."""
         if T < 8 or torch.is_grad_enabled() or not PACKS or drive_x.device.type != "cpu" or drive_x.dtype != torch.float32:
             return self
+        connections = [self.connections[0], *(c.packed(len(drive_x)) for c in self.connections[1:])]  # no step uses the first
+        if all(a is b for a, b in zip(connections, self.connections)):
+            return self
         model = copy.copy(self)
-        model.connections = [c.packed(len(drive_x)) for c in self.connections]
+        model.connections = connections
         return model
 
     def dropped(self, masks):
@@ -618,22 +627,25 @@ class EnergyModel(nn.Module):
 
     @torch.no_grad()
     def settle(self, drive_x, y, T, beta, criterion, tol, every=5):
-        """As `relax` from zero neurons, but an image stops once it has settled: once a step has changed no layer of it by `tol` of
-        that layer's norm. Looks after every fifth step; images that have settled leave the batch.
+        """As `relax` from zero neurons, but an image stops once it has settled: once `every` steps have together changed no layer of
+        it by `tol` of that layer's norm (a single step is no measure: near a saddle an image can creep, and leave it later). Images
+        that have settled leave the batch.
 
         Returns (neurons, steps, settled): a list of N tensors as `relax` does; how many steps each image took, (mbs,); and whether
         it had settled then, (mbs,) bool."""
         mbs, device = drive_x.size(0), drive_x.device
         target, state, routes = self._target(y, beta), None, [None] * len(self.connections)
-        result = self.init_neurons(mbs, device)
+        result, before = self.init_neurons(mbs, device), self.init_neurons(mbs, device)
         steps, settled = torch.full((mbs,), T, device=device), torch.zeros(mbs, dtype=torch.bool, device=device)
         active, model = torch.arange(mbs, device=device), self.packed(drive_x, T)
         for done in range(1, T + 1):
-            before, state = state, model.advance(drive_x, state, routes, target, beta, criterion)
-            if done == 1 or done % every and done < T:
+            state = model.advance(drive_x, state, routes, target, beta, criterion)
+            if done % every and done < T:
                 continue
             still = relative_change(before, state) < tol
             stop = still if done < T else torch.ones_like(still)
+            if done % every:  # the last look came early
+                still[:] = False
             steps[active[still]], settled[active[still]] = done, True
             for whole, part in zip(result, state):
                 whole[active[stop]] = part[stop]
@@ -642,6 +654,7 @@ class EnergyModel(nn.Module):
                 drive_x, target, active = (_rows_of(t, go_on) for t in (drive_x, target, active))
                 state, routes = ([_rows_of(t, go_on) for t in tensors] for tensors in (state, routes))
                 model = model.of_samples(go_on)
+            before = state
             if not len(active):
                 break
         return result, steps, settled
@@ -885,7 +898,7 @@ def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False, tol=0.
             states = [free, *nudged_phases(moving, drive, y, free, T2, beta_2, criterion)]
         else:
             states = [free, moving.relax(drive, y, free, T2, beta_2, criterion)]
-    with account.time("update"):
+    with account.time("update"), exactly():
         free, nudged, *opposite = ([s.to(x.dtype) for s in state] for state in states)
         if thirdphase:
             model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), criterion, neurons_3=opposite[0])
@@ -945,7 +958,8 @@ def draw_masks(model, keep, mbs, rows=slice(None)):
     for the whole mini-batch, so that they are the same on every device and for any number of workers, which keep their own `rows`.
     keep: a number in (0, 1] for each connection, the read-out being the last."""
     weight, connections = model.synapses[0].weight, [*model.connections, *([model.output] if model.softmax else [])]
-    return [None if p == 1 else ((torch.rand(mbs, *c.pre_shape)[rows] < p) / p).to(weight.device, weight.dtype) for c, p in zip(connections, keep)]
+    masks = [None if p == 1 else ((torch.rand(mbs, *c.pre_shape)[rows] < p) / p).to(weight.device, weight.dtype) for c, p in zip(connections, keep)]
+    return [m.contiguous(memory_format=torch.channels_last) if m is not None and m.dim() == 4 else m for m in masks]
 
 
 def lowered(model, dtype):
@@ -1111,7 +1125,8 @@ def evaluate(model, batches, T1, criterion, description="evaluating", tol=0.0, a
 
 def log_theorem(model, x, y, args, criterion, epoch, batch, run):
     """gducheck on a few images while training: a line in the log, and rows of gducheck.csv. Changes nothing that training uses."""
-    rows = gdu_report(model, x, y, args, criterion)[0]
+    with exactly():
+        rows = gdu_report(model, x, y, args, criterion)[0]
     best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
     worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
     progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least {worst['cosine']:.3f} "
@@ -1151,7 +1166,7 @@ def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, acc
     """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's neurons, of several
     `workers` those of this one's share."""
     account, hits, seen = account or Account(), 0, 0
-    bar = progress(account.watch(batches, "data"), f"epoch {epoch}")
+    bar = progress(account.watch(batches, "data"), f"epoch {epoch}", len(batches))
     every = -(-len(batches) // 10)
     for batch, (x, y) in enumerate(bar, 1):
         if workers.rank == 0 and args.check_thm and args.alg == "EP" and (batch - 1) % every == 0:
@@ -1215,7 +1230,7 @@ def train(model, optimizer, train_batches, test_batches, args, scheduler=None, r
         history.append(row)
         whole.add(account)
         print(f"epoch {epoch}/{last}: train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
-              f"{train_batches.samples / spent:.0f} images/s" + (f", {account.settled()}" if args.tol else "")
+              f"{train_batches.samples / spent:.0f} images/s" + (f", {account.settled()}" if account.images else "")
               + (", angles " + " ".join(f"{a:.1f}" for a in angles) if angles else ""), flush=True)
     print(f"time: {whole.shares()}", flush=True)
 
@@ -1241,6 +1256,19 @@ def set_precision(name):
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if name == "tf32" else "ieee"
 
 
+@contextlib.contextmanager
+def exactly():
+    """A block whose float32 products are exact: EP's contrast is a small difference of large ones."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [setting.fp32_precision for setting in settings]
+    set_precision("fp32")
+    try:
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.fp32_precision = value
+
+
 def finish_epoch(run, state, neurons, improved, final, checkpoint):
     """Writes an epoch to the run folder. The checkpoint comes last: before it, resuming repeats the epoch and writes all again."""
     run.write_csv("metrics.csv", state["history"])
@@ -1264,10 +1292,9 @@ def characteristic(model, batches, T1, criterion, eps=SETTLED, description="char
     hits, settled = torch.zeros(2, T1, dtype=torch.int64, device=batches.labels.device)
     for x, y in progress(batches, description):
         drive, neurons = model.input_drive(x), model.init_neurons(len(y), x.device)
-        still = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+        still, stepping = torch.zeros(len(y), dtype=torch.bool, device=x.device), model.packed(drive, T1)  # rounds as `evaluate` does
         for t in range(T1):
-            # None: the step from zero takes a shorter way, whose rounding is that of `evaluate`
-            before, neurons = neurons, model.relax(drive, None, neurons if t else None, 1, 0.0, criterion)
+            before, neurons = neurons, stepping.relax(drive, None, neurons if t else None, 1, 0.0, criterion)
             still |= relative_change(before, neurons) < eps
             hits[t] += correct(model, neurons, y)
             settled[t] += still.sum()

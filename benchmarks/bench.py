@@ -130,7 +130,7 @@ def growth(device):
 def matrix_rate(device, size=2048):
     """Floating-point operations a second of a large product of float32 matrices."""
     a, b = torch.randn(2, size, size, device=device)
-    return 2 * size ** 3 / min(clock(lambda: a @ b, device) for _ in range(8))
+    return 2 * size ** 3 / statistics.median(clock(lambda: a @ b, device) for _ in range(25))
 
 
 def operations(call):

@@ -7,9 +7,10 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import main  # noqa: E402
+import main_dropout  # noqa: E402
 
 for n, (folder, words) in enumerate(json.loads(pathlib.Path(sys.argv[1]).read_text()).items()):
     os.chdir(folder)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(n)  # by which torchrun keeps the meetings of successive workers apart
-    if main.main(words):
+    if main.main(words, main_dropout.FLAGS):
         sys.exit(f"{folder} failed")

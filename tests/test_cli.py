@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, only_run
 
 import main
+import main_dropout
 
 SEED_LINES = (pathlib.Path(__file__).parent / "seed_commands.txt").read_text().splitlines()
 SMALL = "--channels 4 4 4 4 --T1 8 --T2 3 --epochs 1 --train-size 60 --test-size 40 --device -1"
@@ -148,15 +149,22 @@ def test_evaluate_uses_the_saved_run(ok, tmp_path):
     assert "T1 = 3" in ok(f"--todo evaluate --device -1 --load-path {run} --T1 3")
 
 
-@pytest.mark.parametrize("line", [line for line in SEED_LINES if "'train'" in line and "dropout" not in line])
+@pytest.mark.parametrize("line", [line for line in SEED_LINES if "'train'" in line])
 def test_training_lines_of_the_seed(ok, tmp_path, cifar, line):
-    out = ok(*shlex.split(line)[2:], SMALL, "--data-dir", str(cifar))
+    program = {"main.py": main, "main_dropout.py": main_dropout}[shlex.split(line)[1]]
+    out = ok(*shlex.split(line)[2:], SMALL, "--data-dir", str(cifar), flags=program.FLAGS)
     assert "epoch 1/1" in out and (only_run(tmp_path) / "final_model.pt").exists()
 
 
-def test_the_evaluate_line_of_the_seed(ok, tmp_path, cifar):
-    train, evaluate = SEED_LINES[0], next(line for line in SEED_LINES if "'evaluate'" in line)
-    ok(*shlex.split(train)[2:], SMALL, "--data-dir", str(cifar))
+@pytest.mark.parametrize("todo, said, file", [("evaluate", "test accuracy", "hyperparameters.txt"), ("gducheck", "cosine", "gdu_overview.png")])
+def test_the_lines_of_the_seed_that_examine_a_run(ok, tmp_path, cifar, todo, said, file):
+    examine, = (line for line in SEED_LINES if f"'{todo}'" in line)
+    ok(*shlex.split(SEED_LINES[0])[2:], SMALL, "--data-dir", str(cifar))
     only_run(tmp_path).rename(tmp_path / "results/test")
-    out = ok(*shlex.split(evaluate)[2:], SMALL, "--data-dir", str(cifar))
-    assert "train accuracy" in out and "test accuracy" in out
+    out = ok(*shlex.split(examine)[2:], SMALL, "--data-dir", str(cifar))
+    assert said in out and (tmp_path / "results/test" / file).exists()
+
+
+def test_no_line_of_the_seed_is_left_out():
+    kinds = [next(word for word in ("train", "evaluate", "gducheck", "attack") if f"--todo {word}" in line.replace("'", "")) for line in SEED_LINES]
+    assert {kind: kinds.count(kind) for kind in kinds} == {"train": 12, "evaluate": 1, "attack": 5, "gducheck": 1}

@@ -162,14 +162,16 @@ def test_cep_decays_weights_once_a_batch(model):
 def test_cep_learns_and_resumes(ok, tmp_path, words):
     line = "--task digits --device -1 --archi 784 64 10 --alg CEP --betas 0 0.2 --T1 20 --T2 6 --lrs 0.005 0.005 --seed 0 --save " + words
     out = ok(line, "--epochs 10")
-    assert float(out.splitlines()[-2].split("test ")[1].split(" %")[0]) > (60 if "VF" not in words else 15)  # VF models learn slower
+    accuracies = [float(text.split("test ")[1].split(" %")[0]) for text in out.splitlines() if text.startswith("epoch")]
+    assert accuracies[-1] > (60 if "VF" not in words else 1.5 * accuracies[0])  # VF models learn slower
     run = only_run(tmp_path)
     assert run.parts[-4] == "CEP"
     ok(f"--load-path {run} --device -1")
     assert torch.load(run / "checkpoint.tar", weights_only=True)["epoch"] == 11
 
 
-@pytest.mark.parametrize("words, what", [("--optim adam", "--optim: got adam"), ("--mmt 0.9", "--mmt 0.9"), ("--betas 0 0", "--betas")])
+@pytest.mark.parametrize("words, what", [("--optim adam", "--optim: got adam"), ("--mmt 0.9", "--mmt 0.9"), ("--betas 0 0", "--betas"),
+                                         ("--betas 0.1 -0.1 --random-sign", "--betas: got 0.1 -0.1"), ("--betas 0.5 -0.5 --thirdphase", "--betas")])
 def test_what_cep_cannot_do(cli, words, what):
     code, _, err = cli(QUICK, "--alg CEP", words)
     assert code == 2 and what in err and err.count("\n") == 1

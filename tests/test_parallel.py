@@ -17,6 +17,7 @@ from test_resume import final_weights
 
 import data_utils
 import main
+import main_dropout
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
 MLP = "--task digits --device -1 --seed 5 --save --test-size 40 --mbs 16 --archi 784 12 10 --T1 6 --T2 3 --betas 0 0.5 --lrs 0.1 0.1 --mmt 0.9"
@@ -24,6 +25,7 @@ CNN = MLP + " --model CNN --channels 3 4 --lrs 0.03 0.03 0.03"
 TRAINED = {  # 50 images leave two for the last mini-batch, 49 one: nothing for the second worker
     "MLP EP symmetric, account of steps": MLP + " --train-size 50 --thirdphase --tol 0.03 --check-thm --epochs 2",
     "MLP EP random sign": MLP + " --train-size 49 --random-sign --lr-decay --epochs 2",
+    "MLP CEP with dropout": MLP + " --train-size 50 --alg CEP --thirdphase --mmt 0 --dropouts 0.8 0.6",
     "MLP BPTT, mini-batches of one": MLP + " --train-size 5 --mbs 1 --alg BPTT",
     "CNN BPTT": CNN + " --train-size 50 --alg BPTT --loss cel --softmax --epochs 2",
     "VFCNN EP, augmented": CNN + " --task CIFAR10 --data-aug --train-size 33 --model VFCNN --thirdphase",
@@ -57,7 +59,7 @@ def both(tmp_path_factory, cifar):
     torch.set_num_threads(1)
     for name, line in lines.items():
         os.chdir(root / "one" / name)
-        assert main.main(line.split()) == 0
+        assert main.main(line.split(), main_dropout.FLAGS) == 0
     for name in EXAMINED:
         for number in ("one", "two"):
             shutil.copytree(only_run(root / "one" / "CNN BPTT"), root / number / name / "run")
