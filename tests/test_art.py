@@ -55,8 +55,9 @@ def test_golden_attacks(golden, row):
 @pytest.mark.skipif(not AVX512, reason="the test above has held the images to 1 % already")
 def test_golden_images_with_the_kernels_that_made_them():
     kernels = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", __file__, "-k", "golden_attacks"], env={**os.environ, **kernels}, capture_output=True, text=True)
-    assert done.returncode == 0 and "7 passed" in done.stdout, done.stdout
+    rows = [f"{__file__}::test_golden_attacks[{row}]" for row in range(4, 7)]  # those of L-infinity
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *rows], env={**os.environ, **kernels}, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
 
 
 def test_the_numbers_do_not_depend_on_the_batch(golden):

@@ -25,11 +25,11 @@ def test_an_image_that_has_settled_is_as_of_its_last_step(model, schedule):
     criterion, (x, y) = criterion_of(model), sample(model, 12)
     x *= torch.logspace(-2, 1.5, 12, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))  # faint and saturated images settle early
     drive = model.input_drive(x)
-    neurons, steps, settled = model.settle(drive, None, 60, 0.0, criterion, 1e-6, every=2)
-    assert ((steps % 2 == 0) | (steps == 60)).all() and (settled | (steps == 60)).all()
-    assert len(steps.unique()) > 1
+    neurons, steps, settled = model.settle(drive, None, 60, 0.0, criterion, 1e-6, every=3)
+    assert ((steps % 3 == 0) | (steps == 60)).all() and (settled | (steps == 60)).all()
+    assert len(steps.unique()) > 1 or not settled.any()  # a cycle of two steps never settles
     for i, T in enumerate(steps.tolist()):
-        states = [model(x[i:i + 1], None, None, t, 0.0, criterion) for t in (T - 2, T)]
+        states = [model(x[i:i + 1], None, None, t, 0.0, criterion) for t in (T - 3, T)]
         for ours, row in zip(neurons, states[1]):
             torch.testing.assert_close(ours[i:i + 1], row, **TOLERANCE)
         change = max(((b - a).norm() / b.norm()).item() for a, b in zip(*states))
@@ -57,10 +57,10 @@ def test_packed_weights_change_nothing(name, dropped, schedule, monkeypatch):
         with torch.no_grad():
             drive = model.input_drive(x)
             assert any(c.packs for c in model.packed(drive, 10).connections if isinstance(getattr(c, "connection", c), mu.Conv)) == packs
-            neurons, steps, _ = model.settle(drive, None, 30, 0.0, criterion, 1e-4, every=3)
+            neurons, steps, _ = model.settle(drive, None, 30, 0.0, criterion, 1e-6, every=1)
         mu.ep_gradients(model, x, y, 10, 8, (0.0, 0.5), criterion, thirdphase=True)
-        found.append([*neurons, steps, *(p.grad for p in model.parameters())])
-    assert len(found[0][len(neurons)].unique()) > 1 or name == "feedback"
+        found.append([*neurons, *(p.grad for p in model.parameters())])
+    assert len(steps.unique()) > 1
     for a, b in zip(*found):
         assert (a - b).double().norm() <= 1e-4 * b.double().norm() + 1e-7
 
