@@ -293,6 +293,7 @@ class Conv(Connection):
         size = pre_shape[1] + 2 * padding - kernel
         self.size = (size // stride + 1,) * 2  # of the map before pooling
         self.geometry, self.packs = {"stride": stride, "padding": padding}, {}
+        self.strides, self.paddings = [stride] * 2, [padding] * 2  # as PyTorch's inner functions want them
         self.output_padding = size % stride  # rows that the last window does not reach
         pooled = self.size[0] if isinstance(pool, NoPool) else self.size[0] // 2
         if size < 0 or pooled < 1:
@@ -318,11 +319,10 @@ class Conv(Connection):
         """This connection with large weights laid out as the CPU's convolutions (of oneDNN) want them, for as long as they do not change:
         otherwise each call lays them out anew, which takes a tenth of a step at a mini-batch of 8."""
         weights = [layer.weight for layer in (self.synapse, self.feedback) if layer is not None]
-        stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
         pre, u = ((mbs, *shape) for shape in (self.pre_shape, (self.post_shape[0], *self.size)))
         packs = {w.data_ptr(): (
-            PACKING._reorder_convolution_weight(w.detach(), padding, stride, [1, 1], 1, pre),
-            PACKING._reorder_convolution_transpose_weight(w.detach(), padding, [self.output_padding] * 2, stride, [1, 1], 1, u))
+            PACKING._reorder_convolution_weight(w.detach(), self.paddings, self.strides, [1, 1], 1, pre),
+            PACKING._reorder_convolution_transpose_weight(w.detach(), self.paddings, [self.output_padding] * 2, self.strides, [1, 1], 1, u))
             for w in weights if w.numel() > 2 ** 16 and not self._as_product(mbs, w)}
         if not packs:
             return self
@@ -333,8 +333,7 @@ class Conv(Connection):
     def convolve(self, pre, weight, bias):
         """conv(pre), computed in the layout of the weights."""
         if self.packs and weight.data_ptr() in self.packs:
-            stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
-            return PACKING._convolution_pointwise(pre, self.packs[weight.data_ptr()][0], bias, padding, stride, [1, 1], 1, "none", [], "")
+            return PACKING._convolution_pointwise(pre, self.packs[weight.data_ptr()][0], bias, self.paddings, self.strides, [1, 1], 1, "none", [], "")
         if self._as_product(pre.size(0), weight):
             out = F.linear(self._windows(pre), _rows(weight), bias)
             return out.view(pre.size(0), *self.size, -1).permute(0, 3, 1, 2)
@@ -345,9 +344,8 @@ class Conv(Connection):
     def transposed(self, u, weight):
         """The adjoint of the convolution, applied to the map u."""
         if self.packs and weight.data_ptr() in self.packs:
-            stride, padding = ([self.geometry[key]] * 2 for key in ("stride", "padding"))
-            return PACKING._convolution_transpose_pointwise(u, self.packs[weight.data_ptr()][1], None, padding, [self.output_padding] * 2, stride,
-                                                            [1, 1], 1, "none", [], "")
+            return PACKING._convolution_transpose_pointwise(u, self.packs[weight.data_ptr()][1], None, self.paddings, [self.output_padding] * 2,
+                                                            self.strides, [1, 1], 1, "none", [], "")
         if not self._as_product(u.size(0), weight):
             return F.conv_transpose2d(u, weight, output_padding=self.output_padding, **self.geometry)
         kernel, stride, padding = self.synapse.kernel_size[0], self.geometry["stride"], self.geometry["padding"]
@@ -365,8 +363,7 @@ class Conv(Connection):
         if self._as_product(pre.size(0), weight):
             grad = _pixels(u).t() @ self._windows(pre)
             return grad.view(weight.size(0), *weight.shape[2:], weight.size(1)).permute(0, 3, 1, 2)
-        square = [[self.geometry[key]] * 2 for key in ("stride", "padding")]
-        return torch.ops.aten.convolution_backward(u, pre, weight, None, *square, [1, 1], False, [0, 0], 1, [False, True, False])[1]
+        return torch.ops.aten.convolution_backward(u, pre, weight, None, self.strides, self.paddings, [1, 1], False, [0, 0], 1, [False, True, False])[1]
 
     def _pooled(self, pre, synapse):
         return _ConvUp.apply(pre, synapse.weight, synapse.bias, self)
