@@ -13,7 +13,9 @@ applied to s_{n+1}. Both are written out, so neither a step nor a weight update 
 import contextlib
 import copy
 import functools
+import math
 import time
+import types
 
 import torch
 import torch.nn as nn
@@ -50,6 +52,9 @@ def ctrd_hard_sig(x):
 
 ACTIVATIONS = {"mysig": my_sigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "hard_sigmoid": hard_sigmoid,
                "my_hard_sig": my_hard_sig, "ctrd_hard_sig": ctrd_hard_sig}
+
+# activation: (another one, gain, offset), with activation(x) = another(gain * x + offset)
+RESCALED = {my_sigmoid: (torch.sigmoid, 4.0, -2.0), my_hard_sig: (hard_sigmoid, 0.5, 0.0)}
 
 # --------------------------------------------------------------------------------------------------------------- poolings
 # A pooling is a linear map of a map u once its route is known (the winners of a max-pooling): `pool(u)` finds the route,
@@ -136,9 +141,10 @@ def _pixels(u):
 
 
 class Connection:
-    """What most connections have in common. `routed`: whether `down` needs the route that `up` found."""
+    """What most connections have in common. `routed`: whether `down` needs the route that `up` found; `scales`: whether there is
+    `scaled(gain, offset)`, the connection whose drives are gain * up(s) + offset and gain * down(s)."""
 
-    routed = False
+    routed = scales = False
 
     def packed(self, mbs):
         """The connection, prepared for many steps with the same weights."""
@@ -164,6 +170,13 @@ class Dropped(Connection):
     @property
     def routed(self):
         return self.connection.routed
+
+    @property
+    def scales(self):
+        return self.connection.scales
+
+    def scaled(self, gain, offset):
+        return Dropped(self.connection.scaled(gain, offset), self.mask)
 
     def packed(self, mbs):
         packed = self.connection.packed(mbs)
@@ -201,9 +214,18 @@ class Dense(Connection):
     transpose if `transposed`.
     """
 
+    scales = True
+
     def __init__(self, synapse, pre_shape, feedback=None, transposed=False):
         self.synapse, self.pre_shape, self.feedback, self.transposed = synapse, pre_shape, feedback, transposed
         self.post_shape = (synapse.out_features,)
+
+    def scaled(self, gain, offset):
+        twin = copy.copy(self)
+        twin.synapse = types.SimpleNamespace(weight=gain * self.synapse.weight, bias=gain * self.synapse.bias + offset)
+        if self.feedback is not None:
+            twin.feedback = types.SimpleNamespace(weight=gain * self.feedback.weight)
+        return twin
 
     def down_weight(self):
         """The weights of the downward drive, in the shape of the forward ones, (post, pre)."""
@@ -431,6 +453,9 @@ def _compiled(function):
     return torch.compile(function)
 
 
+PAIRED = 2 ** 20  # neurons in a mini-batch up to which two phases are faster as one of twice the size
+
+
 class _Pull:
     """A constant slope to nudge against, where a label's one-hot vector would be the target."""
 
@@ -538,25 +563,32 @@ class EnergyModel(nn.Module):
         return [self._activate(n, drive, criterion) for n, drive in enumerate(drives)]
 
     def sweep(self, drive_x, neurons, routes, target, beta, criterion):
-        """One asynchronous step: s_1, s_3, ... from their neighbours, then s_2, s_4, ... from the new ones.
+        """One asynchronous step: s_1, s_3, ... from their neighbours, then s_2, s_4, ... from the new ones. routes: see `turn`."""
+        for first in (0, 1):
+            neurons = self.turn(first, drive_x, neurons, routes, target, beta, criterion)
+        return neurons
+
+    def turn(self, first, drive_x, neurons, routes, target, beta, criterion, lowest=0):
+        """Every second layer, from entry `first` (0 or 1) on, from its neighbours; entries of `neurons` below `lowest` stay as they are.
 
         routes: each connection's, for the present state of the layer below it, or None; brought up to date in place. A layer
         does not change between its connection's upward drive and the next downward one, so that no route is looked for twice."""
         neurons = list(neurons)
-        for first in (0, 1):
-            for n in range(first, len(neurons), 2):
-                drive = drive_x
-                if n > 0:
-                    drive, routes[n] = self.connections[n].up(neurons[n - 1])
-                if n + 1 < len(neurons):
-                    above = self.connections[n + 1]
-                    if above.routed and routes[n + 1] is None:
-                        with torch.no_grad():
-                            routes[n + 1] = above.up(neurons[n])[1]
-                    drive = above.down(neurons[n + 1], routes[n + 1], drive)
-                elif target is not None:
-                    drive = self._nudged(drive, neurons, target, beta, criterion)
-                neurons[n] = self._activate(n, drive, criterion)
+        for n in range(first, len(neurons), 2):
+            if n < lowest:
+                continue
+            drive = drive_x
+            if n > 0:
+                drive, routes[n] = self.connections[n].up(neurons[n - 1])
+            if n + 1 < len(neurons):
+                above = self.connections[n + 1]
+                if above.routed and routes[n + 1] is None:
+                    with torch.no_grad():
+                        routes[n + 1] = above.up(neurons[n])[1]
+                drive = above.down(neurons[n + 1], routes[n + 1], drive)
+            elif target is not None:
+                drive = self._nudged(drive, neurons, target, beta, criterion)
+            neurons[n] = self._activate(n, drive, criterion)
         return neurons
 
     def _nudged(self, drive, neurons, target, beta, criterion):
@@ -566,8 +598,10 @@ class EnergyModel(nn.Module):
         return drive - beta * slope if torch.is_tensor(beta) else torch.add(drive, slope, alpha=-beta)
 
     def _activate(self, n, drive, criterion):
-        linear = n == len(self.connections) - 1 and not self.softmax and not isinstance(criterion, nn.MSELoss)
-        return drive if linear else self.activation(drive)
+        return drive if n == len(self.connections) - 1 and self._linear_output(criterion) else self.activation(drive)
+
+    def _linear_output(self, criterion):
+        return not self.softmax and not isinstance(criterion, nn.MSELoss)
 
     def advance(self, drive_x, neurons, routes, target, beta, criterion, lowest=0):
         """One step of the model's schedule from `neurons` (zero if None). routes: see `sweep`; lowest: see `step`."""
@@ -575,12 +609,15 @@ class EnergyModel(nn.Module):
             return self.first_step(drive_x, target, beta, criterion)
         if neurons is None:
             neurons = self.init_neurons(drive_x.size(0), drive_x.device)
-        step, sweep = self.step, self.sweep
-        if self.compiled and not torch.is_grad_enabled() and lowest == 0:
-            step, sweep = (functools.partial(_compiled(f), self) for f in (EnergyModel.step, EnergyModel.sweep))
         if self.schedule == "sync":
-            return step(drive_x, neurons, target, beta, criterion, lowest)
-        return sweep(drive_x, neurons, routes, target, beta, criterion)
+            return self._ready("step", lowest)(drive_x, neurons, target, beta, criterion, lowest)
+        return self._ready("sweep")(drive_x, neurons, routes, target, beta, criterion)
+
+    def _ready(self, method, lowest=0):
+        """A method of the dynamics, through torch.compile where that was asked for and no graph is recorded."""
+        if not self.compiled or torch.is_grad_enabled() or lowest:
+            return getattr(self, method)
+        return functools.partial(_compiled(getattr(EnergyModel, method)), self)
 
     def packed(self, drive_x, T):
         """The model for T steps in which no weight changes: see `Conv.packed`."""
@@ -593,12 +630,28 @@ class EnergyModel(nn.Module):
         model.connections = connections
         return model
 
+    def rescaled(self, drive_x, beta, criterion):
+        """(model, drive_x, beta) that step as this model does, to rounding, but with the affine part of the activation (see RESCALED) in
+        the weights, where it costs nothing, and not in a pass over the neurons; all as they are where that cannot be had."""
+        if (self.activation not in RESCALED or self._linear_output(criterion) or self.compiled or drive_x.dtype == torch.bfloat16
+                or not all(c.scales for c in self.connections[1:])):  # of the first only the drive is left
+            return self, drive_x, beta
+        model = copy.copy(self)
+        model.activation, gain, offset = RESCALED[self.activation]
+        model.connections = [self.connections[0], *(c.scaled(gain, offset) for c in self.connections[1:])]
+        return model, gain * drive_x + offset, gain * beta
+
     def dropped(self, masks):
         """The model, on the same parameters, with its connections seeing the layers below through masks (see `Dropped`). masks: for
         each connection, and for the read-out where `softmax`, (mbs, *shape below), or None."""
         model = copy.copy(self)
         *model.connections, model.output = (c if m is None else Dropped(c, m) for c, m in zip([*self.connections, self.output], [*masks, None]))
         return model
+
+    def doubled(self, drive_x):
+        """The model, and the input's drive, for a mini-batch that holds every sample twice, the whole batch behind itself."""
+        once = torch.arange(len(drive_x), device=drive_x.device)
+        return self.of_samples(torch.cat([once, once])), torch.cat([drive_x, drive_x])
 
     def of_samples(self, chosen):
         """The model for some samples of the mini-batch that its masks are of, if it has any; chosen: their indices."""
@@ -608,19 +661,54 @@ class EnergyModel(nn.Module):
         *model.connections, model.output = (c and c.of_samples(chosen) for c in (*self.connections, self.output))
         return model
 
-    def relax(self, drive_x, y, neurons, T, beta, criterion, output_only=False, slope=None):
-        """T steps from `neurons` (zero if None), given the input's drive. Leaves its arguments as they are. With `output_only`
-        the last synchronous steps leave out the layers that cannot reach s_N any more: s_{N-k} is then returned as of k steps
-        earlier. beta: a number, or one per sample, (mbs, 1). `slope`: what to nudge against in place of dL/d(read-out),
-        (mbs, classes), constant in time."""
+    def relax(self, drive_x, y, neurons, T, beta, criterion, output_in=None, slope=None):
+        """T steps from `neurons` (zero if None), given the input's drive. Leaves its arguments as they are. `output_in`: only s_N
+        is wanted, and only that many steps after these (0: at their end), so that synchronous steps leave out what does not reach
+        it; layers left out are returned as of an earlier step. beta: a number, or one per sample, (mbs, 1). `slope`: what to nudge
+        against in place of dL/d(read-out), (mbs, classes), constant in time."""
         target, depth = self._target(y, beta) if slope is None else _Pull(slope), len(self.connections)
         if T == 0 and neurons is None:
             neurons = self.init_neurons(drive_x.size(0), drive_x.device)
-        routes, model = [None] * depth, self.packed(drive_x, T)
+        model, drive_x, beta = self.rescaled(drive_x, beta, criterion)
+        if target is None and self.two_trajectories and (output_in is not None or self._pays(drive_x, T)):
+            return model._interleaved(drive_x, neurons, T, criterion, output_in)
+        routes, model = [None] * depth, model.packed(drive_x, T)
         for left in reversed(range(T)):
-            lowest = max(0, depth - 1 - left) if output_only and neurons is not None else 0
+            lowest = 0 if output_in is None or neurons is None else max(0, depth - 1 - output_in - left)
             neurons = model.advance(drive_x, neurons, routes, target, beta, criterion, lowest)
         return list(neurons)
+
+    @property
+    def two_trajectories(self):
+        """Whether free synchronous steps run along two trajectories that never meet: the odd layers at odd times with the even ones at
+        even times, and the others. They do where a layer's next state depends on its neighbours alone; the winners of a max-pooling between
+        two layers are those of the lower one itself."""
+        return self.schedule == "sync" and not any(c.routed for c in self.connections[1:])
+
+    def _pays(self, drive_x, T):
+        """Whether both trajectories are faster as one mini-batch of twice the size than as plain steps."""
+        return T >= 8 and len(drive_x) * sum(math.prod(c.post_shape) for c in self.connections) <= PAIRED
+
+    def _interleaved(self, drive_x, neurons, T, criterion, output_in):
+        """`relax` along `two_trajectories`, a turn of every second layer being a step of one of them. Where only the output is wanted, the
+        other is left out: half of the work. Otherwise every turn serves both, of which one is a step ahead: half of the calls."""
+        if neurons is None and T > 0:
+            neurons, T = self.first_step(drive_x, None, 0.0, criterion), T - 1
+        depth, rest = len(self.connections), ([None] * len(self.connections), None, 0.0, criterion)
+        if output_in is not None:
+            model = self.packed(drive_x, T)
+            for to_go in range(output_in + T - 1, output_in - 1, -1):  # steps from the end of this one until the output is read
+                highest, lowest = depth - 1 - to_go % 2, max(0, depth - 1 - to_go)
+                neurons = model._ready("turn", lowest)(highest % 2, drive_x, neurons, *rest, lowest)
+            return list(neurons)
+        ahead = self.turn(1, drive_x, neurons, *rest)
+        double, twice = self.doubled(drive_x)
+        double, both = double.packed(twice, T), [torch.cat(pair) for pair in zip(ahead, neurons)]
+        for t in range(T - 1):
+            both = double._ready("turn")(t % 2, twice, both, *rest)
+        ahead, behind = zip(*(s.chunk(2) for s in both))
+        behind = self.turn((T - 1) % 2, drive_x, behind, *rest)
+        return [(ahead if n % 2 == T % 2 else behind)[n] for n in range(depth)]
 
     @torch.no_grad()
     def settle(self, drive_x, y, T, beta, criterion, tol, every=5):
@@ -634,7 +722,8 @@ class EnergyModel(nn.Module):
         target, state, routes = self._target(y, beta), None, [None] * len(self.connections)
         result, before = self.init_neurons(mbs, device), self.init_neurons(mbs, device)
         steps, settled = torch.full((mbs,), T, device=device), torch.zeros(mbs, dtype=torch.bool, device=device)
-        active, model = torch.arange(mbs, device=device), self.packed(drive_x, T)
+        model, drive_x, beta = self.rescaled(drive_x, beta, criterion)
+        active, model = torch.arange(mbs, device=device), model.packed(drive_x, T)
         for done in range(1, T + 1):
             state = model.advance(drive_x, state, routes, target, beta, criterion)
             if done % every and done < T:
@@ -657,14 +746,14 @@ class EnergyModel(nn.Module):
         return result, steps, settled
 
     def forward(self, x, y=None, neurons=None, T=1, beta=0.0, criterion=nn.MSELoss(reduction="none"), check_thm=False,
-                output_only=False):
-        """The neurons after T steps from `neurons` (from zero if None): a list of N tensors. `output_only`: see `relax`.
+                output_in=None):
+        """The neurons after T steps from `neurons` (from zero if None): a list of N tensors. `output_in`: see `relax`.
 
         x: (mbs, ...); y: class indices (mbs,), may be None at beta 0. `check_thm` keeps the graph through the T steps (for
         BPTT, attacks and gducheck); without it nothing is recorded, whatever the caller's grad mode is.
         """
         with torch.set_grad_enabled(check_thm):
-            return self.relax(self.input_drive(x), y, neurons, T, beta, criterion, output_only)
+            return self.relax(self.input_drive(x), y, neurons, T, beta, criterion, output_in)
 
     # ---- the local update
 
@@ -856,19 +945,16 @@ def make_optimizer(model, args):
 # many steps were used. `twin`: a copy of the model in lower precision (see `lowered`) that the time steps are left to.
 
 
-def free_phase(model, x, y, T, beta, criterion, tol=0.0, account=None):
-    """(drive of the input, neurons after at most T steps from zero)."""
+def free_phase(model, x, y, T, beta, criterion, tol=0.0, account=None, output_in=None):
+    """(drive of the input, neurons after at most T steps from zero). output_in: see `EnergyModel.relax`."""
     with torch.no_grad(), (account or Account()).time("free"):
         drive = model.input_drive(x)
         if not tol:
-            return drive, model.relax(drive, y, None, T, beta, criterion)
+            return drive, model.relax(drive, y, None, T, beta, criterion, output_in)
         neurons, steps, settled = model.settle(drive, y, T, beta, criterion, tol)
         if account:
             account.settling(steps, settled)
         return drive, neurons
-
-
-PAIRED = 2 ** 20  # neurons in a mini-batch up to which two nudged phases are faster as one of twice the size
 
 
 def nudged_phases(model, drive, y, free, T2, beta, criterion):
@@ -876,8 +962,8 @@ def nudged_phases(model, drive, y, free, T2, beta, criterion):
     if sum(s.numel() for s in free) > PAIRED:
         return [model.relax(drive, y, free, T2, b, criterion) for b in (beta, -beta)]
     signs = torch.tensor([beta, -beta], device=drive.device, dtype=drive.dtype).repeat_interleave(len(drive)).view(-1, 1)
-    model = model.of_samples(torch.arange(len(drive), device=drive.device).repeat(2))
-    both = model.relax(torch.cat([drive, drive]), torch.cat([y, y]), [torch.cat([s, s]) for s in free], T2, signs, criterion)
+    model, drive = model.doubled(drive)
+    both = model.relax(drive, torch.cat([y, y]), [torch.cat([s, s]) for s in free], T2, signs, criterion)
     return zip(*(s.chunk(2) for s in both))
 
 
@@ -908,9 +994,9 @@ def bptt_gradients(model, x, y, T1, T2, criterion, tol=0.0, account=None, twin=N
     """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and returns the neurons, of
     which the output is as of T1 steps (the layers below it as of a few steps earlier, see `relax`)."""
     account, moving = account or Account(), twin or model
-    neurons = free_phase(moving, x, None, T1 - T2, 0.0, criterion, tol, account)[1] if T1 > T2 else None
+    neurons = free_phase(moving, x, None, T1 - T2, 0.0, criterion, tol, account, output_in=T2)[1] if T1 > T2 else None
     with account.time("BPTT"):
-        neurons = moving.relax(moving.input_drive(x), None, neurons, T2, 0.0, criterion, output_only=True)
+        neurons = moving.relax(moving.input_drive(x), None, neurons, T2, 0.0, criterion, output_in=0)
         moving.zero_grad()
         moving.loss(neurons, y, criterion).mean().backward()
         for p, q in zip(model.parameters(), moving.parameters()):
@@ -1107,7 +1193,7 @@ def predicting_neurons(model, x, T, criterion, tol=0.0, account=None):
     """The neurons whose read-out is the prediction after T free steps; with `tol` after at most T, see `EnergyModel.settle`."""
     if tol:
         return free_phase(model, x, None, T, 0.0, criterion, tol, account)[1]
-    return model(x, None, None, T, criterion=criterion, output_only=True)
+    return model(x, None, None, T, criterion=criterion, output_in=0)
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ class Unrolled(torch.nn.Module):
             return self.gain * _EPGradient.apply(x, self) + self.shift
         neurons = None
         if self.start == "equilibrium" and self.T1 > self.T2:
-            neurons = self.model(x, None, None, self.T1 - self.T2, 0.0, self.criterion, False)
+            neurons = self.model(x, None, None, self.T1 - self.T2, 0.0, self.criterion, output_in=self.T2)
         frozen = {name: p.detach() for name, p in self.differentiated.named_parameters()}  # only x is to get a gradient
         if REPRODUCES_LAYOUT:
             frozen = {name: p.contiguous() for name, p in frozen.items()}
@@ -121,7 +121,7 @@ class Unrolled(torch.nn.Module):
         return out if out.requires_grad else out + 0 * x.flatten(1).sum(1, keepdim=True)  # fewer steps than layers: x has no effect
 
     def through(self, x, neurons):
-        return self.output(self.differentiated(x, None, neurons, self.T2, 0.0, self.criterion, True, output_only=True), self.differentiated)
+        return self.output(self.differentiated(x, None, neurons, self.T2, 0.0, self.criterion, True, output_in=0), self.differentiated)
 
     def output(self, neurons, model):
         return self.gain * (model.readout(neurons) if self.last_layer else neurons[-1].flatten(1)) + self.shift

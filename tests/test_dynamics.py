@@ -1,6 +1,7 @@
 """Ends before T1 steps, layers in turn, two phases in one batch, lower precision: what is to stay the same, and what is not."""
 import argparse
 import csv
+import functools
 import re
 
 import pytest
@@ -169,8 +170,61 @@ def test_lower_precision_keeps_weights_and_gradients_whole(model, alg):
     assert torch.equal(twin.synapses[0].weight, model.synapses[0].weight.bfloat16())
 
 
+def one_by_one(model, x, neurons, T, criterion):
+    """The neurons after every number of free steps up to T, each step on its own."""
+    states = [neurons or model.init_neurons(len(x), "cpu")]
+    for _ in range(T):
+        states.append(model(x, None, states[-1], 1, 0.0, criterion))
+    return states
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_two_trajectories_are_the_steps_one_by_one(request, model, dropped):
+    name = request.node.callspec.params["model"]
+    assert model.two_trajectories == (name in ("MLP", "MLP softmax", "VFMLP", "VFMLP softmax", "CNN avg deep softmax", "CNN product"))
+    criterion, (x, _) = criterion_of(model), sample(model)
+    if dropped:
+        model = model.dropped(mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), len(x)))
+    for start in (None, [torch.rand_like(s) for s in model.init_neurons(len(x), "cpu")]):
+        states = one_by_one(model, x, start, 11, criterion)
+        for T in (8, 9, 10, 11):
+            for ours, theirs in zip(model(x, None, start, T, 0.0, criterion), states[T], strict=True):
+                torch.testing.assert_close(ours, theirs, **TOLERANCE)
+        for T, later in [(0, 3), (1, 0), (1, 1), (4, 0), (4, 1), (4, 2), (4, 5), (5, 0), (5, 1), (5, 4)]:
+            before = model(x, None, start, T, 0.0, criterion, output_in=later)
+            output = model(x, None, before, later, 0.0, criterion, output_in=0)[-1]
+            torch.testing.assert_close(output, states[T + later][-1], **TOLERANCE)
+
+
+def test_where_two_trajectories_meet_none_is_left_out(model):
+    """A max-pooling's winners, a nudge and the asynchronous schedule make a layer's next state depend on its own."""
+    criterion, (x, y) = criterion_of(model), sample(model)
+    states = [model(x, y, None, 4, 0.0, criterion)]
+    for _ in range(9):
+        states.append(model(x, y, states[-1], 1, 0.3, criterion))
+    for ours, theirs in zip(model(x, y, states[0], 9, 0.3, criterion), states[9], strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    model.schedule = "async"
+    assert not model.two_trajectories
+
+
+def test_only_the_output_takes_half_of_the_work_and_both_take_half_of_the_calls(monkeypatch):
+    model, rows = mu.P_MLP([6, 5, 4, 3], torch.tanh), []
+    up = mu.Dense.up
+    monkeypatch.setattr(mu.Dense, "up", lambda self, pre: rows.append(len(pre)) or up(self, pre))
+    x, found = torch.rand(7, 6), {}
+    for name, words, paired in (("steps", {}, 0), ("both", {}, 2 ** 20), ("output", {"output_in": 0}, 0)):
+        monkeypatch.setattr(mu, "PAIRED", paired)
+        rows.clear()
+        model(x, None, None, 41, **words)
+        found[name] = len(rows), sum(rows)
+    assert found["steps"] == (1 + 2 * 40, 7 * (1 + 2 * 40))
+    assert found["both"][0] < 0.55 * found["steps"][0] and found["both"][1] <= found["steps"][1]
+    assert found["output"][0] == 1 + 40 and found["output"][1] == 7 * 41
+
+
 def test_compiled_steps_are_those_that_record_no_graph(monkeypatch):
-    model, calls = MODELS["MLP"](torch.tanh), []
+    calls = []
 
     def recording(function):
         def compiled(*args):
@@ -179,13 +233,64 @@ def test_compiled_steps_are_those_that_record_no_graph(monkeypatch):
         return compiled
     mu._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", recording)
-    x, y = sample(model)
-    plain = model(x, None, None, 4)
-    model.compiled = True
-    assert all(torch.equal(a, b) for a, b in zip(plain, model(x, None, None, 4))) and calls == ["step"] * 3
-    model(x, None, None, 4, check_thm=True)
-    assert len(calls) == 3
+    for name, T, expected in (("CNN max", 4, ["step"] * 3), ("MLP", 4, ["step"] * 3), ("MLP", 9, ["turn"] * 7)):
+        model = MODELS[name](torch.tanh)
+        x, y = sample(model)
+        plain = model(x, None, None, T)
+        calls.clear()
+        model.compiled = True
+        assert all(torch.equal(a, b) for a, b in zip(plain, model(x, None, None, T))) and calls == expected
+        model(x, None, None, T, check_thm=True)
+        assert len(calls) == len(expected)
     mu._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_steps_compile_whole_and_once(model, dropped, monkeypatch):
+    """Traced without a break, and not anew for every mini-batch, whose masks are other tensors."""
+    monkeypatch.setattr(mu, "_compiled", functools.cache(lambda f: torch.compile(f, backend="eager", fullgraph=True)))
+    torch._dynamo.reset()
+    criterion, graphs = criterion_of(model), []
+    for _ in range(3):
+        (x, y), masks = sample(model), mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4)
+        moving = model.dropped(masks) if dropped else model
+        found = []
+        for moving.compiled in (True, False):
+            mu.ep_gradients(moving, x, y, 9, 3, (0.0, 0.3), criterion, thirdphase=True)
+            found.append(grads(model))
+        for name, grad in found[0].items():
+            torch.testing.assert_close(grad, found[1][name], **TOLERANCE)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1] == graphs[2]
+    torch._dynamo.reset()
+
+
+RESCALABLE = {"MLP": lambda act, softmax: mu.P_MLP([20, 16, 8, 5], act, softmax=softmax),
+              "VFMLP": lambda act, softmax: mu.VF_MLP([20, 16, 8, 5], act, softmax=softmax),
+              "CNN": lambda act, softmax: mu.VF_CNN(8, [2, 4], [3], [1], [7, 5], mu.make_pools("m"), [0], act, softmax=softmax)}
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("softmax", [False, True])
+@pytest.mark.parametrize("act", mu.RESCALED)
+@pytest.mark.parametrize("name", RESCALABLE)
+def test_an_activation_rescaled_in_the_weights_changes_nothing(name, act, softmax, dropped, monkeypatch):
+    torch.manual_seed(0)
+    model, found = RESCALABLE[name](act, softmax).double(), []
+    criterion, (x, y) = criterion_of(model), sample(model)
+    masks = mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4)
+    for table in (mu.RESCALED, {}):
+        monkeypatch.setattr(mu, "RESCALED", table)
+        moving = model.dropped(masks) if dropped else model
+        drive = moving.input_drive(x)
+        assert (moving.rescaled(drive, 0.3, criterion)[0] is moving) == (not table)
+        tensors = [*moving(x, y, None, 5, 0.3, criterion), *moving.settle(drive, None, 40, 0.0, criterion, 1e-5)[0]]
+        mu.ep_gradients(moving, x, y, 9, 3, (0.0, 0.3), criterion, thirdphase=True)
+        tensors += grads(model).values()
+        mu.bptt_gradients(moving, x, y, 6, 4, criterion)
+        found.append([*tensors, *grads(model).values()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE)
 
 
 QUICK = "--task digits --device -1 --train-size 200 --test-size 60 --seed 0 --model CNN --channels 4 6 --act my_hard_sig --betas 0 0.5 --optim adam"
