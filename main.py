@@ -425,10 +425,9 @@ EPS = {"2": [*(round(float(e), 4) for e in np.geomspace(0.05, 3, 10)), 1.0],
 
 def attack(args, model, device, saved, workers):
     task, criterion = TASKS[args.task], model_utils.make_criterion(args.loss)
-    with workers.ahead():
-        images, labels = data_utils.load_split(args.task, args.data_dir, False, args.test_size)
-    steps = args.predict_step or args.T1
-    clean = model_utils.predictions(model, data_utils.Batches(images, labels, args.mbs, task, device), steps, criterion, args.tol, workers) == labels
+    data, steps = batches(args, device, workers, False), args.predict_step or args.T1
+    images, labels = data.images.cpu(), data.labels.cpu()
+    clean = model_utils.predictions(model, data, steps, criterion, args.tol, workers) == labels
     settings = {name: getattr(args, name) for name in ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start",
                                                        "no_clip", "seed", "mbs")}
     settings.update((name, getattr(args, name)) for name in ("tol", "precision") if getattr(args, name) not in (0, "fp32"))

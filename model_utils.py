@@ -1183,6 +1183,7 @@ def check_finite(model, neurons, epoch, batch):
                        "smaller --lrs usually help, or a smaller --scale or beta")
 
 
+@torch.no_grad()
 def correct(model, neurons, y):
     """How many of the mini-batch are classified as `y`, a tensor without dimensions."""
     return (model.readout(neurons).argmax(1) == y).sum()
@@ -1222,7 +1223,8 @@ def gradients(model, x, y, args, criterion, account=None, twin=None, optimizer=N
     """Fills p.grad from one mini-batch by the learning rule in args (alg, T1, T2, betas, random_sign, thirdphase, dropouts, tol); CEP,
     which needs the optimizer, changes the weights as well. Of several workers each takes a share, and p.grad becomes the mean.
 
-    Returns the neurons of the free phase and the labels, both of this worker's share, and how many samples that is."""
+    Returns the neurons of the free phase, how many samples they classify correctly (a tensor without dimensions), both of this worker's
+    share, and how many samples that is."""
     n, rows, mine = len(y), *workers.rows(len(y))
     x, y, whole, account = x[rows], y[rows], model, account if mine else None
     if args.dropouts:
@@ -1242,7 +1244,7 @@ def gradients(model, x, y, args, criterion, account=None, twin=None, optimizer=N
     if args.alg != "CEP":
         with (account or Account()).time("update"):
             workers.average_gradients(whole, mine, n)
-    return neurons, y, mine
+    return neurons, correct(model, neurons, y), mine
 
 
 def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, account=None, twin=None, workers=Workers()):
@@ -1254,9 +1256,9 @@ def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, acc
     for batch, (x, y) in enumerate(bar, 1):
         if workers.rank == 0 and args.check_thm and args.alg == "EP" and (batch - 1) % every == 0:
             log_theorem(model, x[:5], y[:5], args, criterion, epoch, batch, run)
-        neurons, y, mine = gradients(model, x, y, args, criterion, account, twin, optimizer, workers)
+        neurons, right, mine = gradients(model, x, y, args, criterion, account, twin, optimizer, workers)
         with torch.no_grad(), account.time("update"):
-            hits, seen = hits + correct(model, neurons, y) * min(mine, 1), seen + mine
+            hits, seen = hits + right * min(mine, 1), seen + mine
             optimizer.step()
             if twin:
                 refresh(twin, model)

@@ -20,13 +20,17 @@ import sys
 import threading
 import time
 
+import numpy as np
 import torch
+from art.attacks.evasion import ProjectedGradientDescent
+from art.estimators.classification import PyTorchClassifier as ArtClassifier
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
 import model_utils  # noqa: E402
+from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled  # noqa: E402
 
 MSE, CEL = (model_utils.make_criterion(name) for name in ("mse", "cel"))
 
@@ -69,6 +73,7 @@ def cases(device):
             (lambda device: cnn(device, attacked[1]), lambda side, m, x, y: attack_gradient(side, m, x, y, attacked[0], CEL)),
         "small cnn gducheck, T1 60, T2 30": (small_cnn, lambda side, m, x, y: gducheck(side, m, x, y, 60, 30, CEL)),
         "small cnn attack gradient, 29 steps, 40 images": (attacked_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL)),
+        "small cnn attack per eps, PGD, 20 iterations, 40 images": (attacked_cnn, lambda side, m, x, y: attack(side, m, x, y, 60, 29)),
     }
 
 
@@ -94,12 +99,38 @@ def attacked_cnn(device):
 def attack_gradient(side, model, x, y, T, criterion):
     x = x.clone().requires_grad_()
     if side is model_utils:
-        from ART_Timesteps_Addition.pytorch import Unrolled
         out = Unrolled(model, 60, T, criterion)(x)
     else:  # as the original code: gradients of the parameters come along
         out = model.readout(autodiff.relax(model, x, None, autodiff.zeros(model, x), T, 0.0, criterion, check_thm=True))
     torch.nn.functional.cross_entropy(out, y).backward()
     return x.grad
+
+
+class Textbook(torch.nn.Module):
+    """What the original code hands to ART: T1 steps for a prediction, T2 steps where a gradient is asked for."""
+
+    def __init__(self, model, T1, T2):
+        super().__init__()
+        self.model, self.T1, self.T2 = model, T1, T2
+
+    def forward(self, x):
+        gradient = torch.is_grad_enabled() and x.requires_grad
+        with torch.enable_grad():  # the steps themselves differentiate
+            neurons = autodiff.relax(self.model, x, None, autodiff.zeros(self.model, x), self.T2 if gradient else self.T1, 0.0, CEL, gradient)
+            return self.model.readout(neurons)
+
+
+def attack(side, model, x, y, T1, T2, iterations=20, eps=0.03):
+    """PGD in the L-infinity norm on images that are standardised already, and the predictions on the adversarial ones."""
+    common = {"input_shape": x.shape[1:], "nb_classes": 10, "device_type": x.device.type.replace("cuda", "gpu")}
+    if side is model_utils:
+        classifier = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), T1=T1, T2=T2, **common)
+    else:
+        classifier = ArtClassifier(Textbook(model, T1, T2), torch.nn.CrossEntropyLoss(), **common)
+    pgd = ProjectedGradientDescent(classifier, norm=np.inf, eps=eps, eps_step=2.5 * eps / iterations, max_iter=iterations, batch_size=len(x),
+                                   verbose=False)
+    adversarial = pgd.generate(x.cpu().numpy(), np.eye(10, dtype=np.float32)[y.cpu()])
+    return classifier.predict(adversarial, batch_size=len(x))
 
 
 def gducheck(side, model, x, y, T1, T2, criterion):
@@ -228,6 +259,16 @@ def machine(device):
     return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def command_of(argv):
+    """The command line as it stands in RESULTS.md."""
+    return f"python benchmarks/{pathlib.Path(argv[0]).name}" + "".join(f" {shlex.quote(a)}" for a in argv[1:] if a != "--write")
+
+
+def publish(lines):
+    with open(HERE / "RESULTS.md", "a") as file:
+        file.write("\n".join(["", *lines, ""]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=int, default=-1)
@@ -241,11 +282,10 @@ def main():
     if args.memory_of:
         print(peak_memory(args.memory_of[0], int(args.memory_of[1]), device))
         return
-    command = "python benchmarks/bench.py" + "".join(f" {shlex.quote(a)}" for a in sys.argv[1:] if a != "--write")
     model_utils.set_precision(args.precision)
     rate = matrix_rate(device)
     lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in a matrix product", "",
-             f"`{command}`", "",
+             f"`{command_of(sys.argv)}`", "",
              "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | floor, ms | of the floor | ours, MiB | theirs, MiB | share |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     print("\n".join(lines), flush=True)
@@ -265,8 +305,7 @@ def main():
         for network in ("mlp", "small_cnn"):
             say(f"| {network} | " + " | ".join(f"{memory_of(f'{network} {T}', 0, device) / 2 ** 20:.1f}" for T in (10, 250)) + " |")
     if args.write:
-        with open(HERE / "RESULTS.md", "a") as file:
-            file.write("\n".join(["", *lines, ""]))
+        publish(lines)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,12 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         sys.argv = [program, *words]
-        runpy.run_path(str(ROOT / program), run_name="__main__")
-        break
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # tidying up all that the parent has loaded takes a second
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(4, b"%d\n" % (code if code >= 0 else 128 - code))

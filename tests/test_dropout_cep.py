@@ -62,6 +62,17 @@ def test_bptt_goes_through_the_masks(dropped):
     same(grads(dropped).values(), theirs.values())
 
 
+@pytest.mark.parametrize("alg", ["EP", "BPTT"])
+def test_training_counts_what_the_masked_read_out_says(alg, monkeypatch):
+    torch.manual_seed(0)
+    model = mu.P_MLP([20, 16, 8, 5], torch.tanh, softmax=True)
+    x, y = torch.randn(50, 20), torch.randint(0, 5, (50,))
+    monkeypatch.setattr(mu, "draw_masks", lambda model, keep, mbs, rows: [None, None, torch.zeros(mbs, 8)])
+    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0, dropouts=[1, 1, 0.5])
+    right = mu.gradients(model, x, y, args, mu.make_criterion("cel"))[1]
+    assert right == (y == model.synapses[-1].bias.argmax()).sum()  # all that is left for the read-out to say
+
+
 def test_settling_keeps_each_image_with_its_mask(dropped):
     criterion, (x, y) = criterion_of(dropped), sample(dropped)
     x[::2] *= 20

@@ -208,6 +208,16 @@ def test_where_two_trajectories_meet_none_is_left_out(model):
     assert not model.two_trajectories
 
 
+def test_an_asynchronous_step_is_two_synchronous_ones_of_one_trajectory(model):
+    criterion, (x, _) = criterion_of(model), sample(model)
+    if not model.two_trajectories:
+        return
+    states = one_by_one(model, x, None, 8, criterion)
+    model.schedule = "async"
+    for n, s in enumerate(model(x, None, None, 4, 0.0, criterion)):
+        torch.testing.assert_close(s, states[7 + n % 2][n], **TOLERANCE)
+
+
 def test_only_the_output_takes_half_of_the_work_and_both_take_half_of_the_calls(monkeypatch):
     model, rows = mu.P_MLP([6, 5, 4, 3], torch.tanh), []
     up = mu.Dense.up

@@ -1,0 +1,104 @@
+"""What --tol saves on a trained network, and what it changes: image-steps, time, predictions, and the EP gradient.
+
+Usage, from the project's root:  python benchmarks/settling.py --load-path RUN [--tol 1e-4] [--T1 250] [--images 2000] [--data-dir DIR] [--write]
+
+Of RUN's best model, on its test images: free phases of T1 steps against free phases that end early (`EnergyModel.settle`), in turn,
+mini-batch by mini-batch; then, over 10 mini-batches, the smallest cosine similarity of a layer's EP gradient from either of them.
+`--write` appends the table to benchmarks/RESULTS.md.
+"""
+import argparse
+import datetime
+import pathlib
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import data_utils  # noqa: E402
+import main as command_line  # noqa: E402
+import model_utils  # noqa: E402
+from bench import clock, command_of, machine, publish  # noqa: E402
+
+
+def trained(path, data_dir, T1, images, mbs, device):
+    """(model, arguments, mini-batches of test images) of the run folder `path`."""
+    file = command_line.find_saved(path, "evaluate")
+    saved = data_utils.read_checkpoint(file)
+    given = {"todo": "evaluate", "load_path": path, "T1": str(T1), "test_size": str(images), "mbs": str(mbs),
+             **({"data_dir": data_dir} if data_dir else {})}
+    args = command_line.settle(given, command_line.FLAGS, {**data_utils.read_arguments(file.parent), **saved["config"]}, file)
+    model = model_utils.make_model(args)
+    command_line.load_weights(model, saved, file)
+    return model.to(device), args, command_line.batches(args, device, data_utils.Workers(), False)
+
+
+def compare(model, batches, args, criterion, tol, device):
+    """(image-steps on average, share unsettled, share of identical predictions, median ratio of times)."""
+    account, ratios, same = data_utils.Account(), [], 0
+    for x, _ in data_utils.progress(batches, "predictions"):
+        outputs = []
+
+        def predict(tol):
+            outputs.append(model.readout(model_utils.predicting_neurons(model, x, args.T1, criterion, tol, account if tol else None)))
+        times = [clock(lambda: predict(t), device) for t in (0.0, tol)]
+        ratios.append(times[0] / times[1])
+        same += int((outputs[0].argmax(1) == outputs[1].argmax(1)).sum())
+    return int(account.steps) / account.images, int(account.unsettled) / account.images, same / batches.samples, statistics.median(ratios)
+
+
+def cosine(model, batches, args, criterion, tol):
+    """The smallest cosine similarity of a parameter's gradient with and without `tol`, over 10 mini-batches."""
+    smallest = 1.0
+    for (x, y), _ in zip(batches, range(10)):
+        found = []
+        for t in (0.0, tol):
+            model_utils.ep_gradients(model, x, y, args.T1, args.T2, args.betas, criterion, args.thirdphase, t)
+            found.append([p.grad.flatten().double() for p in model.parameters()])
+        smallest = min(smallest, *(F.cosine_similarity(a, b, dim=0, eps=1e-30).item() for a, b in zip(*found)))
+    return smallest
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--load-path", required=True)
+    parser.add_argument("--data-dir", default=None, help="that of the run unless it is given")
+    parser.add_argument("--tol", type=float, nargs="+", default=[1e-4])
+    parser.add_argument("--T1", type=int, default=250)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--mbs", type=int, default=100)
+    parser.add_argument("--device", type=int, default=-1)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    device = torch.device("cpu") if options.device < 0 else torch.device("cuda", options.device)
+    try:
+        model, args, batches = trained(options.load_path, options.data_dir, options.T1, options.images, options.mbs, device)
+    except data_utils.UserError as e:
+        sys.exit(str(e))
+    model_utils.set_precision("fp32")
+    criterion = model_utils.make_criterion(args.loss)
+    shape = f"--channels {' '.join(map(str, args.channels))} --fc" if "CNN" in args.model else "--archi"
+    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "", f"`{command_of(sys.argv)}`", "",
+             f"{args.model} {shape} {' '.join(map(str, args.fc if 'CNN' in args.model else args.archi))} --act {args.act} on {args.task}, "
+             f"{saved_epochs(options.load_path)} epochs, schedule {args.schedule}; {batches.samples} test images, T1 {args.T1}, T2 {args.T2}, "
+             f"betas {args.betas[0]:g} {args.betas[1]:g}{', symmetric' if args.thirdphase else ''}", "",
+             "| --tol | steps, mean | fewer image-steps | unsettled | same predictions | time, ratio | gradient cosine at least |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    print("\n".join(lines), flush=True)
+    for tol in options.tol:
+        steps, unsettled, same, ratio = compare(model, batches, args, criterion, tol, device)
+        lines.append(f"| {tol:g} | {steps:.1f} | **{args.T1 / steps:.2f}** | {100 * unsettled:.2f} % | {100 * same:.2f} % | {ratio:.2f} | "
+                     f"{cosine(model, batches, args, criterion, tol):.6f} |")
+        print(lines[-1], flush=True)
+    if options.write:
+        publish(lines)
+
+
+def saved_epochs(path):
+    return data_utils.read_checkpoint(command_line.find_saved(path, "evaluate")).get("epoch", "?")
+
+
+if __name__ == "__main__":
+    main()
