@@ -26,12 +26,17 @@ from data_utils import TASKS, Account, RunError, Workers, progress, random_state
 # ------------------------------------------------------------------------------------------------------------ activations
 
 
+def _affine(x, gain, offset):
+    """gain * x + offset in one pass over memory; x: a tensor of any device and floating-point type. offset: a tensor without dimensions."""
+    return torch.add(offset, x, alpha=gain)
+
+
 _MINUS_TWO = torch.tensor(-2.0)
 
 
 def my_sigmoid(x):
     """1 / (1 + exp(-4 (x - 1/2))): the logistic function of slope 1 at 1/2."""
-    return torch.add(_MINUS_TWO, x, alpha=4).sigmoid_()  # two passes over memory, where torch.sigmoid(4 * x - 2) takes three
+    return _affine(x, 4, _MINUS_TWO).sigmoid_()
 
 
 # hardtanh, not clamp, writes the hard functions: its slope at the two corners is 0, as in the published models.
@@ -54,7 +59,7 @@ ACTIVATIONS = {"mysig": my_sigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh
                "my_hard_sig": my_hard_sig, "ctrd_hard_sig": ctrd_hard_sig}
 
 # activation: (another one, gain, offset), with activation(x) = another(gain * x + offset)
-RESCALED = {my_sigmoid: (torch.sigmoid, 4.0, -2.0), my_hard_sig: (hard_sigmoid, 0.5, 0.0)}
+RESCALED = {my_sigmoid: (torch.sigmoid, 4.0, _MINUS_TWO), my_hard_sig: (hard_sigmoid, 0.5, torch.tensor(0.0))}
 
 # --------------------------------------------------------------------------------------------------------------- poolings
 # A pooling is a linear map of a map u once its route is known (the winners of a max-pooling): `pool(u)` finds the route,
@@ -222,7 +227,7 @@ class Dense(Connection):
 
     def scaled(self, gain, offset):
         twin = copy.copy(self)
-        twin.synapse = types.SimpleNamespace(weight=gain * self.synapse.weight, bias=gain * self.synapse.bias + offset)
+        twin.synapse = types.SimpleNamespace(weight=gain * self.synapse.weight, bias=_affine(self.synapse.bias, gain, offset))
         if self.feedback is not None:
             twin.feedback = types.SimpleNamespace(weight=gain * self.feedback.weight)
         return twin
@@ -630,16 +635,16 @@ class EnergyModel(nn.Module):
         model.connections = connections
         return model
 
-    def rescaled(self, drive_x, beta, criterion):
-        """(model, drive_x, beta) that step as this model does, to rounding, but with the affine part of the activation (see RESCALED) in
-        the weights, where it costs nothing, and not in a pass over the neurons; all as they are where that cannot be had."""
-        if (self.activation not in RESCALED or self._linear_output(criterion) or self.compiled or drive_x.dtype == torch.bfloat16
+    def rescaled(self, drive_x, T, beta, criterion):
+        """(model, drive_x, beta) whose T steps are those of this model, to rounding, but with the affine part of the activation (see
+        RESCALED) in the weights and not in a pass over the neurons; all as they are where that cannot be had, or does not pay."""
+        if (T < 2 or self.activation not in RESCALED or self._linear_output(criterion) or self.compiled or drive_x.dtype == torch.bfloat16
                 or not all(c.scales for c in self.connections[1:])):  # of the first only the drive is left
             return self, drive_x, beta
         model = copy.copy(self)
         model.activation, gain, offset = RESCALED[self.activation]
         model.connections = [self.connections[0], *(c.scaled(gain, offset) for c in self.connections[1:])]
-        return model, gain * drive_x + offset, gain * beta
+        return model, _affine(drive_x, gain, offset), gain * beta
 
     def dropped(self, masks):
         """The model, on the same parameters, with its connections seeing the layers below through masks (see `Dropped`). masks: for
@@ -648,10 +653,10 @@ class EnergyModel(nn.Module):
         *model.connections, model.output = (c if m is None else Dropped(c, m) for c, m in zip([*self.connections, self.output], [*masks, None]))
         return model
 
-    def doubled(self, drive_x):
-        """The model, and the input's drive, for a mini-batch that holds every sample twice, the whole batch behind itself."""
-        once = torch.arange(len(drive_x), device=drive_x.device)
-        return self.of_samples(torch.cat([once, once])), torch.cat([drive_x, drive_x])
+    def doubled(self):
+        """The model for a mini-batch that holds every sample twice, the whole batch behind itself."""
+        masks = [c.mask for c in (*self.connections, self.output) if isinstance(c, Dropped)]
+        return self.of_samples(torch.arange(2 * len(masks[0]), device=masks[0].device) % len(masks[0])) if masks else self
 
     def of_samples(self, chosen):
         """The model for some samples of the mini-batch that its masks are of, if it has any; chosen: their indices."""
@@ -669,7 +674,7 @@ class EnergyModel(nn.Module):
         target, depth = self._target(y, beta) if slope is None else _Pull(slope), len(self.connections)
         if T == 0 and neurons is None:
             neurons = self.init_neurons(drive_x.size(0), drive_x.device)
-        model, drive_x, beta = self.rescaled(drive_x, beta, criterion)
+        model, drive_x, beta = self.rescaled(drive_x, T, beta, criterion)
         if target is None and self.two_trajectories and (output_in is not None or self._pays(drive_x, T)):
             return model._interleaved(drive_x, neurons, T, criterion, output_in)
         routes, model = [None] * depth, model.packed(drive_x, T)
@@ -702,8 +707,8 @@ class EnergyModel(nn.Module):
                 neurons = model._ready("turn", lowest)(highest % 2, drive_x, neurons, *rest, lowest)
             return list(neurons)
         ahead = self.turn(1, drive_x, neurons, *rest)
-        double, twice = self.doubled(drive_x)
-        double, both = double.packed(twice, T), [torch.cat(pair) for pair in zip(ahead, neurons)]
+        twice, both = torch.cat([drive_x, drive_x]), [torch.cat(pair) for pair in zip(ahead, neurons)]
+        double = self.doubled().packed(twice, T)
         for t in range(T - 1):
             both = double._ready("turn")(t % 2, twice, both, *rest)
         ahead, behind = zip(*(s.chunk(2) for s in both))
@@ -722,7 +727,7 @@ class EnergyModel(nn.Module):
         target, state, routes = self._target(y, beta), None, [None] * len(self.connections)
         result, before = self.init_neurons(mbs, device), self.init_neurons(mbs, device)
         steps, settled = torch.full((mbs,), T, device=device), torch.zeros(mbs, dtype=torch.bool, device=device)
-        model, drive_x, beta = self.rescaled(drive_x, beta, criterion)
+        model, drive_x, beta = self.rescaled(drive_x, T, beta, criterion)
         active, model = torch.arange(mbs, device=device), model.packed(drive_x, T)
         for done in range(1, T + 1):
             state = model.advance(drive_x, state, routes, target, beta, criterion)
@@ -778,19 +783,18 @@ class EnergyModel(nn.Module):
         one, two = [x, *one], [x, *two]
         paired = not len(self.B_syn) or self.same_update  # both ends of a connection in the same state
 
-        def contrast(learn, below_one, above_one, below_two, above_two):
+        def contrast(learn, learn_both, below_one, above_one, below_two, above_two):
             # of d[s_above . up(s_below)]/dp, linear in s_above, which is the smaller thing to scale
             if below_one is below_two:
                 return learn(below_one, (above_two - above_one) * scale)
-            terms = learn(below_one, above_one * scale), learn(below_two, above_two * scale)
-            return [b.sub_(a) for a, b in zip(*terms)]
+            return learn_both(torch.cat([below_one, below_two]), torch.cat([above_one * -scale, above_two * scale]))
 
-        for n, c in enumerate(self.connections):
+        for n, (c, both) in enumerate(zip(self.connections, self.doubled().connections)):
             below = (one[n], two[n]) if paired else (free[n], free[n])
-            weight, bias = contrast(c.learn, below[0], one[n + 1], below[1], two[n + 1])
+            weight, bias = contrast(c.learn, both.learn, below[0], one[n + 1], below[1], two[n + 1])
             if c.feedback is not None:
                 above = (one[n + 1], two[n + 1]) if paired else (free[n + 1], free[n + 1])
-                feedback, = contrast(c.learn_feedback, one[n], above[0], two[n], above[1])
+                feedback, = contrast(c.learn_feedback, both.learn_feedback, one[n], above[0], two[n], above[1])
                 if self.same_update:
                     weight = (weight + feedback) / 2
                     feedback = weight.clone()
@@ -962,8 +966,7 @@ def nudged_phases(model, drive, y, free, T2, beta, criterion):
     if sum(s.numel() for s in free) > PAIRED:
         return [model.relax(drive, y, free, T2, b, criterion) for b in (beta, -beta)]
     signs = torch.tensor([beta, -beta], device=drive.device, dtype=drive.dtype).repeat_interleave(len(drive)).view(-1, 1)
-    model, drive = model.doubled(drive)
-    both = model.relax(drive, torch.cat([y, y]), [torch.cat([s, s]) for s in free], T2, signs, criterion)
+    both = model.doubled().relax(torch.cat([drive, drive]), torch.cat([y, y]), [torch.cat([s, s]) for s in free], T2, signs, criterion)
     return zip(*(s.chunk(2) for s in both))
 
 

@@ -73,8 +73,17 @@ def cases(device):
             (lambda device: cnn(device, attacked[1]), lambda side, m, x, y: attack_gradient(side, m, x, y, attacked[0], CEL)),
         "small cnn gducheck, T1 60, T2 30": (small_cnn, lambda side, m, x, y: gducheck(side, m, x, y, 60, 30, CEL)),
         "small cnn attack gradient, 29 steps, 40 images": (attacked_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL)),
+        "average-pooling small cnn attack gradient, 29 steps, 40 images":
+            (averaging_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL)),
+        "average-pooling small cnn predictions, T1 60, 40 images": (averaging_cnn, lambda side, m, x, y: predictions(side, m, x, 60)),
         "small cnn attack per eps, PGD, 20 iterations, 40 images": (attacked_cnn, lambda side, m, x, y: attack(side, m, x, y, 60, 29)),
     }
+
+
+def predictions(side, model, x, T):
+    if side is model_utils:
+        return model_utils.predicting_neurons(model, x, T, CEL)
+    return free_phase(side, model, x, T, CEL)
 
 
 def free_phase(side, model, x, T, criterion):
@@ -89,9 +98,13 @@ def small_cnn(device):
     return model, torch.rand(20, 1, 28, 28, device=device), torch.randint(0, 10, (20,), device=device)
 
 
-def attacked_cnn(device):
+def averaging_cnn(device):
+    return attacked_cnn(device, "aaaa")
+
+
+def attacked_cnn(device, pools="mmmm"):
     """The network of the published attack figures, at a quarter of its width or less."""
-    pools = model_utils.make_pools("mmmm")
+    pools = model_utils.make_pools(pools)
     model = model_utils.P_CNN(32, [3, 16, 32, 32, 32], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0], model_utils.my_sigmoid, softmax=True).to(device)
     return model, torch.randn(40, 3, 32, 32, device=device), torch.randint(0, 10, (40,), device=device)
 

@@ -1,0 +1,159 @@
+"""A training step of the published CIFAR-10 recipe (EP, symmetric, T1 250, T2 30, batch 128), setting by setting, and what limits it.
+
+Usage, from the project's root:  python benchmarks/recipe.py [--device 0] [--load-path RUN] [--only bf16 ...] [--repeats 3] [--write]
+
+Each setting (precision, torch.compile, --tol, asynchronous steps) runs in turn with automatic differentiation of Phi in exact float32, in one
+process; the ratio is the median of the ratios of neighbours. Its gradient is held against that of exact float32 steps: the cosine similarity
+of the whole, and the smallest of a layer. Then a profile of the fastest setting whose smallest cosine is above 0.99. Without `--load-path`
+weights and images are random: times hold, but the cosines of a trained network are better known from one. On a CPU, where only some settings
+exist, the network and the numbers of steps are small: there the script only shows that it runs. `--write` appends to benchmarks/RESULTS.md.
+"""
+import argparse
+import datetime
+import pathlib
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import autodiff  # noqa: E402
+import data_utils  # noqa: E402
+import model_utils  # noqa: E402
+from bench import CEL, clock, cnn, command_of, machine, publish  # noqa: E402
+from settling import trained  # noqa: E402
+
+# precision, torch.compile, tol, schedule
+SETTINGS = {
+    "fp32": ("fp32", False, 0.0, "sync"),
+    "fp32, compiled": ("fp32", True, 0.0, "sync"),
+    "tf32": ("tf32", False, 0.0, "sync"),
+    "tf32, compiled": ("tf32", True, 0.0, "sync"),
+    "bf16": ("bf16", False, 0.0, "sync"),
+    "bf16, compiled": ("bf16", True, 0.0, "sync"),
+    "fp32, tol 1e-4": ("fp32", False, 1e-4, "sync"),
+    "tf32, compiled, tol 1e-4": ("tf32", True, 1e-4, "sync"),
+    "fp32, async, a quarter of the steps": ("fp32", False, 0.0, "async"),
+    "tf32, compiled, async, a quarter of the steps": ("tf32", True, 0.0, "async"),
+    "bf16, compiled, async, a quarter of the steps": ("bf16", True, 0.0, "async"),
+}
+
+
+def arguments(T1, T2, tol, schedule):
+    T1, T2 = (T1, T2) if schedule == "sync" else (-(-T1 // 4), -(-T2 // 4))
+    return argparse.Namespace(alg="EP", T1=T1, T2=T2, betas=(0.0, 1.0), random_sign=False, thirdphase=True, tol=tol, dropouts=None)
+
+
+def training_step(model, x, y, T1, T2, setting):
+    """A call that takes one training step (with a rate of zero, so that all take the same one) and returns its gradient."""
+    precision, compiled, tol, schedule = setting
+    args, twin = arguments(T1, T2, tol, schedule), model_utils.lowered(model, torch.bfloat16) if precision == "bf16" else None
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
+    account = data_utils.Account()
+
+    def step():
+        model_utils.set_precision(precision)
+        for moving in (model, twin) if twin else (model,):
+            moving.compiled, moving.schedule = compiled, schedule
+        model_utils.gradients(model, x, y, args, CEL, account, twin)
+        optimizer.step()
+        if twin:
+            model_utils.refresh(twin, model)
+        return [p.grad for p in model.parameters()]
+    return step, account
+
+
+def textbook_step(model, x, y, T1, T2):
+    model = autodiff.textbook(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
+
+    def step():
+        model_utils.set_precision("fp32")
+        autodiff.ep_gradients(model, x, y, T1, T2, (0.0, 1.0), CEL, True)
+        optimizer.step()
+    return step
+
+
+def cosines(grads, exact):
+    """(of all gradients as one vector, the smallest of a parameter)."""
+    cosine = lambda a, b: F.cosine_similarity(a, b, dim=0, eps=1e-30).item()  # noqa: E731
+    pairs = [(a.flatten().double(), b.flatten().double()) for a, b in zip(grads, exact)]
+    return cosine(*(torch.cat(side) for side in zip(*pairs))), min(cosine(*pair) for pair in pairs)
+
+
+def small_network(device):
+    pools = model_utils.make_pools("mmmm")
+    model = model_utils.P_CNN(32, [3, 16, 32, 32, 32], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0], model_utils.my_hard_sig, softmax=True)
+    return model, torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=int, default=-1)
+    parser.add_argument("--load-path", help="a run folder, for its weights and test images")
+    parser.add_argument("--data-dir", default=None, help="that of the run unless it is given")
+    parser.add_argument("--only", nargs="+", default=[""], help="settings whose names contain one of these words")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    device = torch.device("cpu") if options.device < 0 else torch.device("cuda", options.device)
+    T1, T2, mbs = (250, 30, 128) if device.type == "cuda" else (40, 8, 8)
+    torch.manual_seed(0)
+    try:
+        if options.load_path:
+            model, _, batches = trained(options.load_path, options.data_dir, T1, mbs, mbs, device)
+            x, y = next(iter(batches))
+        else:
+            model, x, y = cnn(device) if device.type == "cuda" else small_network(device)
+    except data_utils.UserError as e:
+        sys.exit(str(e))
+    settings = {name: setting for name, setting in SETTINGS.items() if any(word in name for word in options.only)
+                and (device.type == "cuda" or setting[0] == "fp32")}
+    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "", f"`{command_of(sys.argv)}`", "",
+             f"EP symmetric, T1 {T1}, T2 {T2}, batch {len(y)}, weights and images {'of a run' if options.load_path else 'at random'}", "",
+             "| setting | training step, ms (range) | automatic differentiation, ms | ratio | gradient cosine, whole | smallest of a layer | free steps, mean |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
+    print("\n".join(lines), flush=True)
+    theirs = textbook_step(model, x, y, T1, T2)
+    exact = [g.clone() for g in training_step(model, x, y, T1, T2, SETTINGS["fp32"])[0]()]
+    best = None
+    theirs()
+    for name, setting in settings.items():
+        ours, account = training_step(model, x, y, T1, T2, setting)
+        whole, smallest = cosines(ours(), exact)
+        ours(), ours()  # torch.compile may look at new shapes twice
+        times = [(clock(ours, device), clock(theirs, device)) for _ in range(options.repeats)]
+        own, other = ([1e3 * t for t in side] for side in zip(*times))
+        ratio = statistics.median(b / a for a, b in times)
+        steps = f"{int(account.steps) / account.images:.1f}" if account.images else arguments(T1, T2, *setting[2:]).T1
+        lines.append(f"| {name} | {statistics.median(own):.1f} ({min(own):.1f} to {max(own):.1f}) | {statistics.median(other):.0f} | **{ratio:.2f}** "
+                     f"| {whole:.5f} | {smallest:.5f} | {steps} |")
+        print(lines[-1], flush=True)
+        if smallest > 0.99 and (best is None or ratio > best[0]):
+            best = ratio, name, ours
+    if best:
+        lines += (profile_of_best := ["", *profiled(best[1], best[2], device)])
+        print("\n".join(profile_of_best), flush=True)
+    if options.write:
+        publish(lines)
+
+
+def profiled(name, step, device):
+    """A profile of one training step, as lines."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as found:
+        wall = clock(step, device)
+    events = found.key_averages()
+    own = (lambda e: e.self_device_time_total) if device.type == "cuda" else (lambda e: e.self_cpu_time_total)
+    busy = sum(own(e) for e in events) / 1e6
+    first = sorted(events, key=own, reverse=True)[:12]
+    return [f"Profile of `{name}`: {1e3 * wall:.1f} ms with the profiler, {device.type} busy for {100 * busy / wall:.0f} % of it, "
+            f"{sum(e.count for e in events if own(e))} calls.", "", "| what | share of the busy time | calls |\n| --- | --- | --- |",
+            *(f"| `{e.key[:90]}` | {100 * own(e) / 1e6 / busy:.1f} % | {e.count} |" for e in first)]
+
+
+if __name__ == "__main__":
+    main()
