@@ -458,7 +458,7 @@ def _compiled(function):
     return torch.compile(function)
 
 
-PAIRED = 2 ** 20  # neurons in a mini-batch up to which two phases are faster as one of twice the size
+PAIRED = 2 ** 20  # neurons in a mini-batch up to which two phases, or two trajectories, are faster as one of twice the size
 
 
 class _Pull:
@@ -638,12 +638,14 @@ class EnergyModel(nn.Module):
     def rescaled(self, drive_x, T, beta, criterion):
         """(model, drive_x, beta) whose T steps are those of this model, to rounding, but with the affine part of the activation (see
         RESCALED) in the weights and not in a pass over the neurons; all as they are where that cannot be had, or does not pay."""
+        upper = self.connections[1:]  # of the first only the drive is left
         if (T < 2 or self.activation not in RESCALED or self._linear_output(criterion) or self.compiled or drive_x.dtype == torch.bfloat16
-                or not all(c.scales for c in self.connections[1:])):  # of the first only the drive is left
+                or not all(c.scales for c in upper)
+                or T * len(drive_x) * self._neurons() < 2 * sum(c.synapse.weight.numel() for c in upper)):
             return self, drive_x, beta
         model = copy.copy(self)
         model.activation, gain, offset = RESCALED[self.activation]
-        model.connections = [self.connections[0], *(c.scaled(gain, offset) for c in self.connections[1:])]
+        model.connections = [self.connections[0], *(c.scaled(gain, offset) for c in upper)]
         return model, _affine(drive_x, gain, offset), gain * beta
 
     def dropped(self, masks):
@@ -692,27 +694,31 @@ class EnergyModel(nn.Module):
 
     def _pays(self, drive_x, T):
         """Whether both trajectories are faster as one mini-batch of twice the size than as plain steps."""
-        return T >= 8 and len(drive_x) * sum(math.prod(c.post_shape) for c in self.connections) <= PAIRED
+        return T >= 8 and len(drive_x) * self._neurons() <= PAIRED
+
+    def _neurons(self):
+        """How many a sample has."""
+        return sum(math.prod(c.post_shape) for c in self.connections)
 
     def _interleaved(self, drive_x, neurons, T, criterion, output_in):
         """`relax` along `two_trajectories`, a turn of every second layer being a step of one of them. Where only the output is wanted, the
         other is left out: half of the work. Otherwise every turn serves both, of which one is a step ahead: half of the calls."""
+        depth, rest = len(self.connections), ([None] * len(self.connections), None, 0.0, criterion)
+        model = self.packed(drive_x, T)
         if neurons is None and T > 0:
             neurons, T = self.first_step(drive_x, None, 0.0, criterion), T - 1
-        depth, rest = len(self.connections), ([None] * len(self.connections), None, 0.0, criterion)
         if output_in is not None:
-            model = self.packed(drive_x, T)
             for to_go in range(output_in + T - 1, output_in - 1, -1):  # steps from the end of this one until the output is read
                 highest, lowest = depth - 1 - to_go % 2, max(0, depth - 1 - to_go)
                 neurons = model._ready("turn", lowest)(highest % 2, drive_x, neurons, *rest, lowest)
             return list(neurons)
-        ahead = self.turn(1, drive_x, neurons, *rest)
+        ahead = model.turn(1, drive_x, neurons, *rest)
         twice, both = torch.cat([drive_x, drive_x]), [torch.cat(pair) for pair in zip(ahead, neurons)]
         double = self.doubled().packed(twice, T)
         for t in range(T - 1):
             both = double._ready("turn")(t % 2, twice, both, *rest)
         ahead, behind = zip(*(s.chunk(2) for s in both))
-        behind = self.turn((T - 1) % 2, drive_x, behind, *rest)
+        behind = model.turn((T - 1) % 2, drive_x, behind, *rest)
         return [(ahead if n % 2 == T % 2 else behind)[n] for n in range(depth)]
 
     @torch.no_grad()
@@ -1380,7 +1386,9 @@ def characteristic(model, batches, T1, criterion, eps=SETTLED, description="char
     hits, settled = torch.zeros(2, T1, dtype=torch.int64, device=batches.labels.device)
     for x, y in progress(batches, description):
         drive, neurons = model.input_drive(x), model.init_neurons(len(y), x.device)
-        still, stepping = torch.zeros(len(y), dtype=torch.bool, device=x.device), model.packed(drive, T1)  # rounds as `evaluate` does
+        still = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+        stepping, drive, _ = model.rescaled(drive, T1, 0.0, criterion)
+        stepping = stepping.packed(drive, T1)  # rounds as `evaluate` does
         for t in range(T1):
             before, neurons = neurons, stepping.relax(drive, None, neurons if t else None, 1, 0.0, criterion)
             still |= relative_change(before, neurons) < eps

@@ -5,7 +5,8 @@ Usage, from the project's root:  python benchmarks/bench.py [--device -1] [--onl
 Both sides run in turn, A B A B ..., in one process, so that a drift of the machine's speed meets both; the ratio is the
 median of the ratios of neighbours. Memory is what a process of its own needed at most above what it held before the
 update: resident memory on a CPU, allocated memory on a GPU. Floor: the floating-point operations of our side, as PyTorch's
-FlopCounterMode counts them, at the rate that this machine reaches on a large matrix product; `of the floor` is our time over it.
+FlopCounterMode counts them, at the rate that this machine reaches on a large matrix product just before and after; `of the floor`
+is our time over it.
 The second table is of our side alone, and says how cost grows with the batch, T1 and depth. `--write` appends the tables to
 benchmarks/RESULTS.md.
 """
@@ -171,10 +172,10 @@ def growth(device):
     return calls
 
 
-def matrix_rate(device, size=2048):
-    """Floating-point operations a second of a large product of float32 matrices."""
+def matrix_rates(device, size=2048):
+    """Floating-point operations a second of large products of float32 matrices, one by one."""
     a, b = torch.randn(2, size, size, device=device)
-    return 2 * size ** 3 / statistics.median(clock(lambda: a @ b, device) for _ in range(25))
+    return [2 * size ** 3 / clock(lambda: a @ b, device) for _ in range(12)]
 
 
 def operations(call):
@@ -203,7 +204,17 @@ def lengths(name):
     return globals()[network], lambda side, m, x, y: side.ep_gradients(m, x, y, int(T), int(T), (0.0, 0.1), criterion)
 
 
+def chosen(index):
+    """The device of that index, made the current one; -1: the CPU."""
+    if index < 0:
+        return torch.device("cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
 def clock(call, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     call()
     if device.type == "cuda":
@@ -245,17 +256,18 @@ def peak_memory(name, side, device):
     return max(peak[0], resident()) - before
 
 
-def measure(name, device, repeats, rate):
+def measure(name, device, repeats):
     ours, theirs = sides(name, device)
+    rates = matrix_rates(device)
     for _ in range(2):
         ours(), theirs()
     pairs = [(clock(ours, device), clock(theirs, device)) for _ in range(repeats)]
+    floor = operations(ours) / statistics.median(rates + matrix_rates(device))
     memory = [memory_of(name, side, device) for side in (0, 1)]
     cells = [name]
     for times in zip(*pairs):
         cells.append(f"{1e3 * statistics.median(times):.1f} ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})")
     cells.append(f"**{statistics.median(b / a for a, b in pairs):.2f}**")
-    floor = operations(ours) / rate
     cells += [f"{1e3 * floor:.1f}", f"{statistics.median(a for a, _ in pairs) / floor:.2f}"]
     cells += [f"{m / 2 ** 20:.0f}" for m in memory] + [f"{memory[0] / memory[1]:.2f}" if memory[1] else ""]
     return cells
@@ -291,12 +303,12 @@ def main():
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = torch.device("cpu") if args.device < 0 else torch.device("cuda", args.device)
+    device = chosen(args.device)
     if args.memory_of:
         print(peak_memory(args.memory_of[0], int(args.memory_of[1]), device))
         return
     model_utils.set_precision(args.precision)
-    rate = matrix_rate(device)
+    rate = statistics.median(matrix_rates(device))
     lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in a matrix product", "",
              f"`{command_of(sys.argv)}`", "",
              "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | floor, ms | of the floor | ours, MiB | theirs, MiB | share |",
@@ -308,7 +320,7 @@ def main():
         print(line, flush=True)
     for name in cases(device):
         if any(word in name for word in args.only):
-            say("| " + " | ".join(measure(name, device, args.repeats, rate)) + " |")
+            say("| " + " | ".join(measure(name, device, args.repeats)) + " |")
     if args.only == [""] or "growth" in args.only:
         say("\n| ours alone | ms (range) |\n| --- | --- |")
         for name, call in growth(device).items():

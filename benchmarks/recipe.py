@@ -16,6 +16,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 HERE = pathlib.Path(__file__).parent
@@ -23,7 +24,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
 import data_utils  # noqa: E402
 import model_utils  # noqa: E402
-from bench import CEL, clock, cnn, command_of, machine, publish  # noqa: E402
+from bench import CEL, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
 from settling import trained  # noqa: E402
 
 # precision, torch.compile, tol, schedule
@@ -42,15 +43,15 @@ SETTINGS = {
 }
 
 
-def arguments(T1, T2, tol, schedule):
+def arguments(T1, T2, betas, tol, schedule):
     T1, T2 = (T1, T2) if schedule == "sync" else (-(-T1 // 4), -(-T2 // 4))
-    return argparse.Namespace(alg="EP", T1=T1, T2=T2, betas=(0.0, 1.0), random_sign=False, thirdphase=True, tol=tol, dropouts=None)
+    return argparse.Namespace(alg="EP", T1=T1, T2=T2, betas=betas, random_sign=False, thirdphase=True, tol=tol, dropouts=None)
 
 
-def training_step(model, x, y, T1, T2, setting):
+def training_step(model, x, y, T1, T2, betas, criterion, setting):
     """A call that takes one training step (with a rate of zero, so that all take the same one) and returns its gradient."""
     precision, compiled, tol, schedule = setting
-    args, twin = arguments(T1, T2, tol, schedule), model_utils.lowered(model, torch.bfloat16) if precision == "bf16" else None
+    args, twin = arguments(T1, T2, betas, tol, schedule), model_utils.lowered(model, torch.bfloat16) if precision == "bf16" else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
     account = data_utils.Account()
 
@@ -58,7 +59,7 @@ def training_step(model, x, y, T1, T2, setting):
         model_utils.set_precision(precision)
         for moving in (model, twin) if twin else (model,):
             moving.compiled, moving.schedule = compiled, schedule
-        model_utils.gradients(model, x, y, args, CEL, account, twin)
+        model_utils.gradients(model, x, y, args, criterion, account, twin)
         optimizer.step()
         if twin:
             model_utils.refresh(twin, model)
@@ -66,13 +67,13 @@ def training_step(model, x, y, T1, T2, setting):
     return step, account
 
 
-def textbook_step(model, x, y, T1, T2):
+def textbook_step(model, x, y, T1, T2, betas, criterion):
     model = autodiff.textbook(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
 
     def step():
         model_utils.set_precision("fp32")
-        autodiff.ep_gradients(model, x, y, T1, T2, (0.0, 1.0), CEL, True)
+        autodiff.ep_gradients(model, x, y, T1, T2, betas, criterion, True)
         optimizer.step()
     return step
 
@@ -84,7 +85,7 @@ def cosines(grads, exact):
     return cosine(*(torch.cat(side) for side in zip(*pairs))), min(cosine(*pair) for pair in pairs)
 
 
-def small_network(device):
+def small_network():
     pools = model_utils.make_pools("mmmm")
     model = model_utils.P_CNN(32, [3, 16, 32, 32, 32], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0], model_utils.my_hard_sig, softmax=True)
     return model, torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
@@ -99,36 +100,42 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    device = torch.device("cpu") if options.device < 0 else torch.device("cuda", options.device)
+    device = chosen(options.device)
     T1, T2, mbs = (250, 30, 128) if device.type == "cuda" else (40, 8, 8)
+    betas, criterion = (0.0, 1.0), CEL
     torch.manual_seed(0)
     try:
         if options.load_path:
-            model, _, batches = trained(options.load_path, options.data_dir, T1, mbs, mbs, device)
+            model, args, batches = trained(options.load_path, options.data_dir, T1, mbs, mbs, device)
+            if len(model.B_syn):
+                raise data_utils.UserError(f"{options.load_path} has separate backward weights; the textbook form here is that of tied ones")
+            betas, criterion = tuple(args.betas), model_utils.make_criterion(args.loss)
             x, y = next(iter(batches))
         else:
-            model, x, y = cnn(device) if device.type == "cuda" else small_network(device)
+            model, x, y = cnn(device) if device.type == "cuda" else small_network()
     except data_utils.UserError as e:
         sys.exit(str(e))
     settings = {name: setting for name, setting in SETTINGS.items() if any(word in name for word in options.only)
                 and (device.type == "cuda" or setting[0] == "fp32")}
     lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "", f"`{command_of(sys.argv)}`", "",
-             f"EP symmetric, T1 {T1}, T2 {T2}, batch {len(y)}, weights and images {'of a run' if options.load_path else 'at random'}", "",
+             f"EP symmetric, T1 {T1}, T2 {T2}, betas {betas[0]:g} {betas[1]:g}, batch {len(y)}, weights and images {'of a run' if options.load_path else 'at random'}", "",
              "| setting | training step, ms (range) | automatic differentiation, ms | ratio | gradient cosine, whole | smallest of a layer | free steps, mean |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
     print("\n".join(lines), flush=True)
-    theirs = textbook_step(model, x, y, T1, T2)
-    exact = [g.clone() for g in training_step(model, x, y, T1, T2, SETTINGS["fp32"])[0]()]
+    common = (model, x, y, T1, T2, betas, criterion)
+    theirs = textbook_step(*common)
+    exact = [g.clone() for g in training_step(*common, SETTINGS["fp32"])[0]()]
     best = None
     theirs()
     for name, setting in settings.items():
-        ours, account = training_step(model, x, y, T1, T2, setting)
+        torch._dynamo.reset()  # one setting's compiled steps are not to use up the limit of another's
+        ours, account = training_step(*common, setting)
         whole, smallest = cosines(ours(), exact)
         ours(), ours()  # torch.compile may look at new shapes twice
         times = [(clock(ours, device), clock(theirs, device)) for _ in range(options.repeats)]
         own, other = ([1e3 * t for t in side] for side in zip(*times))
         ratio = statistics.median(b / a for a, b in times)
-        steps = f"{int(account.steps) / account.images:.1f}" if account.images else arguments(T1, T2, *setting[2:]).T1
+        steps = f"{int(account.steps) / account.images:.1f}" if account.images else arguments(T1, T2, betas, *setting[2:]).T1
         lines.append(f"| {name} | {statistics.median(own):.1f} ({min(own):.1f} to {max(own):.1f}) | {statistics.median(other):.0f} | **{ratio:.2f}** "
                      f"| {whole:.5f} | {smallest:.5f} | {steps} |")
         print(lines[-1], flush=True)
@@ -144,10 +151,14 @@ def main():
 def profiled(name, step, device):
     """A profile of one training step, as lines."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    for _ in range(3):  # compiled steps of other settings have come in between
+        step()
     with profile(activities=activities) as found:
         wall = clock(step, device)
-    events = found.key_averages()
-    own = (lambda e: e.self_device_time_total) if device.type == "cuda" else (lambda e: e.self_cpu_time_total)
+    events, own = found.key_averages(), lambda e: e.self_cpu_time_total
+    if device.type == "cuda":  # kernels alone: the operators that start them carry their times once more
+        events = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+        own = lambda e: e.self_device_time_total  # noqa: E731
     busy = sum(own(e) for e in events) / 1e6
     first = sorted(events, key=own, reverse=True)[:12]
     return [f"Profile of `{name}`: {1e3 * wall:.1f} ms with the profiler, {device.type} busy for {100 * busy / wall:.0f} % of it, "

@@ -20,7 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import data_utils  # noqa: E402
 import main as command_line  # noqa: E402
 import model_utils  # noqa: E402
-from bench import clock, command_of, machine, publish  # noqa: E402
+from bench import chosen, clock, command_of, machine, publish  # noqa: E402
 
 
 def trained(path, data_dir, T1, images, mbs, device):
@@ -52,7 +52,7 @@ def compare(model, batches, args, criterion, tol, device):
 def cosine(model, batches, args, criterion, tol):
     """The smallest cosine similarity of a parameter's gradient with and without `tol`, over 10 mini-batches."""
     smallest = 1.0
-    for (x, y), _ in zip(batches, range(10)):
+    for _, (x, y) in zip(range(10), batches):
         found = []
         for t in (0.0, tol):
             model_utils.ep_gradients(model, x, y, args.T1, args.T2, args.betas, criterion, args.thirdphase, t)
@@ -65,14 +65,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load-path", required=True)
     parser.add_argument("--data-dir", default=None, help="that of the run unless it is given")
-    parser.add_argument("--tol", type=float, nargs="+", default=[1e-4])
+    parser.add_argument("--tol", type=float, nargs="+", default=[1e-4], help="above 0")
     parser.add_argument("--T1", type=int, default=250)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--mbs", type=int, default=100)
     parser.add_argument("--device", type=int, default=-1)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    device = torch.device("cpu") if options.device < 0 else torch.device("cuda", options.device)
+    if min(options.tol) <= 0:
+        parser.error("argument --tol: expected numbers above 0")
+    device = chosen(options.device)
     try:
         model, args, batches = trained(options.load_path, options.data_dir, options.T1, options.images, options.mbs, device)
     except data_utils.UserError as e:

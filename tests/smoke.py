@@ -34,7 +34,7 @@ for line in sys.stdin:
             runpy.run_path(str(ROOT / program), run_name="__main__")
             code = 0
         except SystemExit as end:
-            code = end.code or 0
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # tidying up all that the parent has loaded takes a second
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
