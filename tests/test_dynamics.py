@@ -295,6 +295,7 @@ def test_an_activation_rescaled_in_the_weights_changes_nothing(name, act, softma
         moving = model.dropped(masks) if dropped else model
         drive = moving.input_drive(x)
         assert (moving.rescaled(drive, 5, 0.3, criterion)[0] is moving) == (not table)
+        assert moving.rescaled(drive[:1], 2, 0.3, criterion)[0] is moving  # two steps of one image do not win back a pass over the weights
         tensors = [*moving(x, y, None, 5, 0.3, criterion), *moving.settle(drive, None, 40, 0.0, criterion, 1e-5)[0]]
         mu.ep_gradients(moving, x, y, 9, 3, (0.0, 0.3), criterion, thirdphase=True)
         tensors += grads(model).values()
