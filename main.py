@@ -489,6 +489,13 @@ def find_saved(path, todo):
     return found
 
 
+def open_saved(path, todo):
+    """(checkpoint file, what it holds, the arguments of its run) of the run folder that --load-path names."""
+    path = find_saved(path, todo)
+    saved = data_utils.read_checkpoint(path)
+    return path, saved, {**data_utils.read_arguments(path.parent), **saved.get("config", {})}
+
+
 def load_weights(model, saved, path):
     try:
         model.load_state_dict(saved["model_state_dict"])
@@ -503,9 +510,7 @@ def run(argv, flags, name, interruption, workers):
     given = parse(argv, flags)
     todo, saved, path, config = given.get("todo", "train"), None, None, None
     if "load_path" in given:
-        path = find_saved(given["load_path"], todo)
-        saved = data_utils.read_checkpoint(path)
-        config = {**data_utils.read_arguments(path.parent), **saved.get("config", {})}
+        path, saved, config = open_saved(given["load_path"], todo)
     elif todo in ("evaluate", "attack", "characteristic", "corruptions"):
         raise UserError(f"--todo {todo} needs a trained model: name its run folder with --load-path")
     args = settle(given, flags, config, path)

@@ -677,7 +677,7 @@ class EnergyModel(nn.Module):
         if T == 0 and neurons is None:
             neurons = self.init_neurons(drive_x.size(0), drive_x.device)
         model, drive_x, beta = self.rescaled(drive_x, T, beta, criterion)
-        if target is None and self.two_trajectories and (output_in is not None or self._pays(drive_x, T)):
+        if target is None and self.two_trajectories and (output_in is not None or T >= 8 and self.pairs(len(drive_x))):
             return model._interleaved(drive_x, neurons, T, criterion, output_in)
         routes, model = [None] * depth, model.packed(drive_x, T)
         for left in reversed(range(T)):
@@ -692,9 +692,9 @@ class EnergyModel(nn.Module):
         two layers are those of the lower one itself."""
         return self.schedule == "sync" and not any(c.routed for c in self.connections[1:])
 
-    def _pays(self, drive_x, T):
-        """Whether both trajectories are faster as one mini-batch of twice the size than as plain steps."""
-        return T >= 8 and len(drive_x) * self._neurons() <= PAIRED
+    def pairs(self, mbs):
+        """Whether two mini-batches of mbs samples are faster as one of twice the size."""
+        return mbs * self._neurons() <= PAIRED
 
     def _neurons(self):
         """How many a sample has."""
@@ -704,21 +704,22 @@ class EnergyModel(nn.Module):
         """`relax` along `two_trajectories`, a turn of every second layer being a step of one of them. Where only the output is wanted, the
         other is left out: half of the work. Otherwise every turn serves both, of which one is a step ahead: half of the calls."""
         depth, rest = len(self.connections), ([None] * len(self.connections), None, 0.0, criterion)
-        model = self.packed(drive_x, T)
+        steps = T
         if neurons is None and T > 0:
             neurons, T = self.first_step(drive_x, None, 0.0, criterion), T - 1
         if output_in is not None:
+            model = self.packed(drive_x, steps)
             for to_go in range(output_in + T - 1, output_in - 1, -1):  # steps from the end of this one until the output is read
                 highest, lowest = depth - 1 - to_go % 2, max(0, depth - 1 - to_go)
                 neurons = model._ready("turn", lowest)(highest % 2, drive_x, neurons, *rest, lowest)
             return list(neurons)
-        ahead = model.turn(1, drive_x, neurons, *rest)
+        ahead = self.turn(1, drive_x, neurons, *rest)
         twice, both = torch.cat([drive_x, drive_x]), [torch.cat(pair) for pair in zip(ahead, neurons)]
         double = self.doubled().packed(twice, T)
         for t in range(T - 1):
             both = double._ready("turn")(t % 2, twice, both, *rest)
         ahead, behind = zip(*(s.chunk(2) for s in both))
-        behind = model.turn((T - 1) % 2, drive_x, behind, *rest)
+        behind = self.turn((T - 1) % 2, drive_x, behind, *rest)
         return [(ahead if n % 2 == T % 2 else behind)[n] for n in range(depth)]
 
     @torch.no_grad()
@@ -969,7 +970,7 @@ def free_phase(model, x, y, T, beta, criterion, tol=0.0, account=None, output_in
 
 def nudged_phases(model, drive, y, free, T2, beta, criterion):
     """The neurons after T2 steps from `free` nudged by beta, and by -beta."""
-    if sum(s.numel() for s in free) > PAIRED:
+    if not model.pairs(len(drive)):
         return [model.relax(drive, y, free, T2, b, criterion) for b in (beta, -beta)]
     signs = torch.tensor([beta, -beta], device=drive.device, dtype=drive.dtype).repeat_interleave(len(drive)).view(-1, 1)
     both = model.doubled().relax(torch.cat([drive, drive]), torch.cat([y, y]), [torch.cat([s, s]) for s in free], T2, signs, criterion)
@@ -1144,6 +1145,11 @@ def check_gdu(model, x, y, T1, T2, betas, criterion, alg="EP"):
     return bptt_contributions(model, x, y, T1, T2, betas[0], criterion), ep_contributions(model, x, y, T1, T2, betas, criterion)
 
 
+def cosine(a, b):
+    """The cosine similarity of two tensors of any one shape."""
+    return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0, eps=1e-30).item()
+
+
 def compare_gdu(BPTT, EP, estimate):
     """How far an EP estimate is from BPTT: a list of dicts, one per parameter and layer, with
 
@@ -1161,7 +1167,7 @@ def compare_gdu(BPTT, EP, estimate):
         rows.append({"name": name, "estimate": estimate,
                      "rmse": (rms(ep - bptt) / (larger + 1e-30)).mean().item(),
                      "sign_error": (ep * bptt < 0).double().mean().item(),
-                     "cosine": F.cosine_similarity(total_ep, total_bptt, dim=0, eps=1e-30).item() if total_bptt.any() else float("nan"),
+                     "cosine": cosine(total_ep, total_bptt) if total_bptt.any() else float("nan"),
                      "distance": ((total_ep - total_bptt).norm() / total_bptt.norm()).item() if total_bptt.any() else float("nan")})
     return rows
 
@@ -1338,9 +1344,9 @@ def report_precision(model, batches, args, criterion, twin, workers=Workers()):
         set_precision(name)
         torch.set_rng_state(state)
         gradients(model, x, labels, args, criterion, twin=in_it, workers=workers)
-        found.append({name: p.grad.flatten().double() for name, p in model.named_parameters()})
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
     torch.set_rng_state(state)
-    cosines = {name: F.cosine_similarity(a, found[1][name], dim=0, eps=1e-30).item() for name, a in found[0].items()}
+    cosines = {name: cosine(a, found[1][name]) for name, a in found[0].items()}
     worst = min(cosines, key=cosines.get)
     print(f"{args.precision} against fp32 at beta {args.betas[1]:g}: gradient cosine at least {cosines[worst]:.4f} ({worst})", flush=True)
 

@@ -15,7 +15,6 @@ import statistics
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -24,7 +23,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
 import data_utils  # noqa: E402
 import model_utils  # noqa: E402
-from bench import CEL, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
+from bench import CEL, attacked_cnn, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
 from settling import trained  # noqa: E402
 
 # precision, torch.compile, tol, schedule
@@ -80,15 +79,8 @@ def textbook_step(model, x, y, T1, T2, betas, criterion):
 
 def cosines(grads, exact):
     """(of all gradients as one vector, the smallest of a parameter)."""
-    cosine = lambda a, b: F.cosine_similarity(a, b, dim=0, eps=1e-30).item()  # noqa: E731
-    pairs = [(a.flatten().double(), b.flatten().double()) for a, b in zip(grads, exact)]
-    return cosine(*(torch.cat(side) for side in zip(*pairs))), min(cosine(*pair) for pair in pairs)
-
-
-def small_network():
-    pools = model_utils.make_pools("mmmm")
-    model = model_utils.P_CNN(32, [3, 16, 32, 32, 32], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0], model_utils.my_hard_sig, softmax=True)
-    return model, torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
+    whole = [torch.cat([g.flatten() for g in side]) for side in (grads, exact)]
+    return model_utils.cosine(*whole), min(model_utils.cosine(a, b) for a, b in zip(grads, exact))
 
 
 def main():
@@ -106,13 +98,14 @@ def main():
     torch.manual_seed(0)
     try:
         if options.load_path:
-            model, args, batches = trained(options.load_path, options.data_dir, T1, mbs, mbs, device)
+            model, args, batches, _ = trained(options.load_path, options.data_dir, T1, mbs, mbs, device)
             if len(model.B_syn):
                 raise data_utils.UserError(f"{options.load_path} has separate backward weights; the textbook form here is that of tied ones")
             betas, criterion = tuple(args.betas), model_utils.make_criterion(args.loss)
             x, y = next(iter(batches))
         else:
-            model, x, y = cnn(device) if device.type == "cuda" else small_network()
+            model, x, y = (cnn if device.type == "cuda" else attacked_cnn)(device)
+            x, y = x[:mbs], y[:mbs]
     except data_utils.UserError as e:
         sys.exit(str(e))
     settings = {name: setting for name, setting in SETTINGS.items() if any(word in name for word in options.only)

@@ -13,7 +13,6 @@ import statistics
 import sys
 
 import torch
-import torch.nn.functional as F
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -24,15 +23,15 @@ from bench import chosen, clock, command_of, machine, publish  # noqa: E402
 
 
 def trained(path, data_dir, T1, images, mbs, device):
-    """(model, arguments, mini-batches of test images) of the run folder `path`."""
-    file = command_line.find_saved(path, "evaluate")
-    saved = data_utils.read_checkpoint(file)
+    """(model, arguments, mini-batches of test images, epochs trained) of the run folder `path`."""
+    file, saved, config = command_line.open_saved(path, "evaluate")
     given = {"todo": "evaluate", "load_path": path, "T1": str(T1), "test_size": str(images), "mbs": str(mbs),
              **({"data_dir": data_dir} if data_dir else {})}
-    args = command_line.settle(given, command_line.FLAGS, {**data_utils.read_arguments(file.parent), **saved["config"]}, file)
+    args = command_line.settle(given, command_line.FLAGS, config, file)
+    command_line.check(args)
     model = model_utils.make_model(args)
     command_line.load_weights(model, saved, file)
-    return model.to(device), args, command_line.batches(args, device, data_utils.Workers(), False)
+    return model.to(device), args, command_line.batches(args, device, data_utils.Workers(), False), saved.get("epoch", "?")
 
 
 def compare(model, batches, args, criterion, tol, device):
@@ -49,15 +48,15 @@ def compare(model, batches, args, criterion, tol, device):
     return int(account.steps) / account.images, int(account.unsettled) / account.images, same / batches.samples, statistics.median(ratios)
 
 
-def cosine(model, batches, args, criterion, tol):
+def smallest_cosine(model, batches, args, criterion, tol):
     """The smallest cosine similarity of a parameter's gradient with and without `tol`, over 10 mini-batches."""
     smallest = 1.0
     for _, (x, y) in zip(range(10), batches):
         found = []
         for t in (0.0, tol):
             model_utils.ep_gradients(model, x, y, args.T1, args.T2, args.betas, criterion, args.thirdphase, t)
-            found.append([p.grad.flatten().double() for p in model.parameters()])
-        smallest = min(smallest, *(F.cosine_similarity(a, b, dim=0, eps=1e-30).item() for a, b in zip(*found)))
+            found.append([p.grad.clone() for p in model.parameters()])
+        smallest = min(smallest, *(model_utils.cosine(a, b) for a, b in zip(*found)))
     return smallest
 
 
@@ -76,7 +75,7 @@ def main():
         parser.error("argument --tol: expected numbers above 0")
     device = chosen(options.device)
     try:
-        model, args, batches = trained(options.load_path, options.data_dir, options.T1, options.images, options.mbs, device)
+        model, args, batches, epochs = trained(options.load_path, options.data_dir, options.T1, options.images, options.mbs, device)
     except data_utils.UserError as e:
         sys.exit(str(e))
     model_utils.set_precision("fp32")
@@ -84,7 +83,7 @@ def main():
     shape = f"--channels {' '.join(map(str, args.channels))} --fc" if "CNN" in args.model else "--archi"
     lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "", f"`{command_of(sys.argv)}`", "",
              f"{args.model} {shape} {' '.join(map(str, args.fc if 'CNN' in args.model else args.archi))} --act {args.act} on {args.task}, "
-             f"{saved_epochs(options.load_path)} epochs, schedule {args.schedule}; {batches.samples} test images, T1 {args.T1}, T2 {args.T2}, "
+             f"{epochs} epochs, schedule {args.schedule}; {batches.samples} test images, T1 {args.T1}, T2 {args.T2}, "
              f"betas {args.betas[0]:g} {args.betas[1]:g}{', symmetric' if args.thirdphase else ''}", "",
              "| --tol | steps, mean | fewer image-steps | unsettled | same predictions | time, ratio | gradient cosine at least |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
@@ -92,14 +91,10 @@ def main():
     for tol in options.tol:
         steps, unsettled, same, ratio = compare(model, batches, args, criterion, tol, device)
         lines.append(f"| {tol:g} | {steps:.1f} | **{args.T1 / steps:.2f}** | {100 * unsettled:.2f} % | {100 * same:.2f} % | {ratio:.2f} | "
-                     f"{cosine(model, batches, args, criterion, tol):.6f} |")
+                     f"{smallest_cosine(model, batches, args, criterion, tol):.6f} |")
         print(lines[-1], flush=True)
     if options.write:
         publish(lines)
-
-
-def saved_epochs(path):
-    return data_utils.read_checkpoint(command_line.find_saved(path, "evaluate")).get("epoch", "?")
 
 
 if __name__ == "__main__":
