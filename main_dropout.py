@@ -2,8 +2,9 @@
 import sys
 
 import main
+from experiment.flags import DROPOUTS
 
-FLAGS = {**main.FLAGS, "dropout": [main.DROPOUTS]}
+FLAGS = {**main.FLAGS, "dropout": [DROPOUTS]}
 
 if __name__ == "__main__":
     sys.exit(main.main(flags=FLAGS, name="main_dropout.py"))

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import functools
 import math
+import os
 import time
 import types
 
@@ -21,7 +22,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils import TASKS, Account, RunError, Workers, progress, random_states
+from data_utils import TASKS, RunFailed, UserError, one_line
+from experiment import figures
+from experiment.checkpoints import best_of, snapshot
+from experiment.timing import SettlingCount, Stopwatch, progress
+from experiment.workers import Workers
 
 # ------------------------------------------------------------------------------------------------------------ activations
 
@@ -928,6 +933,20 @@ def make_model(args):
     return model
 
 
+def build(args):
+    """`make_model`, once its weights are known to fit into memory. Raises UserError where no such model can be built."""
+    try:
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in make_model(args).parameters())
+    except (ValueError, RuntimeError, OverflowError) as e:
+        raise UserError(f"the model cannot be built: {one_line(e)}") from None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if 4 * weights > memory:
+        raise UserError(f"the model cannot be built: {weights:,} weights take {4 * weights / 2 ** 30:,.1f} GiB, this machine has "
+                        f"{memory / 2 ** 30:,.1f} GiB; fewer or smaller layers (--archi, --channels, --fc) need less")
+    return make_model(args)
+
+
 def make_criterion(loss):
     """PyTorch's loss of that name (`mse` or `cel`), one value per sample and entry."""
     return {"mse": nn.MSELoss, "cel": nn.CrossEntropyLoss}[loss](reduction="none")
@@ -958,13 +977,13 @@ def make_optimizer(model, args):
 
 def free_phase(model, x, y, T, beta, criterion, tol=0.0, account=None, output_in=None):
     """(drive of the input, neurons after at most T steps from zero). output_in: see `EnergyModel.relax`."""
-    with torch.no_grad(), (account or Account()).time("free"):
+    with torch.no_grad(), (account or Stopwatch()).part("free"):
         drive = model.input_drive(x)
         if not tol:
             return drive, model.relax(drive, y, None, T, beta, criterion, output_in)
         neurons, steps, settled = model.settle(drive, y, T, beta, criterion, tol)
         if account:
-            account.settling(steps, settled)
+            account.settling.add(steps, settled)
         return drive, neurons
 
 
@@ -984,14 +1003,14 @@ def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False, tol=0.
     A free phase of T1 steps at betas[0] from zero neurons; from there a nudged phase of T2 steps at betas[1], and with
     `thirdphase` a second one at -betas[1], whose contrast has no error of first order in beta.
     """
-    account, (beta_1, beta_2), moving = account or Account(), betas, twin or model
+    account, (beta_1, beta_2), moving = account or Stopwatch(), betas, twin or model
     drive, free = free_phase(moving, x, y, T1, beta_1, criterion, tol, account)
-    with account.time("nudged"):
+    with account.part("nudged"):
         if thirdphase:
             states = [free, *nudged_phases(moving, drive, y, free, T2, beta_2, criterion)]
         else:
             states = [free, moving.relax(drive, y, free, T2, beta_2, criterion)]
-    with account.time("update"), exactly():
+    with account.part("update"), exactly():
         free, nudged, *opposite = ([s.to(x.dtype) for s in state] for state in states)
         if thirdphase:
             model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), criterion, neurons_3=opposite[0])
@@ -1003,9 +1022,9 @@ def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False, tol=0.
 def bptt_gradients(model, x, y, T1, T2, criterion, tol=0.0, account=None, twin=None):
     """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and returns the neurons, of
     which the output is as of T1 steps (the layers below it as of a few steps earlier, see `relax`)."""
-    account, moving = account or Account(), twin or model
+    account, moving = account or Stopwatch(), twin or model
     neurons = free_phase(moving, x, None, T1 - T2, 0.0, criterion, tol, account, output_in=T2)[1] if T1 > T2 else None
-    with account.time("BPTT"):
+    with account.part("BPTT"):
         neurons = moving.relax(moving.input_drive(x), None, neurons, T2, 0.0, criterion, output_in=0)
         moving.zero_grad()
         moving.loss(neurons, y, criterion).mean().backward()
@@ -1027,15 +1046,15 @@ def cep_updates(model, optimizer, x, y, T1, T2, betas, criterion, thirdphase=Fal
     Leaves p.grad at zero: a step of the optimizer (sgd without momentum) that follows decays the weights and does nothing else.
     average: called whenever p.grad is filled and before it is used.
     """
-    account, (beta_1, beta_2) = account or Account(), betas
+    account, (beta_1, beta_2) = account or Stopwatch(), betas
     free = free_phase(model, x, y, T1, beta_1, criterion, tol, account)[1]
     phases = (beta_2, -beta_2) if thirdphase else (beta_2,)
     for beta in phases:
         state = free
         for t in range(T2):
-            with account.time("nudged"):
+            with account.part("nudged"):
                 before, state = state, model.relax(model.input_drive(x), y, state, 1, beta, criterion)
-            with account.time("update"):
+            with account.part("update"):
                 model.compute_syn_grads(x, y, free, before, (beta_1, beta), criterion, check_thm=t > 0, neurons_3=state)
                 average()
                 for group in optimizer.param_groups:
@@ -1188,13 +1207,13 @@ def gdu_report(model, x, y, args, criterion):
 
 
 def check_finite(model, neurons, epoch, batch):
-    """Raises RunError, naming epoch, batch and layer, if a neuron or a weight is not finite any more."""
+    """Raises RunFailed, naming epoch, batch and layer, if a neuron or a weight is not finite any more."""
     if torch.nn.utils.get_total_norm([*model.parameters(), *neurons]).isfinite():
         return
     tensors = [*model.named_parameters(), *((f"neurons of layer {n}", s) for n, s in enumerate(neurons, 1))]
     broken = [name for name, tensor in tensors if not tensor.isfinite().all()]
     if broken:
-        raise RunError(f"training diverged in epoch {epoch}, batch {batch}: no longer finite are {', '.join(broken)}; "
+        raise RunFailed(f"training diverged in epoch {epoch}, batch {batch}: no longer finite are {', '.join(broken)}; "
                        "smaller --lrs usually help, or a smaller --scale or beta")
 
 
@@ -1217,7 +1236,7 @@ def evaluate(model, batches, T1, criterion, description="evaluating", tol=0.0, a
     """The share of images that are classified correctly after T1 free steps (with `tol`: at most, see `EnergyModel.settle`).
     `workers` take whole mini-batches in turn, so that each rounds as it does for one."""
     hits = 0
-    for x, y in workers.deal(progress(batches, description)):
+    for x, y in workers.strided(progress(batches, description)):
         hits += correct(model, predicting_neurons(model, x, T1, criterion, tol, account), y)
     return int(workers.sum(hits)) / batches.samples
 
@@ -1240,7 +1259,7 @@ def gradients(model, x, y, args, criterion, account=None, twin=None, optimizer=N
 
     Returns the neurons of the free phase, how many samples they classify correctly (a tensor without dimensions), both of this worker's
     share, and how many samples that is."""
-    n, rows, mine = len(y), *workers.rows(len(y))
+    n, rows, mine = len(y), *workers.shard(len(y))
     x, y, whole, account = x[rows], y[rows], model, account if mine else None
     if args.dropouts:
         masks = draw_masks(model, args.dropouts, n, rows)
@@ -1257,7 +1276,7 @@ def gradients(model, x, y, args, criterion, account=None, twin=None, optimizer=N
     else:
         neurons = bptt_gradients(model, x, y, args.T1, args.T2, criterion, args.tol, account, twin)
     if args.alg != "CEP":
-        with (account or Account()).time("update"):
+        with (account or Stopwatch()).part("update"):
             workers.average_gradients(whole, mine, n)
     return neurons, correct(model, neurons, y), mine
 
@@ -1265,14 +1284,14 @@ def gradients(model, x, y, args, criterion, account=None, twin=None, optimizer=N
 def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, account=None, twin=None, workers=Workers()):
     """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's neurons, of several
     `workers` those of this one's share."""
-    account, hits, seen = account or Account(), 0, 0
-    bar = progress(account.watch(batches, "data"), f"epoch {epoch}", len(batches))
+    account, hits, seen = account or Stopwatch(), 0, 0
+    bar = progress(account.iterate(batches, "data"), f"epoch {epoch}", len(batches))
     every = -(-len(batches) // 10)
     for batch, (x, y) in enumerate(bar, 1):
         if workers.rank == 0 and args.check_thm and args.alg == "EP" and (batch - 1) % every == 0:
             log_theorem(model, x[:5], y[:5], args, criterion, epoch, batch, run)
         neurons, right, mine = gradients(model, x, y, args, criterion, account, twin, optimizer, workers)
-        with torch.no_grad(), account.time("update"):
+        with torch.no_grad(), account.part("update"):
             hits, seen = hits + right * min(mine, 1), seen + mine
             optimizer.step()
             if twin:
@@ -1282,28 +1301,15 @@ def train_epoch(model, optimizer, batches, args, criterion, epoch, run=None, acc
     return int(workers.sum(hits)) / batches.samples, neurons
 
 
-def snapshot(model, args, history, optimizer=None, scheduler=None, generator=None):
-    """What is written down of a run after len(history) epochs; with the optimizer and what follows, all that resuming needs."""
-    state = {"model_state_dict": model.state_dict(), "config": vars(args), "epoch": len(history), "history": history,
-             "train_acc": [row["train_acc"] for row in history], "test_acc": [row["test_acc"] for row in history],
-             "best": best_of(history)}
-    if optimizer is not None:
-        state.update(opt=optimizer.state_dict(), scheduler=scheduler and scheduler.state_dict(), random_states=random_states(generator))
-    return state
-
-
-def best_of(history):
-    return max((row["test_acc"] for row in history), default=-1.0)
-
-
-def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=None, workers=Workers()):
+def train(model, optimizer, train_batches, test_batches, args, scheduler=None, run=None, history=None, workers=Workers(), best=None):
     """Trains for args.epochs epochs after those in `history`, to which it appends: a list of dicts, a row of metrics.csv each.
 
     args: alg, T1, T2, betas, random_sign, thirdphase, dropouts, tol, precision, loss, epochs, and what else is to be written down. run: the
-    `data_utils.Run` to write to after every epoch, or None. workers: those that share every mini-batch; the updates are those of one.
-    Raises RunError when neurons or weights stop being finite.
+    `RunFolder` to write to after every epoch, or None. workers: those that share every mini-batch; the updates are those of one. best:
+    the snapshot of the best model of the epochs in `history`, if it is known.
+    Raises RunFailed when neurons or weights stop being finite.
     """
-    criterion, whole = make_criterion(args.loss), Account()
+    criterion, whole = make_criterion(args.loss), Stopwatch()
     device = next(model.parameters()).device
     twin = lowered(model, torch.bfloat16) if args.precision == "bf16" else None
     if args.precision != "fp32":
@@ -1311,26 +1317,28 @@ def train(model, optimizer, train_batches, test_batches, args, scheduler=None, r
     history = [] if history is None else history
     last = len(history) + args.epochs
     for epoch in range(len(history) + 1, last + 1):
-        start, account = time.perf_counter(), Account(device)
+        start, account = time.perf_counter(), Stopwatch(device)
         train_acc, neurons = train_epoch(model, optimizer, train_batches, args, criterion, epoch, run, account, twin, workers)
         if scheduler is not None and scheduler.last_epoch < scheduler.T_max:  # it would rise again behind its minimum
             scheduler.step()
         spent = time.perf_counter() - start
-        with account.time("evaluation"):
+        with account.part("evaluation"):
             test_acc = evaluate(twin or model, test_batches, args.T1, criterion, tol=args.tol, workers=workers)
-        account.pool(workers)
+        account.settling.gather(workers)
         row = {"epoch": epoch, "train_acc": round(100 * train_acc, 4), "test_acc": round(100 * test_acc, 4),
-               "seconds": round(time.perf_counter() - start, 2), **account.used()}
+               "seconds": round(time.perf_counter() - start, 2), **account.settling.columns()}
         angles = model.angles()
         row.update((f"angle_{n}", round(angle, 3)) for n, angle in enumerate(angles, 2))
         improved = row["test_acc"] > best_of(history)
         if run:
-            finish_epoch(run, snapshot(model, args, [*history, row]), neurons, improved, epoch == last,
-                         snapshot(model, args, [*history, row], optimizer, scheduler, train_batches.generator))
+            state = snapshot(model, args, [*history, row])
+            best = copy.deepcopy(state) if improved else best
+            finish_epoch(run, state, neurons, improved, epoch == last,
+                         snapshot(model, args, [*history, row], best, optimizer, scheduler, train_batches.generator))
         history.append(row)
         whole.add(account)
         print(f"epoch {epoch}/{last}: train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
-              f"{train_batches.samples / spent:.0f} images/s" + (f", {account.settled()}" if account.images else "")
+              f"{train_batches.samples / spent:.0f} images/s" + (f", {account.settling}" if account.settling.images else "")
               + (", angles " + " ".join(f"{a:.1f}" for a in angles) if angles else ""), flush=True)
     print(f"time: {whole.shares()}", flush=True)
 
@@ -1370,10 +1378,11 @@ def exactly():
 
 
 def finish_epoch(run, state, neurons, improved, final, checkpoint):
-    """Writes an epoch to the run folder. The checkpoint comes last: before it, resuming repeats the epoch and writes all again."""
+    """Writes an epoch to the run folder. The checkpoint comes last and commits the epoch: before it, resuming repeats the epoch, and writes
+    all again of what the checkpoint says."""
     run.write_csv("metrics.csv", state["history"])
-    run.plot_accuracy(state["history"])
-    run.plot_activity(neurons)
+    run.save_figure("train-test_acc.png", figures.accuracy(state["history"]))
+    run.save_figure("neural_activity.png", figures.activity(neurons))
     if improved:
         run.save("model.pt", state)
     if final:
@@ -1458,8 +1467,8 @@ def attack(model, images, labels, args, eps, task, description, workers=Workers(
     for grad in args.attack_grad:
         random.seed(args.seed), np.random.seed(args.seed % 2 ** 32), torch.manual_seed(args.seed)  # a sweep may go on at any eps
         parts = [attack_batch(model, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, grad, task)
-                 for i in workers.deal(progress(range(0, len(x), args.mbs), f"{description}, {grad}"))]
-        parts = workers.collect(parts)
+                 for i in workers.strided(progress(range(0, len(x), args.mbs), f"{description}, {grad}"))]
+        parts = workers.gather_strided(parts)
         x_adv, prediction = (np.concatenate([part[key] for part in parts]) for key in ("x_adv", "prediction"))
         results[grad] = {"x_adv": x_adv, "prediction": prediction, "masked": sum(part["masked"] for part in parts) / len(x)}
     if len(results) > 1:
@@ -1478,5 +1487,5 @@ def attack(model, images, labels, args, eps, task, description, workers=Workers(
 @torch.no_grad()
 def predictions(model, batches, T1, criterion, tol=0.0, workers=Workers()):
     """The predicted class of every image, (n,), on the CPU; `workers` take whole mini-batches in turn, and all get all."""
-    own = [model.readout(predicting_neurons(model, x, T1, criterion, tol)).argmax(1).cpu() for x, _ in workers.deal(batches)]
-    return torch.cat(workers.collect(own))
+    own = [model.readout(predicting_neurons(model, x, T1, criterion, tol)).argmax(1).cpu() for x, _ in workers.strided(batches)]
+    return torch.cat(workers.gather_strided(own))

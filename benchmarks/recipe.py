@@ -23,6 +23,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
 import data_utils  # noqa: E402
 import model_utils  # noqa: E402
+from experiment.timing import Stopwatch  # noqa: E402
 from bench import CEL, attacked_cnn, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
 from settling import trained  # noqa: E402
 
@@ -52,7 +53,7 @@ def training_step(model, x, y, T1, T2, betas, criterion, setting):
     precision, compiled, tol, schedule = setting
     args, twin = arguments(T1, T2, betas, tol, schedule), model_utils.lowered(model, torch.bfloat16) if precision == "bf16" else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
-    account = data_utils.Account()
+    account = Stopwatch()
 
     def step():
         model_utils.set_precision(precision)
@@ -128,7 +129,7 @@ def main():
         times = [(clock(ours, device), clock(theirs, device)) for _ in range(options.repeats)]
         own, other = ([1e3 * t for t in side] for side in zip(*times))
         ratio = statistics.median(b / a for a, b in times)
-        steps = f"{int(account.steps) / account.images:.1f}" if account.images else arguments(T1, T2, betas, *setting[2:]).T1
+        steps = f"{int(account.settling.steps) / account.settling.images:.1f}" if account.settling.images else arguments(T1, T2, betas, *setting[2:]).T1
         lines.append(f"| {name} | {statistics.median(own):.1f} ({min(own):.1f} to {max(own):.1f}) | {statistics.median(other):.0f} | **{ratio:.2f}** "
                      f"| {whole:.5f} | {smallest:.5f} | {steps} |")
         print(lines[-1], flush=True)

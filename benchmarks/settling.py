@@ -19,25 +19,28 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import data_utils  # noqa: E402
 import main as command_line  # noqa: E402
 import model_utils  # noqa: E402
+from experiment import arguments, checkpoints  # noqa: E402
+from experiment.timing import Stopwatch, progress  # noqa: E402
+from experiment.workers import Workers  # noqa: E402
 from bench import chosen, clock, command_of, machine, publish  # noqa: E402
 
 
 def trained(path, data_dir, T1, images, mbs, device):
     """(model, arguments, mini-batches of test images, epochs trained) of the run folder `path`."""
-    file, saved, config = command_line.open_saved(path, "evaluate")
-    given = {"todo": "evaluate", "load_path": path, "T1": str(T1), "test_size": str(images), "mbs": str(mbs),
-             **({"data_dir": data_dir} if data_dir else {})}
-    args = command_line.settle(given, command_line.FLAGS, config, file)
-    command_line.check(args)
+    saved = checkpoints.open_saved(path, "evaluate")
+    given = {"todo": "evaluate", "T1": T1, "test_size": images, "mbs": mbs, **({"data_dir": data_dir} if data_dir else {})}
+    args = arguments.resolve(given, saved.args)
+    arguments.check(args)
     model = model_utils.make_model(args)
-    command_line.load_weights(model, saved, file)
-    return model.to(device), args, command_line.batches(args, device, data_utils.Workers(), False), saved.get("epoch", "?")
+    checkpoints.load_weights(model, saved)
+    batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches(False)
+    return model.to(device), args, batches, saved.state.get("epoch", "?")
 
 
 def compare(model, batches, args, criterion, tol, device):
     """(image-steps on average, share unsettled, share of identical predictions, median ratio of times)."""
-    account, ratios, same = data_utils.Account(), [], 0
-    for x, _ in data_utils.progress(batches, "predictions"):
+    account, ratios, same = Stopwatch(), [], 0
+    for x, _ in progress(batches, "predictions"):
         outputs = []
 
         def predict(tol):
@@ -45,7 +48,7 @@ def compare(model, batches, args, criterion, tol, device):
         times = [clock(lambda: predict(t), device) for t in (0.0, tol)]
         ratios.append(times[0] / times[1])
         same += int((outputs[0].argmax(1) == outputs[1].argmax(1)).sum())
-    return int(account.steps) / account.images, int(account.unsettled) / account.images, same / batches.samples, statistics.median(ratios)
+    return int(account.settling.steps) / account.settling.images, int(account.settling.unsettled) / account.settling.images, same / batches.samples, statistics.median(ratios)
 
 
 def smallest_cosine(model, batches, args, criterion, tol):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import only_run
 
-import data_utils
 from data_utils import TASKS, Batches, UserError, flip_and_shift, load_split
+from experiment.files import replacing
 
 
 def test_digits_are_a_drop_in_for_mnist():
@@ -107,10 +107,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
     with pytest.raises(RuntimeError):
-        with data_utils.replacing(path) as beside:
+        with replacing(path) as beside:
             beside.write_text("half")
             raise RuntimeError
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    with data_utils.replacing(path) as beside:
+    with replacing(path) as beside:
         beside.write_text("after")
     assert path.read_text() == "after" and list(tmp_path.iterdir()) == [path]

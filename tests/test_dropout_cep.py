@@ -9,6 +9,7 @@ from conftest import criterion_of, grads, only_run, sample
 import main
 import main_dropout
 import model_utils as mu
+from experiment import arguments
 
 KEEP = 0.7
 
@@ -191,4 +192,4 @@ def test_what_cep_cannot_do(cli, words, what):
 def test_flags_are_defined_once():
     names = [flag.name for group in main_dropout.FLAGS.values() for flag in group]
     assert len(names) == len(set(names)) and set(names) - {flag.name for group in main.FLAGS.values() for flag in group} == {"dropouts"}
-    assert isinstance(main.settle({}, main.FLAGS), argparse.Namespace) and main.settle({}, main.FLAGS).dropouts is None
+    assert isinstance(arguments.resolve({}), argparse.Namespace) and arguments.resolve({}).dropouts is None

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import MODELS, criterion_of, grads, only_run, sample
 
-import main
 import model_utils as mu
+from experiment.timing import Stopwatch
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 
@@ -341,10 +341,10 @@ def test_refusals(cli, words, what):
 
 
 def test_the_parts_of_the_time_add_up():
-    account = main.data_utils.Account()
+    account = Stopwatch()
     for part in ("free", "nudged", "free"):
-        with account.time(part):
+        with account.part(part):
             sum(range(20000))
-    assert list(account.watch([1, 2], "data")) == [1, 2]
-    assert list(account.total()) == ["free", "nudged", "data"] and all(seconds > 0 for seconds in account.total().values())
+    assert list(account.iterate([1, 2], "data")) == [1, 2]
+    assert list(account.seconds()) == ["free", "nudged", "data"] and all(seconds > 0 for seconds in account.seconds().values())
     assert re.fullmatch(r"free [\d.]+ s \(\d+ %\), nudged .*, data .*", account.shares())

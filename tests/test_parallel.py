@@ -15,9 +15,9 @@ import torch
 from conftest import ROOT, only_run
 from test_resume import final_weights
 
-import data_utils
 import main
 import main_dropout
+from experiment.run_folder import RunFolder
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
 MLP = "--task digits --device -1 --seed 5 --save --test-size 40 --mbs 16 --archi 784 12 10 --T1 6 --T2 3 --betas 0 0.5 --lrs 0.1 0.1 --mmt 0.9"
@@ -82,7 +82,7 @@ def test_training_is_that_of_one_process(both, name, by_two):
     one, two = only_run(both / "one" / name), only_run(both / "two" / by_two)
     for key, weight in final_weights(one).items():
         torch.testing.assert_close(final_weights(two)[key], weight, rtol=0, atol=1e-6)
-    rows = [[{**row, "seconds": ""} for row in data_utils.Run(run).read_csv("metrics.csv")] for run in (one, two)]
+    rows = [[{**row, "seconds": ""} for row in RunFolder(run).read_csv("metrics.csv")] for run in (one, two)]
     assert rows[0] == rows[1]
     assert "command line: torchrun" in (two / "hyperparameters.txt").read_text()
 

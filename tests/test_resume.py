@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import ROOT, only_run
 
-import data_utils
 import main
 import model_utils as mu
+from experiment import arguments, checkpoints
 
 MLP = "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save --archi 784 12 10"
 CNN = MLP + " --model CNN --channels 3 4"
@@ -119,7 +119,8 @@ def test_interrupts_say_how_to_go_on(tmp_path, number, code):
     run = only_run(tmp_path)
     done = torch.load(run / "checkpoint.tar", weights_only=True)["epoch"]
     again = next(text for text in err.splitlines() if "--load-path" in text).split()
-    assert again[:2] == ["python", "main.py"] and again[-4:] == ["--load-path", str(run.relative_to(tmp_path)), "--epochs", str(500 - done)]
+    assert again[:5] == [sys.executable, "-u", str(ROOT / "main.py"), "--device", "-1"]  # as it was started, and nothing that the run remembers
+    assert len(again) == 9 and again[5:] == ["--load-path", str(run.relative_to(tmp_path)), "--epochs", str(500 - done)]
 
 
 class Malicious:
@@ -188,7 +189,7 @@ def test_contradicting_flags_are_reported_and_the_run_wins(cli, trained):
 
 
 def test_a_run_is_recreated_from_its_hyperparameters_alone(ok, trained, tmp_path):
-    values = data_utils.read_arguments(trained)
+    values = checkpoints.read_arguments(trained)
     assert {"python", "torch", "torchvision", "cuda", "device", "seed", "channels", "T1"} <= set(values) and "git revision:" in (trained / "hyperparameters.txt").read_text()
     line = next(text for text in (trained / "hyperparameters.txt").read_text().splitlines() if text.startswith("command line: python main.py"))
     shutil.move(trained, tmp_path / "first")
@@ -275,10 +276,10 @@ def test_files_of_the_original_code_load(ok, tmp_path, kind):
     x, out = torch.load(folder / "expected", weights_only=True)
 
     # the pickled module tells its architecture itself
-    saved = data_utils.read_checkpoint(folder / "model.pt")
-    args = main.settle({"todo": "evaluate", "load_path": "", **({"softmax": True} if "CNN" in kind else {})}, main.FLAGS, {**saved["config"], "loss": "cel" if "CNN" in kind else "mse"}, "model.pt")
+    saved = checkpoints.open_saved(folder, "evaluate")
+    args = arguments.resolve({"todo": "evaluate"}, {**saved.args, "loss": "cel" if "CNN" in kind else "mse"})
     model = mu.make_model(args)
-    main.load_weights(model, saved, "model.pt")
+    checkpoints.load_weights(model, saved)
     torch.testing.assert_close(model.readout(model(x, None, None, 6)), out)
 
     # the state dict takes it from hyperparameters.txt, as the original code writes it, or from the flags
@@ -293,4 +294,4 @@ def test_files_of_the_original_code_load(ok, tmp_path, kind):
         flags = ""
     out = ok(f"--load-path {folder} {common} --mmt 0.9", flags)
     assert "from epoch 3 on" in out and "epoch 3/3" in out
-    assert data_utils.read_checkpoint(folder / "checkpoint.tar")["epoch"] == 3
+    assert checkpoints.read_checkpoint(folder / "checkpoint.tar")["epoch"] == 3

@@ -17,6 +17,8 @@ import data_utils
 import main
 import model_utils as mu
 from data_utils import CORRUPTIONS
+from experiment import checkpoints
+from experiment.workers import Workers
 
 # ------------------------------------------------------------------------------------------------------------ characteristic
 
@@ -70,7 +72,8 @@ def test_tol_is_the_eps_of_settled(ok, tmp_path):
     ok("--task digits --device -1 --train-size 100 --test-size 20 --archi 784 12 10 --save")
     args = argparse.Namespace(**torch.load(only_run(tmp_path) / "checkpoint.tar", weights_only=True)["config"])
     args.tol, args.load_path = 10.0, only_run(tmp_path)
-    main.characteristic(args, mu.make_model(args), torch.device("cpu"), "model.pt")
+    saved = checkpoints.open_saved(args.load_path, "characteristic")
+    main.characteristic(main.Job(args, mu.make_model(args), torch.device("cpu"), Workers(), None, saved, [], []))
     assert (table(only_run(tmp_path) / "Characteristic_Time.txt")[:, 2] == 1).all()
 
 

@@ -1,0 +1,206 @@
+"""Run folders: a folder that appears whole, whose files are replaced whole, and one training at a time in it."""
+import csv
+import datetime
+import errno
+import hashlib
+import itertools
+import os
+import pathlib
+import platform
+import shutil
+import socket
+import subprocess
+
+import numpy as np
+import torch
+
+from data_utils import UserError, one_line
+from experiment.files import TEXT, Lock, WriteFailed, left_behind, replacing, why, write_text
+
+
+class RunFolder:
+    """The folder of one run. folder: its path. Whatever looks at a run leaves alone what a training may be writing just now."""
+
+    def __init__(self, folder):
+        self.folder, self._lock = pathlib.Path(folder), None
+
+    @classmethod
+    def create(cls, args, device, command_line, model, checkpoint, root="results"):
+        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; with _2, _3 ... behind it where that exists). It appears
+        with hyperparameters.txt and the checkpoint of epoch 0 inside, so that a run killed at any moment can be resumed, and locked."""
+        now = datetime.datetime.now()
+        place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
+        final = pathlib.Path(root, args.alg, args.loss, now.strftime("%Y-%m-%d"), now.strftime("%H-%M-%S") + "_" + place)
+        hidden = final.with_name(f".{final.name}.{os.getpid()}")
+        try:
+            hidden.mkdir(parents=True)
+            run = cls(hidden)
+            run.write_hyperparameters(command_line, vars(args), model, device)
+            run.save("checkpoint.tar", checkpoint)
+            run.lock()
+            for attempt in itertools.count(1):
+                run._move(final if attempt == 1 else final.with_name(f"{final.name}_{attempt}"))
+                if run.folder != hidden:
+                    return run
+        except OSError as e:
+            raise WriteFailed(f"cannot create the run folder {final}: {why(e)}") from None
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _move(self, folder):
+        """Renames the folder, where there is none of that name yet."""
+        try:
+            os.rename(self.folder, folder)
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # not that another run was first
+                raise
+            return
+        self.folder, self._lock.path = folder, folder / ".lock"
+
+    def lock(self):
+        """Holds the folder for this process's training until `release`. Raises UserError where another one trains in it."""
+        self._lock = Lock(self.folder)
+
+    def release(self):
+        if self._lock:
+            self._lock.release()
+
+    def clean_up(self):
+        """Removes what killed processes left half-written. For the training that holds the lock."""
+        for path in self.folder.glob(".*.tmp-*"):
+            if left_behind(path):
+                path.unlink(missing_ok=True)
+
+    def check_writable(self):
+        """Raises UserError where nothing can be written to the folder: before the work, not after."""
+        probe = self.folder / f".probe.tmp-{socket.gethostname()}-{os.getpid()}"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise UserError(f"cannot write to {self.folder}, where the results would go: {why(e)}") from None
+
+    # ---- its files
+
+    def write_hyperparameters(self, command_line, args, model, device):
+        write_text(self.folder / "hyperparameters.txt", "\n".join([
+            *_heading("command line", command_line, device), "", "arguments:",
+            *(f"  {name}: {value!r}" for name, value in sorted(args.items())), "", "model:", str(model), ""]))
+
+    def note_resumption(self, command_line, device, epoch, before, args):
+        """Appends to hyperparameters.txt that a training goes on from `epoch`. before, args: dicts of the arguments until now and now."""
+        changed = [f"  {name}: {value!r}  # before: {before[name]!r}" for name, value in sorted(args.items())
+                   if name in before and before[name] != value]
+        self.append_hyperparameters("\n".join(["", f"resumed from epoch {epoch} on", *_heading("command line", command_line, device),
+                                               "arguments that differ from before:", *(changed or ["  none"])]))
+
+    def append_hyperparameters(self, text):
+        """Appends lines, in one write: who else appends at the same time loses nothing."""
+        path = self.folder / "hyperparameters.txt"
+        try:
+            with open(path, "ab") as file:
+                file.write((text + "\n").encode(**TEXT))
+        except OSError as e:
+            raise WriteFailed(f"cannot write {path}: {why(e)}") from None
+
+    def save(self, name, state):
+        """torch.save into a file that is replaced whole."""
+        with replacing(self.folder / name) as beside:
+            try:
+                torch.save(state, beside)
+            except RuntimeError as e:  # torch's way to say that the disk is full, or the folder gone
+                raise _disk_error(beside, e) from None
+
+    def write_csv(self, name, rows):
+        """rows: list of dicts; what a row lacks stays empty."""
+        with replacing(self.folder / name) as path, open(path, "w", newline="", **TEXT) as file:
+            writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def read_csv(self, name):
+        """The rows of a table as dicts of texts; [] where there is none."""
+        try:
+            with open(self.folder / name, newline="", **TEXT) as file:
+                return list(csv.DictReader(file))
+        except (OSError, csv.Error):
+            return []
+
+    def append_csv(self, name, rows):
+        self.write_csv(name, self.read_csv(name) + rows)
+
+    def restore(self, history, best):
+        """Makes the log, the table and model.pt those of the epochs in `history`: a killed process may have written of one more, which
+        need not come out the same again. best: the checkpoint of the best model, or None where it is not known."""
+        self._forget_after(len(history))
+        if history:
+            self.write_csv("metrics.csv", history)
+        if best is not None:
+            self.save("model.pt", best)
+
+    def _forget_after(self, epoch):
+        rows = self.read_csv("gducheck.csv")
+        if rows:
+            self.write_csv("gducheck.csv", [row for row in rows if not (row.get("epoch") or "").isdigit() or int(row["epoch"]) <= epoch])
+
+    def write_lines(self, name, lines):
+        write_text(self.folder / name, "\n".join(lines) + "\n")
+
+    def save_figure(self, name, figure):
+        with replacing(self.folder / name) as path:
+            figure.savefig(path, format="png", dpi=120)
+
+    def next_number(self, stem):
+        """The first number at which there is no STEM_number.txt yet."""
+        return next(n for n in itertools.count(1) if not (self.folder / f"{stem}_{n}.txt").exists())
+
+    def move_aside(self, stem, ends):
+        """Renames the files STEM + end, those that exist, to STEM_1 + end, or the first number at which there is no .txt yet."""
+        number = self.next_number(stem)
+        for end in ends:
+            old = self.folder / (stem + end)
+            if old.exists():
+                os.replace(old, self.folder / f"{stem}_{number}{end}")
+
+    def finish_move(self, stem, ends):
+        """Goes on where a kill ended `move_aside`, which leaves files of a number without their .txt."""
+        if any((self.folder / f"{stem}_{self.next_number(stem)}{end}").exists() for end in ends):
+            self.move_aside(stem, ends)
+
+
+def _disk_error(path, error):
+    """The OSError behind a RuntimeError of torch.save: what writing to the same place says."""
+    try:
+        with open(path, "ab") as file:
+            file.write(b"0" * 2 ** 16)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as e:
+        return e
+    return OSError(errno.EIO, one_line(error).split(". ")[0])
+
+
+def _heading(title, command_line, device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return [f"{title}: {command_line}", f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", f"device: {device} ({name})",
+            *(f"{name}: {value}" for name, value in versions().items())]
+
+
+def fingerprint(state):
+    """A short digest of a state dict's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def versions():
+    """What a run depends on besides its arguments."""
+    import torchvision
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        revision = subprocess.run(git, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
+    except OSError:  # no git
+        revision = ""
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "numpy": np.__version__, "cuda": torch.version.cuda or "none", "git revision": revision or "unknown"}

@@ -1,0 +1,99 @@
+"""Progress bars, a stopwatch for the parts of a training, and the count of images that settled."""
+import contextlib
+import sys
+import time
+
+import torch
+from tqdm import tqdm
+
+
+def progress(iterable, description, total=None):
+    """A tqdm bar on standard error; in a log file it speaks once a minute and only of work that takes longer."""
+    interactive = sys.stderr.isatty()
+    return tqdm(iterable, desc=description, total=total, leave=False, dynamic_ncols=True, delay=0 if interactive else 60,
+                mininterval=0.1 if interactive else 60)
+
+
+progress.write = tqdm.write  # a line that leaves a bar in one piece
+
+
+class Stopwatch:
+    """Where the time of a training goes, in seconds by part; settling: the SettlingCount of its free phases.
+
+    On a CUDA device work is timed by events and added up only when asked for, so that nothing waits for it meanwhile."""
+
+    def __init__(self, device=None):
+        self.cuda = device is not None and device.type == "cuda"
+        self._seconds, self._events, self.settling = {}, [], SettlingCount()
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """Counts the time that the block takes to the part `name`."""
+        if self.cuda:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            yield
+            events[1].record()
+            self._events.append((name, *events))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def iterate(self, batches, name):
+        """Iterates over `batches`, and counts the time that they take to come to the part `name`."""
+        iterator = iter(batches)
+        while True:
+            with self.part(name):
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def seconds(self):
+        """{part: seconds}."""
+        for name, start, end in self._events:
+            end.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+        self._events = []
+        return self._seconds
+
+    def add(self, other):
+        """Adds the seconds of another stopwatch."""
+        for name, seconds in other.seconds().items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def shares(self):
+        """The parts in words, with their shares of the whole."""
+        total = sum(self.seconds().values()) or 1.0
+        return ", ".join(f"{name} {seconds:.1f} s ({100 * seconds / total:.0f} %)" for name, seconds in self._seconds.items())
+
+
+class SettlingCount:
+    """How many steps the free phases of a data set took, and how many of its images had settled by their end."""
+
+    def __init__(self):
+        self.images = self.steps = self.most = self.unsettled = 0
+
+    def add(self, steps, settled):
+        """Counts in one mini-batch. steps: of each image, (mbs,) whole numbers; settled: whether it had settled by then, (mbs,) bool."""
+        if len(steps):
+            self.images += len(steps)
+            self.steps, self.unsettled = self.steps + steps.sum(), self.unsettled + (~settled).sum()
+            self.most = torch.maximum(steps.max(), torch.as_tensor(self.most, device=steps.device))
+
+    def gather(self, workers):
+        """Counts in the free phases of all workers, in each one's count."""
+        counted = workers.gather([int(count) for count in (self.images, self.steps, self.unsettled, self.most)])
+        self.images, self.steps, self.unsettled = (sum(row[i] for row in counted) for i in range(3))
+        self.most = max(row[3] for row in counted)
+
+    def columns(self):
+        """Columns of metrics.csv: mean and maximum of the steps, and the share in % of images that did not settle; {} if not counted."""
+        if not self.images:
+            return {}
+        return {"steps_mean": round(int(self.steps) / self.images, 2), "steps_max": int(self.most),
+                "unsettled": round(100 * int(self.unsettled) / self.images, 4)}
+
+    def __str__(self):
+        return "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % unsettled".format(**self.columns())

@@ -1,0 +1,208 @@
+"""The processes that torchrun starts to work on one thing together, the device each computes on, and the seeds they share."""
+import contextlib
+import datetime
+import itertools
+import os
+import random
+import re
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_utils import RunFailed, UserError, one_line
+
+
+class LostWorker(RunFailed):
+    """Another worker has ended, or was not heard of for too long."""
+
+    resumable = True
+
+
+class Workers:
+    """The processes that torchrun started; one, for which nothing here does anything, without it.
+
+    rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on its machine. What exchanges
+    (`sum`, `average_gradients`, `gather`, `gather_strided`, `broadcast`, `rank_zero_first`) is to be called by all, in the same
+    order, and raises LostWorker if one of them does not come.
+    """
+
+    PATIENCE = datetime.timedelta(minutes=10)  # longer than a download of a data set, which the others wait for
+
+    def __init__(self, rank=0, size=1, local_rank=0):
+        self.rank, self.size, self.local_rank, self.device, self.stderr = rank, size, local_rank, None, sys.stderr
+
+    @classmethod
+    def launched(cls):
+        """Those that torchrun's environment variables speak of."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return cls()
+        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+    def connect(self, device):
+        """From here on workers exchange: what is on the CPU by gloo, what is on a CUDA device by nccl."""
+        self.device = device
+        if self.size > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            with self._exchange():
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self._store(self.PATIENCE),
+                                        rank=self.rank, world_size=self.size, timeout=self.PATIENCE)
+
+    def disconnect(self):
+        """The end of `connect`."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def _exchange(self):
+        try:
+            yield
+        except RuntimeError as e:  # all of torch.distributed's errors are
+            reason = re.sub(r"^\[\S+:\d+\] ", "", one_line(e)).split(". ")[0]  # without the place in gloo's source
+            raise LostWorker(f"a worker was lost ({reason})") from None
+
+    # ---- shares of the work
+
+    def shard(self, n):
+        """This worker's part of a mini-batch of n samples: (a slice, how many they are).
+
+        With fewer samples than workers some get none. They compute along on a sample of another's, for a weight of 0: no learning
+        rule has to do with empty batches, and all draw the same random numbers."""
+        first, last = (-(-n * rank // self.size) for rank in (self.rank, self.rank + 1))
+        return slice(min(first, n - 1), max(first + 1, last)), last - first
+
+    def strided(self, iterable):
+        """Every size-th item, from this worker's first on. See `gather_strided`."""
+        return itertools.islice(iterable, self.rank, None, self.size)
+
+    # ---- exchange
+
+    @torch.no_grad()
+    def average_gradients(self, model, n_local, n_global):
+        """Makes every p.grad, this worker's mean over its n_local samples, the mean over all n_global of the mini-batch."""
+        if self.size == 1:
+            return
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        together = torch.cat([grad.flatten() for grad in grads]).mul_(n_local / n_global)
+        with self._exchange():
+            dist.all_reduce(together)
+        for grad, mean in zip(grads, together.split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))
+
+    def sum(self, value):
+        """The sum over the workers of a number or tensor, as a tensor."""
+        total = torch.as_tensor(value, device=self.device)
+        if self.size > 1:
+            total = total.clone()
+            with self._exchange():
+                dist.all_reduce(total)
+        return total
+
+    def gather(self, item):
+        """[item of rank 0, of rank 1, ...]."""
+        items = [item]
+        if self.size > 1:
+            items = [None] * self.size
+            with self._exchange():
+                dist.all_gather_object(items, item)
+        return items
+
+    def gather_strided(self, results):
+        """The list whose items `strided` gave out, from what each worker made of its own."""
+        missing = object()
+        rounds = itertools.zip_longest(*self.gather(results), fillvalue=missing)
+        return [item for row in rounds for item in row if item is not missing]
+
+    def broadcast(self, item):
+        """Rank 0's item."""
+        return self.gather(item)[0]
+
+    @contextlib.contextmanager
+    def rank_zero_first(self):
+        """Rank 0 goes through the block before all others do."""
+        if self.rank > 0:
+            self.gather(None)
+        yield
+        if self.rank == 0:
+            self.gather(None)
+
+    # ---- what the user hears
+
+    @contextlib.contextmanager
+    def only_rank_zero_prints(self):
+        """Within the block only rank 0 prints and shows progress."""
+        with contextlib.ExitStack() as stack:
+            if self.rank > 0:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+
+    def end(self, message, code):
+        """Says why the run ends, if no other worker has said so before, and returns `code`; of several workers ends this one at once,
+        for orderly goodbyes would wait for those that are lost."""
+        if self.size == 1 or self._first_to_speak():
+            print(message, file=self.stderr, flush=True)
+        if self.size > 1:
+            sys.stdout.flush()
+            os._exit(code)
+        return code
+
+    def _first_to_speak(self):
+        try:
+            return self._store(datetime.timedelta(seconds=2)).add("said why", 1) == 1
+        except RuntimeError:  # torchrun is gone as well
+            return True
+
+    def _store(self, timeout):
+        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that it starts in place of lost ones."""
+        address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+        return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
+
+
+def pick_device(index, workers):
+    """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun the one of the worker's place on the
+    machine. Raises UserError."""
+    if index == -1:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        print("note: there is no CUDA device here, running on the CPU (--device -1 says so without this note)", file=sys.stderr)
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if workers.size > 1:
+        index = workers.local_rank
+        if index >= count:
+            raise UserError(f"torchrun --nproc_per_node: each process needs a GPU, this machine has {count} (--device -1: the CPU)")
+    if index >= count:
+        raise UserError(f"argument --device: got {index}, expected -1 (the CPU) to {count - 1}")
+    torch.cuda.set_device(index)  # events and streams are the current device's
+    return torch.device("cuda", index)
+
+
+def check_device(args, device):
+    """What the arguments (compile, precision) demand of the device. Raises UserError."""
+    if args.compile and device.type != "cuda":
+        raise UserError("argument --compile: needs a CUDA device; on a CPU compiled steps are no faster")
+    if args.precision != "fp32":
+        if device.type != "cuda":
+            raise UserError(f"argument --precision: {args.precision} needs a CUDA device, this one computes in fp32")
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            raise UserError(f"argument --precision: {args.precision} needs a GPU of compute capability 8.0, "
+                            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}")
+
+
+def seed_everything(args, workers):
+    """Seeds python, NumPy and torch with args.seed, which is drawn first where it is None; with args.deterministic asks torch for kernels
+    that always sum in the same order."""
+    if args.seed is None:
+        args.seed = workers.broadcast(random.SystemRandom().randrange(2 ** 31))
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2 ** 32)
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(args.deterministic)
