@@ -79,7 +79,8 @@ def train(job):
         train_batches, test_batches = job.batches(True, generator), job.batches(False)
         optimizer, scheduler = model_utils.make_optimizer(job.model, args)
         history, best = checkpoints.restore(saved, optimizer, scheduler, generator) if saved else ([], None)
-        first = len(history)
+        first, folder = len(history), args.load_path
+        job.interruption.advice = lambda: _how_to_go_on(job, folder, len(history), first)
         if run and saved:
             run.restore(history, best)
             run.note_resumption(shlex.join(job.command), job.device, first + 1, saved.args, vars(args))
@@ -88,8 +89,8 @@ def train(job):
         if run:
             print(f"results go to {run.folder}" + (f", from epoch {first + 1} on" if saved else ""), flush=True)
         folder = workers.broadcast(run and str(run.folder))
-        job.interruption.advice = lambda: _how_to_go_on(job, folder, len(history), first)
-        model_utils.train(job.model, optimizer, train_batches, test_batches, args, scheduler, run, history, workers, best)
+        model_utils.train(job.model, optimizer, train_batches, test_batches, args, scheduler=scheduler, run=run, history=history,
+                          workers=workers, best=best)
     finally:
         if run:
             run.release()

@@ -31,20 +31,26 @@ def zeros(model, x):
     return [n.contiguous() for n in model.init_neurons(x.size(0), x.device)]
 
 
-def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False):
-    free = relax(model, x, y, zeros(model, x), T1, betas[0], criterion)
-    first, second, (b1, b2) = free, relax(model, x, y, free, T2, betas[1], criterion), betas
-    if thirdphase:
-        first, second, (b1, b2) = second, relax(model, x, y, free, T2, -betas[1], criterion), (betas[1], -betas[1])
+def criterion_of(rule):
+    return (torch.nn.MSELoss if rule.loss == "mse" else torch.nn.CrossEntropyLoss)(reduction="none")
+
+
+def ep_gradients(model, x, y, rule):
+    criterion, betas = criterion_of(rule), rule.betas
+    free = relax(model, x, y, zeros(model, x), rule.T1, betas[0], criterion)
+    first, second, (b1, b2) = free, relax(model, x, y, free, rule.T2, betas[1], criterion), betas
+    if rule.thirdphase:
+        first, second, (b1, b2) = second, relax(model, x, y, free, rule.T2, -betas[1], criterion), (betas[1], -betas[1])
     model.zero_grad()
     delta = (model.Phi(x, y, second, b2, criterion).mean() - model.Phi(x, y, first, b1, criterion).mean()) / (b1 - b2)
     delta.backward()
     return free
 
 
-def bptt_gradients(model, x, y, T1, T2, criterion):
-    neurons = relax(model, x, y, zeros(model, x), T1 - T2, 0.0, criterion)
-    neurons = relax(model, x, y, neurons, T2, 0.0, criterion, check_thm=True)
+def bptt_gradients(model, x, y, rule):
+    criterion = criterion_of(rule)
+    neurons = relax(model, x, y, zeros(model, x), rule.T1 - rule.T2, 0.0, criterion)
+    neurons = relax(model, x, y, neurons, rule.T2, 0.0, criterion, check_thm=True)
     model.zero_grad()
     model.loss(neurons, y, criterion).mean().backward()
     return neurons

@@ -31,6 +31,8 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
 import model_utils  # noqa: E402
+from energy import gdu  # noqa: E402
+from model_utils import Rule  # noqa: E402
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled  # noqa: E402
 
 MSE, CEL = (model_utils.make_criterion(name) for name in ("mse", "cel"))
@@ -56,17 +58,17 @@ def cases(device):
     ep, bptt, gdu, attacked = ((30, 10), (10, 10), (10, 5, 2), (10, 4)) if small else ((250, 30), (30, 30), (60, 15, 20), (29, 128))
     batches = {"": cnn, ", batch 8": lambda device: cnn(device, 8)} if small else {"": cnn}
     recipe = {} if small else {"cnn symmetric EP update, T1 250, T2 30, the published recipe":
-                               (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y, 250, 30, (0.0, 1.0), CEL, True))}
+                               (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y, Rule(T1=250, T2=30, betas=(0.0, 1.0), loss="cel", thirdphase=True)))}
     return {
-        "mlp EP update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.ep_gradients(m, x, y, 30, 10, (0.0, 0.1), MSE)),
-        "mlp BPTT update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.bptt_gradients(m, x, y, 30, 10, MSE)),
+        "mlp EP update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.ep_gradients(m, x, y, Rule(T1=30, T2=10, betas=(0.0, 0.1)))),
+        "mlp BPTT update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.bptt_gradients(m, x, y, Rule(T1=30, T2=10))),
         "mlp free phase, T1 30": (mlp, lambda side, m, x, y: free_phase(side, m, x, 30, MSE)),
         "mlp gducheck, T1 60, T2 30": (mlp, lambda side, m, x, y: gducheck(side, m, x[:20], y[:20], 60, 30, MSE)),
         "mlp attack gradient, 29 steps": (mlp, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, MSE)),
-        **{f"cnn EP update, T1 {ep[0]}, T2 {ep[1]}{batch}": (network, lambda side, m, x, y: side.ep_gradients(m, x, y, *ep, (0.0, 1.0), CEL))
+        **{f"cnn EP update, T1 {ep[0]}, T2 {ep[1]}{batch}": (network, lambda side, m, x, y: side.ep_gradients(m, x, y, Rule(T1=ep[0], T2=ep[1], betas=(0.0, 1.0), loss="cel")))
            for batch, network in batches.items()},
         **recipe,
-        f"cnn BPTT update, T1 {bptt[0]}, T2 {bptt[1]}": (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y, *bptt, CEL)),
+        f"cnn BPTT update, T1 {bptt[0]}, T2 {bptt[1]}": (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y, Rule(T1=bptt[0], T2=bptt[1], loss="cel"))),
         **{f"cnn free phase, T1 {ep[0]}{batch}": (network, lambda side, m, x, y: free_phase(side, m, x, ep[0], CEL)) for batch, network in batches.items()},
         f"cnn gducheck, T1 {gdu[0]}, T2 {gdu[1]}, {gdu[2]} images":
             (lambda device: cnn(device, gdu[2]), lambda side, m, x, y: gducheck(side, m, x, y, gdu[0], gdu[1], CEL)),
@@ -149,7 +151,7 @@ def attack(side, model, x, y, T1, T2, iterations=20, eps=0.03):
 
 def gducheck(side, model, x, y, T1, T2, criterion):
     if side is model_utils:
-        return model_utils.bptt_contributions(model, x, y, T1, T2, 0.0, criterion)
+        return gdu.bptt_contributions(model, x, y, T1, T2, 0.0, criterion)
     return autodiff.separate_backpropagations(model, x, y, T1, T2, criterion)
 
 
@@ -162,7 +164,8 @@ def growth(device):
         calls[f"cnn free phase, {T} steps, batch {mbs}"] = lambda model=model, x=x: model(x, None, None, T, criterion=CEL)
     model, x, y = mlp(device)
     for T1 in (10, 50, 250):
-        calls[f"mlp EP update, T1 {T1}, T2 10"] = lambda T1=T1, model=model, x=x, y=y: model_utils.ep_gradients(model, x, y, T1, 10, (0.0, 0.1), MSE)
+        calls[f"mlp EP update, T1 {T1}, T2 10"] = lambda T1=T1, model=model, x=x, y=y: model_utils.ep_gradients(
+            model, x, y, Rule(T1=T1, T2=10, betas=(0.0, 0.1)))
     for depth in (1, 2, 3, 4):
         torch.manual_seed(0)
         model = model_utils.P_CNN(32, [3, 64, 64, 64, 64][:depth + 1], [3] * depth, [1] * depth, [10], pools(depth), [1] * depth, model_utils.my_hard_sig,
@@ -179,12 +182,8 @@ def matrix_rates(device, size=2048):
 
 
 def operations(call):
-    packs, model_utils.PACKS = model_utils.PACKS, False  # convolutions with packed weights are not known to the counter
-    try:
-        with FlopCounterMode(display=False) as counter:
-            call()
-    finally:
-        model_utils.PACKS = packs
+    with FlopCounterMode(display=False) as counter:
+        call()
     return counter.get_total_flops()
 
 
@@ -200,8 +199,8 @@ def sides(name, device):
 def lengths(name):
     """The case `NETWORK T`: an EP update with T1 = T2 = T."""
     network, T = name.split()
-    criterion = MSE if network == "mlp" else CEL
-    return globals()[network], lambda side, m, x, y: side.ep_gradients(m, x, y, int(T), int(T), (0.0, 0.1), criterion)
+    rule = Rule(T1=int(T), T2=int(T), betas=(0.0, 0.1), loss="mse" if network == "mlp" else "cel")
+    return globals()[network], lambda side, m, x, y: side.ep_gradients(m, x, y, rule)
 
 
 def chosen(index):

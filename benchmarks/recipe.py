@@ -23,8 +23,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
 import data_utils  # noqa: E402
 import model_utils  # noqa: E402
+from energy.gdu import cosine  # noqa: E402
 from experiment.timing import Stopwatch  # noqa: E402
-from bench import CEL, attacked_cnn, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
+from bench import attacked_cnn, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
 from settling import trained  # noqa: E402
 
 # precision, torch.compile, tol, schedule
@@ -43,37 +44,37 @@ SETTINGS = {
 }
 
 
-def arguments(T1, T2, betas, tol, schedule):
+def rule_of(T1, T2, betas, loss, tol, schedule):
     T1, T2 = (T1, T2) if schedule == "sync" else (-(-T1 // 4), -(-T2 // 4))
-    return argparse.Namespace(alg="EP", T1=T1, T2=T2, betas=betas, random_sign=False, thirdphase=True, tol=tol, dropouts=None)
+    return model_utils.Rule(T1=T1, T2=T2, betas=tuple(betas), loss=loss, thirdphase=True, tol=tol)
 
 
-def training_step(model, x, y, T1, T2, betas, criterion, setting):
+def training_step(model, x, y, T1, T2, betas, loss, setting):
     """A call that takes one training step (with a rate of zero, so that all take the same one) and returns its gradient."""
     precision, compiled, tol, schedule = setting
-    args, twin = arguments(T1, T2, betas, tol, schedule), model_utils.lowered(model, torch.bfloat16) if precision == "bf16" else None
+    rule, twin = rule_of(T1, T2, betas, loss, tol, schedule), model_utils.lowered(model, torch.bfloat16) if precision == "bf16" else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
-    account = Stopwatch()
+    stopwatch = Stopwatch()
 
     def step():
         model_utils.set_precision(precision)
         for moving in (model, twin) if twin else (model,):
             moving.compiled, moving.schedule = compiled, schedule
-        model_utils.gradients(model, x, y, args, criterion, account, twin)
+        model_utils.ep_gradients(model, x, y, rule, None, twin, stopwatch)
         optimizer.step()
         if twin:
             model_utils.refresh(twin, model)
         return [p.grad for p in model.parameters()]
-    return step, account
+    return step, stopwatch.settling
 
 
-def textbook_step(model, x, y, T1, T2, betas, criterion):
-    model = autodiff.textbook(model)
+def textbook_step(model, x, y, T1, T2, betas, loss):
+    model, rule = autodiff.textbook(model), rule_of(T1, T2, betas, loss, 0.0, "sync")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
 
     def step():
         model_utils.set_precision("fp32")
-        autodiff.ep_gradients(model, x, y, T1, T2, betas, criterion, True)
+        autodiff.ep_gradients(model, x, y, rule)
         optimizer.step()
     return step
 
@@ -81,7 +82,7 @@ def textbook_step(model, x, y, T1, T2, betas, criterion):
 def cosines(grads, exact):
     """(of all gradients as one vector, the smallest of a parameter)."""
     whole = [torch.cat([g.flatten() for g in side]) for side in (grads, exact)]
-    return model_utils.cosine(*whole), min(model_utils.cosine(a, b) for a, b in zip(grads, exact))
+    return cosine(*whole), min(cosine(a, b) for a, b in zip(grads, exact))
 
 
 def main():
@@ -95,14 +96,14 @@ def main():
     options = parser.parse_args()
     device = chosen(options.device)
     T1, T2, mbs = (250, 30, 128) if device.type == "cuda" else (40, 8, 8)
-    betas, criterion = (0.0, 1.0), CEL
+    betas, loss = (0.0, 1.0), "cel"
     torch.manual_seed(0)
     try:
         if options.load_path:
             model, args, batches, _ = trained(options.load_path, options.data_dir, T1, mbs, mbs, device)
             if len(model.B_syn):
                 raise data_utils.UserError(f"{options.load_path} has separate backward weights; the textbook form here is that of tied ones")
-            betas, criterion = tuple(args.betas), model_utils.make_criterion(args.loss)
+            betas, loss = tuple(args.betas), args.loss
             x, y = next(iter(batches))
         else:
             model, x, y = (cnn if device.type == "cuda" else attacked_cnn)(device)
@@ -116,20 +117,20 @@ def main():
              "| setting | training step, ms (range) | automatic differentiation, ms | ratio | gradient cosine, whole | smallest of a layer | free steps, mean |",
              "| --- | --- | --- | --- | --- | --- | --- |"]
     print("\n".join(lines), flush=True)
-    common = (model, x, y, T1, T2, betas, criterion)
+    common = (model, x, y, T1, T2, betas, loss)
     theirs = textbook_step(*common)
     exact = [g.clone() for g in training_step(*common, SETTINGS["fp32"])[0]()]
     best = None
     theirs()
     for name, setting in settings.items():
         torch._dynamo.reset()  # one setting's compiled steps are not to use up the limit of another's
-        ours, account = training_step(*common, setting)
+        ours, settling = training_step(*common, setting)
         whole, smallest = cosines(ours(), exact)
         ours(), ours()  # torch.compile may look at new shapes twice
         times = [(clock(ours, device), clock(theirs, device)) for _ in range(options.repeats)]
         own, other = ([1e3 * t for t in side] for side in zip(*times))
         ratio = statistics.median(b / a for a, b in times)
-        steps = f"{int(account.settling.steps) / account.settling.images:.1f}" if account.settling.images else arguments(T1, T2, betas, *setting[2:]).T1
+        steps = f"{int(settling.steps) / settling.images:.1f}" if settling.images else rule_of(T1, T2, betas, loss, *setting[2:]).T1
         lines.append(f"| {name} | {statistics.median(own):.1f} ({min(own):.1f} to {max(own):.1f}) | {statistics.median(other):.0f} | **{ratio:.2f}** "
                      f"| {whole:.5f} | {smallest:.5f} | {steps} |")
         print(lines[-1], flush=True)

@@ -7,6 +7,7 @@ mini-batch by mini-batch; then, over 10 mini-batches, the smallest cosine simila
 `--write` appends the table to benchmarks/RESULTS.md.
 """
 import argparse
+import dataclasses
 import datetime
 import pathlib
 import statistics
@@ -19,6 +20,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import data_utils  # noqa: E402
 import main as command_line  # noqa: E402
 import model_utils  # noqa: E402
+from energy.gdu import cosine  # noqa: E402
 from experiment import arguments, checkpoints  # noqa: E402
 from experiment.timing import Stopwatch, progress  # noqa: E402
 from experiment.workers import Workers  # noqa: E402
@@ -51,15 +53,15 @@ def compare(model, batches, args, criterion, tol, device):
     return int(account.settling.steps) / account.settling.images, int(account.settling.unsettled) / account.settling.images, same / batches.samples, statistics.median(ratios)
 
 
-def smallest_cosine(model, batches, args, criterion, tol):
+def smallest_cosine(model, batches, args, tol):
     """The smallest cosine similarity of a parameter's gradient with and without `tol`, over 10 mini-batches."""
     smallest = 1.0
     for _, (x, y) in zip(range(10), batches):
         found = []
         for t in (0.0, tol):
-            model_utils.ep_gradients(model, x, y, args.T1, args.T2, args.betas, criterion, args.thirdphase, t)
+            model_utils.ep_gradients(model, x, y, dataclasses.replace(model_utils.Rule.of(args), alg="EP", tol=t))
             found.append([p.grad.clone() for p in model.parameters()])
-        smallest = min(smallest, *(model_utils.cosine(a, b) for a, b in zip(*found)))
+        smallest = min(smallest, *(cosine(a, b) for a, b in zip(*found)))
     return smallest
 
 
@@ -94,7 +96,7 @@ def main():
     for tol in options.tol:
         steps, unsettled, same, ratio = compare(model, batches, args, criterion, tol, device)
         lines.append(f"| {tol:g} | {steps:.1f} | **{args.T1 / steps:.2f}** | {100 * unsettled:.2f} % | {100 * same:.2f} % | {ratio:.2f} | "
-                     f"{smallest_cosine(model, batches, args, criterion, tol):.6f} |")
+                     f"{smallest_cosine(model, batches, args, tol):.6f} |")
         print(lines[-1], flush=True)
     if options.write:
         publish(lines)

@@ -1,3 +1,4 @@
+import copy
 import pathlib
 import sys
 
@@ -10,6 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import main  # noqa: E402
 import model_utils as mu  # noqa: E402
+from energy import fast  # noqa: E402
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -79,6 +81,26 @@ def sample(model, mbs=4):
     """x and y of a mini-batch for one of the models above, in its precision."""
     first = model.connections[0]
     return torch.randn(mbs, *first.pre_shape, dtype=model.synapses[0].weight.dtype), torch.randint(0, 5, (mbs,))
+
+
+def masked(model, masks):
+    """The model, on the same parameters, seeing the layers below through masks of dropout, as `draw_masks` gives them."""
+    twin, chain = copy.copy(model), model.chain().masked(masks)
+    twin.connections, twin.output = chain.connections, chain.readout
+    return twin
+
+
+def rule(T1, T2, criterion, beta=0.3, **more):
+    """A rule of learning with betas 0 and `beta`, and the loss of `criterion`."""
+    return mu.Rule(T1=T1, T2=T2, betas=(0.0, beta), loss=mu.loss_name(criterion), **more)
+
+
+def settle(model, x, y, T, beta, criterion, tol, every=5):
+    """(neurons, steps, settled) of a phase from zero neurons that ends early."""
+    loss = mu.loss_name(criterion)
+    chain = model.chain(loss)
+    neurons, settling = fast.relax_until_settled(chain, model.phase(chain.input_drive(x), y, beta, loss), T, tol, every)
+    return neurons, *settling
 
 
 def criterion_of(model):

@@ -4,11 +4,12 @@ import argparse
 import autodiff
 import pytest
 import torch
-from conftest import criterion_of, grads, only_run, sample
+from conftest import criterion_of, grads, masked, only_run, rule, sample, settle
 
 import main
 import main_dropout
 import model_utils as mu
+from energy import dynamics, fast, gdu
 from experiment import arguments
 
 KEEP = 0.7
@@ -18,7 +19,7 @@ KEEP = 0.7
 def dropped(model):
     torch.manual_seed(1)
     connections = len(model.connections) + model.softmax
-    return model.dropped(mu.draw_masks(model, [KEEP] * connections, 4))
+    return masked(model, mu.draw_masks(model, [KEEP] * connections, 4))
 
 
 def same(ours, theirs, tolerance=1e-9):
@@ -34,7 +35,7 @@ def test_phases_and_updates_are_those_of_the_masked_phi(dropped, schedule):
     if schedule == "sync":
         same(free, autodiff.relax(dropped, x, y, dropped.init_neurons(4, "cpu"), 6, 0.0, criterion))
         same(dropped(x, y, free, 4, 0.3, criterion), autodiff.relax(dropped, x, y, free, 4, 0.3, criterion))
-    mu.ep_gradients(dropped, x, y, 6, 4, (0.0, 0.3), criterion, thirdphase=True)
+    mu.ep_gradients(dropped, x, y, rule(6, 4, criterion, 0.3, thirdphase=True))
     ours = grads(dropped)
     if not len(dropped.B_syn):
         dropped.zero_grad()
@@ -48,8 +49,8 @@ def test_gducheck_holds_with_masks_held(dropped):
     criterion, (x, y) = criterion_of(dropped), sample(dropped)
     if any(c.routed for c in dropped.connections) or len(dropped.B_syn):
         pytest.skip("the theorem is of smooth dynamics with an energy")
-    BPTT = mu.bptt_contributions(dropped, x, y, 300, 100, 0.0, criterion)
-    EP = [mu.ep_contributions(dropped, x, y, 300, 100, (0.0, b), criterion) for b in (1e-3, -1e-3)]
+    BPTT = gdu.bptt_contributions(dropped, x, y, 300, 100, 0.0, criterion)
+    EP = [gdu.ep_contributions(dropped, x, y, 300, 100, (0.0, b), criterion) for b in (1e-3, -1e-3)]
     for name, p in list(dropped.named_parameters())[:-2 if dropped.softmax else None]:
         for ours, theirs in zip((EP[0][name] + EP[1][name]) / 2, BPTT[name]):  # step by step
             assert (ours - theirs).norm() <= 1e-3 * BPTT[name].flatten(1).norm(dim=1).max()
@@ -57,9 +58,9 @@ def test_gducheck_holds_with_masks_held(dropped):
 
 def test_bptt_goes_through_the_masks(dropped):
     criterion, (x, y) = criterion_of(dropped), sample(dropped)
-    expected = autodiff.bptt_gradients(dropped, x, y, 7, 4, criterion)
+    expected = autodiff.bptt_gradients(dropped, x, y, rule(7, 4, criterion))
     theirs = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in dropped.named_parameters()}
-    same(mu.bptt_gradients(dropped, x, y, 7, 4, criterion)[-1:], expected[-1:])
+    same(mu.bptt_gradients(dropped, x, y, rule(7, 4, criterion))[-1:], expected[-1:])
     same(grads(dropped).values(), theirs.values())
 
 
@@ -68,16 +69,17 @@ def test_training_counts_what_the_masked_read_out_says(alg, monkeypatch):
     torch.manual_seed(0)
     model = mu.P_MLP([20, 16, 8, 5], torch.tanh, softmax=True)
     x, y = torch.randn(50, 20), torch.randint(0, 5, (50,))
-    monkeypatch.setattr(mu, "draw_masks", lambda model, keep, mbs, rows: [None, None, torch.zeros(mbs, 8)])
-    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0, dropouts=[1, 1, 0.5])
-    right = mu.gradients(model, x, y, args, mu.make_criterion("cel"))[1]
+    monkeypatch.setattr(mu, "draw_masks", lambda model, keep, mbs, part: [None, None, torch.zeros(mbs, 8)])
+    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0, dropouts=[1, 1, 0.5],
+                              loss="cel", precision="fp32")
+    right = mu.Trainer(model, None, args).gradients(x, y)[1]
     assert right == (y == model.synapses[-1].bias.argmax()).sum()  # all that is left for the read-out to say
 
 
 def test_settling_keeps_each_image_with_its_mask(dropped):
     criterion, (x, y) = criterion_of(dropped), sample(dropped)
     x[::2] *= 20
-    neurons, steps, _ = dropped.settle(dropped.input_drive(x), None, 40, 0.0, criterion, 1e-4, every=1)
+    neurons, steps, _ = settle(dropped, x, None, 40, 0.0, criterion, 1e-4, every=1)
     for i, T in enumerate(steps.tolist()):
         same([s[i:i + 1] for s in neurons], [s[i:i + 1] for s in dropped(x, None, None, T, 0.0, criterion)])
 
@@ -95,19 +97,20 @@ def test_masks_differ_between_images_and_batches_and_keep_the_mean(model):
 def test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none(ok, monkeypatch, tmp_path):
     drawn, masks, relaxed = [], mu.draw_masks, []
     monkeypatch.setattr(mu, "draw_masks", lambda *args: drawn.append(masks(*args)) or drawn[-1])
-    relax = mu.EnergyModel.relax
+    relax = dynamics.relax
 
-    def watched(self, *args, **more):
-        relaxed.append([c.mask for c in self.connections if isinstance(c, mu.Dropped)])
-        return relax(self, *args, **more)
-    monkeypatch.setattr(mu.EnergyModel, "relax", watched)
-    monkeypatch.setattr(mu, "PAIRED", 0)
+    def watched(chain, *args):
+        relaxed.append([c.mask for c in chain.connections if c.mask is not None])
+        return relax(chain, *args)
+    monkeypatch.setattr(dynamics, "relax", watched)
+    monkeypatch.setattr(fast, "TABLE", {})  # every phase on its own, by the plain way
     ok(QUICK, "--thirdphase --dropouts 0.9 0.5 --save", flags=main_dropout.FLAGS, name="main_dropout.py")
-    batches, evaluations = 5, 3
-    assert len(drawn) == batches and len(relaxed) == 3 * batches + evaluations
+    batches, evaluations, looks = 5, 3, 2  # a look of `Health` at the first mini-batch, without masks
+    assert len(drawn) == batches and len(relaxed) == looks + 3 * batches + evaluations
+    assert all(not phase for phase in relaxed[:looks])
     for n, batch in enumerate(drawn):
-        assert all(phase[0] is batch[0] and phase[1] is batch[1] for phase in relaxed[3 * n:3 * n + 3])
-    assert all(not phase for phase in relaxed[3 * batches:])
+        assert all(phase[0] is batch[0] and phase[1] is batch[1] for phase in relaxed[looks + 3 * n:looks + 3 * n + 3])
+    assert all(not phase for phase in relaxed[looks + 3 * batches:])
     before = len(drawn)
     ok(f"--todo evaluate --device -1 --load-path {only_run(tmp_path)}")
     assert len(drawn) == before
@@ -144,11 +147,11 @@ def test_main_has_no_dropouts(cli):
 def test_the_sum_of_small_continual_updates_is_that_of_ep(model, thirdphase):
     criterion, (x, y) = criterion_of(model), sample(model)
     before = [p.detach().clone() for p in model.parameters()]
-    mu.ep_gradients(model, x, y, 8, 5, (0.0, 0.3), criterion, thirdphase)
+    mu.ep_gradients(model, x, y, rule(8, 5, criterion, 0.3, thirdphase=thirdphase))
     exact, errors = torch.cat([p.grad.flatten() for p in model.parameters()]), []
     for lr in (1e-3, 1e-4, 1e-5):
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        mu.cep_updates(model, optimizer, x, y, 8, 5, (0.0, 0.3), criterion, thirdphase)
+        mu.cep_updates(model, optimizer, x, y, rule(8, 5, criterion, thirdphase=thirdphase))
         optimizer.step()
         change = torch.cat([(a - p).detach().flatten() / lr for a, p in zip(before, model.parameters())])
         errors.append(((change - exact).norm() / exact.norm()).item())
@@ -163,7 +166,7 @@ def test_the_sum_of_small_continual_updates_is_that_of_ep(model, thirdphase):
 def test_cep_decays_weights_once_a_batch(model):
     criterion, (x, y) = criterion_of(model), sample(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
-    mu.cep_updates(model, optimizer, x, y, 4, 2, (0.0, 0.3), criterion)
+    mu.cep_updates(model, optimizer, x, y, rule(4, 2, criterion))
     optimizer.param_groups[0]["lr"] = 0.5
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()

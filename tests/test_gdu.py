@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from autodiff import separate_backpropagations
-from conftest import GOLDEN, MODELS, criterion_of, only_run, sample
+from conftest import GOLDEN, MODELS, criterion_of, only_run, rule, sample
 from test_golden import CASES, assert_close, case, criterion, model as golden_model  # noqa: F401
 
 import model_utils as mu
+from energy import gdu
 
 
 def test_golden(case, golden_model, criterion):  # noqa: F811
@@ -19,7 +20,7 @@ def test_golden(case, golden_model, criterion):  # noqa: F811
 
 def test_one_backward_pass_equals_one_per_step(model):
     criterion, (x, y) = criterion_of(model), sample(model)
-    ours = mu.bptt_contributions(model, x, y, 9, 5, 0.0, criterion)
+    ours = gdu.bptt_contributions(model, x, y, 9, 5, 0.0, criterion)
     theirs = separate_backpropagations(model, x, y, 9, 5, criterion)
     assert set(ours) == set(theirs)
     for name in ours:
@@ -28,13 +29,13 @@ def test_one_backward_pass_equals_one_per_step(model):
 
 def test_the_sum_of_the_contributions_is_the_gradient(model):
     criterion, (x, y) = criterion_of(model), sample(model)
-    BPTT = mu.bptt_contributions(model, x, y, 9, 5, 0.0, criterion)
-    mu.bptt_gradients(model, x, y, 9, 5, criterion)
-    EP = mu.ep_contributions(model, x, y, 9, 5, (0.0, 0.1), criterion)
+    BPTT = gdu.bptt_contributions(model, x, y, 9, 5, 0.0, criterion)
+    mu.bptt_gradients(model, x, y, rule(9, 5, criterion))
+    EP = gdu.ep_contributions(model, x, y, 9, 5, (0.0, 0.1), criterion)
     for name, p in model.named_parameters():
         torch.testing.assert_close(BPTT[name].sum(0), p.grad, rtol=1e-9, atol=1e-12)
     if not len(model.B_syn):  # with separate weights the pairing of states does not telescope
-        mu.ep_gradients(model, x, y, 9, 5, (0.0, 0.1), criterion)
+        mu.ep_gradients(model, x, y, rule(9, 5, criterion, 0.1))
         for name, p in list(model.named_parameters())[:-2 if model.softmax else None]:  # the read-out's first state is nudged here
             torch.testing.assert_close(EP[name].sum(0), p.grad, rtol=1e-7, atol=1e-12)
 
@@ -45,13 +46,13 @@ def test_the_theorem():
     model = mu.P_MLP([30, 24, 12, 5], torch.tanh).double()
     x, y, criterion = torch.randn(6, 30, dtype=torch.float64), torch.randint(0, 5, (6,)), mu.make_criterion("mse")
     betas, T1, T2 = (0.02, 0.01, 0.005), 1500, 300
-    truth = mu.bptt_contributions(model, x, y, T1, T2, 0.0, criterion)
+    truth = gdu.bptt_contributions(model, x, y, T1, T2, 0.0, criterion)
     names = [name for name, _ in model.named_parameters()]
     total = lambda runs: torch.cat([sum(run[name].sum(0) for run in runs).flatten() / len(runs) for name in names])  # noqa: E731
     exact = total([truth])
     errors = []
     for beta in betas:
-        plus, minus = (mu.ep_contributions(model, x, y, T1, T2, (0.0, b), criterion) for b in (beta, -beta))
+        plus, minus = (gdu.ep_contributions(model, x, y, T1, T2, (0.0, b), criterion) for b in (beta, -beta))
         errors.append([((total(runs) - exact).norm() / exact.norm()).item() for runs in ([plus], [plus, minus])])
     slopes = np.polyfit(np.log(betas), np.log(errors), 1)[0]
     assert slopes == pytest.approx([1, 2], abs=0.1), (errors, slopes)
@@ -59,7 +60,7 @@ def test_the_theorem():
 
 def test_gducheck_leaves_gradients_and_random_numbers_alone(model):
     criterion, (x, y) = criterion_of(model), sample(model)
-    mu.ep_gradients(model, x, y, 4, 2, (0.0, 0.1), criterion)
+    mu.ep_gradients(model, x, y, rule(4, 2, criterion, 0.1))
     before, random = [p.grad.clone() for p in model.parameters()], torch.get_rng_state()
     mu.check_gdu(model, x, y, 4, 2, (0.0, 0.1), criterion)
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters())) and torch.equal(random, torch.get_rng_state())

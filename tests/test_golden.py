@@ -76,7 +76,7 @@ def test_ep_updates(case, model, criterion):
 
 def test_bptt(case, model, criterion):
     c = case["case"]
-    neurons = mu.bptt_gradients(model, case["x"], case["y"], c["T1"], c["T2"], criterion)
+    neurons = mu.bptt_gradients(model, case["x"], case["y"], mu.Rule(T1=c["T1"], T2=c["T2"], loss=c["loss"]))
     assert model.loss(neurons, case["y"], criterion).mean().item() == pytest.approx(case["loss_bptt"], rel=1e-4)
     assert_close(grads(model), case["grad_bptt"], 1e-3)
 

@@ -1,8 +1,11 @@
 """The written-out dynamics and updates against automatic differentiation of Phi, in float64, on shapes the golden cases lack."""
+import subprocess
+import sys
+
 import autodiff
 import pytest
 import torch
-from conftest import criterion_of, grads, sample
+from conftest import ROOT, criterion_of, grads, rule, sample
 
 import model_utils as mu
 
@@ -34,9 +37,9 @@ def test_ep_update_of_tied_weights_is_the_gradient_of_phi(model, loss, thirdphas
     if len(model.B_syn) or model.softmax and loss == "mse":
         pytest.skip("the sum of phis is no energy with separate weights")
     criterion, (x, y) = mu.make_criterion(loss), sample(model)
-    autodiff.ep_gradients(model, x, y, 6, 4, (0.0, 0.3), criterion, thirdphase)
+    autodiff.ep_gradients(model, x, y, rule(6, 4, criterion, 0.3, thirdphase=thirdphase))
     expected = grads(model)
-    mu.ep_gradients(model, x, y, 6, 4, (0.0, 0.3), criterion, thirdphase)
+    mu.ep_gradients(model, x, y, rule(6, 4, criterion, 0.3, thirdphase=thirdphase))
     for name, grad in grads(model).items():
         torch.testing.assert_close(grad, expected[name], msg=name, **TOLERANCE)
 
@@ -83,9 +86,9 @@ def test_vector_field_update_is_the_local_one(model):
 @pytest.mark.parametrize("T1", [7, 4])
 def test_bptt_is_the_second_derivative(model, T1):
     criterion, (x, y) = criterion_of(model), sample(model)
-    expected_neurons = autodiff.bptt_gradients(model, x, y, T1, 4, criterion)
+    expected_neurons = autodiff.bptt_gradients(model, x, y, rule(T1, 4, criterion))
     expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    neurons = mu.bptt_gradients(model, x, y, T1, 4, criterion)
+    neurons = mu.bptt_gradients(model, x, y, rule(T1, 4, criterion))
     torch.testing.assert_close(neurons[-1], expected_neurons[-1], **TOLERANCE)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], msg=name, **TOLERANCE)
@@ -98,7 +101,7 @@ def test_no_step_and_no_update_calls_autograd(model, monkeypatch):
     monkeypatch.setattr(torch.autograd, "backward", forbidden)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        mu.ep_gradients(model, *sample(model), 3, 2, (0.0, 0.5), criterion_of(model), thirdphase=True)
+        mu.ep_gradients(model, *sample(model), rule(3, 2, criterion_of(model), 0.5, thirdphase=True))
     assert not saved
 
 
@@ -116,8 +119,8 @@ def test_one_sample_equals_its_row_in_a_batch(model):
     batch = model(x, y, None, 6, 0.2, criterion)
     alone = model(x[1:2], y[1:2], None, 6, 0.2, criterion)
     assert_same(alone, [n[1:2] for n in batch])
-    mu.ep_gradients(model, x[1:2], y[1:2], 3, 2, (0.0, 0.5), criterion)
-    mu.bptt_gradients(model, x[1:2], y[1:2], 3, 2, criterion)
+    mu.ep_gradients(model, x[1:2], y[1:2], rule(3, 2, criterion, 0.5))
+    mu.bptt_gradients(model, x[1:2], y[1:2], rule(3, 2, criterion))
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -171,3 +174,61 @@ def test_backward_weights_take_the_rates_of_their_twins():
         for p in [*c.synapse.parameters(), *(c.feedback.parameters() if c.feedback else [])]:
             assert rates[id(p)] == (args.lrs[n], args.wds[n])
     assert scheduler.T_max == 100 and scheduler.eta_min == 1e-5
+
+
+STRIDED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import model_utils as mu
+torch.set_num_threads(1)
+worst = 0.0
+for kernel in (1, 2, 3):
+    for stride in (1, 2, 3, 4):
+        for channels in range(1, 10):
+            for size in range(26, 33, 1 if kernel == 1 else 2):
+                torch.manual_seed(size)
+                model = mu.P_CNN(size, [channels, 3], [kernel], [stride], [4], mu.make_pools("i"), [0], torch.tanh)
+                x, y, found = torch.randn(1, channels, size, size), torch.tensor([1]), []
+                for m, x in ((model, x), (mu.lowered(model, torch.float64), x.double())):
+                    grads = []
+                    for learn in (mu.ep_gradients, mu.bptt_gradients):
+                        learn(m, x, y, mu.Rule(T1=2, T2=2, betas=(0.0, 0.5)))
+                        grads += [p.grad for p in m.parameters()]
+                    leaf = x.clone().requires_grad_()
+                    grads.append(torch.autograd.grad(m(leaf, T=2, check_thm=True)[-1].sum(), leaf)[0])
+                    grads += torch.autograd.grad(m.Phi(x, y, m(x, T=1), 0.5, "mse").sum(), list(m.parameters()))
+                    found.append(torch.cat([g.flatten().double() for g in grads]))
+                worst = max(worst, ((found[0] - found[1]).norm() / found[1].norm()).item())
+print(worst)
+"""
+
+
+def test_no_kernel_stride_or_number_of_channels_corrupts_memory():
+    """In a process of its own, which torch's own convolution would crash for a 1x1 kernel with a stride."""
+    done = subprocess.run([sys.executable, "-c", STRIDED, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert float(done.stdout) < 1e-4
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_states_share_no_memory_with_parameters(softmax):
+    models = [mu.P_MLP([20, 16, 5], torch.tanh, softmax=softmax), mu.P_MLP([20, 5], torch.tanh),
+              mu.P_CNN(8, [2, 4], [3], [1], [5], mu.make_pools("m"), [0], torch.tanh, softmax=softmax)]
+    for model in models:
+        (x, y), owned = sample(model), {p.untyped_storage().data_ptr() for p in model.parameters()}
+        for T in (0, 1, 2):
+            for neurons in (model(x, y, None, T, 0.0, "cel"), model(x, y, None, T, 0.5, "cel")):
+                assert not owned & {s.untyped_storage().data_ptr() for s in neurons}
+
+
+def test_continual_ep_after_one_free_step_is_that_of_its_own_free_state():
+    """Whose linear output was once the bias itself, which the first update then moved."""
+    torch.manual_seed(0)
+    model = mu.P_MLP([20, 16, 5], torch.tanh).double()
+    x, y = sample(model)
+    mu.ep_gradients(model, x, y, mu.Rule(T1=1, T2=2, betas=(0.0, 0.3), loss="cel"))
+    exact, before = grads(model), [p.detach().clone() for p in model.parameters()]
+    mu.cep_updates(model, torch.optim.SGD(model.parameters(), lr=1e-7), x, y, mu.Rule("CEP", 1, 2, (0.0, 0.3), "cel"))
+    for name, old, p in zip(exact, before, model.parameters()):
+        torch.testing.assert_close((old - p.detach()) / 1e-7, exact[name], rtol=1e-4, atol=1e-6)
