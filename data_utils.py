@@ -1,15 +1,17 @@
-"""Tasks and their mini-batches, files of corrupted images, and the two kinds of errors that a user hears of."""
+"""Tasks and their mini-batches, files of corrupted images, and the two kinds of errors that a user hears of.
+
+torch and torchvision are imported where they are used: the command line asks for names and sizes of tasks before it loads them."""
 import contextlib
-import io
+import gzip
 import os
 import pathlib
+import pickle
 import re
-import socket
+import tarfile
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-import torchvision
+
+import data_files
 
 
 class UserError(Exception):
@@ -29,8 +31,9 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# ------------------------------------------------------------------------------------------------------------------ tasks
-# A task is its name, the geometry of its images, and a function that reads one split: (images uint8 (n, C, H, W), labels (n,)).
+# --------------------------------------------------------------------------------------------------------------- tasks
+# A task is its name, the geometry of its images, and a function that reads one split: for each file of images a tuple
+# (where it is, images (n, C, H, W), labels (n,)) of NumPy arrays as they were found, which `load_split` checks.
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), tuple(3 * s for s in (0.2023, 0.1994, 0.2010))
 
@@ -47,69 +50,123 @@ class Task:
 
 
 def _digits(data_dir, train):
-    """scikit-learn's 1797 handwritten digits, 8x8 with 17 grey values, enlarged to 28x28; 360 of them are for testing."""
+    """scikit-learn's 1797 handwritten digits, 8x8 with 17 grey values, enlarged to 28x28; 360 are for testing."""
+    import torch
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
     images, labels = (split[0], split[2]) if train else (split[1], split[3])
     images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    images = F.interpolate(images * (255 / 16), size=(28, 28), mode="bilinear").round().to(torch.uint8)
-    return images, torch.tensor(labels, dtype=torch.int64)
+    images = torch.nn.functional.interpolate(images * (255 / 16), size=(28, 28), mode="bilinear")
+    return [("scikit-learn", images.round().to(torch.uint8).numpy(), labels)]
 
 
-def _without_checksums(dataset):
-    """The torchvision class of a CIFAR data set, reading any files of its format: only a download is held to the checksums."""
-    unchecked = {name: [(file, None) for file, _ in getattr(dataset, name)] for name in ("train_list", "test_list")}
-    return type(dataset.__name__, (dataset,), {**unchecked, "meta": {**dataset.meta, "md5": None}})
-
-
-def _torchvision(name):
-    def read(data_dir, train):
+def _torchvision(name, read):
+    """Reads the files of torchvision's data set `name` by `read(dataset, data_dir, train)`; where that finds that one
+    does not exist (FileNotFoundError), they are downloaded."""
+    def read_split(data_dir, train):
+        import torchvision
         dataset = getattr(torchvision.datasets, name)
-        if hasattr(dataset, "train_list"):
-            dataset = _without_checksums(dataset)
+        data_dir = pathlib.Path(os.path.abspath(os.path.expanduser(data_dir)))
         try:
-            data = dataset(data_dir, train=train)
-        except RuntimeError:  # torchvision's way to say that the files are not there
-            data = _download(dataset, name, data_dir, train)
-        except Exception as e:  # damaged files fail in any way
-            raise UserError(f"the files of {name} in {data_dir} cannot be read: {one_line(e)}") from None
-        images = torch.as_tensor(data.data)
-        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-        return images.contiguous(), torch.as_tensor(data.targets, dtype=torch.int64)
-    return read
+            return read(dataset, data_dir, train)
+        except FileNotFoundError:
+            pass
+        try:
+            return data_files.download(dataset, data_dir, lambda: read(dataset, data_dir, train))
+        except UserError:
+            raise
+        except Exception as e:  # a download can fail in any way
+            reason, left = re.search(r"<urlopen error (.*?)>", str(e)), data_dir / name / "processed"
+            note = f"; {left}, of an old torchvision, is not read" if os.path.exists(left) else ""
+            raise UserError(f"the files of {name} are missing: not found in {data_dir} (--data-dir), and the download "
+                            f"failed ({reason[1] if reason else one_line(e)}){note}; "
+                            "--task digits needs no files and no network") from None
+    return read_split
 
 
-def _download(dataset, name, data_dir, train):
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
+@contextlib.contextmanager
+def _opened(path):
+    """The file at `path`, to be read in the block, whose errors become a UserError. FileNotFoundError alone stays: only
+    what is not there at all is downloaded."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return dataset(data_dir, train=train, download=True)
-    except (RuntimeError, OSError) as e:
-        reason = re.search(r"<urlopen error (.*?)>", str(e))
-        raise UserError(f"the files of {name} are missing: not found in {os.path.abspath(data_dir)} (--data-dir), and the download "
-                        f"failed ({reason[1] if reason else one_line(e)}); --task digits needs no files and no network") from None
-    finally:
-        socket.setdefaulttimeout(timeout)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")  # a pipe would be waited for
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except Exception as e:  # a damaged file can fail in any way
+        reason = one_line(e)[:300]
+        if isinstance(e, pickle.UnpicklingError) or isinstance(e, OSError) and e.errno:
+            raise UserError(f"{path} cannot be read: {reason}") from None
+        raise UserError(f"{path} is damaged and cannot be read: {reason}; delete it to download it again") from None
+
+
+def _read_mnist(dataset, data_dir, train):
+    """From the files, or where one is not there from the compressed one beside it, which stays as it is."""
+    def read(name):
+        path = folder / f"{'train' if train else 't10k'}-{name}-ubyte"
+        packed = path.with_name(path.name + ".gz")
+        if os.path.exists(path) or not os.path.exists(packed):
+            with _opened(path) as file:
+                return data_files.read_idx(file)
+        with _opened(packed) as file, gzip.open(file) as unpacked:
+            return data_files.read_idx(unpacked)
+    folder = data_dir / dataset.__name__ / "raw"
+    images, labels = read("images-idx3"), read("labels-idx1")
+    return [(folder, images[:, None] if images.ndim == 3 else images, labels)]
+
+
+def _read_cifar(dataset, data_dir, train):
+    """From the files, or where one is not there from the archive that they come in, which stays as it is."""
+    folder, archive, meta = data_dir / dataset.base_folder, data_dir / dataset.filename, dataset.meta["filename"]
+    names, parts = [*(name for name, _ in (dataset.train_list if train else dataset.test_list)), meta], {}
+
+    def read(where, name, file):
+        entry = data_files.read_pickle(file)
+        if not isinstance(entry, dict):
+            raise ValueError(f"{name} does not hold a dict")
+        parts[name] = where
+        if name != meta:
+            images = data_files.as_array(entry.get("data"))
+            images = images.reshape(-1, 3, 32, 32) if images.shape[1:] == (3072,) else images
+            parts[name] = where, images, data_files.as_labels(entry.get("labels", entry.get("fine_labels", [])))
+
+    if os.path.exists(archive) and not all(os.path.exists(folder / name) for name in names):
+        with _opened(archive) as file, tarfile.open(fileobj=file, mode="r|gz") as tar:
+            for member in tar:
+                place, name = os.path.split(member.name)
+                ours = place == dataset.base_folder and name in names
+                if ours and member.isfile() and member.size <= data_files.LARGEST:
+                    read(archive, name, tar.extractfile(member))
+            if len(parts) < len(names):
+                raise ValueError("it lacks " + ", ".join(name for name in names if name not in parts))
+    else:
+        for name in names:
+            with _opened(folder / name) as file:
+                read(folder / name, name, file)
+    return [parts[name] for name in names[:-1]]
 
 
 TASKS = {"digits": Task(_digits, 1, 28, 10),
-         "MNIST": Task(_torchvision("MNIST"), 1, 28, 10),
-         "FashionMNIST": Task(_torchvision("FashionMNIST"), 1, 28, 10),
-         "CIFAR10": Task(_torchvision("CIFAR10"), 3, 32, 10, CIFAR_MEAN, CIFAR_STD, augments=True),
-         "CIFAR100": Task(_torchvision("CIFAR100"), 3, 32, 100, CIFAR_MEAN, CIFAR_STD, augments=True)}
+         "MNIST": Task(_torchvision("MNIST", _read_mnist), 1, 28, 10),
+         "FashionMNIST": Task(_torchvision("FashionMNIST", _read_mnist), 1, 28, 10),
+         "CIFAR10": Task(_torchvision("CIFAR10", _read_cifar), 3, 32, 10, CIFAR_MEAN, CIFAR_STD, augments=True),
+         "CIFAR100": Task(_torchvision("CIFAR100", _read_cifar), 3, 32, 100, CIFAR_MEAN, CIFAR_STD, augments=True)}
 
 
 class Batches:
-    """Mini-batches of a data set that sits in memory (on the GPU where there is one) as uint8; one iteration is an epoch.
+    """Mini-batches of a data set that sits in memory, on the GPU if there is one, as uint8; one iteration is an epoch.
 
-    images: uint8 (n, C, H, W); labels: (n,). Yields x, float32 (mbs, C, H, W) normalised, and y, (mbs,); the last batch may be
-    smaller. With `generator`, order and augmentation are drawn from it, on the CPU, so that they are the same on every device.
+    images: uint8 (n, C, H, W); labels: (n,). Yields x, float32 (mbs, C, H, W) normalised, and y, (mbs,); the last batch
+    may be smaller. With `generator`, order and augmentation are drawn from it, on the CPU, so that they are the same on
+    every device.
     """
 
     def __init__(self, images, labels, mbs, task, device, generator=None, augment=False):
+        import torch
         self.images, self.labels, self.mbs = images.to(device), labels.to(device), mbs
         self.generator, self.augment = generator, augment
         self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (task.mean, task.std))
@@ -122,6 +179,7 @@ class Batches:
         return len(self.labels)
 
     def __iter__(self):
+        import torch
         n = self.samples
         order = torch.arange(n) if self.generator is None else torch.randperm(n, generator=self.generator)
         for chosen in order.to(self.labels.device).split(self.mbs):
@@ -135,10 +193,11 @@ class Batches:
 
 
 def flip_and_shift(images, generator, reach=4):
-    """Each image mirrored with probability 1/2, then cut to its size at a random place after `reach` pixels of edge padding.
+    """Each image mirrored with probability 1/2, then cut to its size at a random place after edge padding by `reach`.
 
     images: (mbs, C, H, W), H = W. Both are one look-up: row and column of the source pixel, held at the edge.
     """
+    import torch
     mbs, channels, size, _ = images.shape
     shift = torch.randint(0, 2 * reach + 1, (mbs, 2), generator=generator) - reach
     mirrored = torch.rand(mbs, 1, generator=generator) < 0.5
@@ -151,30 +210,61 @@ def flip_and_shift(images, generator, reach=4):
 
 
 def load_split(name, data_dir, train, size=None):
-    """The first `size` (default: all) images and labels of one split. Raises UserError where the files are missing or too few."""
-    images, labels = TASKS[name].read(data_dir, train)
+    """The first `size` (default: all) samples of one split: images, uint8 (n, C, H, W), and labels, int64 (n,). Raises
+    UserError where the files are missing, damaged, not what the task needs, or too few."""
+    import torch
+    parts = TASKS[name].read(data_dir, train)
+    for part in parts:
+        _check(name, *part)
+    _, images, labels = zip(*parts)
+    images, labels = np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels).astype(np.int64)
     if size is not None and size > len(labels):
-        raise UserError(f"argument --{'train' if train else 'test'}-size: got {size}, {name} has {len(labels)} such images")
-    return images[:size], labels[:size]
+        flag = f"--{'train' if train else 'test'}-size"
+        raise UserError(f"argument {flag}: got {size}, {name} has {len(labels)} such images")
+    return torch.from_numpy(images)[:size], torch.from_numpy(labels)[:size]
 
 
-# CIFAR-10-C and its like: a file per corruption, uint8 (5 n, 32, 32, 3), the n test images at severity 1, then at severity 2 and so on.
-CORRUPTIONS = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "frost", "fog",
-               "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",  # the 15 that published means are over
-               "speckle_noise", "gaussian_blur", "spatter", "saturate")
+def _check(name, where, images, labels):
+    """Raises UserError unless these are images and labels as the task `name` needs them."""
+    task = TASKS[name]
+    shape, last = (task.channels, task.size, task.size), task.classes - 1
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
+        found = f"{images.dtype.name} images {images.shape}"
+    elif not len(images):
+        found = "no images"
+    elif labels.shape != (len(images),):
+        found = f"{len(images)} images and {'x'.join(map(str, labels.shape))} labels"
+    elif labels.dtype.kind not in "iu":
+        found = f"labels of type {labels.dtype.name}"
+    elif labels.min() < 0 or labels.max() > last:
+        found = f"labels from {labels.min()} to {labels.max()}"
+    else:
+        return
+    raise UserError(f"{where} does not fit --task {name}: it holds {found}; expected are uint8 images "
+                    f"(n, {str(shape)[1:]}, at least one, and as many labels, whole numbers from 0 to {last}")
+
+
+# CIFAR-10-C and its like: a file per corruption, uint8 (5 n, 32, 32, 3), the n test images at severity 1, then at
+# severity 2 and so on. Published means are over the first 15.
+CORRUPTIONS = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
+               "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
+               "jpeg_compression", "speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = 5
 
 
 def open_corruptions(folder, task, size=None):
-    """Every corruption of the test images of `task`, none of it in memory: {name: five arrays, one per severity, uint8 (n, 32, 32, 3),
-    memory-mapped}, and the labels, (5, n); of the n images of a severity the first `size`. Raises UserError, naming the file, where one
-    is not as it should be."""
+    """Every corruption of the test images of `task`, none of it in memory: {name: five arrays, one per severity, uint8
+    (n, 32, 32, 3), memory-mapped}, and the labels, (5, n); of the n images of a severity the first `size`. Raises
+    UserError, naming the file, where one is not as it should be."""
+    import torch
+
     def opened(name):
         path = pathlib.Path(folder, f"{name}.npy")
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
-            raise UserError(f"{path.absolute()} is missing: --corruptions-dir names the folder of the corrupted images") from None
+            raise UserError(f"{path.absolute()} is missing: --corruptions-dir names the folder of the corrupted images"
+                            ) from None
         except Exception as e:  # a damaged file can fail in any way
             raise UserError(f"{path.absolute()} cannot be read: {one_line(e)}") from None
         return path, array
@@ -184,10 +274,12 @@ def open_corruptions(folder, task, size=None):
         return UserError(f"{path.absolute()} holds {found}, expected {expected}")
 
     path, labels = opened("labels")
-    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels) or len(labels) % SEVERITIES:
+    numbers = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.ndim == 1
+    if not numbers or not len(labels) or len(labels) % SEVERITIES:
         raise wrong(path, labels, f"whole numbers, as many for each of {SEVERITIES} severities")
     if labels.min() < 0 or labels.max() >= task.classes:
-        raise UserError(f"{path.absolute()} holds labels from {labels.min()} to {labels.max()}, the task has {task.classes} classes")
+        raise UserError(f"{path.absolute()} holds labels from {labels.min()} to {labels.max()}, the task has "
+                        f"{task.classes} classes")
     shape, arrays = (len(labels), task.size, task.size, task.channels), {}
     for name in CORRUPTIONS:
         path, array = opened(name)
@@ -196,5 +288,6 @@ def open_corruptions(folder, task, size=None):
         arrays[name] = [part[:size] for part in np.split(array, SEVERITIES)]
     labels = torch.from_numpy(labels.reshape(SEVERITIES, -1).astype(np.int64))
     if size is not None and size > labels.size(1):
-        raise UserError(f"argument --test-size: got {size}, {pathlib.Path(folder).absolute()} has {labels.size(1)} images of each severity")
+        raise UserError(f"argument --test-size: got {size}, {pathlib.Path(folder).absolute()} has {labels.size(1)} "
+                        "images of each severity")
     return arrays, labels[:, :size]
