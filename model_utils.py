@@ -10,7 +10,6 @@ A model has layers s_0 = x (fixed), s_1 ... s_N and, per sample, the primitive f
 Its dynamics is s_n(t+1) = act(dPhi/ds_n): the drive from below, up_n(s_{n-1}), plus the drive from above, the adjoint of up_{n+1}
 applied to s_{n+1}. Both are written out, so neither a step nor a weight update needs automatic differentiation.
 """
-import contextlib
 import copy
 import functools
 import math
@@ -22,41 +21,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data_utils import TASKS, Account, RunError, Workers, progress, random_states
+from energy.connections import ACTIVATIONS, _MINUS_TWO, _affine, hard_sigmoid, my_hard_sig, my_sigmoid
+from energy.connections import ctrd_hard_sig  # noqa: F401 - importable from here
+from energy.precision import exactly, set_precision
 
 # ------------------------------------------------------------------------------------------------------------ activations
-
-
-def _affine(x, gain, offset):
-    """gain * x + offset in one pass over memory; x: a tensor of any device and floating-point type. offset: a tensor without dimensions."""
-    return torch.add(offset, x, alpha=gain)
-
-
-_MINUS_TWO = torch.tensor(-2.0)
-
-
-def my_sigmoid(x):
-    """1 / (1 + exp(-4 (x - 1/2))): the logistic function of slope 1 at 1/2."""
-    return _affine(x, 4, _MINUS_TWO).sigmoid_()
-
-
-# hardtanh, not clamp, writes the hard functions: its slope at the two corners is 0, as in the published models.
-def hard_sigmoid(x):
-    """(1 + hardtanh(2x - 1)) / 2, which is x cut to [0, 1]."""
-    return F.hardtanh(x, 0.0, 1.0)
-
-
-def my_hard_sig(x):
-    """(1 + hardtanh(x - 1)) / 2, which is x / 2 cut to [0, 1]."""
-    return F.hardtanh(x, 0.0, 2.0).mul_(0.5)
-
-
-def ctrd_hard_sig(x):
-    """hardtanh(2x) / 2, which is x cut to [-1/2, 1/2]."""
-    return F.hardtanh(x, -0.5, 0.5)
-
-
-ACTIVATIONS = {"mysig": my_sigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "hard_sigmoid": hard_sigmoid,
-               "my_hard_sig": my_hard_sig, "ctrd_hard_sig": ctrd_hard_sig}
 
 # activation: (another one, gain, offset), with activation(x) = another(gain * x + offset)
 RESCALED = {my_sigmoid: (torch.sigmoid, 4.0, _MINUS_TWO), my_hard_sig: (hard_sigmoid, 0.5, torch.tensor(0.0))}
@@ -1349,24 +1318,6 @@ def report_precision(model, batches, args, criterion, twin, workers=Workers()):
     cosines = {name: cosine(a, found[1][name]) for name, a in found[0].items()}
     worst = min(cosines, key=cosines.get)
     print(f"{args.precision} against fp32 at beta {args.betas[1]:g}: gradient cosine at least {cosines[worst]:.4f} ({worst})", flush=True)
-
-
-def set_precision(name):
-    """How float32 products are computed on a CUDA device: `tf32` in that format, which has 10 bits of mantissa, otherwise exactly."""
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if name == "tf32" else "ieee"
-
-
-@contextlib.contextmanager
-def exactly():
-    """A block whose float32 products are exact: EP's contrast is a small difference of large ones."""
-    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [setting.fp32_precision for setting in settings]
-    set_precision("fp32")
-    try:
-        yield
-    finally:
-        for setting, value in zip(settings, before):
-            setting.fp32_precision = value
 
 
 def finish_epoch(run, state, neurons, improved, final, checkpoint):
