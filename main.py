@@ -44,7 +44,8 @@ FLAGS = {
         Flag("load-path", str, None, "a run folder: to go on training it, or to examine it"),
         Flag("save", bool, False, "write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its own)"),
         Flag("device", int, 0, "index of the GPU; -1 is the CPU", low=-1),
-        Flag("precision", str, "fp32", "of the time steps on a CUDA device; weights, and the contrast of EP, stay fp32", ("fp32", "tf32", "bf16")),
+        Flag("precision", str, "fp32", "of the time steps on a CUDA device; weights, EP's contrast and attack gradients "
+             "stay fp32", ("fp32", "tf32", "bf16")),
         Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)"),
         Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", low=0),
     ],
@@ -430,13 +431,17 @@ def attack(args, model, device, saved, workers):
     clean = model_utils.predictions(model, data, steps, criterion, args.tol, workers) == labels
     settings = {name: getattr(args, name) for name in ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start",
                                                        "no_clip", "seed", "mbs")}
-    settings.update((name, getattr(args, name)) for name in ("tol", "precision") if getattr(args, name) not in (0, "fp32"))
+    settings.update({"tol": args.tol} if args.tol else {})
+    lower = args.precision != "fp32"
+    settings.update({"precision": args.precision, "gradient_precision": "fp32"} if lower else {})
     settings.update(predict_step=steps, images=len(labels), eps_list=sorted(args.eps_list or EPS[args.attack_norm]),
                     weights=data_utils.fingerprint(saved["model_state_dict"]))
     sweep = results = None
     if workers.rank == 0:  # which alone reads and writes the run folder
         sweep = data_utils.Sweep(data_utils.Run(args.load_path), args.attack, args.attack_norm, settings, clean.double().mean().item())
-        print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} steps, gradients through {args.attack_step}; "
+        precisions = (f" in {args.precision}", " in fp32") if lower else ("", "")
+        print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} steps"
+              f"{precisions[0]}, gradients through {args.attack_step}{precisions[1]}; "
               f"clean accuracy {100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
     for eps in workers.agree(sweep and [eps for eps in settings["eps_list"] if not sweep.has(eps)]):
         results = model_utils.attack(model, images, labels, args, eps, task, f"eps {eps:g}", workers)

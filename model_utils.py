@@ -1357,72 +1357,37 @@ def characteristic(model, batches, T1, criterion, eps=SETTLED, description="char
 # ----------------------------------------------------------------------------------------------------------------- attacks
 
 
-def attack_batch(model, x, y, args, eps, grad, task):
-    """One attack on the images x, (n, C, H, W) in [0, 1], with true labels y: {x_adv, adversarial prediction, masked count}.
-
-    args: attack, attack_norm, attack_iters, attack_step, attack_start, predict_step, loss, no_clip. See `ART_Timesteps_Addition`.
-    """
-    import numpy as np
-
-    from ART_Timesteps_Addition import attacks
-    from ART_Timesteps_Addition.pytorch import PyTorchClassifier
-    watch = attacks.Watch()
-    mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (task.mean, task.std))
-    # The squared error of hard output neurons is exactly zero, and flat, where they are right; the cross-entropy never is.
-    loss = nn.MSELoss() if args.loss == "mse" and grad == "bptt" else nn.CrossEntropyLoss()
-    device = next(model.parameters()).device
-    # Square takes the range of its noise from the clip values: without clipping they are as wide as anything within eps.
-    clip = (0.0, 1.0) if not args.no_clip else (-eps, 1.0 + eps) if args.attack in ("square", "autoattack", "hopskipjump") else None
-    classifier = PyTorchClassifier(
-        model, loss, x.shape[1:], task.classes, args.predict_step or args.T1, args.attack_step, criterion=make_criterion(args.loss), grad=grad,
-        start=args.attack_start, tol=args.tol, watch=watch, gain=10.0 if args.loss == "mse" and not isinstance(loss, nn.MSELoss) else 1.0,
-        shift=1.0 if args.loss == "mse" and args.attack in ("apgd-ce", "apgd-dlr", "autoattack") else 0.0,
-        clip_values=clip, preprocessing=(mean, std), device_type="cpu" if device.type == "cpu" else "gpu")
-    watch.start(len(x))
-    labels = np.eye(task.classes, dtype=np.float32)[y]
-    if eps == 0:
-        x_adv = x.copy()
-    else:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            x_adv = attacks.build(args.attack, classifier, args.attack_norm, eps, args.attack_iters, len(x)).generate(x.copy(), labels)
-        if args.attack in attacks.MINIMAL:  # what takes more than eps is no success within eps
-            x_adv = np.where((attacks.norms(x_adv - x, args.attack_norm) <= eps).reshape(-1, 1, 1, 1), x_adv, x)
-        x_adv = attacks.within(x_adv.astype(np.float32), x, args.attack_norm, eps, not args.no_clip)
-    return {"x_adv": x_adv, "prediction": classifier.predict(x_adv, batch_size=len(x)).argmax(1), "masked": watch.count()}
-
-
 def attack(model, images, labels, args, eps, task, description, workers=Workers()):
     """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad.
 
     Returns {grad: result, ..., "worst": result}, `worst` taking for each image the strongest of all; a result holds `correct` (n,)
     bool, `x_adv`, `prediction`, and the shares `masked` (gradient exactly zero or not finite at some iteration) and `unmoved`
     (perturbation zero), and `mean_norm`. Memory is that of one mini-batch. `worst` is left out where there is one gradient.
-    `workers` take whole mini-batches in turn, and all get the results.
+    `workers` take whole mini-batches in turn, and all get the results. What an attack draws follows from args.seed and
+    the place of the mini-batch: it is the same for every eps and gradient, any number of workers, and wherever a sweep
+    goes on.
     """
-    import random
-
     import numpy as np
 
     from ART_Timesteps_Addition import attacks
-    results = {}
+    results, n, criterion = {}, len(images), make_criterion(args.loss)
     x, y = (images.float() / 255).numpy(), labels.numpy()
+    steps = args.predict_step or args.T1
+    predict = functools.partial(predicting_neurons, model, T=steps, criterion=criterion, tol=args.tol)
     for grad in args.attack_grad:
-        random.seed(args.seed), np.random.seed(args.seed % 2 ** 32), torch.manual_seed(args.seed)  # a sweep may go on at any eps
-        parts = [attack_batch(model, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, grad, task)
-                 for i in workers.deal(progress(range(0, len(x), args.mbs), f"{description}, {grad}"))]
+        classifier = attacks.make_classifier(model, criterion, args, eps, grad, task, predict)
+        parts = [attacks.attack_batch(classifier, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, (args.seed, i))
+                 for i in workers.deal(progress(range(0, max(n, 1), args.mbs), f"{description}, {grad}"))]
         parts = workers.collect(parts)
         x_adv, prediction = (np.concatenate([part[key] for part in parts]) for key in ("x_adv", "prediction"))
-        results[grad] = {"x_adv": x_adv, "prediction": prediction, "masked": sum(part["masked"] for part in parts) / len(x)}
+        masked = sum(part["masked"] for part in parts) / max(n, 1)
+        results[grad] = {"x_adv": x_adv, "prediction": prediction, "masked": masked}
     if len(results) > 1:
-        worst = {key: value.copy() if hasattr(value, "copy") else value for key, value in results[args.attack_grad[0]].items()}
-        for result in results.values():
-            better = (worst["prediction"] == y) & (result["prediction"] != y)
-            worst["x_adv"][better], worst["prediction"][better] = result["x_adv"][better], result["prediction"][better]
-            worst["masked"] = min(worst["masked"], result["masked"])
-        results["worst"] = worst
+        results["worst"] = attacks.worst_of(list(results.values()), y)
     for result in results.values():
         moved = attacks.norms(result["x_adv"] - x, args.attack_norm)
-        result.update(correct=result["prediction"] == y, unmoved=float((moved == 0).mean()), mean_norm=float(moved.mean()))
+        result.update(correct=result["prediction"] == y, unmoved=int((moved == 0).sum()) / max(n, 1),
+                      mean_norm=float(moved.mean()) if n else 0.0)
     return results
 
 
