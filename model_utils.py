@@ -302,7 +302,7 @@ class Conv(Connection):
     # over its windows is several times faster on a CPU than a convolution, which first lays all the weights out anew.
 
     def _as_product(self, mbs, weight):
-        return (weight.device.type == "cpu" and 2 * mbs * self.size[0] ** 2 <= weight.size(0)
+        return (weight.device.type == "cpu" and 0 < 2 * mbs * self.size[0] ** 2 <= weight.size(0)
                 and weight.is_contiguous(memory_format=torch.channels_last))
 
     def _windows(self, pre):
@@ -501,7 +501,7 @@ class EnergyModel(nn.Module):
     def Phi(self, x, y, neurons, beta, criterion):
         """The primitive function of each sample, (mbs,); for vector-field models a list of one (mbs,) per layer, whose
         entry n holds the terms that drive s_n. Differentiable; for reading and testing, no step or update needs it."""
-        layers = [x, *neurons]
+        layers = [x.to(self.synapses[0].weight.dtype), *neurons]
         phis = [c.term(pre, post) for c, pre, post in zip(self.connections, layers, neurons)]
         for n, c in enumerate(self.connections):
             if c.feedback is not None:
@@ -748,9 +748,10 @@ class EnergyModel(nn.Module):
         -beta), betas (beta, -beta); vector-field models without `same_update` also need the free state then: (free, +beta,
         -beta) as neurons 1, 2 and 3. There layer n's term pairs s_n, nudged, with the free state of its neighbours.
         `check_thm`: the two states are successive ones of a nudged phase, so that both Phi are taken at beta_2, and the update
-        is that step's share of the whole (gducheck).
+        is that step's share of the whole (gducheck). x is converted to the precision of the model. Raises ValueError if
+        it holds no image.
         """
-        beta_1, beta_2 = betas
+        x, (beta_1, beta_2) = converted(self, x), betas
         scale = 1.0 / ((beta_1 - beta_2) * x.size(0))
         if check_thm:
             beta_1 = beta_2
@@ -921,6 +922,13 @@ def make_optimizer(model, args):
 # --------------------------------------------------------------------------------------------------------- learning rules
 
 
+def converted(model, x):
+    """The mini-batch x in the precision of the model. Raises ValueError if it holds no image."""
+    if len(x) == 0:
+        raise ValueError("the mini-batch is empty: there is no gradient to compute")
+    return x.to(model.synapses[0].weight.dtype)
+
+
 # Of all learning rules: `tol`: let the free phase end early (see `EnergyModel.settle`), 0: never. `account`: where the time goes and how
 # many steps were used. `twin`: a copy of the model in lower precision (see `lowered`) that the time steps are left to.
 
@@ -953,7 +961,7 @@ def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False, tol=0.
     A free phase of T1 steps at betas[0] from zero neurons; from there a nudged phase of T2 steps at betas[1], and with
     `thirdphase` a second one at -betas[1], whose contrast has no error of first order in beta.
     """
-    account, (beta_1, beta_2), moving = account or Account(), betas, twin or model
+    x, account, (beta_1, beta_2), moving = converted(model, x), account or Account(), betas, twin or model
     drive, free = free_phase(moving, x, y, T1, beta_1, criterion, tol, account)
     with account.time("nudged"):
         if thirdphase:
@@ -972,7 +980,7 @@ def ep_gradients(model, x, y, T1, T2, betas, criterion, thirdphase=False, tol=0.
 def bptt_gradients(model, x, y, T1, T2, criterion, tol=0.0, account=None, twin=None):
     """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and returns the neurons, of
     which the output is as of T1 steps (the layers below it as of a few steps earlier, see `relax`)."""
-    account, moving = account or Account(), twin or model
+    x, account, moving = converted(model, x), account or Account(), twin or model
     neurons = free_phase(moving, x, None, T1 - T2, 0.0, criterion, tol, account, output_in=T2)[1] if T1 > T2 else None
     with account.time("BPTT"):
         neurons = moving.relax(moving.input_drive(x), None, neurons, T2, 0.0, criterion, output_in=0)
@@ -996,7 +1004,7 @@ def cep_updates(model, optimizer, x, y, T1, T2, betas, criterion, thirdphase=Fal
     Leaves p.grad at zero: a step of the optimizer (sgd without momentum) that follows decays the weights and does nothing else.
     average: called whenever p.grad is filled and before it is used.
     """
-    account, (beta_1, beta_2) = account or Account(), betas
+    x, account, (beta_1, beta_2) = converted(model, x), account or Account(), betas
     free = free_phase(model, x, y, T1, beta_1, criterion, tol, account)[1]
     phases = (beta_2, -beta_2) if thirdphase else (beta_2,)
     for beta in phases:
@@ -1111,6 +1119,7 @@ def check_gdu(model, x, y, T1, T2, betas, criterion, alg="EP"):
         raise ValueError(f"gducheck compares EP with BPTT, not {alg}")
     if T2 > T1:
         raise ValueError(f"BPTT goes back through at most T1 = {T1} steps, got T2 = {T2}")
+    x = converted(model, x)
     return bptt_contributions(model, x, y, T1, T2, betas[0], criterion), ep_contributions(model, x, y, T1, T2, betas, criterion)
 
 
@@ -1184,11 +1193,12 @@ def predicting_neurons(model, x, T, criterion, tol=0.0, account=None):
 @torch.no_grad()
 def evaluate(model, batches, T1, criterion, description="evaluating", tol=0.0, account=None, workers=Workers()):
     """The share of images that are classified correctly after T1 free steps (with `tol`: at most, see `EnergyModel.settle`).
-    `workers` take whole mini-batches in turn, so that each rounds as it does for one."""
+    `workers` take whole mini-batches in turn, so that each rounds as it does for one. Of no image: nan."""
     hits = 0
     for x, y in workers.deal(progress(batches, description)):
         hits += correct(model, predicting_neurons(model, x, T1, criterion, tol, account), y)
-    return int(workers.sum(hits)) / batches.samples
+    hits = int(workers.sum(hits))
+    return hits / batches.samples if batches.samples else math.nan
 
 
 def log_theorem(model, x, y, args, criterion, epoch, batch, run):
