@@ -223,8 +223,9 @@ def attack(job):
     if run:
         sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item())
         job.interruption.advice = lambda: f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on behind them"
-        print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} steps, gradients through "
-              f"{args.attack_step}; clean accuracy {100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
+        precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
+        print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} steps{precision[0]}, gradients "
+              f"through {args.attack_step}{precision[1]}; clean accuracy {100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
     for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
         results = model_utils.attack(job.model, images, labels, args, eps, TASKS[args.task], f"eps {eps:g}", workers)
         if sweep:
@@ -243,7 +244,8 @@ def _attack_settings(job, steps, images):
     args = job.args
     names = ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start", "no_clip", "seed", "mbs")
     settings = {name: getattr(args, name) for name in names}
-    settings.update((name, getattr(args, name)) for name in ("tol", "precision") if getattr(args, name) not in (0, "fp32"))
+    settings.update({"tol": args.tol} if args.tol else {})
+    settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
     return {**settings, "predict_step": steps, "images": images, "weights": fingerprint(job.saved.weights)}
 
 

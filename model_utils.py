@@ -10,6 +10,7 @@ import math
 import os
 import time
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ from experiment.checkpoints import best_of, snapshot
 from experiment.health import Health
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
+
+EMPTY = "the mini-batch is empty: it has no gradient"
 
 # ---------------------------------------------------------------------------------------------------------------- models
 
@@ -83,7 +86,7 @@ class EnergyModel(nn.Module):
     def Phi(self, x, y, neurons, beta, criterion):
         """The primitive function of each sample, (mbs,); for vector-field models a list of one (mbs,) per layer, whose
         entry n holds the terms that drive s_n. Differentiable; for reading and testing, no step or update needs it."""
-        layers, phis = [x, *neurons], []
+        layers, phis = [x.to(neurons[0].dtype), *neurons], []
         for n, c in enumerate(self.connections):
             forward, *backward = c.terms(layers[n], neurons[n])
             phis.append(forward)
@@ -123,7 +126,7 @@ class EnergyModel(nn.Module):
         is that step's share of the whole (gducheck). masks: of dropout. Raises ValueError for an empty mini-batch.
         """
         if not len(x):
-            raise ValueError("an empty mini-batch has no gradient")
+            raise ValueError(EMPTY)
         loss, (beta_1, beta_2) = loss_name(criterion), betas
         chain, scale = fast.suited(self.chain(loss, masks), len(x)), 1.0 / ((beta_1 - beta_2) * len(x))
         x = x.to(chain.dtype)
@@ -386,7 +389,7 @@ def bptt_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
     """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and returns the neurons, of
     which the output is as of T1 steps (the layers below it as of a few steps earlier, see `energy.fast`)."""
     if not len(x):
-        raise ValueError("an empty mini-batch has no gradient")
+        raise ValueError(EMPTY)
     stopwatch, moving, neurons = stopwatch or Stopwatch(), twin or model, None
     chain = moving.chain(rule.loss, masks)
     if rule.T1 > rule.T2:
@@ -629,7 +632,7 @@ def evaluate(model, batches, T1, criterion, description="evaluating", tol=0.0, s
     hits, chain = 0, model.chain(loss_name(criterion))
     for x, y in workers.strided(progress(batches, description)):
         hits += correct(chain, predicting_neurons(model, x, T1, criterion, tol, stopwatch), y)
-    return int(workers.sum(hits)) / batches.samples
+    return int(workers.sum(hits)) / batches.samples if batches.samples else math.nan
 
 
 @torch.no_grad()
@@ -657,3 +660,32 @@ def characteristic(model, batches, T1, criterion, eps=SETTLED):
             hits[t] += correct(chain, neurons, y)
             settled[t] += still.sum()
     return [[int(count) / batches.samples for count in counts] for counts in (hits, settled)]
+
+
+def attack(model, images, labels, args, eps, task, description, workers=Workers()):
+    """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad.
+
+    Returns {grad: result, ..., "worst": result}, `worst` taking for each image the strongest of all; a result holds `correct` (n,)
+    bool, `x_adv`, `prediction`, and the shares `masked` (gradient exactly zero or not finite at some iteration) and `unmoved`
+    (perturbation zero), and `mean_norm`. Memory is that of one mini-batch. `worst` is left out where there is one gradient.
+    `workers` take whole mini-batches in turn, and all get the results. What an attack draws follows from args.seed and the place of the
+    mini-batch: it is the same for every eps and gradient, for any number of workers, and wherever a sweep goes on.
+    """
+    from ART_Timesteps_Addition import attacks
+    results, n, criterion = {}, len(images), make_criterion(args.loss)
+    x, y = (images.float() / 255).numpy(), labels.numpy()
+    predict = functools.partial(predicting_neurons, model, T=args.predict_step or args.T1, criterion=criterion, tol=args.tol)
+    for grad in args.attack_grad:
+        classifier = attacks.make_classifier(model, criterion, args, eps, grad, task, predict)
+        parts = [attacks.attack_batch(classifier, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, (args.seed, i))
+                 for i in workers.strided(progress(range(0, max(n, 1), args.mbs), f"{description}, {grad}"))]
+        parts = workers.gather_strided(parts)
+        x_adv, prediction = (np.concatenate([part[key] for part in parts]) for key in ("x_adv", "prediction"))
+        results[grad] = {"x_adv": x_adv, "prediction": prediction, "masked": sum(part["masked"] for part in parts) / max(n, 1)}
+    if len(results) > 1:
+        results["worst"] = attacks.worst_of(list(results.values()), y)
+    for result in results.values():
+        moved = attacks.norms(result["x_adv"] - x, args.attack_norm)
+        result.update(correct=result["prediction"] == y, unmoved=int((moved == 0).sum()) / max(n, 1),
+                      mean_norm=float(moved.mean()) if n else 0.0)
+    return results

@@ -80,6 +80,8 @@ def check_gdu(model, x, y, T1, T2, betas, criterion, alg="EP"):
     """
     if alg != "EP":
         raise ValueError(f"gducheck compares EP with BPTT, not {alg}")
+    if not len(x):
+        raise ValueError("the mini-batch is empty: it has no gradient")
     if T2 > T1:
         raise ValueError(f"BPTT goes back through at most T1 = {T1} steps, got T2 = {T2}")
     return bptt_contributions(model, x, y, T1, T2, betas[0], criterion), ep_contributions(model, x, y, T1, T2, betas, criterion)

@@ -1,0 +1,106 @@
+"""The rooms of the code, read with `ast`: what may import what, and how large things may be."""
+import ast
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+# floor and most lines of a file; folders: of each file in them. A room imports only rooms on lower floors (files of one folder each other).
+FLOORS = {"main_dropout.py": (5, 20), "main.py": (4, 450), "model_utils.py": (3, 700), "experiment": (2, 250), "ART_Timesteps_Addition": (2, 350),
+          "data_utils.py": (1, 300), "energy": (1, 350), "data_files.py": (0, 300)}
+FILES = sorted(path for name in FLOORS for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).glob("*.py")))
+MANY_ARGUMENTS = {"forward", "compute_syn_grads", "check_gdu"}  # whose arguments INTERFACE fixes; and the constructors of models
+MODELS = {"P_CNN", "VF_CNN", "_CNN", "EnergyModel"}
+
+
+def room(path):
+    relative = path.relative_to(ROOT)
+    return relative.name if len(relative.parts) == 1 else relative.parts[0]
+
+
+def imports(path):
+    """The names of our own modules that a file imports, anywhere in it."""
+    own = {name.removesuffix(".py") for name in FLOORS}
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+        yield from (name for name in names if name and name.split(".")[0] in own)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_room_imports_only_lower_ones(path):
+    floor = FLOORS[room(path)][0]
+    for name in imports(path):
+        top = name.split(".")[0]
+        other = top if top in FLOORS else f"{top}.py"
+        assert other == room(path) or FLOORS[other][0] < floor, name
+
+
+def test_there_are_no_circles():
+    graph = {}
+    for path in FILES:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[module] = set(imports(path))
+    done, under_way = set(), []
+
+    def visit(module):
+        assert module not in under_way, " -> ".join([*under_way, module])
+        if module in graph and module not in done:
+            under_way.append(module)
+            for other in graph[module]:
+                visit(other)
+            under_way.pop()
+            done.add(module)
+    for module in graph:
+        visit(module)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_too_large_to_read(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= FLOORS[room(path)][1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < 200, node.name
+            assert node.name != "Trainer" or node.end_lineno - node.lineno < 120
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 45, node.name
+
+
+def test_no_function_takes_more_than_seven_arguments():
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        constructors = {f for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.name in MODELS for f in c.body}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node not in constructors and node.name not in MANY_ARGUMENTS:
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+                assert len(names) <= 7, (path.name, node.name, names)
+
+
+def test_lines_have_at_most_120_columns():
+    tracked = subprocess.run(["git", "ls-files", "*.py", "*.sh"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    paths = [ROOT / name for name in tracked] or FILES
+    long = [f"{path.name}:{n}" for path in paths for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+    assert not long
+
+
+def test_no_model_is_copied_and_no_private_kernel_called():
+    for path in FILES:
+        text = path.read_text()
+        assert "copy.copy" not in text and "torch.ops.mkldnn" not in text, path.name
+
+
+def test_every_room_is_known():
+    """A new file or folder of code gets a floor here."""
+    tops = {path.name for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert tops == set(FLOORS)
+
+
+def test_public_functions_say_what_they_do():
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
