@@ -1,8 +1,8 @@
 """Train energy models with Equilibrium Propagation or back-propagation through time, and examine them.
 
 Typical use:
-  python main.py --task digits --save                                     train the default MLP on digits that need no download
-  python main.py --model CNN --channels 16 32 --loss cel --softmax ...    train a convolutional model on MNIST
+  python main.py --task digits --save                                     train the default MLP on digits that need no
+  download python main.py --model CNN --channels 16 32 --loss cel --softmax ...    train a convolutional model on MNIST
   python main.py --todo evaluate --load-path results/EP/mse/2026-01-31/10-11-12_gpu0
 
 With --load-path, every flag that is not given takes its value from the saved run; the architecture always does.
@@ -30,8 +30,8 @@ PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers ca
 
 @dataclasses.dataclass
 class Job:
-    """What a --todo works with. saved: the run of --load-path, or None; program: the words of the command line in front of the
-    program's own, and command: all of them."""
+    """What a --todo works with. saved: the run of --load-path, or None; program: the words of the command line in front
+    of the program's own, and command: all of them."""
 
     args: Any
     model: Any
@@ -47,14 +47,16 @@ class Job:
         import data_utils
         args, task = self.args, TASKS[self.args.task]
         with self.workers.rank_zero_first():  # as it may have to download them
-            images, labels = data_utils.load_split(args.task, args.data_dir, train, args.train_size if train else args.test_size)
+            images, labels = data_utils.load_split(args.task, args.data_dir, train, args.train_size if train
+                                                   else args.test_size)
         augment = generator is not None and args.data_aug and task.augments
         return data_utils.Batches(images, labels, args.mbs, task, self.device, generator, augment)
 
     @property
-    def criterion(self):
+    def rule(self):
+        """How the model learns and predicts."""
         import model_utils
-        return model_utils.make_criterion(self.args.loss)
+        return model_utils.Rule.of(self.args)
 
     def run_folder(self):
         """The folder of --load-path; raises UserError where nothing can be written to it."""
@@ -64,7 +66,7 @@ class Job:
         return run
 
 
-# ---------------------------------------------------------------------------------------------------------------- train
+# --------------------------------------------------------------------------------------------- train
 
 
 def train(job):
@@ -85,12 +87,13 @@ def train(job):
             run.restore(history, best)
             run.note_resumption(shlex.join(job.command), job.device, first + 1, saved.args, vars(args))
         elif workers.rank == 0 and args.save:
-            run = _new_folder(job, checkpoints.snapshot(job.model, args, history, None, optimizer, scheduler, generator))
+            state = checkpoints.snapshot(job.model, args, history)
+            run = _new_folder(job, {**state, **checkpoints.resumable_state(None, optimizer, scheduler, generator)})
         if run:
             print(f"results go to {run.folder}" + (f", from epoch {first + 1} on" if saved else ""), flush=True)
         folder = workers.broadcast(run and str(run.folder))
-        model_utils.train(job.model, optimizer, train_batches, test_batches, args, scheduler=scheduler, run=run, history=history,
-                          workers=workers, best=best)
+        model_utils.train(job.model, optimizer, train_batches, test_batches, args, scheduler=scheduler, run=run,
+                          history=history, workers=workers, best=best)
     finally:
         if run:
             run.release()
@@ -107,7 +110,8 @@ def _training_folder(job):
     stamps = job.workers.gather(job.saved.stamp)
     try:
         if set(stamps) != {job.saved.path.stat().st_mtime_ns}:
-            raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start again")
+            raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start "
+                            "again")
         if run:
             run.clean_up()
     except BaseException:
@@ -131,11 +135,12 @@ def _how_to_go_on(job, folder, done, first):
     words = [*job.program, "--load-path", folder, "--epochs", str(job.args.epochs - (done - first))]
     session = {"--device": job.args.device, "--precision": job.args.precision}  # which a run does not remember
     words[len(job.program):len(job.program)] = [
-        *(word for name, value in session.items() if name in job.command for word in (name, str(value))), *["--compile"] * job.args.compile]
+        *(word for name, value in session.items() if name in job.command for word in (name, str(value))),
+        *["--compile"] * job.args.compile]
     return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(words)}"
 
 
-# -------------------------------------------------------------------------------------------------------- examine a run
+# ------------------------------------------------------------------------------------- examine a run
 
 
 def evaluate(job):
@@ -145,9 +150,10 @@ def evaluate(job):
     line = f"evaluated {job.saved.path.name} with T1 = {args.T1}:"
     for split in ("train", "test"):
         data, stopwatch = job.batches(split == "train"), Stopwatch()
-        accuracy = model_utils.evaluate(job.model, data, args.T1, job.criterion, f"evaluating, {split}", args.tol, stopwatch, job.workers)
+        accuracy = model_utils.evaluate(job.model, data, job.rule, f"evaluating, {split}", stopwatch, job.workers)
         stopwatch.settling.gather(job.workers)
-        line += f" {split} accuracy {100 * accuracy:.2f} % ({data.samples} images{f', {stopwatch.settling}' if args.tol else ''})"
+        line += (f" {split} accuracy {100 * accuracy:.2f} % ({data.samples} "
+                 f"images{f', {stopwatch.settling}' if args.tol else ''})")
         line += "," if split == "train" else ""
     print(line)
     if job.workers.rank == 0:
@@ -159,12 +165,13 @@ def characteristic(job):
     from experiment import figures
     args, run, data, source = job.args, job.run_folder(), job.batches(False), job.saved.path.name
     eps = args.tol or model_utils.SETTLED
-    accuracy, settled = model_utils.characteristic(job.model, data, args.T1, job.criterion, eps)
+    accuracy, settled = model_utils.characteristic(job.model, data, job.rule, eps)
     reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
     run.write_lines("Characteristic_Time.txt", [
         f"# {source}, T1 = {args.T1}, {data.samples} test images, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}, "
         f"settled: no layer moved by {eps:g} of its norm in a step",
-        "# t accuracy settled", *(f"{t} {share:.6f} {still:.6f}" for t, (share, still) in enumerate(zip(accuracy, settled), 1))])
+        "# t accuracy settled", *(f"{t} {share:.6f} {still:.6f}" for t,
+                                  (share, still) in enumerate(zip(accuracy, settled), 1))])
     run.save_figure("Characteristic_Time.png", figures.characteristic(accuracy, settled, eps))
     print(f"{source} after T1 = {args.T1} steps: test accuracy {100 * accuracy[-1]:.2f} % ({data.samples} images), "
           f"first within 0.1 points of it at step {reached}; {100 * settled[-1]:.2f} % settled\n"
@@ -179,28 +186,33 @@ def corruptions(job):
     from experiment.report import CorruptionTable
     from experiment.run_folder import fingerprint
     args, task = job.args, TASKS[job.args.task]
-    folder = pathlib.Path(args.corruptions_dir or pathlib.Path(args.data_dir, args.task.replace("CIFAR", "CIFAR-") + "-C"))
+    folder = pathlib.Path(args.corruptions_dir or pathlib.Path(args.data_dir,
+                                                               args.task.replace("CIFAR", "CIFAR-") + "-C"))
     images, labels = data_utils.open_corruptions(folder, task, args.test_size)
-    settings = {"folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "tol": args.tol, "precision": args.precision,
+    settings = {"folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "tol": args.tol,
+                "precision": args.precision,
                 "weights": fingerprint(job.saved.weights)}
     table = CorruptionTable(job.run_folder(), settings, data_utils.CORRUPTIONS, data_utils.SEVERITIES)
-    job.interruption.advice = lambda: f"{len(table.rows)} corruptions are in {table.text}, the same command goes on behind them"
+    job.interruption.advice = lambda: (f"{len(table.rows)} corruptions are in {table.text}, the same command goes on "
+                                       "behind them")
     print(f"{labels.size(1)} images of each severity, T1 = {args.T1}; results go to {table.text}", flush=True)
     for name in data_utils.CORRUPTIONS:
-        severities, accuracies = images.pop(name), []  # popped: what was read of a mapped file leaves the memory with it
+        # popped: what was read of a mapped file leaves the memory with it
+        severities, accuracies = images.pop(name), []
         if name in table.rows:
             continue
         for severity, (x, y) in enumerate(zip(severities, labels), 1):
             x = torch.from_numpy(x.copy()).permute(0, 3, 1, 2).contiguous()
             data = data_utils.Batches(x, y, args.mbs, task, job.device)
-            accuracies.append(model_utils.evaluate(job.model, data, args.T1, job.criterion, f"{name}, severity {severity}", args.tol))
+            accuracies.append(model_utils.evaluate(job.model, data, job.rule, f"{name}, severity {severity}"))
         table.add(name, accuracies)
         print(f"{name}: " + ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies) + " %", flush=True)
     table.plot()
-    print("mean accuracy {:.2f} %, over the first 15 corruptions {:.2f} %".format(*(100 * mean for mean in table.means())))
+    print("mean accuracy {:.2f} %, over the first 15 corruptions {:.2f} %".format(*(100 * mean
+            for mean in table.means())))
 
 
-# -------------------------------------------------------------------------------------------------------------- attacks
+# ------------------------------------------------------------------------------------------- attacks
 
 
 def default_eps(norm):
@@ -218,16 +230,19 @@ def attack(job):
     args, workers, data, steps = job.args, job.workers, job.batches(False), job.args.predict_step or job.args.T1
     run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
     images, labels = data.images.cpu(), data.labels.cpu()
-    clean = model_utils.predictions(job.model, data, steps, job.criterion, args.tol, workers) == labels
+    clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers) == labels
     eps_list, sweep, results = sorted(set(args.eps_list or default_eps(args.attack_norm))), None, None
     if run:
         sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item())
-        job.interruption.advice = lambda: f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on behind them"
+        job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
+                                           "behind them")
         precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
-        print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} steps{precision[0]}, gradients "
-              f"through {args.attack_step}{precision[1]}; clean accuracy {100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
+        print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} "
+              f"steps{precision[0]}, gradients "
+              f"through {args.attack_step}{precision[1]}; clean accuracy {100 * sweep.clean:.2f} %\nresults go to "
+              f"{sweep.text}", flush=True)
     for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
-        results = model_utils.attack(job.model, images, labels, args, eps, TASKS[args.task], f"eps {eps:g}", workers)
+        results = model_utils.attack(job.model, images, labels, args, eps, f"eps {eps:g}", workers)
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
@@ -242,7 +257,8 @@ def _attack_settings(job, steps, images):
     """What a sweep's rows depend on: rows of the same settings are one sweep."""
     from experiment.run_folder import fingerprint
     args = job.args
-    names = ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start", "no_clip", "seed", "mbs")
+    names = ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start", "no_clip",
+             "seed", "mbs")
     settings = {name: getattr(args, name) for name in names}
     settings.update({"tol": args.tol} if args.tol else {})
     settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
@@ -250,14 +266,17 @@ def _attack_settings(job, steps, images):
 
 
 def _attack_line(args, eps, grad, result):
-    line = f"eps {eps:g}, {grad}: adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm {result['mean_norm']:.3g}"
+    line = (f"eps {eps:g}, {grad}: adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm "
+            f"{result['mean_norm']:.3g}")
     if result["masked"] > 0.01 and args.attack not in ("square", "hopskipjump"):
-        line += (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not finite: this number is only "
-                 "an upper bound of the robust accuracy; try --attack-grad smooth ep, --attack-start equilibrium, --attack square")
+        line += (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not "
+                 "finite: this number is only "
+                 "an upper bound of the robust accuracy; try --attack-grad smooth ep, --attack-start equilibrium, "
+                 "--attack square")
     return line
 
 
-# ------------------------------------------------------------------------------------------------------------- gducheck
+# ------------------------------------------------------------------------------------------ gducheck
 
 
 def gducheck(job):
@@ -268,12 +287,13 @@ def gducheck(job):
     run = job.run_folder() if args.save and job.saved else None
     images, labels = data_utils.load_split(args.task, args.data_dir, True, args.train_size)
     x, y = next(iter(data_utils.Batches(images, labels, min(20, len(labels)), TASKS[args.task], job.device)))
-    rows, BPTT, runs = model_utils.gdu_report(job.model, x, y, args, job.criterion)
+    rows, BPTT, runs = model_utils.gdu_report(job.model, x, y, job.rule, args.loss)
     width = max(len(row["name"]) for row in rows)
     print(f"EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = {arguments.shown(args.betas)}")
     print(f"{'':{width}}  estimate      RMSE  sign errors   cosine  distance")
     for row in rows:
-        print(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %  {row['cosine']:7.4f}  "
+        print(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %  "
+              f"{row['cosine']:7.4f}  "
               f"{row['distance']:8.2e}")
     if args.save:
         run = run or _new_folder(job, checkpoints.snapshot(job.model, args, []))
@@ -297,14 +317,15 @@ def _save_gdu(run, rows, BPTT, runs):
     run.save_figure("gdu_overview.png", figures.gdu_overview(list(BPTT), rows))
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------------------- the command line
 
 TODOS = {"train": train, "evaluate": evaluate, "attack": attack, "gducheck": gducheck, "characteristic": characteristic,
          "corruptions": corruptions}
 
 
 def prepare(given, program, argv, interruption, workers):
-    """The Job of a command line: arguments settled with those of the run that it loads, and checked, workers connected, model built."""
+    """The Job of a command line: arguments settled with those of the run that it loads, and checked, workers connected,
+    model built."""
     import torch
 
     import model_utils
@@ -356,8 +377,9 @@ def work(given, program, argv, name):
 
 
 def main(argv=None, flags=FLAGS, name="main.py"):
-    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 1 for a run that cannot go on,
-    130 or 143 when interrupted. Started by torchrun, it is one of several workers. Wrong flags are answered before torch is loaded."""
+    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 1 for a run that cannot go
+    on, 130 or 143 when interrupted. Started by torchrun, it is one of several workers. Wrong flags are answered before
+    torch is loaded."""
     from experiment.console import command_words, lenient_streams
     with lenient_streams():
         program, words = command_words(argv, name), sys.argv[1:] if argv is None else argv
@@ -365,7 +387,8 @@ def main(argv=None, flags=FLAGS, name="main.py"):
             given = arguments.parse(words, flags, __doc__)
             if "load_path" not in given:
                 if given.get("todo") in NEED_A_RUN:
-                    raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with --load-path")
+                    raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with "
+                                    "--load-path")
                 arguments.check(arguments.resolve(given))
         except UserError as e:
             if os.environ.get("RANK", "0") == "0":  # of torchrun's workers one says it for all

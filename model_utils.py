@@ -1,7 +1,8 @@
 """Energy models, the rules they learn by, and the loops over a data set.
 
-A model is a chain of connections (`energy.connections`) with one dynamics (`energy.dynamics`) and one local update; the four public classes
-only assemble it. Learning rules: Equilibrium Propagation, its continual form, and back-propagation through time.
+A model is a chain of connections (`energy.connections`) with one dynamics (`energy.dynamics`) and one local update; the
+four public classes only assemble it. Learning rules: Equilibrium Propagation, its continual form, and back-propagation
+through time.
 """
 import copy
 import dataclasses
@@ -10,7 +11,6 @@ import math
 import os
 import time
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,14 +24,14 @@ from energy.gdu import check_gdu, compare_gdu, cosine, gdu_report  # noqa: F401
 from energy.poolings import POOLS, make_pools  # noqa: F401
 from energy.precision import exactly, set_precision
 from experiment import figures
-from experiment.checkpoints import best_of, snapshot
+from experiment.checkpoints import best_of, resumable_state, snapshot
 from experiment.health import Health
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
 
 EMPTY = "the mini-batch is empty: it has no gradient"
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# -------------------------------------------------------------------------------------------- models
 
 
 class EnergyModel(nn.Module):
@@ -46,7 +46,8 @@ class EnergyModel(nn.Module):
     schedule, compiled   see `energy.dynamics.Chain`
     """
 
-    def __init__(self, synapses, B_syn, connections, activation, *, softmax=False, same_update=False, pools=(), schedule="sync"):
+    def __init__(self, synapses, B_syn, connections, activation, *, softmax=False, same_update=False, pools=(),
+                 schedule="sync"):
         super().__init__()
         self.synapses, self.B_syn, self.pools = nn.ModuleList(synapses), nn.ModuleList(B_syn), nn.ModuleList(pools)
         self.connections, self.activation = tuple(connections), activation
@@ -60,11 +61,13 @@ class EnergyModel(nn.Module):
 
     def chain(self, loss="mse", masks=None):
         """What moves under that loss: the `Chain` of this model. masks: of dropout, see `draw_masks`."""
-        chain = Chain(self.connections, self.activation, self.output, not self.softmax and loss != "mse", self.schedule, self.compiled)
+        chain = Chain(self.connections, self.activation, self.output, not self.softmax and loss != "mse", self.schedule,
+                      self.compiled)
         return chain if masks is None else chain.masked([m if m is None else m.to(chain.dtype) for m in masks])
 
     def phase(self, drive, y, beta, loss):
-        """The `Phase` of a mini-batch: drive of its images; y: class indices (mbs,), may be None at beta 0. Raises ValueError."""
+        """The `Phase` of a mini-batch: drive of its images; y: class indices (mbs,), may be None at beta 0. Raises
+        ValueError."""
         if not torch.is_tensor(beta) and beta == 0:
             return Phase(drive)
         if y is None:
@@ -80,7 +83,8 @@ class EnergyModel(nn.Module):
         return self.chain().read(neurons)
 
     def loss(self, neurons, y, criterion):
-        """L of each sample, (mbs,): see `readout_loss`. `criterion`: a loss of PyTorch, or its name here, `mse` or `cel`."""
+        """L of each sample, (mbs,): see `readout_loss`. `criterion`: a loss of PyTorch, or its name here, `mse` or
+        `cel`."""
         return readout_loss(self.readout(neurons), y, loss_name(criterion))
 
     def Phi(self, x, y, neurons, beta, criterion):
@@ -96,13 +100,14 @@ class EnergyModel(nn.Module):
             phis[-1] = phis[-1] - beta * self.loss(neurons, y, criterion)
         return phis if len(self.B_syn) else sum(phis)
 
-    def forward(self, x, y=None, neurons=None, T=None, beta=0.0, criterion=nn.MSELoss(reduction="none"), check_thm=False,
-                output_in=None):
+    def forward(self, x, y=None, neurons=None, T=None, beta=0.0, criterion=nn.MSELoss(reduction="none"),
+                check_thm=False, output_in=None):
         """The neurons after T steps from `neurons` (from zero if None): a list of N tensors.
 
-        x: (mbs, ...); y: class indices (mbs,), may be None at beta 0. `check_thm` keeps the graph through the T steps (for
-        BPTT, attacks and gducheck); without it nothing is recorded, whatever the caller's grad mode is. output_in: k where only s_N is
-        wanted, k steps after these: layers that do not reach it are left as of an earlier step. Raises ValueError without T.
+        x: (mbs, ...); y: class indices (mbs,), may be None at beta 0. `check_thm` keeps the graph through the T steps
+        (for BPTT, attacks and gducheck); without it nothing is recorded, whatever the caller's grad mode is. output_in:
+        k where only s_N is wanted, k steps after these: layers that do not reach it are left as of an earlier step.
+        Raises ValueError without T.
         """
         if T is None:
             raise ValueError("T, the number of time steps, is needed: model(x, T=20)")
@@ -114,16 +119,18 @@ class EnergyModel(nn.Module):
     # ---- the local update
 
     @torch.no_grad()
-    def compute_syn_grads(self, x, y, neurons_1, neurons_2, betas, criterion, check_thm=False, neurons_3=None, masks=None):
+    def compute_syn_grads(self, x, y, neurons_1, neurons_2, betas, criterion, check_thm=False, neurons_3=None,
+                          masks=None):
         """The EP update, into p.grad of every parameter (what was there is replaced):
 
             p.grad = [dPhi(s_2, beta_2)/dp - dPhi(s_1, beta_1)/dp] / (beta_1 - beta_2),   Phi averaged over the batch,
 
-        the estimate of dL/dp. One-sided: neurons (free, nudged), betas (0, beta). Symmetric: (nudged at +beta, nudged at
-        -beta), betas (beta, -beta); vector-field models without `same_update` also need the free state then: (free, +beta,
-        -beta) as neurons 1, 2 and 3. There layer n's term pairs s_n, nudged, with the free state of its neighbours.
-        `check_thm`: the two states are successive ones of a nudged phase, so that both Phi are taken at beta_2, and the update
-        is that step's share of the whole (gducheck). masks: of dropout. Raises ValueError for an empty mini-batch.
+        the estimate of dL/dp. One-sided: neurons (free, nudged), betas (0, beta). Symmetric: (nudged at +beta, nudged
+        at -beta), betas (beta, -beta); vector-field models without `same_update` also need the free state then: (free,
+        +beta, -beta) as neurons 1, 2 and 3. There layer n's term pairs s_n, nudged, with the free state of its
+        neighbours. `check_thm`: the two states are successive ones of a nudged phase, so that both Phi are taken at
+        beta_2, and the update is that step's share of the whole (gducheck). masks: of dropout. Raises ValueError for an
+        empty mini-batch.
         """
         if not len(x):
             raise ValueError(EMPTY)
@@ -150,7 +157,8 @@ class EnergyModel(nn.Module):
             self._readout_update(chain, y, [(state[1:], beta * scale) for state, beta in states if beta != 0])
 
     def _readout_update(self, chain, y, states):
-        """The update of the read-out, which L reaches at once. states: [(neurons, factor of dL/d(read-out))], those that nudge."""
+        """The update of the read-out, which L reaches at once. states: [(neurons, factor of dL/d(read-out))], those
+        that nudge."""
         grads = []
         for neurons, factor in states:
             phase = self.phase(neurons[0], y, 1.0, "cel")
@@ -169,7 +177,8 @@ class EnergyModel(nn.Module):
 
 
 def _contrast(learn, below, above, scale):
-    """scale * (what is learnt in the second state less what is learnt in the first), which is linear in the layer above."""
+    """scale * (what is learnt in the second state less what is learnt in the first), which is linear in the layer
+    above."""
     if below[0] is below[1]:
         return learn(below[0], (above[1] - above[0]) * scale)
     minus, plus = learn(below[0], above[0] * -scale), learn(below[1], above[1] * scale)
@@ -182,7 +191,8 @@ def loss_name(criterion):
 
 
 def readout_loss(out, y, loss):
-    """L of each sample, (mbs,): 0.5 * ||read-out - onehot(y)||^2 for `mse`, the cross-entropy of the read-out for `cel`. y: (mbs,)."""
+    """L of each sample, (mbs,): 0.5 * ||read-out - onehot(y)||^2 for `mse`, the cross-entropy of the read-out for
+    `cel`. y: (mbs,)."""
     if loss == "mse":
         return 0.5 * (out - F.one_hot(y, out.size(1)).to(out.dtype)).square().sum(1)
     return F.cross_entropy(out, y, reduction="none")
@@ -202,7 +212,8 @@ class P_MLP(EnergyModel):
     def __init__(self, archi, activation, softmax=False, schedule="sync"):
         synapses, _ = _dense_chain(archi, False)
         connections = [Dense(s, (a,)) for s, a in zip(synapses, archi)]
-        super().__init__(synapses, [], connections[:-1] if softmax else connections, activation, softmax=softmax, schedule=schedule)
+        super().__init__(synapses, [], connections[:-1] if softmax else connections, activation, softmax=softmax,
+                         schedule=schedule)
 
 
 class VF_MLP(EnergyModel):
@@ -222,10 +233,11 @@ class _CNN(EnergyModel):
 
     separate = False
 
-    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False, same_update=False,
-                 schedule="sync"):
+    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False,
+                 same_update=False, schedule="sync"):
         if not len(channels) - 1 == len(kernels) == len(strides) == len(pools) == len(paddings) > 0 or not fc:
-            raise ValueError("kernels, strides, pools and paddings need one entry per convolution, channels one more, fc at least one")
+            raise ValueError("kernels, strides, pools and paddings need one entry per convolution, channels one more, "
+                             "fc at least one")
         synapses, B_syn, connections, shape = [], [], [], (channels[0], in_size, in_size)
         for i, out in enumerate(channels[1:]):
             geometry = (channels[i], out, kernels[i], strides[i], paddings[i])
@@ -233,7 +245,8 @@ class _CNN(EnergyModel):
             if self.separate and i > 0:
                 B_syn.append(nn.Conv2d(*geometry, bias=False))
             try:
-                connections.append(convolution(synapses[-1], pools[i], shape, B_syn[-1] if self.separate and i > 0 else None))
+                feedback = B_syn[-1] if self.separate and i > 0 else None
+                connections.append(convolution(synapses[-1], pools[i], shape, feedback))
             except ValueError as e:
                 raise ValueError(f"layer {i + 1}: {e}") from None
             shape = connections[-1].post_shape
@@ -245,18 +258,22 @@ class _CNN(EnergyModel):
                 B_syn.append(nn.Linear(math.prod(shape), out, bias=False))
             connections.append(Dense(synapses[-1], shape, B_syn[-1] if self.separate else None))
             shape = connections[-1].post_shape
-        super().__init__(synapses, B_syn, connections, activation, softmax=softmax, same_update=same_update, pools=pools, schedule=schedule)
+        super().__init__(synapses, B_syn, connections, activation, softmax=softmax, same_update=same_update,
+                         pools=pools, schedule=schedule)
 
 
 class P_CNN(_CNN):
     """Convolutions, each followed by a pooling, then dense layers, with tied weights.
 
-    in_size: height and width of the (square) images; channels: of all maps, the input's first; fc: sizes of the dense layers,
-    the last one the number of classes; pools: see `make_pools`. Raises ValueError, naming the layer, where nothing is left of a map.
+    in_size: height and width of the (square) images; channels: of all maps, the input's first; fc: sizes of the dense
+    layers, the last one the number of classes; pools: see `make_pools`. Raises ValueError, naming the layer, where
+    nothing is left of a map.
     """
 
-    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False, schedule="sync"):
-        super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax, schedule=schedule)
+    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False,
+                 schedule="sync"):
+        super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax,
+                         schedule=schedule)
 
 
 class VF_CNN(_CNN):
@@ -265,7 +282,7 @@ class VF_CNN(_CNN):
     separate = True
 
 
-# --------------------------------------------------------------------------------------------------- models from arguments
+# ----------------------------------------------------------------------------- models from arguments
 
 
 def make_model(args):
@@ -276,7 +293,8 @@ def make_model(args):
     if args.model in ("MLP", "VFMLP"):
         model = {"MLP": P_MLP, "VFMLP": VF_MLP}[args.model](args.archi, act, **options)
     else:
-        geometry = (task.size, [task.channels, *args.channels], args.kernels, args.strides, args.fc, make_pools(args.pools), args.paddings)
+        geometry = (task.size, [task.channels, *args.channels], args.kernels, args.strides, args.fc,
+                    make_pools(args.pools), args.paddings)
         model = {"CNN": P_CNN, "VFCNN": VF_CNN}[args.model](*geometry, act, **options)
     if args.scale is not None:
         with torch.no_grad():
@@ -286,7 +304,8 @@ def make_model(args):
 
 
 def build(args):
-    """`make_model`, once its weights are known to fit into memory. Raises UserError where no such model can be built."""
+    """`make_model`, once its weights are known to fit into memory. Raises UserError where no such model can be
+    built."""
     try:
         with torch.device("meta"):
             weights = sum(p.numel() for p in make_model(args).parameters())
@@ -294,8 +313,9 @@ def build(args):
         raise UserError(f"the model cannot be built: {one_line(e)[:300]}") from None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     if 4 * weights > memory:
-        raise UserError(f"the model cannot be built: {weights:,} weights take {4 * weights / 2 ** 30:,.1f} GiB, this machine has "
-                        f"{memory / 2 ** 30:,.1f} GiB; fewer or smaller layers (--archi, --channels, --fc) need less")
+        sizes = [f"{size / 2 ** 30:,.1f} GiB" for size in (4 * weights, memory)]
+        raise UserError(f"the model cannot be built: {weights:,} weights take {sizes[0]}, this machine has {sizes[1]}; "
+                        "fewer or smaller layers (--archi, --channels, --fc) need less")
     return make_model(args)
 
 
@@ -320,7 +340,7 @@ def make_optimizer(model, args):
     return optimizer, scheduler
 
 
-# ---------------------------------------------------------------------------------------------------------- learning rules
+# ------------------------------------------------------------------------------------ learning rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,12 +363,14 @@ class Rule:
         return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
-# Of all learning rules: x: (mbs, ...), y: class indices (mbs,). masks: of dropout, see `draw_masks`. twin: a copy of the model in lower
-# precision that the time steps are left to. stopwatch: where the time goes, and how many steps free phases take.
+# Of all learning rules: x: (mbs, ...), y: class indices (mbs,). masks: of dropout, see `draw_masks`. twin: a copy of
+# the model in lower precision that the time steps are left to. stopwatch: where the time goes, and how many steps free
+# phases take.
 
 
 def free_phase(chain, phase, T, tol=0.0, stopwatch=None, output_in=None):
-    """The neurons after T steps from zero; with `tol` after at most T, see `relax_until_settled`. output_in: see `energy.fast`."""
+    """The neurons after T steps from zero; with `tol` after at most T, see `relax_until_settled`. output_in: see
+    `energy.fast`."""
     stopwatch = stopwatch or Stopwatch()
     with torch.no_grad(), stopwatch.part("free"):
         if not tol:
@@ -379,7 +401,8 @@ def ep_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
         dtype = model.synapses[0].weight.dtype
         free, nudged, *opposite = ([s.to(dtype) for s in state] for state in states)
         if rule.thirdphase:
-            model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), rule.loss, neurons_3=opposite[0], masks=masks)
+            model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), rule.loss, neurons_3=opposite[0],
+                                    masks=masks)
         else:
             model.compute_syn_grads(x, y, free, nudged, rule.betas, rule.loss, masks=masks)
     return free
@@ -409,38 +432,45 @@ def bptt_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
 
 
 @torch.no_grad()
-def cep_updates(model, optimizer, x, y, rule, masks=None, stopwatch=None, average=lambda: None):
-    """Continual Equilibrium Propagation on one mini-batch (Ernoult et al., 2020): in the nudged phase every step changes the weights
-    at once, by its own share of the EP update, lr * [dPhi(s(t+1))/dp - dPhi(s(t))/dp] / (beta_2 - beta_1). With `thirdphase` a phase at
-    beta_2 and one at -beta_2, each from the free neurons and each with half of the rate. As the rates go to zero the sum of the changes
-    tends to that of EP. Returns the free neurons.
+def cep_updates(model, x, y, rule, change, masks=None, stopwatch=None):
+    """Continual Equilibrium Propagation on one mini-batch (Ernoult et al., 2020): in the nudged phase every step
+    changes the weights at once, by its own share of the EP update, lr * [dPhi(s(t+1))/dp - dPhi(s(t))/dp] / (beta_2 -
+    beta_1). With `thirdphase` a phase at beta_2 and one at -beta_2, each from the free neurons and each with half of
+    the rate. As the rates go to zero the sum of the changes tends to that of EP. Returns the free neurons.
 
-    Leaves p.grad at zero: a step of the optimizer (sgd without momentum) that follows decays the weights and does nothing else.
-    average: called whenever p.grad is filled and before it is used.
+    change(share): changes the weights by that share of a gradient step along p.grad, see `gradient_step`. p.grad is
+    zero in the end: a step of the optimizer (sgd without momentum) that follows decays the weights and does no more.
     """
     stopwatch, (beta_1, beta_2), chain = stopwatch or Stopwatch(), rule.betas, model.chain(rule.loss, masks)
     free = free_phase(chain, model.phase(chain.input_drive(x), y, beta_1, rule.loss), rule.T1, rule.tol, stopwatch)
-    phases = (beta_2, -beta_2) if rule.thirdphase else (beta_2,)
-    for beta in phases:
+    betas = (beta_2, -beta_2) if rule.thirdphase else (beta_2,)
+    for beta in betas:
         state = free
         for t in range(rule.T2):
             with stopwatch.part("nudged"):
-                before, state = state, fast.relax(chain, model.phase(chain.input_drive(x), y, beta, rule.loss), state, 1)
+                phase = model.phase(chain.input_drive(x), y, beta, rule.loss)
+                before, state = state, fast.relax(chain, phase, state, 1)
             with stopwatch.part("update"):
-                model.compute_syn_grads(x, y, free, before, (beta_1, beta), rule.loss, check_thm=t > 0, neurons_3=state, masks=masks)
-                average()
-                for group in optimizer.param_groups:
-                    for p in group["params"]:
-                        p.sub_(p.grad, alpha=group["lr"] / len(phases))
+                model.compute_syn_grads(x, y, free, before, (beta_1, beta), rule.loss, check_thm=t > 0,
+                                        neurons_3=state, masks=masks)
+                change(1 / len(betas))
     for p in model.parameters():
         p.grad.zero_()
     return free
 
 
+@torch.no_grad()
+def gradient_step(optimizer, share=1.0):
+    """A share of a plain gradient step with the optimizer's rates, whatever else it does."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.sub_(p.grad, alpha=group["lr"] * share)
+
+
 def draw_masks(model, keep, mbs, part=slice(None)):
-    """Masks of dropout, drawn anew for each of mbs samples: 0 with probability 1 - keep, else 1 / keep. Drawn on the CPU, for the whole
-    mini-batch, so that they are the same on every device and for any number of workers, which keep their own `part` of it.
-    keep: a number in (0, 1] for each connection, the read-out being the last."""
+    """Masks of dropout, drawn anew for each of mbs samples: 0 with probability 1 - keep, else 1 / keep. Drawn on the
+    CPU, for the whole mini-batch, so that they are the same on every device and for any number of workers, which keep
+    their own `part` of it. keep: a number in (0, 1] for each connection, the read-out being the last."""
     weight, connections = model.synapses[0].weight, [*model.connections, *([model.output] if model.softmax else [])]
     masks = [None if p == 1 else ((torch.rand(mbs, *c.pre_shape)[part] < p) / p).to(weight.device, weight.dtype)
              for c, p in zip(connections, keep)]
@@ -457,16 +487,16 @@ def refresh(twin, model):
     torch._foreach_copy_(list(twin.parameters()), list(model.parameters()))
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------ training
 
 
 @dataclasses.dataclass
 class Trainer:
     """Trains a model: what stays the same from mini-batch to mini-batch and from epoch to epoch.
 
-    args: those of the command line, to be written down; run: the `RunFolder` to write to after every epoch, or None; history: the
-    rows of metrics.csv until now, to which it appends; workers: those that share every mini-batch, whose updates are those of one;
-    best: the snapshot of the best model of the epochs in `history`, if it is known.
+    args: those of the command line, to be written down; run: the `RunFolder` to write to after every epoch, or None;
+    history: the rows of metrics.csv until now, to which it appends; workers: those that share every mini-batch, whose
+    updates are those of one; best: the snapshot of the best model of the epochs in `history`, if it is known.
     """
 
     model: EnergyModel
@@ -485,41 +515,40 @@ class Trainer:
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
     def fit(self, train_batches, test_batches):
-        """Trains for args.epochs epochs after those in `history`. Raises RunFailed when neurons or weights stop being finite."""
+        """Trains for args.epochs epochs after those in `history`. Raises RunFailed when neurons or weights stop being
+        finite."""
         if self.args.precision != "fp32":
-            self._report_precision(train_batches)
+            report_precision(self, train_batches)
         last = len(self.history) + self.args.epochs
         while len(self.history) < last:
             epoch, start = len(self.history) + 1, time.perf_counter()
-            stopwatch, health = Stopwatch(next(self.model.parameters()).device), Health(self.model, self.rule, self.optimizer, epoch)
+            stopwatch = Stopwatch(next(self.model.parameters()).device)
+            health = Health(self.model, self.rule, self.optimizer, epoch)
             train_acc, neurons = self._epoch(train_batches, epoch, stopwatch, health)
-            if self.scheduler is not None and self.scheduler.last_epoch < self.scheduler.T_max:  # it would rise again behind its minimum
-                self.scheduler.step()
+            if self.scheduler is not None and self.scheduler.last_epoch < self.scheduler.T_max:
+                self.scheduler.step()  # beyond T_max the rates would rise again
             spent = time.perf_counter() - start
             with stopwatch.part("evaluation"):
-                test_acc = evaluate(self.twin or self.model, test_batches, self.args.T1, self.rule.loss, tol=self.rule.tol, workers=self.workers)
+                test_acc = evaluate(self.twin or self.model, test_batches, self.rule, workers=self.workers)
             stopwatch.settling.gather(self.workers)
-            angles = self.model.angles()
             row = {"epoch": epoch, "train_acc": round(100 * train_acc, 4), "test_acc": round(100 * test_acc, 4),
                    "seconds": round(time.perf_counter() - start, 2), **stopwatch.settling.columns(),
-                   **{f"angle_{n}": round(angle, 3) for n, angle in enumerate(angles, 2)}}
+                   **{f"angle_{n}": round(angle, 3) for n, angle in enumerate(self.model.angles(), 2)}}
             self._commit(row, neurons, epoch == last, train_batches.generator)
             self.total.add(stopwatch)
-            print(f"epoch {epoch}/{last}: train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
-                  f"{train_batches.samples / spent:.0f} images/s" + (f", {stopwatch.settling}" if stopwatch.settling.images else "")
-                  + (", angles " + " ".join(f"{a:.1f}" for a in angles) if angles else ""), flush=True)
+            print(f"epoch {epoch}/{last}: {in_words(row, train_batches.samples / spent, stopwatch)}", flush=True)
             for warning in health.warnings(neurons):
                 print(f"epoch {epoch}: warning: {warning}", flush=True)
         print(f"time: {self.total.shares()}", flush=True)
 
     def _epoch(self, batches, epoch, stopwatch, health):
-        """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's neurons, of several
-        workers those of this one's share."""
+        """One pass over the data. Returns the accuracy (a share) of the free phases on the way, and the last batch's
+        neurons, of several workers those of this one's share."""
         hits, seen, tenth = 0, 0, -(-len(batches) // 10)
         bar = progress(stopwatch.iterate(batches, "data"), f"epoch {epoch}", len(batches))
         for batch, (x, y) in enumerate(bar, 1):
             if self.workers.rank == 0 and self.args.check_thm and self.rule.alg == "EP" and (batch - 1) % tenth == 0:
-                self._log_theorem(x[:5], y[:5], epoch, batch)
+                log_theorem(self, x[:5], y[:5], epoch, batch)
             if batch == 1:
                 health.examine(x, y)
             neurons, right, n_local = self.gradients(x, y, stopwatch)
@@ -535,35 +564,40 @@ class Trainer:
         return int(self.workers.sum(hits)) / batches.samples, neurons
 
     def gradients(self, x, y, stopwatch=None):
-        """Fills p.grad from one mini-batch by the rule; CEP changes the weights as well. Of several workers each takes a share, and
-        p.grad becomes the mean.
+        """Fills p.grad from one mini-batch by the rule; CEP changes the weights as well. Of several workers each takes
+        a share, and p.grad becomes the mean.
 
-        Returns the neurons of the free phase, how many samples they classify correctly (a tensor without dimensions), both of this
-        worker's share, and how many samples that is."""
+        Returns the neurons of the free phase, how many samples they classify correctly (a tensor without dimensions),
+        both of this worker's share, and how many samples that is."""
         n, (part, n_local) = len(y), self.workers.shard(len(y))
         x, y, rule, stopwatch = x[part], y[part], self.rule, (stopwatch if n_local else None) or Stopwatch()
         masks = draw_masks(self.model, rule.dropouts, n, part) if rule.dropouts else None
         if rule.random_sign and torch.rand(()) < 0.5:
             rule = dataclasses.replace(rule, betas=(rule.betas[0], -rule.betas[1]))
         average = functools.partial(self.workers.average_gradients, self.model, n_local, n)
+
+        def change(share):
+            average()
+            gradient_step(self.optimizer, share)
+
         if rule.alg == "CEP":
-            neurons = cep_updates(self.model, self.optimizer, x, y, rule, masks, stopwatch, average)
+            neurons = cep_updates(self.model, x, y, rule, change, masks, stopwatch)
         else:
-            rule_gradients = {"EP": ep_gradients, "BPTT": bptt_gradients}[rule.alg]
-            neurons = rule_gradients(self.model, x, y, rule, masks, self.twin, stopwatch)
+            learn = {"EP": ep_gradients, "BPTT": bptt_gradients}[rule.alg]
+            neurons = learn(self.model, x, y, rule, masks, self.twin, stopwatch)
             with stopwatch.part("update"):
                 average()
         return neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local
 
     def _commit(self, row, neurons, final, generator):
-        """Appends an epoch to the history, and writes it to the run folder. The checkpoint comes last and commits it: before it,
-        resuming repeats the epoch, and writes all again of what the checkpoint says."""
+        """Appends an epoch to the history, and writes it to the run folder. The checkpoint comes last and commits it:
+        before it, resuming repeats the epoch, and writes all again of what the checkpoint says."""
         improved = row["test_acc"] > best_of(self.history)
         history = [*self.history, row]
         if self.run:
             state = snapshot(self.model, self.args, history)
             self.best = copy.deepcopy(state) if improved else self.best
-            checkpoint = snapshot(self.model, self.args, history, self.best, self.optimizer, self.scheduler, generator)
+            resumable = resumable_state(self.best, self.optimizer, self.scheduler, generator)
             self.run.write_csv("metrics.csv", history)
             self.run.save_figure("train-test_acc.png", figures.accuracy(history))
             self.run.save_figure("neural_activity.png", figures.activity(neurons))
@@ -571,45 +605,60 @@ class Trainer:
                 self.run.save("model.pt", state)
             if final:
                 self.run.save("final_model.pt", state)
-                self.run.save("final_checkpoint.tar", checkpoint)
-            self.run.save("checkpoint.tar", checkpoint)
+                self.run.save("final_checkpoint.tar", {**state, **resumable})
+            self.run.save("checkpoint.tar", {**state, **resumable})
         self.history.append(row)
 
-    def _log_theorem(self, x, y, epoch, batch):
-        """gducheck on a few images while training: a line in the log, and rows of gducheck.csv. Changes nothing that training uses."""
-        with exactly():
-            rows = gdu_report(self.model, x, y, self.rule, make_criterion(self.rule.loss))[0]
-        best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
-        worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
-        progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least {worst['cosine']:.3f} "
-                       f"({worst['name']}), RMSE on average {sum(row['rmse'] for row in best) / len(best):.3f}")
-        if self.run:
-            self.run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])
 
-    def _report_precision(self, batches):
-        """Prints how far the gradients of a mini-batch in args.precision are from those in fp32. Leaves random numbers as they are."""
-        images, labels = (t[:batches.mbs] for t in (batches.images, batches.labels))
-        x, found, twin = batches.normalise(images.float() / 255), [], self.twin
-        state = torch.get_rng_state()
-        for name, self.twin in (("fp32", None), (self.args.precision, twin)):
-            set_precision(name)
-            torch.set_rng_state(state)
-            self.gradients(x, labels)
-            found.append({name: p.grad.clone() for name, p in self.model.named_parameters()})
+def in_words(row, rate, stopwatch):
+    """A row of metrics.csv as the log says it. rate: training images a second."""
+    line = (f"train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
+            f"{rate:.0f} images/s")
+    if stopwatch.settling.images:
+        line += f", {stopwatch.settling}"
+    angles = " ".join(f"{value:.1f}" for name, value in row.items() if name.startswith("angle_"))
+    return line + (f", angles {angles}" if angles else "")
+
+
+def log_theorem(trainer, x, y, epoch, batch):
+    """gducheck on a few images while training: a line in the log, and rows of gducheck.csv. Changes nothing that
+    training uses."""
+    with exactly():
+        rows = gdu_report(trainer.model, x, y, trainer.rule, trainer.rule.loss)[0]
+    best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
+    worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
+    rmse = sum(row["rmse"] for row in best) / len(best)
+    progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least "
+                   f"{worst['cosine']:.3f} ({worst['name']}), RMSE on average {rmse:.3f}")
+    if trainer.run:
+        trainer.run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])
+
+
+def report_precision(trainer, batches):
+    """Prints how far the gradients of a mini-batch in args.precision are from those in fp32. Leaves random numbers as
+    they are."""
+    images, labels = (t[:batches.mbs] for t in (batches.images, batches.labels))
+    x, found, twin, precision = batches.normalise(images.float() / 255), [], trainer.twin, trainer.args.precision
+    state = torch.get_rng_state()
+    for name, trainer.twin in (("fp32", None), (precision, twin)):
+        set_precision(name)
         torch.set_rng_state(state)
-        cosines = {name: cosine(a, found[1][name]) for name, a in found[0].items()}
-        worst = min(cosines, key=cosines.get)
-        print(f"{self.args.precision} against fp32 at beta {self.rule.betas[1]:g}: gradient cosine at least {cosines[worst]:.4f} ({worst})",
-              flush=True)
+        trainer.gradients(x, labels)
+        found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+    torch.set_rng_state(state)
+    cosines = {name: cosine(a, found[1][name]) for name, a in found[0].items()}
+    worst = min(cosines, key=cosines.get)
+    print(f"{precision} against fp32 at beta {trainer.rule.betas[1]:g}: gradient cosine at least {cosines[worst]:.4f} "
+          f"({worst})", flush=True)
 
 
 def train(model, optimizer, train_batches, test_batches, args, **more):
-    """Trains for args.epochs epochs. args: those of the command line (alg, T1, T2, betas, ..., loss, precision, epochs); more: see
-    `Trainer`. Raises RunFailed when neurons or weights stop being finite."""
+    """Trains for args.epochs epochs. args: those of the command line (alg, T1, T2, betas, ..., loss, precision,
+    epochs); more: see `Trainer`. Raises RunFailed when neurons or weights stop being finite."""
     Trainer(model, optimizer, args, **more).fit(train_batches, test_batches)
 
 
-# --------------------------------------------------------------------------------------------------- looking at a data set
+# ----------------------------------------------------------------------------- looking at a data set
 
 
 @torch.no_grad()
@@ -619,26 +668,29 @@ def correct(chain, neurons, y):
 
 
 @torch.no_grad()
-def predicting_neurons(model, x, T, criterion, tol=0.0, stopwatch=None):
-    """The neurons whose read-out is the prediction after T free steps; with `tol` after at most T, see `relax_until_settled`."""
-    chain = model.chain(loss_name(criterion))
-    return free_phase(chain, Phase(chain.input_drive(x)), T, tol, stopwatch, output_in=0)
+def predicting_neurons(model, x, rule, stopwatch=None):
+    """The neurons whose read-out is the prediction after rule.T1 free steps; with rule.tol after at most so many, see
+    `relax_until_settled`. rule: also its loss counts, which decides whether output neurons have an activation."""
+    chain = model.chain(rule.loss)
+    return free_phase(chain, Phase(chain.input_drive(x)), rule.T1, rule.tol, stopwatch, output_in=0)
 
 
 @torch.no_grad()
-def evaluate(model, batches, T1, criterion, description="evaluating", tol=0.0, stopwatch=None, workers=Workers()):
-    """The share of images that are classified correctly after T1 free steps (with `tol`: at most, see `relax_until_settled`).
-    `workers` take whole mini-batches in turn, so that each rounds as it does for one."""
-    hits, chain = 0, model.chain(loss_name(criterion))
+def evaluate(model, batches, rule, description="evaluating", stopwatch=None, workers=Workers()):
+    """The share of images that are classified correctly, see `predicting_neurons`; nan of none. `workers` take whole
+    mini-batches in turn, so that each rounds as it does for one."""
+    hits, chain = 0, model.chain(rule.loss)
     for x, y in workers.strided(progress(batches, description)):
-        hits += correct(chain, predicting_neurons(model, x, T1, criterion, tol, stopwatch), y)
+        hits += correct(chain, predicting_neurons(model, x, rule, stopwatch), y)
     return int(workers.sum(hits)) / batches.samples if batches.samples else math.nan
 
 
 @torch.no_grad()
-def predictions(model, batches, T1, criterion, tol=0.0, workers=Workers()):
-    """The predicted class of every image, (n,), on the CPU; `workers` take whole mini-batches in turn, and all get all."""
-    own = [model.readout(predicting_neurons(model, x, T1, criterion, tol)).argmax(1).cpu() for x, _ in workers.strided(batches)]
+def predictions(model, batches, rule, workers=Workers()):
+    """The predicted class of every image, (n,), on the CPU; `workers` take whole mini-batches in turn, and all get
+    all."""
+    chain = model.chain(rule.loss)
+    own = [chain.read(predicting_neurons(model, x, rule)).argmax(1).cpu() for x, _ in workers.strided(batches)]
     return torch.cat(workers.gather_strided(own))
 
 
@@ -646,15 +698,17 @@ SETTLED = 1e-4  # an image has settled once no layer moves by more than this sha
 
 
 @torch.no_grad()
-def characteristic(model, batches, T1, criterion, eps=SETTLED):
-    """After t = 1 ... T1 free steps from zero: the share of images classified correctly, as `evaluate` says it for that t, and
-    the share that has settled by then, having moved by less than `eps` in some step (see `relative_change`). Two lists of T1."""
-    hits, settled = torch.zeros(2, T1, dtype=torch.int64, device=batches.labels.device)
+def characteristic(model, batches, rule, eps=SETTLED):
+    """After t = 1 ... rule.T1 free steps from zero: the share of images classified correctly, as `evaluate` says it for
+    that t, and the share that has settled by then, having moved by less than `eps` in some step (see
+    `relative_change`). Two lists of T1."""
+    hits, settled = torch.zeros(2, rule.T1, dtype=torch.int64, device=batches.labels.device)
     for x, y in progress(batches, "characteristic"):
-        chain = model.chain(loss_name(criterion))
-        chain, phase = fast.rewritten(chain, Phase(chain.input_drive(x)), T1)  # rounds as `evaluate` does
+        chain = model.chain(rule.loss)
+        steps = fast.Steps(chain, Phase(chain.input_drive(x)), None, rule.T1)
+        chain, phase, *_ = fast.rewritten(steps)  # to round as `evaluate` does
         neurons, still = chain.zeros(phase.drive), torch.zeros(len(y), dtype=torch.bool, device=x.device)
-        for t in range(T1):
+        for t in range(rule.T1):
             before, neurons = neurons, fast.relax(chain, phase, neurons if t else None, 1)
             still |= relative_change(before, neurons) < eps
             hits[t] += correct(chain, neurons, y)
@@ -662,30 +716,15 @@ def characteristic(model, batches, T1, criterion, eps=SETTLED):
     return [[int(count) / batches.samples for count in counts] for counts in (hits, settled)]
 
 
-def attack(model, images, labels, args, eps, task, description, workers=Workers()):
+def attack(model, images, labels, args, eps, description="", workers=Workers()):
     """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad.
 
-    Returns {grad: result, ..., "worst": result}, `worst` taking for each image the strongest of all; a result holds `correct` (n,)
-    bool, `x_adv`, `prediction`, and the shares `masked` (gradient exactly zero or not finite at some iteration) and `unmoved`
-    (perturbation zero), and `mean_norm`. Memory is that of one mini-batch. `worst` is left out where there is one gradient.
-    `workers` take whole mini-batches in turn, and all get the results. What an attack draws follows from args.seed and the place of the
-    mini-batch: it is the same for every eps and gradient, for any number of workers, and wherever a sweep goes on.
-    """
+    Returns {grad: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.attack_images`. args: task, loss,
+    T1, predict_step, tol, mbs, seed and those of the attack."""
     from ART_Timesteps_Addition import attacks
-    results, n, criterion = {}, len(images), make_criterion(args.loss)
-    x, y = (images.float() / 255).numpy(), labels.numpy()
-    predict = functools.partial(predicting_neurons, model, T=args.predict_step or args.T1, criterion=criterion, tol=args.tol)
-    for grad in args.attack_grad:
-        classifier = attacks.make_classifier(model, criterion, args, eps, grad, task, predict)
-        parts = [attacks.attack_batch(classifier, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, (args.seed, i))
-                 for i in workers.strided(progress(range(0, max(n, 1), args.mbs), f"{description}, {grad}"))]
-        parts = workers.gather_strided(parts)
-        x_adv, prediction = (np.concatenate([part[key] for part in parts]) for key in ("x_adv", "prediction"))
-        results[grad] = {"x_adv": x_adv, "prediction": prediction, "masked": sum(part["masked"] for part in parts) / max(n, 1)}
-    if len(results) > 1:
-        results["worst"] = attacks.worst_of(list(results.values()), y)
-    for result in results.values():
-        moved = attacks.norms(result["x_adv"] - x, args.attack_norm)
-        result.update(correct=result["prediction"] == y, unmoved=int((moved == 0).sum()) / max(n, 1),
-                      mean_norm=float(moved.mean()) if n else 0.0)
-    return results
+    task, criterion = TASKS[args.task], make_criterion(args.loss)
+    predict = functools.partial(predicting_neurons, model,
+                                rule=Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol))
+    classifiers = {grad: attacks.make_classifier(model, criterion, args, eps, grad, task, predict)
+                   for grad in args.attack_grad}
+    return attacks.attack_images(classifiers, images, labels, args, eps, description, workers)

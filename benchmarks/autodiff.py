@@ -1,6 +1,6 @@
-"""The textbook form, the yardstick of every benchmark here: a step differentiates Phi automatically with respect to the neurons,
-an EP update differentiates it with respect to the parameters, and BPTT differentiates through those derivatives a second time.
-Nothing is kept between steps, the layout is PyTorch's default."""
+"""The textbook form, the yardstick of every benchmark here: a step differentiates Phi automatically with respect to the
+neurons, an EP update differentiates it with respect to the parameters, and BPTT differentiates through those
+derivatives a second time. Nothing is kept between steps, the layout is PyTorch's default."""
 import copy
 
 import torch
@@ -20,7 +20,8 @@ def relax(model, x, y, neurons, T, beta, criterion, check_thm=False):
         if torch.is_tensor(phi):
             drives = torch.autograd.grad(phi.sum(), neurons, create_graph=check_thm)
         else:
-            drives = [torch.autograd.grad(p.sum(), n, create_graph=check_thm, retain_graph=True)[0] for p, n in zip(phi, neurons)]
+            drives = [torch.autograd.grad(p.sum(), n, create_graph=check_thm, retain_graph=True)[0] for p,
+                      n in zip(phi, neurons)]
         neurons = [d if linear_output and n == len(drives) - 1 else model.activation(d) for n, d in enumerate(drives)]
         if not check_thm:
             neurons = [n.detach().requires_grad_() for n in neurons]
@@ -57,8 +58,9 @@ def bptt_gradients(model, x, y, rule):
 
 
 def separate_backpropagations(model, x, y, T1, T2, criterion):
-    """gducheck as T2 + 1 back-propagations: the one through the last K steps, less the one through the last K - 1, is what the
-    K-th step from the end contributes. The same numbers as `model_utils.bptt_contributions`; cost grows with T2 squared."""
+    """gducheck as T2 + 1 back-propagations: the one through the last K steps, less the one through the last K - 1, is
+    what the K-th step from the end contributes. The same numbers as `model_utils.bptt_contributions`; cost grows with
+    T2 squared."""
     names = [name for name, _ in model.named_parameters()]
     result = {name: [] for name in names}
     before = None

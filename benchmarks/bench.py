@@ -1,14 +1,14 @@
-"""Ours against automatic differentiation of Phi (benchmarks/autodiff.py): time per mini-batch, peak memory, and the floor.
+"""Ours against automatic differentiation of Phi (benchmarks/autodiff.py): time per mini-batch, peak memory, and the
+floor.
 
 Usage, from the project's root:  python benchmarks/bench.py [--device -1] [--only mlp cnn] [--repeats 7] [--write]
 
 Both sides run in turn, A B A B ..., in one process, so that a drift of the machine's speed meets both; the ratio is the
 median of the ratios of neighbours. Memory is what a process of its own needed at most above what it held before the
-update: resident memory on a CPU, allocated memory on a GPU. Floor: the floating-point operations of our side, as PyTorch's
-FlopCounterMode counts them, at the rate that this machine reaches on a large matrix product just before and after; `of the floor`
-is our time over it.
-The second table is of our side alone, and says how cost grows with the batch, T1 and depth. `--write` appends the tables to
-benchmarks/RESULTS.md.
+update: resident memory on a CPU, allocated memory on a GPU. Floor: the floating-point operations of our side, as
+PyTorch's FlopCounterMode counts them, at the rate that this machine reaches on a large matrix product just before and
+after; `of the floor` is our time over it. The second table is of our side alone, and says how cost grows with the
+batch, T1 and depth. `--write` appends the tables to benchmarks/RESULTS.md.
 """
 import argparse
 import datetime
@@ -47,7 +47,8 @@ def cnn(device, mbs=None):
     """The CIFAR-10 network of the published recipe."""
     mbs = mbs or (16 if device.type == "cpu" else 128)
     pools = model_utils.make_pools("mmmm")
-    model = model_utils.P_CNN(32, [3, 128, 256, 512, 512], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0], model_utils.my_hard_sig,
+    model = model_utils.P_CNN(32, [3, 128, 256, 512, 512], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0],
+                              model_utils.my_hard_sig,
                               softmax=True).to(device)
     return model, torch.randn(mbs, 3, 32, 32, device=device), torch.randint(0, 10, (mbs,), device=device)
 
@@ -55,37 +56,47 @@ def cnn(device, mbs=None):
 def cases(device):
     """name -> (network, function of (side, model, x, y)); the same function serves both sides."""
     small = device.type == "cpu"
-    ep, bptt, gdu, attacked = ((30, 10), (10, 10), (10, 5, 2), (10, 4)) if small else ((250, 30), (30, 30), (60, 15, 20), (29, 128))
+    ep, bptt, gdu, attacked = ((30, 10), (10, 10), (10, 5, 2), (10, 4)) if small else ((250, 30), (30, 30),
+            (60, 15, 20), (29, 128))
     batches = {"": cnn, ", batch 8": lambda device: cnn(device, 8)} if small else {"": cnn}
     recipe = {} if small else {"cnn symmetric EP update, T1 250, T2 30, the published recipe":
-                               (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y, Rule(T1=250, T2=30, betas=(0.0, 1.0), loss="cel", thirdphase=True)))}
+                               (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y,
+                                       Rule(T1=250, T2=30, betas=(0.0, 1.0), loss="cel", thirdphase=True)))}
     return {
-        "mlp EP update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.ep_gradients(m, x, y, Rule(T1=30, T2=10, betas=(0.0, 0.1)))),
+        "mlp EP update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.ep_gradients(m, x, y,
+                Rule(T1=30, T2=10, betas=(0.0, 0.1)))),
         "mlp BPTT update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.bptt_gradients(m, x, y, Rule(T1=30, T2=10))),
         "mlp free phase, T1 30": (mlp, lambda side, m, x, y: free_phase(side, m, x, 30, MSE)),
         "mlp gducheck, T1 60, T2 30": (mlp, lambda side, m, x, y: gducheck(side, m, x[:20], y[:20], 60, 30, MSE)),
         "mlp attack gradient, 29 steps": (mlp, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, MSE)),
-        **{f"cnn EP update, T1 {ep[0]}, T2 {ep[1]}{batch}": (network, lambda side, m, x, y: side.ep_gradients(m, x, y, Rule(T1=ep[0], T2=ep[1], betas=(0.0, 1.0), loss="cel")))
+        **{f"cnn EP update, T1 {ep[0]}, T2 {ep[1]}{batch}": (network, lambda side, m, x, y: side.ep_gradients(m, x, y,
+                Rule(T1=ep[0], T2=ep[1], betas=(0.0, 1.0), loss="cel")))
            for batch, network in batches.items()},
         **recipe,
-        f"cnn BPTT update, T1 {bptt[0]}, T2 {bptt[1]}": (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y, Rule(T1=bptt[0], T2=bptt[1], loss="cel"))),
-        **{f"cnn free phase, T1 {ep[0]}{batch}": (network, lambda side, m, x, y: free_phase(side, m, x, ep[0], CEL)) for batch, network in batches.items()},
+        f"cnn BPTT update, T1 {bptt[0]}, T2 {bptt[1]}": (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y,
+                Rule(T1=bptt[0], T2=bptt[1], loss="cel"))),
+        **{f"cnn free phase, T1 {ep[0]}{batch}": (network, lambda side, m, x, y: free_phase(side, m, x, ep[0], CEL))
+           for batch, network in batches.items()},
         f"cnn gducheck, T1 {gdu[0]}, T2 {gdu[1]}, {gdu[2]} images":
             (lambda device: cnn(device, gdu[2]), lambda side, m, x, y: gducheck(side, m, x, y, gdu[0], gdu[1], CEL)),
         f"cnn attack gradient, {attacked[0]} steps, {attacked[1]} images":
-            (lambda device: cnn(device, attacked[1]), lambda side, m, x, y: attack_gradient(side, m, x, y, attacked[0], CEL)),
+            (lambda device: cnn(device, attacked[1]), lambda side, m, x, y: attack_gradient(side, m, x, y, attacked[0],
+                    CEL)),
         "small cnn gducheck, T1 60, T2 30": (small_cnn, lambda side, m, x, y: gducheck(side, m, x, y, 60, 30, CEL)),
-        "small cnn attack gradient, 29 steps, 40 images": (attacked_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL)),
+        "small cnn attack gradient, 29 steps, 40 images": (attacked_cnn, lambda side, m, x,
+                                                           y: attack_gradient(side, m, x, y, 29, CEL)),
         "average-pooling small cnn attack gradient, 29 steps, 40 images":
             (averaging_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL)),
-        "average-pooling small cnn predictions, T1 60, 40 images": (averaging_cnn, lambda side, m, x, y: predictions(side, m, x, 60)),
-        "small cnn attack per eps, PGD, 20 iterations, 40 images": (attacked_cnn, lambda side, m, x, y: attack(side, m, x, y, 60, 29)),
+        "average-pooling small cnn predictions, T1 60, 40 images": (averaging_cnn, lambda side, m, x,
+                                                                    y: predictions(side, m, x, 60)),
+        "small cnn attack per eps, PGD, 20 iterations, 40 images": (attacked_cnn, lambda side, m, x,
+                                                                    y: attack(side, m, x, y, 60, 29)),
     }
 
 
 def predictions(side, model, x, T):
     if side is model_utils:
-        return model_utils.predicting_neurons(model, x, T, CEL)
+        return model_utils.predicting_neurons(model, x, Rule(T1=T, loss="cel"))
     return free_phase(side, model, x, T, CEL)
 
 
@@ -97,7 +108,8 @@ def free_phase(side, model, x, T, criterion):
 
 def small_cnn(device):
     pools = model_utils.make_pools("mm")
-    model = model_utils.P_CNN(28, [1, 16, 32], [5, 5], [1, 1], [10], pools, [0, 0], model_utils.my_sigmoid, softmax=True).to(device)
+    model = model_utils.P_CNN(28, [1, 16, 32], [5, 5], [1, 1], [10], pools, [0, 0], model_utils.my_sigmoid,
+                              softmax=True).to(device)
     return model, torch.rand(20, 1, 28, 28, device=device), torch.randint(0, 10, (20,), device=device)
 
 
@@ -108,7 +120,8 @@ def averaging_cnn(device):
 def attacked_cnn(device, pools="mmmm"):
     """The network of the published attack figures, at a quarter of its width or less."""
     pools = model_utils.make_pools(pools)
-    model = model_utils.P_CNN(32, [3, 16, 32, 32, 32], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0], model_utils.my_sigmoid, softmax=True).to(device)
+    model = model_utils.P_CNN(32, [3, 16, 32, 32, 32], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0],
+                              model_utils.my_sigmoid, softmax=True).to(device)
     return model, torch.randn(40, 3, 32, 32, device=device), torch.randint(0, 10, (40,), device=device)
 
 
@@ -132,18 +145,21 @@ class Textbook(torch.nn.Module):
     def forward(self, x):
         gradient = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():  # the steps themselves differentiate
-            neurons = autodiff.relax(self.model, x, None, autodiff.zeros(self.model, x), self.T2 if gradient else self.T1, 0.0, CEL, gradient)
+            neurons = autodiff.relax(self.model, x, None, autodiff.zeros(self.model, x), self.T2 if gradient
+                                     else self.T1, 0.0, CEL, gradient)
             return self.model.readout(neurons)
 
 
 def attack(side, model, x, y, T1, T2, iterations=20, eps=0.03):
-    """PGD in the L-infinity norm on images that are standardised already, and the predictions on the adversarial ones."""
+    """PGD in the L-infinity norm on images that are standardised already, and the predictions on the adversarial
+    ones."""
     common = {"input_shape": x.shape[1:], "nb_classes": 10, "device_type": x.device.type.replace("cuda", "gpu")}
     if side is model_utils:
         classifier = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), T1=T1, T2=T2, **common)
     else:
         classifier = ArtClassifier(Textbook(model, T1, T2), torch.nn.CrossEntropyLoss(), **common)
-    pgd = ProjectedGradientDescent(classifier, norm=np.inf, eps=eps, eps_step=2.5 * eps / iterations, max_iter=iterations, batch_size=len(x),
+    pgd = ProjectedGradientDescent(classifier, norm=np.inf, eps=eps, eps_step=2.5 * eps / iterations,
+                                   max_iter=iterations, batch_size=len(x),
                                    verbose=False)
     adversarial = pgd.generate(x.cpu().numpy(), np.eye(10, dtype=np.float32)[y.cpu()])
     return classifier.predict(adversarial, batch_size=len(x))
@@ -161,17 +177,20 @@ def growth(device):
     calls = {}
     for mbs in (4, 8, 16, 32) if device.type == "cpu" else (32, 64, 128, 256):
         model, x, y = cnn(device, mbs)
-        calls[f"cnn free phase, {T} steps, batch {mbs}"] = lambda model=model, x=x: model(x, None, None, T, criterion=CEL)
+        calls[f"cnn free phase, {T} steps, batch {mbs}"] = lambda model=model, x=x: model(x, None, None, T,
+                criterion=CEL)
     model, x, y = mlp(device)
     for T1 in (10, 50, 250):
         calls[f"mlp EP update, T1 {T1}, T2 10"] = lambda T1=T1, model=model, x=x, y=y: model_utils.ep_gradients(
             model, x, y, Rule(T1=T1, T2=10, betas=(0.0, 0.1)))
     for depth in (1, 2, 3, 4):
         torch.manual_seed(0)
-        model = model_utils.P_CNN(32, [3, 64, 64, 64, 64][:depth + 1], [3] * depth, [1] * depth, [10], pools(depth), [1] * depth, model_utils.my_hard_sig,
+        model = model_utils.P_CNN(32, [3, 64, 64, 64, 64][:depth + 1], [3] * depth, [1] * depth, [10], pools(depth),
+                                  [1] * depth, model_utils.my_hard_sig,
                                   softmax=True).to(device)
         x = torch.randn(16, 3, 32, 32, device=device)
-        calls[f"free phase, {T} steps, {depth} convolutions of 64 maps, batch 16"] = lambda model=model, x=x: model(x, None, None, T, criterion=CEL)
+        calls[f"free phase, {T} steps, {depth} convolutions of 64 maps, batch 16"] = lambda model=model, x=x: model(x,
+                None, None, T, criterion=CEL)
     return calls
 
 
@@ -279,13 +298,15 @@ def device_index(device):
 def machine(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+                 platform.processor())
     return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def command_of(argv):
     """The command line as it stands in RESULTS.md."""
-    return f"python benchmarks/{pathlib.Path(argv[0]).name}" + "".join(f" {shlex.quote(a)}" for a in argv[1:] if a != "--write")
+    return f"python benchmarks/{pathlib.Path(argv[0]).name}" + "".join(f" {shlex.quote(a)}" for a in argv[1:]
+                                                                       if a != "--write")
 
 
 def publish(lines):
@@ -308,9 +329,11 @@ def main():
         return
     model_utils.set_precision(args.precision)
     rate = statistics.median(matrix_rates(device))
-    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in a matrix product", "",
+    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in "
+             "a matrix product", "",
              f"`{command_of(sys.argv)}`", "",
-             "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | floor, ms | of the floor | ours, MiB | theirs, MiB | share |",
+             "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | floor, ms | of the floor | "
+             "ours, MiB | theirs, MiB | share |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     print("\n".join(lines), flush=True)
 
@@ -327,7 +350,8 @@ def main():
             say(f"| {name} | {1e3 * statistics.median(times):.1f} ({1e3 * times[0]:.1f} to {1e3 * times[-1]:.1f}) |")
         say("\n| memory of an EP update, MiB | T1 10, T2 10 | T1 250, T2 250 |\n| --- | --- | --- |")
         for network in ("mlp", "small_cnn"):
-            say(f"| {network} | " + " | ".join(f"{memory_of(f'{network} {T}', 0, device) / 2 ** 20:.1f}" for T in (10, 250)) + " |")
+            say(f"| {network} | " + " | ".join(f"{memory_of(f'{network} {T}', 0, device) / 2 ** 20:.1f}"
+                                               for T in (10, 250)) + " |")
     if args.write:
         publish(lines)
 

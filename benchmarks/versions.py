@@ -1,10 +1,12 @@
-"""This version against another one, case by case of bench.py: time per call in one process, and peak memory in processes of their own.
+"""This version against another one, case by case of bench.py: time per call in one process, and peak memory in
+processes of their own.
 
-Usage, from the project's root:  git worktree add /tmp/before COMMIT; python benchmarks/versions.py /tmp/before [--only cnn] [--repeats 9] [--write]
+Usage, from the project's root:  git worktree add /tmp/before COMMIT; python benchmarks/versions.py /tmp/before [--only
+cnn] [--repeats 9] [--write]
 
-Both versions are loaded side by side and run in turn, A B A B ..., so that a drift of the machine's speed meets both; the ratio, the other
-version's time over this one's, is the median of the ratios of neighbours. The case is what each version's own bench.py makes of its name.
-`--write` appends to benchmarks/RESULTS.md.
+Both versions are loaded side by side and run in turn, A B A B ..., so that a drift of the machine's speed meets both;
+the ratio, the other version's time over this one's, is the median of the ratios of neighbours. The case is what each
+version's own bench.py makes of its name. `--write` appends to benchmarks/RESULTS.md.
 """
 import argparse
 import datetime
@@ -40,19 +42,24 @@ def main():
     args = parser.parse_args()
     theirs, ours = (load_bench(root) for root in (args.other.resolve(), HERE.parent))
     device = ours.chosen(args.device)
-    lines = [f"## {datetime.date.today()}, this version against the one before, {ours.machine(device)}", "", f"`{ours.command_of(sys.argv)}`", "",
-             "| case | before, ms (range) | now, ms (range) | ratio | before, MiB | now, MiB | memory |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [f"## {datetime.date.today()}, this version against the one before, {ours.machine(device)}", "",
+             f"`{ours.command_of(sys.argv)}`", "",
+             "| case | before, ms (range) | now, ms (range) | ratio | before, MiB | now, MiB | memory |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     print("\n".join(lines), flush=True)
     for name in ours.cases(device):
         if name in theirs.cases(device) and any(word in name for word in args.only):
             calls = [bench.sides(name, device)[0] for bench in (theirs, ours)]
             for call in calls * 2:
                 call()
-            pairs = [[bench.clock(call, device) for bench, call in zip((theirs, ours), calls)] for _ in range(args.repeats)]
+            pairs = [[bench.clock(call, device) for bench, call in zip((theirs, ours), calls)]
+                     for _ in range(args.repeats)]
             memory = [bench.memory_of(name, 0, device) / 2 ** 20 for bench in (theirs, ours)]
-            cells = [f"{1e3 * statistics.median(times):.2f} ({1e3 * min(times):.2f} to {1e3 * max(times):.2f})" for times in zip(*pairs)]
+            cells = [f"{1e3 * statistics.median(times):.2f} ({1e3 * min(times):.2f} to {1e3 * max(times):.2f})"
+                     for times in zip(*pairs)]
             ratio = statistics.median(before / now for before, now in pairs)
-            lines.append(f"| {name} | {cells[0]} | {cells[1]} | **{ratio:.2f}** | {memory[0]:.1f} | {memory[1]:.1f} | {memory[1] / memory[0]:.2f} |")
+            lines.append(f"| {name} | {cells[0]} | {cells[1]} | **{ratio:.2f}** | {memory[0]:.1f} | {memory[1]:.1f} | "
+                         f"{memory[1] / memory[0]:.2f} |")
             print(lines[-1], flush=True)
     if args.write:
         ours.publish(lines)

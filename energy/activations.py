@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 
 def affine(x, gain, offset):
-    """gain * x + offset in one pass over memory. x: a tensor of any device and floating type; offset: one without dimensions."""
+    """gain * x + offset in one pass over memory. x: a tensor of any device and floating type; offset: one without
+    dimensions."""
     return torch.add(offset, x, alpha=gain)
 
 
@@ -39,5 +40,5 @@ ACTIVATIONS = {"mysig": my_sigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh
 RESCALED = {my_sigmoid: (torch.sigmoid, 4.0, _MINUS_TWO), my_hard_sig: (hard_sigmoid, 0.5, torch.tensor(0.0))}
 
 # activation: the ends of what it gives
-RANGES = {my_sigmoid: (0.0, 1.0), torch.sigmoid: (0.0, 1.0), torch.tanh: (-1.0, 1.0), hard_sigmoid: (0.0, 1.0), my_hard_sig: (0.0, 1.0),
-          ctrd_hard_sig: (-0.5, 0.5)}
+RANGES = {my_sigmoid: (0.0, 1.0), torch.sigmoid: (0.0, 1.0), torch.tanh: (-1.0, 1.0), hard_sigmoid: (0.0, 1.0),
+          my_hard_sig: (0.0, 1.0), ctrd_hard_sig: (-0.5, 0.5)}

@@ -1,7 +1,8 @@
 """The connection between two layers: how it drives up, how it drives down, and how it learns.
 
-The term of a connection in Phi is s_post . up(s_pre), with up(s) = pool(conv(s)) or W s + b. Everything else follows from it: the drive on
-s_post is up(s_pre), the drive on s_pre is the adjoint of up, applied to s_post, and a weight learns from d[s_post . up(s_pre)]/dW.
+The term of a connection in Phi is s_post . up(s_pre), with up(s) = pool(conv(s)) or W s + b. Everything else follows
+from it: the drive on s_post is up(s_pre), the drive on s_pre is the adjoint of up, applied to s_post, and a weight
+learns from d[s_post . up(s_pre)]/dW.
 """
 import dataclasses
 import types
@@ -30,10 +31,13 @@ def take_samples(tensor, chosen):
 class Connection:
     """What joins a layer s_pre, (mbs, *pre_shape), to the layer s_post above it, (mbs, *post_shape).
 
-    synapse   the module with the weight and bias, looked up at every use, so that `torch.func.functional_call` has its effect
-    feedback  the module with separate backward weights (vector-field models), or None: the way down takes those of the way up
-    mask      dropout: None, or (mbs, *pre_shape), what s_pre is multiplied by on the way up, and the drive on it on the way down.
-              It is 0 or 1 / (probability of being kept), so that both drives are on average what they are without it
+    synapse   the module with the weight and bias, looked up at every use, so that `torch.func.functional_call` has its
+              effect
+    feedback  the module with separate backward weights (vector-field models), or None: the way down takes those of the
+              way up
+    mask      dropout: None, or (mbs, *pre_shape), what s_pre is multiplied by on the way up, and the drive on it on the
+              way down. It is 0 or 1 / (probability of being kept), so that both drives are on average what they are
+              without it
     routed    whether the way down depends on what went up, by the winners of a max-pooling
 
     Subclasses say what up, down and learning are without a mask: `_up`, `_down`, `_learn`.
@@ -63,7 +67,9 @@ class Connection:
 
     def down(self, post, route, drive):
         """`drive` plus the drive of s_post on s_pre."""
-        own = self._down(post, route).view_as(drive) if self.mask is None else self.seen(self._down(post, route).view_as(drive))
+        own = self._down(post, route).view_as(drive)
+        if self.mask is not None:
+            own = self.seen(own)
         return own + drive if torch.is_grad_enabled() else own.add_(drive)
 
     def learn(self, pre, post):
@@ -93,10 +99,12 @@ class Connection:
         return terms if self.feedback is None else [*terms, self.term(pre, post, self.down_weight())]
 
     def scaled(self, gain, offset):
-        """The connection whose drives are gain * up(s) + offset and gain * down(s); gain: above 0; offset: a tensor without dimensions."""
+        """The connection whose drives are gain * up(s) + offset and gain * down(s); gain: above 0; offset: a tensor
+        without dimensions."""
         def times(layer, **bias):
             return layer and types.SimpleNamespace(weight=gain * layer.weight, **bias)
-        return dataclasses.replace(self, synapse=times(self.synapse, bias=affine(self.synapse.bias, gain, offset)), feedback=times(self.feedback))
+        return dataclasses.replace(self, synapse=times(self.synapse, bias=affine(self.synapse.bias, gain, offset)),
+                                   feedback=times(self.feedback))
 
     def take(self, chosen):
         """The connection for some samples of the mini-batch, by their indices."""
@@ -105,7 +113,8 @@ class Connection:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Connection):
-    """up(s) = W s + b, with the layer below flattened. transposed: whether the backward weight has the shape (pre, post)."""
+    """up(s) = W s + b, with the layer below flattened. transposed: whether the backward weight has the shape (pre,
+    post)."""
 
     transposed: bool = False
 
@@ -154,12 +163,13 @@ class _ConvUp(torch.autograd.Function):
         pre, weight, route = ctx.saved_tensors
         u = ctx.c.pool.adjoint(grad, route, ctx.c.size)
         needs = ctx.needs_input_grad
-        return (ctx.c.transposed(u, weight) if needs[0] else None, ctx.c.weight_grad(pre, u, weight) if needs[1] else None,
-                u.sum((0, 2, 3)) if needs[2] else None, None)
+        return (ctx.c.transposed(u, weight) if needs[0] else None,
+                ctx.c.weight_grad(pre, u, weight) if needs[1] else None, u.sum((0, 2, 3)) if needs[2] else None, None)
 
 
 class _ConvDown(torch.autograd.Function):
-    """The adjoint of pool(conv(.)) for a given route, applied to `post`. Keeps `post` and the route, not the map between."""
+    """The adjoint of pool(conv(.)) for a given route, applied to `post`. Keeps `post` and the route, not the map
+    between."""
 
     @staticmethod
     def forward(ctx, post, weight, route, c):
@@ -181,8 +191,8 @@ class _ConvDown(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Convolution(Connection):
-    """up(s) = pool(conv(s)), in channels-last memory. With separate backward weights the winners of a max-pooling on the way down are
-    those of the backward weights' own convolution. Raises ValueError where nothing is left of a map.
+    """up(s) = pool(conv(s)), in channels-last memory. With separate backward weights the winners of a max-pooling on
+    the way down are those of the backward weights' own convolution. Raises ValueError where nothing is left of a map.
 
     size: (H, W) before pooling; unreached: rows and columns that the last window leaves out."""
 
@@ -197,7 +207,8 @@ class Convolution(Connection):
         pooled = size if isinstance(self.pool, NoPool) else size // 2
         if room < 0 or pooled < 1:
             pooling = "" if isinstance(self.pool, NoPool) else " and 2x2 pooling"
-            raise ValueError(f"a {kernel}x{kernel} convolution with stride {self.stride} and padding {self.padding}{pooling} "
+            raise ValueError(f"a {kernel}x{kernel} convolution with stride {self.stride} and padding "
+                             f"{self.padding}{pooling} "
                              f"leaves nothing of a {side}x{side} map")
         derived = {"kernel": kernel, "size": (size, size), "post_shape": (self.synapse.weight.size(0), pooled, pooled),
                    "unreached": room % self.stride, "routed": self.pool.routed}
@@ -212,16 +223,18 @@ class Convolution(Connection):
         """conv(pre), computed in the layout of the weights."""
         if weight.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(pre, weight, bias, self.stride, self.padding)
-        return F.conv2d(pre.contiguous(), weight, bias, self.stride, self.padding).contiguous(memory_format=torch.channels_last)
+        out = F.conv2d(pre.contiguous(), weight, bias, self.stride, self.padding)
+        return out.contiguous(memory_format=torch.channels_last)
 
     def transposed(self, u, weight):
         """The adjoint of the convolution, applied to the map u. Rows that the last window did not reach are zero."""
         return F.conv_transpose2d(u, weight, None, self.stride, self.padding, self.unreached)
 
     def weight_grad(self, pre, u, weight):
-        """d[u . conv(pre)]/d(weight). As torch.nn.grad.conv2d_weight, but told the weight, so that the result has its layout."""
-        return torch.ops.aten.convolution_backward(u, pre, weight, None, [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1,
-                                                   [False, True, False])[1]
+        """d[u . conv(pre)]/d(weight). As torch.nn.grad.conv2d_weight, but told the weight, so that the result has its
+        layout."""
+        geometry = [self.stride] * 2, [self.padding] * 2, [1, 1], False, [0, 0], 1
+        return torch.ops.aten.convolution_backward(u, pre, weight, None, *geometry, [False, True, False])[1]
 
     def _up(self, pre):
         post, route = _ConvUp.apply(pre, self.synapse.weight, self.synapse.bias, self)
@@ -247,8 +260,9 @@ class Convolution(Connection):
 
 
 class WindowConvolution(Convolution):
-    """A convolution as a matrix product over its windows: several times faster on a CPU where the map is small beside the weights, which
-    a convolution first lays out anew; and the only safe way for a 1x1 kernel with a stride, see `convolution`."""
+    """A convolution as a matrix product over its windows: several times faster on a CPU where the map is small beside
+    the weights, which a convolution first lays out anew; and the only safe way for a 1x1 kernel with a stride, see
+    `convolution`."""
 
     def _windows(self, pre):
         """What each output pixel sees, (mbs * H * W, kernel * kernel * C)."""
@@ -286,13 +300,15 @@ def _pixels(u):
 
 
 def convolution(synapse, pool, pre_shape, feedback=None):
-    """The connection through the nn.Conv2d `synapse` and the pooling `pool`. Raises ValueError where nothing is left of a map."""
+    """The connection through the nn.Conv2d `synapse` and the pooling `pool`. Raises ValueError where nothing is left of
+    a map."""
     # torch 2.14 writes out of bounds in the weight gradient of a channels-last 1x1 convolution with a stride on a CPU
     kind = WindowConvolution if synapse.kernel_size[0] == 1 and synapse.stride[0] > 1 else Convolution
     return kind(synapse, pre_shape, feedback, pool=pool, stride=synapse.stride[0], padding=synapse.padding[0])
 
 
 def set_grad(p, grad):
-    """Makes `grad` the p.grad of a parameter (of None: nothing), in its layout: optimizers are faster where both have one."""
+    """Makes `grad` the p.grad of a parameter (of None: nothing), in its layout: optimizers are faster where both have
+    one."""
     if p is not None:
         p.grad = grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)

@@ -4,10 +4,12 @@ A model has layers s_0 = x (the image, fixed), s_1 ... s_N and, per sample, the 
 
     Phi = sum_n s_n . up_n(s_{n-1}) - beta * L(read-out of s_N, y).
 
-Its neurons follow s_n(t+1) = act(dPhi/ds_n at t): the drive from below, up_n(s_{n-1}), plus the drive from above, the adjoint of up_{n+1}
-applied to s_{n+1}, both written out in `connections`, and minus beta dL/ds_N at the top. No step needs automatic differentiation.
+Its neurons follow s_n(t+1) = act(dPhi/ds_n at t): the drive from below, up_n(s_{n-1}), plus the drive from above, the
+adjoint of up_{n+1} applied to s_{n+1}, both written out in `connections`, and minus beta dL/ds_N at the top. No step
+needs automatic differentiation.
 
-Neurons are a list of N tensors (mbs, *shape of the layer), and `neurons[n - 1]` is s_n. Other ways to take the same steps, faster, are in `fast`.
+Neurons are a list of N tensors (mbs, *shape of the layer), and `neurons[n - 1]` is s_n. Other ways to take the same
+steps, faster, are in `fast`.
 """
 import dataclasses
 from collections.abc import Callable
@@ -24,9 +26,11 @@ class Chain:
 
     connections     one per layer of neurons: into s_1, ..., s_N
     activation      of the neurons
-    readout         the connection that reads logits out of s_N, whose other end is no neuron; None: the read-out is s_N itself
+    readout         the connection that reads logits out of s_N, whose other end is no neuron; None: the read-out is s_N
+                    itself
     linear_output   whether s_N takes dPhi/ds_N as it is: logits under the cross-entropy, where there is no `readout`
-    schedule        `sync`: all layers step at once; `async`: odd and even ones in turn, each seeing the other's new state
+    schedule        `sync`: all layers step at once; `async`: odd and even ones in turn, each seeing the other's new
+                    state
     compiled        whether steps without a graph go through torch.compile
     """
 
@@ -41,7 +45,8 @@ class Chain:
         return len(self.connections)
 
     def input_drive(self, x):
-        """up_1(x), which does not change in time: computed once, it serves every step of every phase on x, (mbs, ...)."""
+        """up_1(x), which does not change in time: computed once, it serves every step of every phase on x, (mbs,
+        ...)."""
         return self.connections[0].up(x.to(self.dtype))[0]
 
     @property
@@ -71,10 +76,12 @@ class Chain:
         return drive - phase.beta * slope if torch.is_tensor(phase.beta) else torch.sub(drive, slope, alpha=phase.beta)
 
     def masked(self, masks):
-        """The chain whose connections, and read-out, see the layers below through masks (or None), see `Connection.mask`."""
+        """The chain whose connections, and read-out, see the layers below through masks (or None), see
+        `Connection.mask`."""
         *masks, last = [*masks, None] if self.readout is None else masks
         connections = tuple(dataclasses.replace(c, mask=mask) for c, mask in zip(self.connections, masks))
-        return dataclasses.replace(self, connections=connections, readout=self.readout and dataclasses.replace(self.readout, mask=last))
+        readout = self.readout and dataclasses.replace(self.readout, mask=last)
+        return dataclasses.replace(self, connections=connections, readout=readout)
 
     def take(self, chosen):
         """The chain for some samples of the mini-batch, by their indices: of its masks, if it has any, those."""
@@ -106,7 +113,8 @@ class Phase:
     def take(self, chosen):
         """The phase of some samples, by their indices."""
         beta = self.beta[chosen] if torch.is_tensor(self.beta) else self.beta
-        return dataclasses.replace(self, drive=take_samples(self.drive, chosen), target=take_samples(self.target, chosen), beta=beta)
+        drive, target = take_samples(self.drive, chosen), take_samples(self.target, chosen)
+        return dataclasses.replace(self, drive=drive, target=target, beta=beta)
 
 
 def step(chain, phase, neurons):
@@ -135,8 +143,9 @@ def half_step(chain, phase, neurons, parity):
 
 
 def async_step(chain, phase, neurons):
-    """One asynchronous step: s_1, s_3, ... from their neighbours, then s_2, s_4, ... from the new ones. A fixed point that keeps its
-    max-pooling winners is one of the synchronous step too, but from zero the two can reach different ones."""
+    """One asynchronous step: s_1, s_3, ... from their neighbours, then s_2, s_4, ... from the new ones. A fixed point
+    that keeps its max-pooling winners is one of the synchronous step too, but from zero the two can reach different
+    ones."""
     return half_step(chain, phase, half_step(chain, phase, neurons, 0), 1)
 
 
@@ -152,8 +161,10 @@ def relax(chain, phase, neurons, T):
 
 
 def relative_change(before, after):
-    """How far each image moved: the largest over the layers of ||after - before|| / ||after||, (mbs,). before, after: neurons."""
-    changes = [(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-12) for a, b in zip(before, after)]
+    """How far each image moved: the largest over the layers of ||after - before|| / ||after||, (mbs,). before, after:
+    neurons."""
+    changes = [(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-12) for a,
+               b in zip(before, after)]
     return torch.stack(changes).amax(0)
 
 
@@ -166,9 +177,10 @@ class Settling(NamedTuple):
 
 @torch.no_grad()
 def relax_until_settled(chain, phase, T, tol, every=5, advance=None):
-    """As `relax` from zero neurons for at most T steps, but an image stops once it has settled: once `every` steps have together
-    changed no layer of it by `tol` of that layer's norm (a single step is no measure: near a saddle an image can creep, and leave it
-    later). Images that have settled leave the batch. advance: what takes a step, the chain's own unless given.
+    """As `relax` from zero neurons for at most T steps, but an image stops once it has settled: once `every` steps have
+    together changed no layer of it by `tol` of that layer's norm (a single step is no measure: near a saddle an image
+    can creep, and leave it later). Images that have settled leave the batch. advance: what takes a step, the chain's
+    own unless given.
 
     Returns (neurons, Settling)."""
     advance = advance or STEPS[chain.schedule]
@@ -189,7 +201,8 @@ def relax_until_settled(chain, phase, T, tol, every=5, advance=None):
             all_images[active[stop]] = moving[stop]
         if stop.any():
             left = (~stop).nonzero().flatten()
-            chain, phase, active, state = chain.take(left), phase.take(left), active[left], [take_samples(s, left) for s in state]
+            chain, phase, active = chain.take(left), phase.take(left), active[left]
+            state = [take_samples(s, left) for s in state]
         before = state
         if not len(active):
             break

@@ -1,70 +1,103 @@
-"""Faster ways to take the steps of `dynamics`. All of it is optional: with TABLE emptied every number stays, to rounding.
+"""Faster ways to take the steps of `dynamics`. All of it is optional: with TABLE emptied every number stays, to
+rounding.
 
-A row says when it applies and what it does then: it rewrites the chain and the phase into ones whose steps cost less, or takes the steps of a
-phase its own way. Rows are asked once a phase, in their order; every row that rewrites does, then the first way that applies is taken.
-`output_in`: None where all neurons are wanted; a number k where only the read-out is, k steps after these.
+A row of the table says when it applies and what it does then: it rewrites the chain and the phase into ones whose steps
+cost less, or takes the steps its own way. Rows are asked once a phase, in their order: every row that rewrites does,
+then the first way that applies is taken, and may leave part of the steps to the others.
 """
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from energy import dynamics
 from energy.activations import RESCALED, affine
 from energy.connections import Convolution
-from energy.dynamics import half_step, step
+from energy.dynamics import Chain, Phase, half_step, step
 
-PAIRED = 2 ** 20  # neurons in a mini-batch up to which two phases, or two trajectories, are faster as one of twice the size
+# Neurons in a mini-batch up to which two phases, or two trajectories, are faster as one of twice the size.
+PAIRED = 2 ** 20
+
+
+class Steps(NamedTuple):
+    """What is to be done: T steps of `chain` in `phase` from `neurons` (from zero if None). output_in: None where all
+    neurons are wanted; a number k where only the read-out is, k steps after these."""
+
+    chain: Chain
+    phase: Phase
+    neurons: Any = None
+    T: int = 1
+    output_in: int | None = None
+
+    @property
+    def mbs(self):
+        return len(self.phase.drive)
+
+    @property
+    def size(self):
+        """Neurons in the mini-batch."""
+        return self.mbs * sum(math.prod(c.post_shape) for c in self.chain.connections)
+
+    @property
+    def routed(self):
+        """Whether there is a max-pooling above the first connection, which only drives."""
+        return any(c.routed for c in self.chain.connections[1:])
+
+
+class Row(NamedTuple):
+    """applies(steps) -> bool, and either of rewrite(steps) -> Steps and way(steps) -> neurons; neither where a function
+    of its own asks for the row."""
+
+    applies: Callable
+    rewrite: Callable | None = None
+    way: Callable | None = None
 
 
 def relax(chain, phase, neurons, T, output_in=None):
-    """`dynamics.relax` by the first way that applies. With `output_in` layers that do not reach the output may be as of an earlier step."""
-    chain, phase = rewritten(chain, phase, T)
+    """`dynamics.relax` by the first way that applies. With `output_in` layers that do not reach the output may be as of
+    an earlier step."""
+    return _taken(rewritten(Steps(chain, phase, neurons, T, output_in)))
+
+
+def _taken(steps):
     for row in TABLE.values():
-        if row.way and row.applies(chain, phase, neurons, T, output_in):
-            return row.way(chain, phase, neurons, T, output_in)
-    return dynamics.relax(chain, phase, neurons, T)
+        if row.way and row.applies(steps):
+            return row.way(steps)
+    return dynamics.relax(*steps[:4])
+
+
+def rewritten(steps):
+    """The same steps by the rows that rewrite them: to rounding the same numbers, at less cost."""
+    for row in TABLE.values():
+        if row.rewrite and row.applies(steps):
+            steps = row.rewrite(steps)
+    return steps
 
 
 def relax_until_settled(chain, phase, T, tol, every=5):
     """`dynamics.relax_until_settled`, of the rewritten chain, and compiled where that was asked for."""
-    chain, phase = rewritten(chain, phase, T)
-    return dynamics.relax_until_settled(chain, phase, T, tol, every, _compiled_step(chain) if _compiles(chain, phase, None, T, None) else None)
+    steps = rewritten(Steps(chain, phase, None, T))
+    advance = _compiled_step(chain) if "compiled" in TABLE and _compiles(steps) else None
+    return dynamics.relax_until_settled(steps.chain, steps.phase, T, tol, every, advance)
 
 
 def relax_both_signs(chain, phase, neurons, T):
     """The neurons after T steps nudged by phase.beta, and after T steps nudged by -phase.beta, each from `neurons`."""
-    if "both signs" in TABLE and TABLE["both signs"].applies(chain, phase, neurons, T, None):
-        signs = torch.tensor([1.0, -1.0], device=phase.drive.device, dtype=phase.drive.dtype).repeat_interleave(len(phase.drive)).view(-1, 1)
+    if "both signs" in TABLE and TABLE["both signs"].applies(Steps(chain, phase)):
         twice, both = _twice(chain, phase)
-        states = relax(twice, dataclasses.replace(both, beta=signs * phase.beta), [torch.cat([s, s]) for s in neurons], T)
+        beta = both.drive.new_full((len(both.drive), 1), phase.beta)
+        beta[len(phase.drive):] *= -1
+        states = relax(twice, dataclasses.replace(both, beta=beta), [torch.cat([s, s]) for s in neurons], T)
         return [list(state) for state in zip(*(s.chunk(2) for s in states))]
     return [relax(chain, dataclasses.replace(phase, beta=beta), neurons, T) for beta in (phase.beta, -phase.beta)]
-
-
-def rewritten(chain, phase, T):
-    """(chain, phase) by the rows that rewrite them: the same T steps, to rounding, at less cost."""
-    for row in TABLE.values():
-        if row.rewrite and row.applies(chain, phase, None, T, None):
-            chain, phase = row.rewrite(chain, phase)
-    return chain, phase
 
 
 def suited(chain, mbs):
     """The chain whose convolutions go the way that is fastest for mini-batches of mbs samples."""
     return _with_windows(chain, mbs) if "window products" in TABLE else chain
-
-
-def _neurons(chain):
-    """How many a sample has."""
-    return sum(math.prod(c.post_shape) for c in chain.connections)
-
-
-def _small(chain, phase):
-    return len(phase.drive) * _neurons(chain) <= PAIRED
 
 
 def _twice(chain, phase):
@@ -74,7 +107,11 @@ def _twice(chain, phase):
     return chain.take(chosen), phase.take(chosen)
 
 
-# ---- convolutions of small maps as products over their windows: pays on a CPU where the weights outnumber the pixels
+def _small(steps):
+    return steps.size <= PAIRED
+
+
+# ---- convolutions of small maps as products over their windows: pays on a CPU where weights outnumber the pixels
 
 
 def _pays_as_product(connection, mbs):
@@ -86,59 +123,74 @@ def _pays_as_product(connection, mbs):
 
 
 def _with_windows(chain, mbs):
-    if not any(_pays_as_product(c, mbs) for c in chain.connections):
+    pays = [_pays_as_product(c, mbs) for c in chain.connections]
+    if not any(pays):
         return chain
-    return dataclasses.replace(chain, connections=tuple(c.windowed() if _pays_as_product(c, mbs) else c for c in chain.connections))
+    connections = tuple(c.windowed() if product else c for c, product in zip(chain.connections, pays))
+    return dataclasses.replace(chain, connections=connections)
 
 
-# ---- the affine part of an activation in the weights of a phase: pays where its steps save more passes than the weights take
+# ---- the affine part of an activation in the weights: pays where the steps save more passes than the weights take
 
 
-def _folds(chain, phase, neurons, T, output_in):
-    upper = chain.connections[1:]  # of the first only the drive is left
-    if torch.is_grad_enabled() and any(c.routed for c in upper):
+def _folds(steps):
+    chain = steps.chain
+    if torch.is_grad_enabled() and steps.routed:
         return False  # rounding decides between equal winners of a max-pooling, and published attacks depend on it
-    return (T > 1 and chain.activation in RESCALED and not chain.linear_output and not chain.compiled and phase.drive.dtype != torch.bfloat16
-            and T * len(phase.drive) * _neurons(chain) >= 2 * sum(c.synapse.weight.numel() for c in upper))
+    return (steps.T > 1 and chain.activation in RESCALED and not chain.linear_output and not chain.compiled
+            and steps.phase.drive.dtype != torch.bfloat16
+            and steps.T * steps.size >= 2 * sum(c.synapse.weight.numel() for c in chain.connections[1:]))
 
 
-def _folded(chain, phase):
-    activation, gain, offset = RESCALED[chain.activation]
-    connections = (chain.connections[0], *(c.scaled(gain, offset) for c in chain.connections[1:]))
-    return (dataclasses.replace(chain, activation=activation, connections=connections),
-            dataclasses.replace(phase, drive=affine(phase.drive, gain, offset), beta=gain * phase.beta))
+def _folded(steps):
+    activation, gain, offset = RESCALED[steps.chain.activation]
+    first, *upper = steps.chain.connections  # of the first only the drive is left
+    chain = dataclasses.replace(steps.chain, activation=activation,
+                                connections=(first, *(c.scaled(gain, offset) for c in upper)))
+    phase = dataclasses.replace(steps.phase, drive=affine(steps.phase.drive, gain, offset), beta=gain * steps.phase.beta)
+    return steps._replace(chain=chain, phase=phase)
 
 
 # ---- the first step from zero neurons: there is no drive from above, and the bias from below
 
 
-def _from_zero(chain, phase, neurons, T, output_in):
-    drives = [phase.drive, *(c.bias_drive(len(phase.drive)) for c in chain.connections[1:])]
+def _starts_from_zero(steps):
+    return steps.neurons is None and steps.T > 0 and steps.chain.schedule == "sync"
+
+
+def _from_zero(steps):
+    chain, phase = steps.chain, steps.phase
+    drives = [phase.drive, *(c.bias_drive(steps.mbs) for c in chain.connections[1:])]
     if chain.linear_output:
         drives[-1] = drives[-1].clone()  # no state shares memory with a bias
     if phase.target is not None:
         drives[-1] = chain.nudge(drives[-1], phase, chain.zeros(phase.drive))
-    return relax(chain, phase, [chain.activate(n, drive) for n, drive in enumerate(drives)], T - 1, output_in)
+    neurons = [chain.activate(n, drive) for n, drive in enumerate(drives)]
+    return _taken(steps._replace(neurons=neurons, T=steps.T - 1))
 
 
-# ---- two trajectories: where a layer's next state depends on its neighbours alone, the odd layers at odd times with the even ones at even
-# times never meet the others. They do where a nudge reads the top layer itself, and where the winners of a max-pooling are its own.
+# ---- two trajectories: where a layer's next state depends on its neighbours alone, the odd layers at odd times with
+# the even ones at even times never meet the others. They do where a nudge reads the top layer itself, and where the
+# winners of a max-pooling are its own.
 
 
-def _two_trajectories(chain, phase):
-    return chain.schedule == "sync" and phase.target is None and not any(c.routed for c in chain.connections[1:])
+def _has_two_trajectories(steps):
+    free = steps.phase.target is None and steps.neurons is not None
+    return free and steps.chain.schedule == "sync" and not steps.routed
 
 
-def _one_trajectory(chain, phase, neurons, T, output_in):
+def _one_trajectory(steps):
     """Only the trajectory that ends in the output: half of the work."""
-    for to_go in range(output_in + T - 1, output_in - 1, -1):  # steps from the end of this one until the output is read
-        highest, lowest = len(chain) - 1 - to_go % 2, max(0, len(chain) - 1 - to_go)
-        neurons = _upper(chain, phase, neurons, lowest, lambda *upper: half_step(*upper, (highest - lowest) % 2))
+    top, neurons = len(steps.chain) - 1, steps.neurons
+    for to_go in reversed(range(steps.output_in, steps.output_in + steps.T)):  # steps left until the output is read
+        lowest = max(0, top - to_go)
+        neurons = _upper(steps, neurons, lowest, functools.partial(half_step, parity=(top - to_go % 2 - lowest) % 2))
     return list(neurons)
 
 
-def _both_trajectories(chain, phase, neurons, T, output_in):
+def _both_trajectories(steps):
     """Both in one mini-batch of twice the size, one a step ahead: half of the calls."""
+    chain, phase, neurons, T, _ = steps
     ahead = half_step(chain, phase, neurons, 1)
     twice, both = _twice(chain, phase)
     states = [torch.cat(pair) for pair in zip(ahead, neurons)]
@@ -152,26 +204,27 @@ def _both_trajectories(chain, phase, neurons, T, output_in):
 # ---- only what still reaches the output
 
 
-def _output_cone(chain, phase, neurons, T, output_in):
-    for left in reversed(range(T)):
-        neurons = _upper(chain, phase, neurons, max(0, len(chain) - 1 - output_in - left), step)
+def _output_cone(steps):
+    neurons = steps.neurons
+    for to_go in reversed(range(steps.output_in, steps.output_in + steps.T)):
+        neurons = _upper(steps, neurons, max(0, len(steps.chain) - 1 - to_go), step)
     return list(neurons)
 
 
-def _upper(chain, phase, neurons, lowest, advance):
+def _upper(steps, neurons, lowest, advance):
     """`advance` of the layers from neurons[lowest] on; those below stay as they are."""
     if lowest == 0:
-        return advance(chain, phase, neurons)
-    drive = chain.connections[lowest].up(neurons[lowest - 1])[0]
-    upper = dataclasses.replace(chain, connections=chain.connections[lowest:])
-    return [*neurons[:lowest], *advance(upper, dataclasses.replace(phase, drive=drive), neurons[lowest:])]
+        return advance(steps.chain, steps.phase, neurons)
+    drive = steps.chain.connections[lowest].up(neurons[lowest - 1])[0]
+    upper = dataclasses.replace(steps.chain, connections=steps.chain.connections[lowest:])
+    return [*neurons[:lowest], *advance(upper, dataclasses.replace(steps.phase, drive=drive), neurons[lowest:])]
 
 
-# ---- asynchronous steps: a layer does not change between its connection's way up and the next way down, so that no route is found twice
+# ---- asynchronous steps: a layer does not change between its connection's way up and the next way down
 
 
 class _Remembering:
-    """A connection that remembers the route of the state it last drove up."""
+    """A connection that remembers the route of the state it last drove up, so that none is found twice."""
 
     def __init__(self, connection):
         self._connection, self._pre, self._route = connection, None, None
@@ -191,15 +244,20 @@ class _Remembering:
         return _Remembering(self._connection.take(chosen))
 
 
-def _with_remembered_routes(chain, phase):
-    return dataclasses.replace(chain, connections=tuple(_Remembering(c) if c.routed else c for c in chain.connections)), phase
+def _remembers(steps):
+    return steps.chain.schedule == "async" and steps.routed and not steps.chain.compiled
+
+
+def _with_remembered_routes(steps):
+    connections = tuple(_Remembering(c) if c.routed else c for c in steps.chain.connections)
+    return steps._replace(chain=dataclasses.replace(steps.chain, connections=connections))
 
 
 # ---- steps through torch.compile
 
 
-def _compiles(chain, phase, neurons, T, output_in):
-    return chain.compiled and not torch.is_grad_enabled() and "compiled" in TABLE
+def _compiles(steps):
+    return steps.chain.compiled and not torch.is_grad_enabled()
 
 
 @functools.cache
@@ -211,35 +269,24 @@ def _compiled_step(chain):
     return _compiled(dynamics.STEPS[chain.schedule])
 
 
-def _compiled_relax(chain, phase, neurons, T, output_in):
+def _compiled_relax(steps):
+    chain, phase, neurons = steps[:3]
     neurons = chain.zeros(phase.drive) if neurons is None else list(neurons)
-    for _ in range(T):
+    for _ in range(steps.T):
         neurons = _compiled_step(chain)(chain, phase, neurons)
     return neurons
 
 
-class Row(NamedTuple):
-    """applies(chain, phase, neurons, T, output_in) -> bool, and either rewrite(chain, phase) -> (chain, phase) or
-    way(chain, phase, neurons, T, output_in) -> neurons; neither where a function of its own asks for the row."""
-
-    applies: Callable
-    rewrite: Callable | None = None
-    way: Callable | None = None
-
-
 TABLE = {
-    "window products": Row(lambda chain, phase, *_: any(_pays_as_product(c, len(phase.drive)) for c in chain.connections),
-                           rewrite=lambda chain, phase: (_with_windows(chain, len(phase.drive)), phase)),
+    "window products": Row(lambda s: any(_pays_as_product(c, s.mbs) for c in s.chain.connections),
+                           rewrite=lambda s: s._replace(chain=_with_windows(s.chain, s.mbs))),
     "folded activation": Row(_folds, rewrite=_folded),
-    "remembered routes": Row(lambda chain, phase, neurons, T, output_in: chain.schedule == "async" and not chain.compiled
-                             and any(c.routed for c in chain.connections[1:]), rewrite=_with_remembered_routes),
-    "both signs": Row(lambda chain, phase, *_: _small(chain, phase)),
-    "first step": Row(lambda chain, phase, neurons, T, output_in: neurons is None and T > 0 and chain.schedule == "sync", way=_from_zero),
+    "remembered routes": Row(_remembers, rewrite=_with_remembered_routes),
+    "both signs": Row(_small),
+    "first step": Row(_starts_from_zero, way=_from_zero),
     "compiled": Row(_compiles, way=_compiled_relax),
-    "one trajectory": Row(lambda chain, phase, neurons, T, output_in: output_in is not None and neurons is not None
-                          and _two_trajectories(chain, phase), way=_one_trajectory),
-    "both trajectories": Row(lambda chain, phase, neurons, T, output_in: T >= 7 and neurons is not None and _two_trajectories(chain, phase)
-                             and _small(chain, phase), way=_both_trajectories),
-    "output cone": Row(lambda chain, phase, neurons, T, output_in: output_in is not None and neurons is not None and chain.schedule == "sync",
+    "one trajectory": Row(lambda s: s.output_in is not None and _has_two_trajectories(s), way=_one_trajectory),
+    "both trajectories": Row(lambda s: s.T >= 7 and _has_two_trajectories(s) and _small(s), way=_both_trajectories),
+    "output cone": Row(lambda s: s.output_in is not None and s.neurons is not None and s.chain.schedule == "sync",
                        way=_output_cone),
 }

@@ -1,5 +1,6 @@
-"""EP against BPTT, time step by time step (Ernoult et al., 2019): the update between successive steps of the nudged phase is to be the
-gradient through the same step of BPTT, counted from the end. `model` is an energy model of `model_utils`."""
+"""EP against BPTT, time step by time step (Ernoult et al., 2019): the update between successive steps of the nudged
+phase is to be the gradient through the same step of BPTT, counted from the end. `model` is an energy model of
+`model_utils`."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -9,9 +10,10 @@ def bptt_contributions(model, x, y, T1, T2, beta, criterion):
     """What each of the last T2 of T1 free steps contributes to the gradient of the loss, by one backward pass.
 
     Every step gets parameters of its own, that share the model's memory, so that one pass keeps their gradients apart.
-    Returns a dict: each parameter's name -> (T2, *shape), the gradient of the mean loss through the k-th step from the end;
-    `neurons_i` -> (T2, mbs, *shape of the layer), minus the gradient of each sample's loss with respect to that layer k steps
-    before the end. Time T2 forward and backward steps; memory the graph of T2 steps and the result, T2 times parameters and neurons.
+    Returns a dict: each parameter's name -> (T2, *shape), the gradient of the mean loss through the k-th step from the
+    end; `neurons_i` -> (T2, mbs, *shape of the layer), minus the gradient of each sample's loss with respect to that
+    layer k steps before the end. Time T2 forward and backward steps; memory the graph of T2 steps and the result, T2
+    times parameters and neurons.
     """
     neurons = model(x, y, None, T1 - T2, beta, criterion)
     steps, states = [], []
@@ -52,10 +54,11 @@ class _Loss(nn.Module):
 
 
 def ep_contributions(model, x, y, T1, T2, betas, criterion):
-    """The EP update between successive steps of the nudged phase, in the form of `bptt_contributions`: entry k is that of the
-    k-th nudged step, which the theorem holds against the k-th free step from the end. p.grad is left as it is.
+    """The EP update between successive steps of the nudged phase, in the form of `bptt_contributions`: entry k is that
+    of the k-th nudged step, which the theorem holds against the k-th free step from the end. p.grad is left as it is.
 
-    For the neurons it is (s(k+1) - s(k)) / (beta_2 - beta_1), which tends to minus the gradient times the activation's slope.
+    For the neurons it is (s(k+1) - s(k)) / (beta_2 - beta_1), which tends to minus the gradient times the activation's
+    slope.
     """
     kept = [p.grad for p in model.parameters()]
     state = model(x, y, None, T1, betas[0], criterion)
@@ -75,8 +78,9 @@ def ep_contributions(model, x, y, T1, T2, betas, criterion):
 def check_gdu(model, x, y, T1, T2, betas, criterion, alg="EP"):
     """EP's updates step by step, and what BPTT says they should be (Ernoult et al., 2019).
 
-    Returns (BPTT, EP), dicts over parameter names and `neurons_i`, time first: see `bptt_contributions` for shapes, time and
-    memory, and `ep_contributions`. The model and its p.grad are left as they are. `alg`: EP is all there is to compare.
+    Returns (BPTT, EP), dicts over parameter names and `neurons_i`, time first: see `bptt_contributions` for shapes,
+    time and memory, and `ep_contributions`. The model and its p.grad are left as they are. `alg`: EP is all there is to
+    compare.
     """
     if alg != "EP":
         raise ValueError(f"gducheck compares EP with BPTT, not {alg}")
@@ -84,7 +88,8 @@ def check_gdu(model, x, y, T1, T2, betas, criterion, alg="EP"):
         raise ValueError("the mini-batch is empty: it has no gradient")
     if T2 > T1:
         raise ValueError(f"BPTT goes back through at most T1 = {T1} steps, got T2 = {T2}")
-    return bptt_contributions(model, x, y, T1, T2, betas[0], criterion), ep_contributions(model, x, y, T1, T2, betas, criterion)
+    return bptt_contributions(model, x, y, T1, T2, betas[0], criterion), ep_contributions(model, x, y, T1, T2, betas,
+            criterion)
 
 
 def cosine(a, b):
@@ -95,9 +100,11 @@ def cosine(a, b):
 def compare_gdu(BPTT, EP, estimate):
     """How far an EP estimate is from BPTT: a list of dicts, one per parameter and layer, with
 
-    rmse        root mean square over time of their difference, divided by the larger of their own, mean over the entries
+    rmse        root mean square over time of their difference, divided by the larger of their own, mean over the
+                entries
     sign_error  share of entries and times where their signs differ
-    cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||; nan where T2 steps of
+    cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||; nan where T2 steps
+    of
                         BPTT do not reach the parameter or layer
     """
     def rms(values):
@@ -113,13 +120,14 @@ def compare_gdu(BPTT, EP, estimate):
                      "rmse": (rms(ep - bptt) / (larger + 1e-30)).mean().item(),
                      "sign_error": (ep * bptt < 0).double().mean().item(),
                      "cosine": cosine(total_ep, total_bptt) if reached else float("nan"),
-                     "distance": ((total_ep - total_bptt).norm() / total_bptt.norm()).item() if reached else float("nan")})
+                     "distance": ((total_ep - total_bptt).norm() / total_bptt.norm()).item() if reached
+                     else float("nan")})
     return rows
 
 
 def gdu_report(model, x, y, rule, criterion):
-    """Both sides of gducheck for the rule's T1, T2, betas and thirdphase. Returns (rows of `compare_gdu`, BPTT, [EP at beta_2, and
-    with thirdphase EP at -beta_2])."""
+    """Both sides of gducheck for the rule's T1, T2, betas and thirdphase. Returns (rows of `compare_gdu`, BPTT, [EP at
+    beta_2, and with thirdphase EP at -beta_2])."""
     beta_1, beta_2 = rule.betas
     BPTT, EP = check_gdu(model, x, y, rule.T1, rule.T2, (beta_1, beta_2), criterion)
     runs, rows = [EP], compare_gdu(BPTT, EP, "one-sided")

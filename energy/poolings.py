@@ -1,7 +1,8 @@
 """Poolings of 2x2 windows with stride 2, as linear maps.
 
-A pooling is a linear map of a map u, (mbs, C, H, W), once its route is known (the winners of a max-pooling, None elsewhere): `pool(u)` gives
-the pooled map and the route, `follow(u, route)` is the linear map, `adjoint(post, route, size)` its adjoint, into a map of `size` (H, W).
+A pooling is a linear map of a map u, (mbs, C, H, W), once its route is known (the winners of a max-pooling, None
+elsewhere): `pool(u)` gives the pooled map and the route, `follow(u, route)` is the linear map, `adjoint(post, route,
+size)` its adjoint, into a map of `size` (H, W).
 """
 import torch
 import torch.nn as nn
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 
 
 class MaxPool(nn.MaxPool2d):
-    """The largest entry of each 2x2 window, of equal ones the first. The route is the index of each winner in its map."""
+    """The largest entry of each 2x2 window, of equal ones the first. The route is the index of each winner in its
+    map."""
 
     routed = True  # the route depends on what is pooled
 
@@ -67,7 +69,8 @@ POOLS = {"m": lambda: MaxPool(2, 2), "a": lambda: AvgPool(2, 2), "i": NoPool}
 
 
 def make_pools(letters):
-    """A pooling per convolution: `m` maximum, `a` average (both 2x2 with stride 2), `i` none. Raises ValueError for other letters."""
+    """A pooling per convolution: `m` maximum, `a` average (both 2x2 with stride 2), `i` none. Raises ValueError for
+    other letters."""
     unknown = sorted(set(letters) - set(POOLS))
     if unknown:
         raise ValueError(f"unknown pooling {' '.join(unknown)}: use m (max), a (average) or i (none)")

@@ -206,17 +206,18 @@ def restore(saved, optimizer, scheduler, generator):
     return history, state.get("best_model")
 
 
-def snapshot(model, args, history, best=None, optimizer=None, scheduler=None, generator=None):
-    """What is written down of a run after len(history) epochs; with the optimizer and what follows, all that resuming needs.
+def snapshot(model, args, history):
+    """What is written down of a model after len(history) epochs."""
+    return {"model_state_dict": model.state_dict(), "config": vars(args), "epoch": len(history), "history": history,
+            "train_acc": [row["train_acc"] for row in history], "test_acc": [row["test_acc"] for row in history],
+            "best": best_of(history)}
 
-    best: the snapshot of the best model so far, which a checkpoint carries along: what an epoch changes is committed by one file."""
-    state = {"model_state_dict": model.state_dict(), "config": vars(args), "epoch": len(history), "history": history,
-             "train_acc": [row["train_acc"] for row in history], "test_acc": [row["test_acc"] for row in history],
-             "best": best_of(history)}
-    if optimizer is not None:
-        state.update(opt=optimizer.state_dict(), scheduler=scheduler and scheduler.state_dict(), random_states=random_states(generator),
-                     best_model=best)
-    return state
+
+def resumable_state(best, optimizer, scheduler, generator):
+    """What a checkpoint holds besides `snapshot`, so that training can go on from it. best: the snapshot of the best
+    model so far, which it carries along so that one file commits all that an epoch changes; None before the first."""
+    return {"opt": optimizer.state_dict(), "scheduler": scheduler and scheduler.state_dict(),
+            "random_states": random_states(generator), "best_model": best}
 
 
 def best_of(history):

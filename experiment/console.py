@@ -1,4 +1,5 @@
-"""What the surroundings can do to a long run: streams that break, signals, a launcher that dies; and how the user started it."""
+"""What the surroundings can do to a long run: streams that break, signals, a launcher that dies; and how the user
+started it."""
 import contextlib
 import os
 import pathlib
@@ -13,7 +14,8 @@ from experiment.arguments import shown
 
 
 class _Lenient:
-    """A text stream that goes on without its reader: once a write fails (a closed pipe, a full disk), nothing more is written."""
+    """A text stream that goes on without its reader: once a write fails (a closed pipe, a full disk), nothing more is
+    written."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -40,8 +42,10 @@ class _Lenient:
 
 @contextlib.contextmanager
 def lenient_streams():
-    """Within the block standard output and error may close, fill up, be missing, or know ASCII alone, and nobody who prints need care."""
-    for descriptor in range(3):  # a file opened later must not get the number of a missing stream, and what is printed to it
+    """Within the block standard output and error may close, fill up, be missing, or know ASCII alone, and nobody who
+    prints need care."""
+    # a file opened later must not get the number of a missing stream, and what is printed to it
+    for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
@@ -60,11 +64,13 @@ def lenient_streams():
 
 
 def command_words(argv, name):
-    """The words of the command line in front of the program's own arguments, as the user typed them: interpreter or torchrun with its
-    flags, and the path of the program. argv: the arguments, None where they come from the command line; name: of the program."""
+    """The words of the command line in front of the program's own arguments, as the user typed them: interpreter or
+    torchrun with its flags, and the path of the program. argv: the arguments, None where they come from the command
+    line; name: of the program."""
     own, program = sys.argv[1:], name if argv is not None else sys.argv[0]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        typed, fallback = _torchrun_words(), ["torchrun", "--standalone", "--nproc_per_node", os.environ["WORLD_SIZE"], program]
+        typed, fallback = _torchrun_words(), ["torchrun", "--standalone", "--nproc_per_node", os.environ["WORLD_SIZE"],
+                                              program]
     else:
         typed, fallback = sys.orig_argv, ["python", program]
     before = typed[:len(typed) - len(own)]
@@ -84,14 +90,19 @@ def _torchrun_words():
 
 
 def out_of_memory(error, given):
-    """The RunFailed that says in one line what memory was missing for; None where `error` is something else. given: the flags."""
+    """The RunFailed that says in one line what memory was missing for; None where `error` is something else. given: the
+    flags."""
     words = one_line(error)
-    known = ("DefaultCPUAllocator", "not enough memory", "out of memory", "allocate memory", "calculation overflowed", "array is too big")
-    if not isinstance(error, MemoryError) and not (isinstance(error, (RuntimeError, ValueError)) and any(word in words for word in known)):
+    known = ("DefaultCPUAllocator", "not enough memory", "out of memory", "allocate memory", "calculation overflowed",
+             "array is too big")
+    if not isinstance(error, MemoryError) and not (isinstance(error, (RuntimeError, ValueError))
+                                                   and any(word in words for word in known)):
         return None
     asked = re.search(r"(?:allocate|allocated?) ([\d.]+ ?\w*)", words)
-    sizes = ", ".join(f"--{name.replace('_', '-')} {shown(given[name])}" for name in ("mbs", "archi", "channels", "fc", "T2") if name in given)
-    failed = RunFailed(f"out of memory{f' (asked for {asked[1]})' if asked else ''}: a smaller --mbs, fewer or smaller layers, and with BPTT a "
+    sizes = ", ".join(f"--{name.replace('_', '-')} {shown(given[name])}" for name in ("mbs", "archi", "channels", "fc",
+            "T2") if name in given)
+    failed = RunFailed(f"out of memory{f' (asked for {asked[1]})' if asked else ''}: a smaller --mbs, fewer or "
+                       "smaller layers, and with BPTT a "
                        f"smaller --T2 need less{f'; now {sizes}' if sizes else ''}")
     failed.resumable = True
     return failed
@@ -128,14 +139,16 @@ class Interruption:
         self.end()
 
     def _outlive_no_launcher(self, launcher):
-        """Ends a worker whose torchrun was killed without a chance to end it: it would hold its GPU, and the run's lock."""
+        """Ends a worker whose torchrun was killed without a chance to end it: it would hold its GPU, and the run's
+        lock."""
         while os.getppid() == launcher:
             time.sleep(1)
         self.number = signal.SIGTERM
         self.end()
 
     def end(self):
-        """Says what was interrupted, and returns the exit code. torchrun sends SIGTERM to those that are left when it has lost a worker."""
+        """Says what was interrupted, and returns the exit code. torchrun sends SIGTERM to those that are left when it
+        has lost a worker."""
         lost = " or lost a worker" if self.number == signal.SIGTERM and self.workers.size > 1 else ""
         return self.workers.end(f"\ninterrupted{lost}; {self.advice()}", 128 + self.number)
 

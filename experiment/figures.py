@@ -10,7 +10,8 @@ def accuracy(rows):
     axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy of the free phase")
     epochs = [row["epoch"] for row in rows]
     for key, label in (("train_acc", "train, during the epoch"), ("test_acc", "test, after the epoch")):
-        axes.plot(epochs, [row[key] for row in rows], marker="o", markersize=3, label=f"{label} (last {rows[-1][key]:.2f})")
+        axes.plot(epochs, [row[key] for row in rows], marker="o", markersize=3,
+                  label=f"{label} (last {rows[-1][key]:.2f})")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -35,11 +36,15 @@ def activity(neurons):
 def characteristic(accuracy, settled, eps):
     """The shares of images classified correctly and settled over the free steps; each a list with an entry per step."""
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="time steps of the free phase", ylabel="share of the test images (%)", ylim=(-2, 102),
+    axes = figure.add_subplot(xlabel="time steps of the free phase", ylabel="share of the test images (%)",
+                              ylim=(-2, 102),
                               title="Accuracy over the number of free steps")
     for shares, label, style in ((accuracy, f"classified correctly (last {100 * accuracy[-1]:.2f})", "-"),
-                                 (settled, f"settled: no layer moved by {eps:g} of its norm (last {100 * settled[-1]:.2f})", "--")):
-        axes.plot(range(1, len(shares) + 1), [100 * share for share in shares], style, marker="o" if len(shares) <= 50 else None,
+                                 (settled,
+                                  f"settled: no layer moved by {eps:g} of its norm (last {100 * settled[-1]:.2f})",
+                                  "--")):
+        axes.plot(range(1, len(shares) + 1), [100 * share for share in shares], style, marker="o" if len(shares) <= 50
+                  else None,
                   markersize=3, label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -48,14 +53,16 @@ def characteristic(accuracy, settled, eps):
 
 
 def gdu_entries(name, bptt, ep, generator, shown=5):
-    """Cumulative EP (dashed) and BPTT (solid) over time for some entries of one parameter or layer, drawn with `generator`.
+    """Cumulative EP (dashed) and BPTT (solid) over time for some entries of one parameter or layer, drawn with
+    `generator`.
 
     bptt, ep: (T2, *shape)."""
     live = bptt.flatten(1).abs().sum(0).cpu().nonzero().flatten()  # entries that stay 0 have nothing to show
     candidates = live if len(live) else torch.arange(bptt[0].numel())
     chosen = candidates[torch.randperm(len(candidates), generator=generator)[:shown]]
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="time steps of the nudged phase, and of BPTT from the end", ylabel="cumulative estimate",
+    axes = figure.add_subplot(xlabel="time steps of the nudged phase, and of BPTT from the end",
+                              ylabel="cumulative estimate",
                               title=f"{name}: EP (dashed) and BPTT (solid)")
     time = range(1, len(bptt) + 1)
     for n, entry in enumerate(chosen.tolist()):
@@ -72,7 +79,8 @@ def gdu_entries(name, bptt, ep, generator, shown=5):
 def gdu_overview(names, rows):
     """The distance of the summed EP estimates to BPTT, of all parameters and layers. rows: of `compare_gdu`."""
     figure = Figure(figsize=(7, 1.6 + 0.32 * len(names)), layout="constrained")
-    axes = figure.add_subplot(xlabel="||sum of EP - sum of BPTT|| / ||sum of BPTT||", title="Distance of the summed EP estimates to BPTT")
+    axes = figure.add_subplot(xlabel="||sum of EP - sum of BPTT|| / ||sum of BPTT||",
+                              title="Distance of the summed EP estimates to BPTT")
     for n, estimate in enumerate(dict.fromkeys(row["estimate"] for row in rows)):
         values = {row["name"]: row["distance"] for row in rows if row["estimate"] == estimate}
         axes.plot([values[name] for name in names], range(len(names)), "os"[n], label=estimate)
@@ -87,13 +95,15 @@ def gdu_overview(names, rows):
 def sweep(rows, settings, clean):
     """Accuracy under attack over eps, a curve per gradient. rows: those of an attack sweep's table."""
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"eps ({settings['attack_norm']}-norm, images in [0, 1])", ylabel="accuracy (%)", xscale="log",
+    axes = figure.add_subplot(xlabel=f"eps ({settings['attack_norm']}-norm, images in [0, 1])", ylabel="accuracy (%)",
+                              xscale="log",
                               title=f"{settings['attack']}, {settings['images']} images", ylim=(0, 100))
     axes.axhline(100 * clean, color="black", linewidth=1, label="clean")
     for grad in dict.fromkeys(row["grad"] for row in rows):
         own = [row for row in rows if row["grad"] == grad and float(row["eps"]) > 0]
         bound = " (upper bound: gradients vanish)" if any(float(r["masked"]) > 0.01 for r in own) else ""
-        axes.plot([float(r["eps"]) for r in own], [100 * float(r["adversarial"]) for r in own], marker="o", markersize=3, label=grad + bound)
+        axes.plot([float(r["eps"]) for r in own], [100 * float(r["adversarial"]) for r in own], marker="o",
+                  markersize=3, label=grad + bound)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
@@ -102,7 +112,8 @@ def sweep(rows, settings, clean):
 def attacked_images(images, labels, clean, result, title, shown=6):
     """Some attacked images, those that changed class first: the image, the change, the attacked image.
 
-    images: (n, C, H, W) in [0, 1]; labels: (n,); clean: (n,) bool, whether classified correctly; result: of `model_utils.attack`."""
+    images: (n, C, H, W) in [0, 1]; labels: (n,); clean: (n,) bool, whether classified correctly; result: of
+    `model_utils.attack`."""
     chosen = np.argsort(result["correct"] | ~clean, kind="stable")[:shown]
     figure = Figure(figsize=(1.6 * len(chosen) + 0.6, 5.4), layout="constrained")
     figure.suptitle(title)
@@ -121,13 +132,15 @@ def attacked_images(images, labels, clean, result, title, shown=6):
 
 
 def corruptions(shares, names, means, images):
-    """A heat map of the accuracy under each corruption and severity. shares: (corruptions, severities), in %; means: fractions."""
+    """A heat map of the accuracy under each corruption and severity. shares: (corruptions, severities), in %; means:
+    fractions."""
     figure = Figure(figsize=(6, 7.5), layout="constrained")
     axes = figure.add_subplot(xlabel="severity", title=f"Accuracy (%) under corruption, {images} images each\n"
                               f"mean {100 * means[0]:.1f}, of the first 15 {100 * means[1]:.1f}")
     picture = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
-        axes.text(column, row, f"{share:.1f}", ha="center", va="center", fontsize=9, color="black" if share > 60 else "white")
+        axes.text(column, row, f"{share:.1f}", ha="center", va="center", fontsize=9, color="black" if share > 60
+                  else "white")
     axes.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.axhline(14.5, color="white", linewidth=3)  # the four extra ones are below

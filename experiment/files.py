@@ -13,7 +13,8 @@ try:
 except ImportError:  # not a Unix system
     fcntl = None
 
-TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # of every text file, whatever the locale; paths need not be text
+# of every text file, whatever the locale; paths need not be text
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
 class WriteFailed(RunFailed):
@@ -37,8 +38,8 @@ def exists(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A path beside `path` to write to; renamed to `path` when the block ends well, so that no reader ever sees half a file
-    and a failure, a full disk say, leaves the old one. Raises WriteFailed if it cannot be written."""
+    """A path beside `path` to write to; renamed to `path` when the block ends well, so that no reader ever sees half a
+    file and a failure, a full disk say, leaves the old one. Raises WriteFailed if it cannot be written."""
     path = pathlib.Path(path)
     beside = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
     try:
@@ -77,16 +78,19 @@ def left_behind(path):
 
 
 class Lock:
-    """Holds a folder for one training: a lock on its file .lock that the system takes back when the process ends, however it does."""
+    """Holds a folder for one training: a lock on its file .lock that the system takes back when the process ends,
+    however it does."""
 
     def __init__(self, folder):
-        """Raises UserError where another process trains in `folder`. On a file system without locks there is a note instead."""
+        """Raises UserError where another process trains in `folder`. On a file system without locks there is a note
+        instead."""
         self.path, self._file = pathlib.Path(folder, ".lock"), None
         try:
             while not self._acquired():
                 pass
         except BlockingIOError:
-            raise UserError(f"{folder} is being trained already, by {self.path.read_text(**TEXT).strip() or 'another process'}; "
+            raise UserError(f"{folder} is being trained already, by "
+                            f"{self.path.read_text(**TEXT).strip() or 'another process'}; "
                             "a run takes one training at a time") from None
         except OSError as e:
             print(f"note: {folder} cannot be locked ({why(e)}): start no second training in it", file=sys.stderr)

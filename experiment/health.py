@@ -9,8 +9,8 @@ from energy.activations import RANGES
 
 
 class Health:
-    """Watches an epoch for numbers that are no longer finite, weights that do not change, a nudge that drowns in rounding, and layers
-    that are stuck at the ends of their activation.
+    """Watches an epoch for numbers that are no longer finite, weights that do not change, a nudge that drowns in
+    rounding, and layers that are stuck at the ends of their activation.
 
     model: an EnergyModel; rule: the `Rule` that it learns by; optimizer: its parameter groups are the model's."""
 
@@ -24,17 +24,20 @@ class Health:
     def _checksums(self):
         """Of the bits of each weight, as whole numbers."""
         kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-        return torch.stack([p.detach().view(kinds[p.element_size()]).sum(dtype=torch.int64) for p in self.weights.values()])
+        return torch.stack([p.detach().view(kinds[p.element_size()]).sum(dtype=torch.int64)
+                            for p in self.weights.values()])
 
     @torch.no_grad()
     def examine(self, x, y):
-        """Measures on one mini-batch how far the nudge moves the top layer, in rounding errors of its norm. Changes nothing."""
+        """Measures on one mini-batch how far the nudge moves the top layer, in rounding errors of its norm. Changes
+        nothing."""
         rule, chain = self.rule, self.model.chain(self.rule.loss)
         if rule.alg == "BPTT":
             return
         drive = chain.input_drive(x)
         free = fast.relax(chain, self.model.phase(drive, y, rule.betas[0], rule.loss), None, rule.T1)
-        with_nudge, without = (fast.relax(chain, self.model.phase(drive, y, beta, rule.loss), free, rule.T2)[-1] for beta in rule.betas[::-1])
+        with_nudge, without = (fast.relax(chain, self.model.phase(drive, y, beta, rule.loss), free, rule.T2)[-1]
+                               for beta in rule.betas[::-1])
         self.contrast = (with_nudge - without).norm() / without.norm().clamp(min=1e-30) / torch.finfo(without.dtype).eps
 
     def watch(self, neurons, batch):
@@ -53,24 +56,29 @@ class Health:
             tiny = self.rule.alg != "BPTT" and abs(self.rule.betas[1] - self.rule.betas[0]) < 1e-5
             advice = ("EP divides by the difference of the --betas: a larger beta usually helps, 0.01 to 1" if tiny
                       else "smaller --lrs usually help, or a smaller --scale or beta")
-            raise RunFailed(f"training diverged in epoch {self.epoch}, batch {int(self.first_bad)}: no longer finite are {', '.join(broken)}; {advice}")
+            raise RunFailed(f"training diverged in epoch {self.epoch}, batch {int(self.first_bad)}: no longer finite "
+                            f"are {', '.join(broken)}; {advice}")
         self.first_bad = None  # the norm alone overflowed
 
     def warnings(self, neurons):
         """What to say at the end of an epoch. neurons: those of its last mini-batch."""
         same = [name for name, kept in zip(self.weights, (self.before == self._checksums()).tolist()) if kept]
         if same:
-            which = "no weight changed in it" if len(same) == len(self.weights) else f"{', '.join(same)} did not change in it"
+            which = "no weight changed in it" if len(same) == len(self.weights) else (f"{', '.join(same)} did not "
+                                                                                      "change in it")
             yield f"{which}: {self._why_nothing_moves()}"
         elif self.contrast is not None and self.contrast < 4:
-            yield (f"the nudge moves the output by {float(self.contrast):.1f} times the rounding error of its numbers, updates are mostly noise: "
+            yield (f"the nudge moves the output by {float(self.contrast):.1f} times the rounding error of its "
+                   "numbers, updates are mostly noise: "
                    "a larger beta (--betas) helps")
         copies = [name for name, p in self.weights.items() if len(p) > 1 and p.any() and (p == p[:1]).all()]
         if copies:
-            yield f"all neurons have the same weights in {', '.join(copies)}, and learn the same: they started alike, with --scale 0"
+            yield (f"all neurons have the same weights in {', '.join(copies)}, and learn the same: they started alike, "
+                   "with --scale 0")
         stuck = [n for n, state in enumerate(neurons[:-1] or neurons, 1) if self._is_stuck(state)]
         if stuck:
-            yield (f"all neurons of layer {', '.join(map(str, stuck))} sit at an end of their activation, for all images: nothing is learnt "
+            yield (f"all neurons of layer {', '.join(map(str, stuck))} sit at an end of their activation, for all "
+                   "images: nothing is learnt "
                    "below; smaller --lrs, or a smaller --scale")
 
     def _why_nothing_moves(self):

@@ -23,14 +23,16 @@ def settings_of(path):
 
 
 class Sweep:
-    """The files of an attack sweep in a run folder: Adversarial_Accuracy.csv, and derived from its rows .txt and .png (other attacks and
-    norms than PGD in the 2-norm have them in their names). A sweep of the same settings is found again, and keeps its rows, whatever
-    eps were asked for then; before a sweep of other settings starts, the file of that name is moved aside to NAME_1 and so on.
+    """The files of an attack sweep in a run folder: Adversarial_Accuracy.csv, and derived from its rows .txt and .png
+    (other attacks and norms than PGD in the 2-norm have them in their names). A sweep of the same settings is found
+    again, and keeps its rows, whatever eps were asked for then; before a sweep of other settings starts, the file of
+    that name is moved aside to NAME_1 and so on.
 
     text: the path of the table; rows: list of dicts, by eps; clean: accuracy without an attack.
     """
 
-    ENDS = (".csv", ".png", "_images.png", "_images.npz", ".txt")  # the .txt, which says whose files these are, moves last
+    # the .txt, which says whose files these are, moves last
+    ENDS = (".csv", ".png", "_images.png", "_images.npz", ".txt")
 
     def __init__(self, run, settings, clean):
         self.run, self.settings, self.clean = run, settings, clean
@@ -63,19 +65,24 @@ class Sweep:
     def add(self, eps, results):
         """The rows of one eps: results as `model_utils.attack` returns them."""
         for grad, result in results.items():
-            self.rows.append({"eps": repr(eps), "grad": grad, "clean": f"{self.clean:.6f}", "adversarial": f"{result['correct'].mean():.6f}",
-                              "masked": f"{result['masked']:.6f}", "unmoved": f"{result['unmoved']:.6f}", "mean_norm": f"{result['mean_norm']:.6g}"})
+            self.rows.append({"eps": repr(eps), "grad": grad, "clean": f"{self.clean:.6f}",
+                              "adversarial": f"{result['correct'].mean():.6f}",
+                              "masked": f"{result['masked']:.6f}", "unmoved": f"{result['unmoved']:.6f}",
+                              "mean_norm": f"{result['mean_norm']:.6g}"})
         self.rows.sort(key=lambda row: float(row["eps"]))
         self.run.write_csv(f"{self.stem}.csv", self.rows)
         self.write()
 
     def write(self):
         """Derives the text from the rows."""
-        lines = [HEADER + json.dumps(self.settings, sort_keys=True), "# masked: share of images whose gradient was exactly zero or not finite at "
-                 "some iteration; unmoved: whose perturbation is zero", "# eps, clean accuracy, adversarial accuracy (of the strongest gradient, per image)"]
+        lines = [HEADER + json.dumps(self.settings, sort_keys=True),
+                 "# masked: share of images whose gradient was exactly zero or not finite at "
+                 "some iteration; unmoved: whose perturbation is zero",
+                 "# eps, clean accuracy, adversarial accuracy (of the strongest gradient, per image)"]
         for _, group in itertools.groupby(self.rows, key=lambda row: row["eps"]):
             group = list(group)
-            lines += [f"# {r['grad']}: adversarial {r['adversarial']}, masked {r['masked']}, unmoved {r['unmoved']}, mean norm {r['mean_norm']}"
+            lines += [f"# {r['grad']}: adversarial {r['adversarial']}, masked {r['masked']}, unmoved {r['unmoved']}, "
+                      f"mean norm {r['mean_norm']}"
                       + (", an upper bound only" if float(r["masked"]) > 0.01 else "") for r in group]
             lines.append(f"{float(group[-1]['eps']):g} {group[-1]['clean']} {group[-1]['adversarial']}")
         self.run.write_lines(self.text.name, lines)
@@ -86,18 +93,21 @@ class Sweep:
     def save_images(self, images, labels, clean, eps, result):
         """All attacked images as .npz, and a picture of some, those that changed class first."""
         with replacing(self.run.folder / f"{self.stem}_images.npz") as path, open(path, "wb") as file:
-            np.savez_compressed(file, x_adv=result["x_adv"], labels=labels.numpy(), prediction=result["prediction"], eps=eps)
-        figure = figures.attacked_images((images.float() / 255).numpy(), labels, clean.numpy(), result, f"{self.settings['attack']}, "
+            np.savez_compressed(file, x_adv=result["x_adv"], labels=labels.numpy(), prediction=result["prediction"],
+                                eps=eps)
+        figure = figures.attacked_images((images.float() / 255).numpy(), labels, clean.numpy(), result,
+                                         f"{self.settings['attack']}, "
                                          f"{self.settings['attack_norm']}-norm, eps = {eps:g}")
         self.run.save_figure(f"{self.stem}_images.png", figure)
 
 
 class CorruptionTable:
-    """Corruption_Accuracy.txt and .png of a run folder: a row per corruption, its accuracy at each severity. The rows of the same
-    settings are kept, so that a killed run goes on; a file of other settings is moved aside to Corruption_Accuracy_1.txt and so on.
+    """Corruption_Accuracy.txt and .png of a run folder: a row per corruption, its accuracy at each severity. The rows
+    of the same settings are kept, so that a killed run goes on; a file of other settings is moved aside to
+    Corruption_Accuracy_1.txt and so on.
 
-    names: the corruptions in their order; severities: how many; text: the path of the table; rows: {corruption: its accuracies as
-    written, one per severity}.
+    names: the corruptions in their order; severities: how many; text: the path of the table; rows: {corruption: its
+    accuracies as written, one per severity}.
     """
 
     PUBLISHED = 15  # published means are over the first so many
@@ -107,7 +117,8 @@ class CorruptionTable:
         self.rows, ends = {}, (".png", ".txt")
         if settings_of(self.text) == json.loads(json.dumps(settings)):
             words = [line.split() for line in self.text.read_text(**TEXT).splitlines()]
-            self.rows = {name: shares for name, *shares in filter(None, words) if name in names and len(shares) == severities}
+            self.rows = {name: shares for name, *shares in filter(None, words) if name in names
+                         and len(shares) == severities}
         elif self.text.exists():
             run.move_aside("Corruption_Accuracy", ends)
 
@@ -132,4 +143,5 @@ class CorruptionTable:
 
     def plot(self):
         shares = np.array([[100 * float(share) for share in self.rows[name]] for name in self.names])
-        self.run.save_figure("Corruption_Accuracy.png", figures.corruptions(shares, self.names, self.means(), self.settings["images"]))
+        self.run.save_figure("Corruption_Accuracy.png", figures.corruptions(shares, self.names, self.means(),
+                                                                            self.settings["images"]))

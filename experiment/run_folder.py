@@ -19,18 +19,21 @@ from experiment.files import TEXT, Lock, WriteFailed, left_behind, replacing, wh
 
 
 class RunFolder:
-    """The folder of one run. folder: its path. Whatever looks at a run leaves alone what a training may be writing just now."""
+    """The folder of one run. folder: its path. Whatever looks at a run leaves alone what a training may be writing just
+    now."""
 
     def __init__(self, folder):
         self.folder, self._lock = pathlib.Path(folder), None
 
     @classmethod
     def create(cls, args, device, command_line, model, checkpoint, root="results"):
-        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; with _2, _3 ... behind it where that exists). It appears
-        with hyperparameters.txt and the checkpoint of epoch 0 inside, so that a run killed at any moment can be resumed, and locked."""
+        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; with _2, _3 ... behind it where that exists).
+        It appears with hyperparameters.txt and the checkpoint of epoch 0 inside, so that a run killed at any moment can
+        be resumed, and locked."""
         now = datetime.datetime.now()
         place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
-        final = pathlib.Path(root, args.alg, args.loss, now.strftime("%Y-%m-%d"), now.strftime("%H-%M-%S") + "_" + place)
+        final = pathlib.Path(root, args.alg, args.loss, now.strftime("%Y-%m-%d"),
+                             now.strftime("%H-%M-%S") + "_" + place)
         hidden = final.with_name(f".{final.name}.{os.getpid()}")
         try:
             hidden.mkdir(parents=True)
@@ -58,7 +61,8 @@ class RunFolder:
         self.folder, self._lock.path = folder, folder / ".lock"
 
     def lock(self):
-        """Holds the folder for this process's training until `release`. Raises UserError where another one trains in it."""
+        """Holds the folder for this process's training until `release`. Raises UserError where another one trains in
+        it."""
         self._lock = Lock(self.folder)
 
     def release(self):
@@ -88,10 +92,12 @@ class RunFolder:
             *(f"  {name}: {value!r}" for name, value in sorted(args.items())), "", "model:", str(model), ""]))
 
     def note_resumption(self, command_line, device, epoch, before, args):
-        """Appends to hyperparameters.txt that a training goes on from `epoch`. before, args: dicts of the arguments until now and now."""
+        """Appends to hyperparameters.txt that a training goes on from `epoch`. before, args: dicts of the arguments
+        until now and now."""
         changed = [f"  {name}: {value!r}  # before: {before[name]!r}" for name, value in sorted(args.items())
                    if name in before and before[name] != value]
-        self.append_hyperparameters("\n".join(["", f"resumed from epoch {epoch} on", *_heading("command line", command_line, device),
+        self.append_hyperparameters("\n".join(["", f"resumed from epoch {epoch} on",
+                                               *_heading("command line", command_line, device),
                                                "arguments that differ from before:", *(changed or ["  none"])]))
 
     def append_hyperparameters(self, text):
@@ -130,8 +136,9 @@ class RunFolder:
         self.write_csv(name, self.read_csv(name) + rows)
 
     def restore(self, history, best):
-        """Makes the log, the table and model.pt those of the epochs in `history`: a killed process may have written of one more, which
-        need not come out the same again. best: the checkpoint of the best model, or None where it is not known."""
+        """Makes the log, the table and model.pt those of the epochs in `history`: a killed process may have written of
+        one more, which need not come out the same again. best: the checkpoint of the best model, or None where it is
+        not known."""
         self._forget_after(len(history))
         if history:
             self.write_csv("metrics.csv", history)
@@ -141,7 +148,8 @@ class RunFolder:
     def _forget_after(self, epoch):
         rows = self.read_csv("gducheck.csv")
         if rows:
-            self.write_csv("gducheck.csv", [row for row in rows if not (row.get("epoch") or "").isdigit() or int(row["epoch"]) <= epoch])
+            self.write_csv("gducheck.csv", [row for row in rows if not (row.get("epoch") or "").isdigit()
+                                            or int(row["epoch"]) <= epoch])
 
     def write_lines(self, name, lines):
         write_text(self.folder / name, "\n".join(lines) + "\n")
@@ -155,7 +163,8 @@ class RunFolder:
         return next(n for n in itertools.count(1) if not (self.folder / f"{stem}_{n}.txt").exists())
 
     def move_aside(self, stem, ends):
-        """Renames the files STEM + end, those that exist, to STEM_1 + end, or the first number at which there is no .txt yet."""
+        """Renames the files STEM + end, those that exist, to STEM_1 + end, or the first number at which there is no
+        .txt yet."""
         number = self.next_number(stem)
         for end in ends:
             old = self.folder / (stem + end)
@@ -182,7 +191,8 @@ def _disk_error(path, error):
 
 def _heading(title, command_line, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return [f"{title}: {command_line}", f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", f"device: {device} ({name})",
+    return [f"{title}: {command_line}", f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+            f"device: {device} ({name})",
             *(f"{name}: {value}" for name, value in versions().items())]
 
 

@@ -10,7 +10,8 @@ from tqdm import tqdm
 def progress(iterable, description, total=None):
     """A tqdm bar on standard error; in a log file it speaks once a minute and only of work that takes longer."""
     interactive = sys.stderr.isatty()
-    return tqdm(iterable, desc=description, total=total, leave=False, dynamic_ncols=True, delay=0 if interactive else 60,
+    return tqdm(iterable, desc=description, total=total, leave=False, dynamic_ncols=True, delay=0 if interactive
+                else 60,
                 mininterval=0.1 if interactive else 60)
 
 
@@ -20,7 +21,8 @@ progress.write = tqdm.write  # a line that leaves a bar in one piece
 class Stopwatch:
     """Where the time of a training goes, in seconds by part; settling: the SettlingCount of its free phases.
 
-    On a CUDA device work is timed by events and added up only when asked for, so that nothing waits for it meanwhile."""
+    On a CUDA device work is timed by events and added up only when asked for, so that nothing waits for it
+    meanwhile."""
 
     def __init__(self, device=None):
         self.cuda = device is not None and device.type == "cuda"
@@ -66,7 +68,8 @@ class Stopwatch:
     def shares(self):
         """The parts in words, with their shares of the whole."""
         total = sum(self.seconds().values()) or 1.0
-        return ", ".join(f"{name} {seconds:.1f} s ({100 * seconds / total:.0f} %)" for name, seconds in self._seconds.items())
+        return ", ".join(f"{name} {seconds:.1f} s ({100 * seconds / total:.0f} %)" for name,
+                         seconds in self._seconds.items())
 
 
 class SettlingCount:
@@ -76,7 +79,8 @@ class SettlingCount:
         self.images = self.steps = self.most = self.unsettled = 0
 
     def add(self, steps, settled):
-        """Counts in one mini-batch. steps: of each image, (mbs,) whole numbers; settled: whether it had settled by then, (mbs,) bool."""
+        """Counts in one mini-batch. steps: of each image, (mbs,) whole numbers; settled: whether it had settled by
+        then, (mbs,) bool."""
         if len(steps):
             self.images += len(steps)
             self.steps, self.unsettled = self.steps + steps.sum(), self.unsettled + (~settled).sum()
@@ -89,7 +93,8 @@ class SettlingCount:
         self.most = max(row[3] for row in counted)
 
     def columns(self):
-        """Columns of metrics.csv: mean and maximum of the steps, and the share in % of images that did not settle; {} if not counted."""
+        """Columns of metrics.csv: mean and maximum of the steps, and the share in % of images that did not settle; {}
+        if not counted."""
         if not self.images:
             return {}
         return {"steps_mean": round(int(self.steps) / self.images, 2), "steps_max": int(self.most),

@@ -1,4 +1,5 @@
-"""The processes that torchrun starts to work on one thing together, the device each computes on, and the seeds they share."""
+"""The processes that torchrun starts to work on one thing together, the device each computes on, and the seeds they
+share."""
 import contextlib
 import datetime
 import itertools
@@ -23,9 +24,9 @@ class LostWorker(RunFailed):
 class Workers:
     """The processes that torchrun started; one, for which nothing here does anything, without it.
 
-    rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on its machine. What exchanges
-    (`sum`, `average_gradients`, `gather`, `gather_strided`, `broadcast`, `rank_zero_first`) is to be called by all, in the same
-    order, and raises LostWorker if one of them does not come.
+    rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on its machine. What
+    exchanges (`sum`, `average_gradients`, `gather`, `gather_strided`, `broadcast`, `rank_zero_first`) is to be called
+    by all, in the same order, and raises LostWorker if one of them does not come.
     """
 
     PATIENCE = datetime.timedelta(minutes=10)  # longer than a download of a data set, which the others wait for
@@ -47,7 +48,8 @@ class Workers:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             with self._exchange():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self._store(self.PATIENCE),
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                        store=self._store(self.PATIENCE),
                                         rank=self.rank, world_size=self.size, timeout=self.PATIENCE)
 
     def disconnect(self):
@@ -68,8 +70,8 @@ class Workers:
     def shard(self, n):
         """This worker's part of a mini-batch of n samples: (a slice, how many they are).
 
-        With fewer samples than workers some get none. They compute along on a sample of another's, for a weight of 0: no learning
-        rule has to do with empty batches, and all draw the same random numbers."""
+        With fewer samples than workers some get none. They compute along on a sample of another's, for a weight of 0:
+        no learning rule has to do with empty batches, and all draw the same random numbers."""
         first, last = (-(-n * rank // self.size) for rank in (self.rank, self.rank + 1))
         return slice(min(first, n - 1), max(first + 1, last)), last - first
 
@@ -81,7 +83,8 @@ class Workers:
 
     @torch.no_grad()
     def average_gradients(self, model, n_local, n_global):
-        """Makes every p.grad, this worker's mean over its n_local samples, the mean over all n_global of the mini-batch."""
+        """Makes every p.grad, this worker's mean over its n_local samples, the mean over all n_global of the
+        mini-batch."""
         if self.size == 1:
             return
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -141,8 +144,8 @@ class Workers:
             yield
 
     def end(self, message, code):
-        """Says why the run ends, if no other worker has said so before, and returns `code`; of several workers ends this one at once,
-        for orderly goodbyes would wait for those that are lost."""
+        """Says why the run ends, if no other worker has said so before, and returns `code`; of several workers ends
+        this one at once, for orderly goodbyes would wait for those that are lost."""
         if self.size == 1 or self._first_to_speak():
             print(message, file=self.stderr, flush=True)
         if self.size > 1:
@@ -157,24 +160,28 @@ class Workers:
             return True
 
     def _store(self, timeout):
-        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that it starts in place of lost ones."""
-        address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))
+        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that it starts in
+        place of lost ones."""
+        address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT",
+                                                                "TORCHELASTIC_RESTART_COUNT"))
         return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
 
 
 def pick_device(index, workers):
-    """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun the one of the worker's place on the
-    machine. Raises UserError."""
+    """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun the one of the
+    worker's place on the machine. Raises UserError."""
     if index == -1:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        print("note: there is no CUDA device here, running on the CPU (--device -1 says so without this note)", file=sys.stderr)
+        print("note: there is no CUDA device here, running on the CPU (--device -1 says so without this note)",
+              file=sys.stderr)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if workers.size > 1:
         index = workers.local_rank
         if index >= count:
-            raise UserError(f"torchrun --nproc_per_node: each process needs a GPU, this machine has {count} (--device -1: the CPU)")
+            raise UserError(f"torchrun --nproc_per_node: each process needs a GPU, this machine has {count} (--device "
+                            "-1: the CPU)")
     if index >= count:
         raise UserError(f"argument --device: got {index}, expected -1 (the CPU) to {count - 1}")
     torch.cuda.set_device(index)  # events and streams are the current device's
@@ -195,8 +202,8 @@ def check_device(args, device):
 
 
 def seed_everything(args, workers):
-    """Seeds python, NumPy and torch with args.seed, which is drawn first where it is None; with args.deterministic asks torch for kernels
-    that always sum in the same order."""
+    """Seeds python, NumPy and torch with args.seed, which is drawn first where it is None; with args.deterministic asks
+    torch for kernels that always sum in the same order."""
     if args.seed is None:
         args.seed = workers.broadcast(random.SystemRandom().randrange(2 ** 31))
     random.seed(args.seed)

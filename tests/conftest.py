@@ -22,7 +22,8 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*words, **options):
-        code = main.main([str(w) for word in words for w in (word.split() if isinstance(word, str) else [word])], **options)
+        code = main.main([str(w) for word in words for w in (word.split() if isinstance(word, str) else [word])],
+                         **options)
         out, err = capsys.readouterr()
         return code, out, err
     return run
@@ -61,12 +62,14 @@ MODELS = {
     # odd sizes, stride 2 and windows that miss the last row, every pooling, one to three dense layers
     "CNN max": lambda act: mu.P_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act),
     "CNN stride": lambda act: mu.P_CNN(14, [2, 4, 5], [4, 3], [2, 2], [7, 5], mu.make_pools("im"), [1, 2], act),
-    "CNN avg deep softmax": lambda act: mu.P_CNN(11, [1, 4, 3, 6], [3, 3, 2], [1, 1, 1], [9, 7, 5], mu.make_pools("aia"), [1, 1, 0],
+    "CNN avg deep softmax": lambda act: mu.P_CNN(11, [1, 4, 3, 6], [3, 3, 2], [1, 1, 1], [9, 7, 5],
+                                                 mu.make_pools("aia"), [1, 1, 0],
                                                  act, softmax=True),
     # wide, on maps so small that the convolutions go through matrix products
     "CNN product": lambda act: mu.P_CNN(9, [2, 40, 72], [3, 3], [2, 2], [5], mu.make_pools("ma"), [1, 2], act),
     "VFCNN max": lambda act: mu.VF_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act),
-    "VFCNN mixed softmax": lambda act: mu.VF_CNN(14, [2, 4, 5, 6], [4, 3, 2], [2, 1, 1], [7, 5], mu.make_pools("iam"), [1, 1, 1],
+    "VFCNN mixed softmax": lambda act: mu.VF_CNN(14, [2, 4, 5, 6], [4, 3, 2], [2, 1, 1], [7, 5], mu.make_pools("iam"),
+                                                 [1, 1, 1],
                                                  act, softmax=True),
 }
 
@@ -84,7 +87,8 @@ def sample(model, mbs=4):
 
 
 def masked(model, masks):
-    """The model, on the same parameters, seeing the layers below through masks of dropout, as `draw_masks` gives them."""
+    """The model, on the same parameters, seeing the layers below through masks of dropout, as `draw_masks` gives
+    them."""
     twin, chain = copy.copy(model), model.chain().masked(masks)
     twin.connections, twin.output = chain.connections, chain.readout
     return twin

@@ -17,7 +17,8 @@ def write_cifar(root):
 
 
 def write_corruptions(root, names, n=8):
-    """Below `root` the folder CIFAR-10-C, with a file for each of the corruptions `names` and n images at each of its 5 severities."""
+    """Below `root` the folder CIFAR-10-C, with a file for each of the corruptions `names` and n images at each of its 5
+    severities."""
     folder = pathlib.Path(root, "CIFAR-10-C")
     folder.mkdir(parents=True)
     rng = np.random.default_rng(1)

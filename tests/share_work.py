@@ -1,4 +1,5 @@
-"""For torchrun: runs main.py in each folder of a JSON file {folder: words}, one after the other, to import libraries only once."""
+"""For torchrun: runs main.py in each folder of a JSON file {folder: words}, one after the other, to import libraries
+only once."""
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import main_dropout  # noqa: E402
 
 for n, (folder, words) in enumerate(json.loads(pathlib.Path(sys.argv[1]).read_text()).items()):
     os.chdir(folder)
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(n)  # by which torchrun keeps the meetings of successive workers apart
+    # by which torchrun keeps the meetings of successive workers apart
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(n)
     if main.main(words, main_dropout.FLAGS):
         sys.exit(f"{folder} failed")

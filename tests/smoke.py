@@ -1,7 +1,9 @@
-"""Runs command lines of the suite one after another, each in a fork of this process, which has loaded the libraries for all of them.
+"""Runs command lines of the suite one after another, each in a fork of this process, which has loaded the libraries for
+all of them.
 
-Reads `PROGRAM FLAGS`, a line each, from standard input, and writes the exit code of each to file descriptor 4. Started by check/common.sh
-with SMOKE=1, in an empty folder, where it first writes random images in the formats of CIFAR-10 and CIFAR-10-C to data/.
+Reads `PROGRAM FLAGS`, a line each, from standard input, and writes the exit code of each to file descriptor 4. Started
+by check/common.sh with SMOKE=1, in an empty folder, where it first writes random images in the formats of CIFAR-10 and
+CIFAR-10-C to data/.
 """
 import importlib
 import os
@@ -18,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 import main  # noqa: E402, F401
 from data_utils import CORRUPTIONS  # noqa: E402
 
-LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "digits": "sklearn.model_selection"}  # what main.py loads where it needs it
+# what main.py loads where it needs it
+LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "digits": "sklearn.model_selection"}
 
 write_cifar("data")
 write_corruptions("data", CORRUPTIONS)

@@ -25,7 +25,8 @@ def trained(request, tmp_path_factory):
     """A model that has learnt the digits, in a run folder."""
     folder, before = tmp_path_factory.mktemp("attacked"), os.getcwd()
     os.chdir(folder)
-    model = {"CNN": "--model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 5e-3",
+    model = {"CNN": "--model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 "
+                    "5e-3",
              "MLP": "--archi 784 64 10 --betas 0 0.2 --lrs 1e-3 1e-3"}[request.param]
     line = f"--task digits --device -1 --T1 16 --T2 6 --thirdphase --optim adam --epochs 3 --seed 0 --save {model}"
     assert main.main(line.split()) == 0
@@ -52,7 +53,9 @@ def test_all_attacks(ok, trained, tmp_path, norm, eps):
     x = (images.float() / 255).numpy()
     found = {}
     for attack in attacks.NAMES:
-        ok(COMMON, f"--load-path {run} --attack {attack} --attack-norm {norm} --eps-list {eps} --attack-iters {4 if attack == 'hopskipjump' else 10} --save")
+        ok(COMMON,
+           f"--load-path {run} --attack {attack} --attack-norm {norm} --eps-list {eps} --attack-iters "
+           f"{4 if attack == 'hopskipjump' else 10} --save")
         stem = "Adversarial_Accuracy" + ("" if (attack, norm) == ("pgd", "2") else f"_{attack}_{norm}")
         text = [line.split() for line in (run / f"{stem}.txt").read_text().splitlines() if not line.startswith("#")]
         assert len(text) == 1 and len(text[0]) == 3 and float(text[0][0]) == eps
@@ -101,14 +104,16 @@ def saturated():
 
 
 def arguments(**changes):
-    return argparse.Namespace(**{"attack": "pgd", "attack_norm": "2", "attack_iters": 10, "attack_step": 10, "attack_start": "zero", "T1": 20,
-                                 "predict_step": None, "loss": "cel", "no_clip": False, "tol": 0.0, "mbs": 20, "seed": 0, "attack_grad": ["bptt", "smooth"], **changes})
+    return argparse.Namespace(**{"task": "digits", "attack": "pgd", "attack_norm": "2", "attack_iters": 10, "attack_step": 10,
+                                 "attack_start": "zero", "T1": 20,
+                                 "predict_step": None, "loss": "cel", "no_clip": False, "tol": 0.0, "mbs": 20,
+                                 "seed": 0, "attack_grad": ["bptt", "smooth"], **changes})
 
 
 def test_vanishing_gradients_are_reported_and_smooth_ones_attack(capsys):
     model, images, labels = saturated()
     for eps in (1.0, 3.0, 6.0):
-        results = mu.attack(model, images, labels, arguments(), eps, TASKS["digits"], "")
+        results = mu.attack(model, images, labels, arguments(), eps)
         bptt, smooth, worst = (results[name] for name in ("bptt", "smooth", "worst"))
         assert bptt["masked"] > 0.5 and bptt["unmoved"] > 0.5 and smooth["masked"] < 0.01 and smooth["unmoved"] == 0
         assert smooth["correct"].mean() <= bptt["correct"].mean() and worst["correct"].mean() <= smooth["correct"].mean()
@@ -133,7 +138,8 @@ def test_smooth_changes_no_output(act):
     torch.manual_seed(0)
     model = mu.P_MLP([20, 16, 5], mu.ACTIVATIONS[act])
     x = 3 * torch.randn(8, 20)
-    outs = [Unrolled(model, 12, 12, mu.make_criterion("mse"), grad=grad)(x.clone().requires_grad_()) for grad in ("bptt", "smooth")]
+    outs = [Unrolled(model, 12, 12, mu.make_criterion("mse"), grad=grad)(x.clone().requires_grad_())
+            for grad in ("bptt", "smooth")]
     assert torch.equal(*outs) and torch.equal(outs[0], Unrolled(model, 12, 12, mu.make_criterion("mse"))(x))
 
 
@@ -150,7 +156,8 @@ def test_the_gradient_by_ep_is_that_of_bptt_at_equilibrium(softmax):
         gradients = []
         for grad in ("bptt", "ep"):
             leaf = x.clone().requires_grad_()
-            unrolled = Unrolled(model, 400, 200, mu.make_criterion("cel" if softmax else "mse"), grad=grad, start="equilibrium", beta=0.01)
+            unrolled = Unrolled(model, 400, 200, mu.make_criterion("cel" if softmax else "mse"), grad=grad,
+                                start="equilibrium", beta=0.01)
             gradients.append(torch.autograd.grad(loss(unrolled(leaf), y), leaf)[0].flatten(1))
         cosine = torch.nn.functional.cosine_similarity(*gradients, dim=1)
         assert cosine.min() > 0.99
@@ -164,7 +171,7 @@ def test_memory_does_not_grow_with_iterations(trained):
 
     def resident(iterations):
         args = arguments(loss=state["config"]["loss"], attack_iters=iterations, attack_grad=["bptt"], mbs=10)
-        mu.attack(model, images, labels, args, 1.0, TASKS["digits"], "")
+        mu.attack(model, images, labels, args, 1.0)
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
     resident(5)
@@ -181,10 +188,13 @@ def test_class_gradients_go_through_T2_steps_and_predictions_through_T1(model):
     classifier = PyTorchClassifier(model, loss, first.pre_shape, 5, 9, 7, device_type="cpu")
     criterion = mu.make_criterion("cel" if model.softmax else "mse")
     tensor = torch.from_numpy(x)
-    np.testing.assert_allclose(classifier.predict(x), model.readout(model(tensor, None, None, 9, criterion=criterion)).detach().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(classifier.predict(x),
+                               model.readout(model(tensor, None, None, 9, criterion=criterion)).detach().numpy(),
+                               rtol=1e-5)
     leaf = tensor.clone().requires_grad_()
     out = model.readout(model(leaf, None, None, 7, criterion=criterion, check_thm=True))
-    np.testing.assert_allclose(classifier.class_gradient(x, label=2)[:, 0], torch.autograd.grad(out[:, 2].sum(), leaf)[0].numpy(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(classifier.class_gradient(x, label=2)[:, 0], torch.autograd.grad(out[:, 2].sum(),
+            leaf)[0].numpy(), rtol=1e-4, atol=1e-7)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -192,7 +202,8 @@ def test_class_gradients_go_through_T2_steps_and_predictions_through_T1(model):
 def test_attack_lines_of_the_seed(ok, cli, tmp_path, cifar, line):
     words = shlex.split(line)[2:]
     folder = words[words.index("--load-path") + 1]
-    ok(*[w if w != "attack" else "train" for w in words if w not in ("--load-path", folder)], SMALL, "--save", "--data-dir", str(cifar))
+    ok(*[w if w != "attack" else "train" for w in words if w not in ("--load-path", folder)], SMALL, "--save",
+       "--data-dir", str(cifar))
     run = only_run(tmp_path)
     reduced = f"{SMALL} --data-dir {cifar} --test-size 8 --attack-iters 2 --attack-step 3"
     for path in (f"{run}/", str(run)):

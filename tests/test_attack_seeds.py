@@ -29,10 +29,10 @@ def sweep(attacked, name, *eps, seed=3, workers=Workers(), grads=("bptt", "ep"))
     """{eps: results} of a sweep from wherever all random generators are."""
     if name in attacks.WITHOUT_GRADIENT:
         grads = grads[:1]
-    args = argparse.Namespace(attack=name, attack_norm="2", attack_iters=1, attack_step=5, attack_start="zero", T1=8,
+    args = argparse.Namespace(task="digits", attack=name, attack_norm="2", attack_iters=1, attack_step=5, attack_start="zero", T1=8,
                               predict_step=None, loss="cel", no_clip=False, tol=0.0, mbs=2, seed=seed,
                               attack_grad=list(grads))
-    return {e: mu.attack(*attacked, args, e, TASKS["digits"], "", workers) for e in eps}
+    return {e: mu.attack(*attacked, args, e, "", workers) for e in eps}
 
 
 def images_of(results):

@@ -16,7 +16,8 @@ def test_digits_are_a_drop_in_for_mnist():
     assert images.dtype == torch.uint8 and images.max() > 250 and images.min() == 0
     assert sorted(set(labels.tolist())) == sorted(set(test_labels.tolist())) == list(range(10))
     known = {image.numpy().tobytes() for image in images}
-    assert sum(image.numpy().tobytes() in known for image in test_images) < 5  # split, not shared (a few drawings are equal)
+    # split, not shared (a few drawings are equal)
+    assert sum(image.numpy().tobytes() in known for image in test_images) < 5
     assert torch.equal(load_split("digits", "nowhere", True)[0], images)
 
 
@@ -91,11 +92,13 @@ def test_a_run_folder_holds_what_the_readme_promises(ok, tmp_path):
     ok("--task digits --device -1 --epochs 2 --train-size 200 --test-size 50 --save --seed 3")
     run = only_run(tmp_path)
     assert run.parts[-4:-2] == ("EP", "mse") and run.name.endswith("_cpu")
-    names = {"hyperparameters.txt", "metrics.csv", "train-test_acc.png", "neural_activity.png", "model.pt", "checkpoint.tar",
+    names = {"hyperparameters.txt", "metrics.csv", "train-test_acc.png", "neural_activity.png", "model.pt",
+             "checkpoint.tar",
              "final_model.pt", "final_checkpoint.tar"}
     assert {p.name for p in run.iterdir()} == names and all(p.stat().st_size for p in run.iterdir())
     rows = list(csv.DictReader(open(run / "metrics.csv")))
-    assert list(rows[0])[:4] == ["epoch", "train_acc", "test_acc", "seconds"] and [r["epoch"] for r in rows] == ["1", "2"]
+    assert list(rows[0])[:4] == ["epoch", "train_acc", "test_acc", "seconds"] and [r["epoch"] for r in rows] == ["1",
+            "2"]
     checkpoint = torch.load(run / "checkpoint.tar", weights_only=True)
     assert {"model_state_dict", "opt", "scheduler", "epoch", "train_acc", "test_acc", "best"} <= set(checkpoint)
     assert checkpoint["epoch"] == 2 and checkpoint["best"] == max(checkpoint["test_acc"])

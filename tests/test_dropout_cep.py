@@ -1,5 +1,6 @@
 """Masks on connections, and weights that change at every nudged step."""
 import argparse
+import functools
 
 import autodiff
 import pytest
@@ -70,7 +71,8 @@ def test_training_counts_what_the_masked_read_out_says(alg, monkeypatch):
     model = mu.P_MLP([20, 16, 8, 5], torch.tanh, softmax=True)
     x, y = torch.randn(50, 20), torch.randint(0, 5, (50,))
     monkeypatch.setattr(mu, "draw_masks", lambda model, keep, mbs, part: [None, None, torch.zeros(mbs, 8)])
-    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0, dropouts=[1, 1, 0.5],
+    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0,
+                              dropouts=[1, 1, 0.5],
                               loss="cel", precision="fp32")
     right = mu.Trainer(model, None, args).gradients(x, y)[1]
     assert right == (y == model.synapses[-1].bias.argmax()).sum()  # all that is left for the read-out to say
@@ -89,7 +91,8 @@ def test_masks_differ_between_images_and_batches_and_keep_the_mean(model):
     torch.manual_seed(0)
     first, second = (mu.draw_masks(model, [0.9] * count, 500) for _ in range(2))
     for a, b, c in zip(first, second, [*model.connections, model.output]):
-        assert a.shape == (500, *c.pre_shape) and a.mean().item() == pytest.approx(1, abs=0.03) and not torch.equal(a, b)
+        assert a.shape == (500, *c.pre_shape) and a.mean().item() == pytest.approx(1, abs=0.03) and not torch.equal(a,
+                b)
         assert len(a.flatten(1).unique(dim=0)) > 1
     assert mu.draw_masks(model, [1.0] * count, 3) == [None] * count
 
@@ -118,18 +121,25 @@ def test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none(ok, mon
     assert len(drawn) == 2 * before
 
 
-QUICK = "--task digits --device -1 --train-size 100 --test-size 60 --mbs 20 --archi 784 20 10 --T1 8 --T2 4 --betas 0 0.3 --seed 0"
+QUICK = ("--task digits --device -1 --train-size 100 --test-size 60 --mbs 20 --archi 784 20 10 --T1 8 --T2 4 --betas 0 "
+         "0.3 --seed 0")
 
 
-@pytest.mark.parametrize("words", ["--alg EP --thirdphase", "--alg BPTT", "--alg EP --thirdphase --model VFCNN --same-update", "--alg EP --thirdphase --tol 1e-3"])
+@pytest.mark.parametrize("words", ["--alg EP --thirdphase", "--alg BPTT",
+                                   "--alg EP --thirdphase --model VFCNN --same-update",
+                                   "--alg EP --thirdphase --tol 1e-3"])
 def test_a_cnn_learns_with_dropout(ok, words):
-    out = ok("--task digits --device -1 --seed 0 --model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax --betas 0 1 --T1 12 --T2 5",
-             "--train-size 600 --epochs 3 --optim adam --lrs 5e-3 5e-3 5e-3", words, "--dropouts 1.0 0.9 0.9", flags=main_dropout.FLAGS)
+    out = ok("--task digits --device -1 --seed 0 --model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax "
+             "--betas 0 1 --T1 12 --T2 5",
+             "--train-size 600 --epochs 3 --optim adam --lrs 5e-3 5e-3 5e-3", words, "--dropouts 1.0 0.9 0.9",
+             flags=main_dropout.FLAGS)
     assert float(out.splitlines()[-2].split("test ")[1].split(" %")[0]) > 50
 
 
-@pytest.mark.parametrize("words, what", [("--dropouts 0.9", "--dropouts: got 1 (0.9), expected 2"), ("--dropouts 0 1", "--dropouts: got 0.0 1.0"),
-                                         ("--dropouts 1 1.5", "--dropouts: got '1.5'"), ("--dropouts half 1", "--dropouts: got 'half'")])
+@pytest.mark.parametrize("words, what", [("--dropouts 0.9", "--dropouts: got 1 (0.9), expected 2"),
+                                         ("--dropouts 0 1", "--dropouts: got 0.0 1.0"),
+                                         ("--dropouts 1 1.5", "--dropouts: got '1.5'"),
+                                         ("--dropouts half 1", "--dropouts: got 'half'")])
 def test_bad_probabilities(cli, words, what):
     code, _, err = cli(QUICK, words, flags=main_dropout.FLAGS, name="main_dropout.py")
     assert code == 2 and what in err and err.count("\n") == 1 and err.startswith("main_dropout.py")
@@ -151,7 +161,8 @@ def test_the_sum_of_small_continual_updates_is_that_of_ep(model, thirdphase):
     exact, errors = torch.cat([p.grad.flatten() for p in model.parameters()]), []
     for lr in (1e-3, 1e-4, 1e-5):
         optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-        mu.cep_updates(model, optimizer, x, y, rule(8, 5, criterion, thirdphase=thirdphase))
+        mu.cep_updates(model, x, y, rule(8, 5, criterion, thirdphase=thirdphase),
+                       functools.partial(mu.gradient_step, optimizer))
         optimizer.step()
         change = torch.cat([(a - p).detach().flatten() / lr for a, p in zip(before, model.parameters())])
         errors.append(((change - exact).norm() / exact.norm()).item())
@@ -166,7 +177,7 @@ def test_the_sum_of_small_continual_updates_is_that_of_ep(model, thirdphase):
 def test_cep_decays_weights_once_a_batch(model):
     criterion, (x, y) = criterion_of(model), sample(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
-    mu.cep_updates(model, optimizer, x, y, rule(4, 2, criterion))
+    mu.cep_updates(model, x, y, rule(4, 2, criterion), functools.partial(mu.gradient_step, optimizer))
     optimizer.param_groups[0]["lr"] = 0.5
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
@@ -185,8 +196,10 @@ def test_cep_learns_and_resumes(ok, tmp_path, words):
     assert torch.load(run / "checkpoint.tar", weights_only=True)["epoch"] == 11
 
 
-@pytest.mark.parametrize("words, what", [("--optim adam", "--optim: got adam"), ("--mmt 0.9", "--mmt 0.9"), ("--betas 0 0", "--betas"),
-                                         ("--betas 0.1 -0.1 --random-sign", "--betas: got 0.1 -0.1"), ("--betas 0.5 -0.5 --thirdphase", "--betas")])
+@pytest.mark.parametrize("words, what", [("--optim adam", "--optim: got adam"), ("--mmt 0.9", "--mmt 0.9"),
+                                         ("--betas 0 0", "--betas"),
+                                         ("--betas 0.1 -0.1 --random-sign", "--betas: got 0.1 -0.1"),
+                                         ("--betas 0.5 -0.5 --thirdphase", "--betas")])
 def test_what_cep_cannot_do(cli, words, what):
     code, _, err = cli(QUICK, "--alg CEP", words)
     assert code == 2 and what in err and err.count("\n") == 1
@@ -194,5 +207,6 @@ def test_what_cep_cannot_do(cli, words, what):
 
 def test_flags_are_defined_once():
     names = [flag.name for group in main_dropout.FLAGS.values() for flag in group]
-    assert len(names) == len(set(names)) and set(names) - {flag.name for group in main.FLAGS.values() for flag in group} == {"dropouts"}
+    assert len(names) == len(set(names)) and set(names) - {flag.name for group in main.FLAGS.values()
+                                                           for flag in group} == {"dropouts"}
     assert isinstance(arguments.resolve({}), argparse.Namespace) and arguments.resolve({}).dropouts is None

@@ -1,4 +1,5 @@
-"""Ends before T1 steps, layers in turn, two phases in one batch, lower precision: what is to stay the same, and what is not."""
+"""Ends before T1 steps, layers in turn, two phases in one batch, lower precision: what is to stay the same, and what is
+not."""
 import argparse
 import csv
 import re
@@ -18,7 +19,8 @@ TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 def test_an_image_that_has_settled_is_as_of_its_last_step(model, schedule):
     model.schedule = schedule
     criterion, (x, y) = criterion_of(model), sample(model, 12)
-    x *= torch.logspace(-2, 1.5, 12, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))  # faint and saturated images settle early
+    # faint and saturated images settle early
+    x *= torch.logspace(-2, 1.5, 12, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
     neurons, steps, settled = settle(model, x, None, 60, 0.0, criterion, 1e-6, every=3)
     assert ((steps % 3 == 0) | (steps == 60)).all() and (settled | (steps == 60)).all()
     assert len(steps.unique()) > 1 or steps.min() == 60  # a cycle of two steps never settles
@@ -121,7 +123,8 @@ def test_two_nudged_phases_in_one_batch(model, schedule, monkeypatch):
 def test_lower_precision_keeps_weights_and_gradients_whole(model, alg):
     model.float()
     x, y = sample(model)
-    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0, dropouts=None,
+    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0,
+                              dropouts=None,
                               loss="cel" if model.softmax else "mse", precision="fp32")
     trainer, twin, found = mu.Trainer(model, None, args), mu.lowered(model, torch.bfloat16), []
     for trainer.twin in (None, twin):
@@ -147,10 +150,12 @@ def test_an_asynchronous_step_is_two_synchronous_ones_of_one_trajectory(model):
         torch.testing.assert_close(s, states[7 + n % 2][n], **TOLERANCE)
 
 
-QUICK = "--task digits --device -1 --train-size 200 --test-size 60 --seed 0 --model CNN --channels 4 6 --act my_hard_sig --betas 0 0.5 --optim adam"
+QUICK = ("--task digits --device -1 --train-size 200 --test-size 60 --seed 0 --model CNN --channels 4 6 --act "
+         "my_hard_sig --betas 0 0.5 --optim adam")
 
 
-@pytest.mark.parametrize("words", ["", "--alg BPTT", "--alg BPTT --T2 60", "--schedule async --thirdphase", "--model VFCNN --thirdphase"])
+@pytest.mark.parametrize("words", ["", "--alg BPTT", "--alg BPTT --T2 60", "--schedule async --thirdphase",
+                                   "--model VFCNN --thirdphase"])
 def test_settling_is_counted(ok, tmp_path, words):
     out = ok(QUICK, "--T1 60 --T2 4 --tol 1e-3 --epochs 2 --save", words)
     assert "images/s" in out and "evaluation" in out.splitlines()[-1]
@@ -158,7 +163,8 @@ def test_settling_is_counted(ok, tmp_path, words):
     if "--T2 60" in words:  # no step of the free phase is left to stop early
         assert "steps_mean" not in rows[0]
         return
-    assert "steps on average" in out and all(5 <= float(r["steps_mean"]) <= float(r["steps_max"]) <= 60 and 0 <= float(r["unsettled"]) <= 100 for r in rows)
+    assert "steps on average" in out and all(5 <= float(r["steps_mean"]) <= float(r["steps_max"]) <= 60
+                                             and 0 <= float(r["unsettled"]) <= 100 for r in rows)
     line = ok(f"--todo evaluate --device -1 --load-path {only_run(tmp_path)}")
     assert line.count("steps on average") == 2
     whole = ok(f"--todo evaluate --device -1 --load-path {only_run(tmp_path)} --tol 0")
@@ -174,8 +180,10 @@ def test_a_run_keeps_its_schedule(ok, tmp_path):
     ok(f"--todo gducheck --device -1 --load-path {run}")
 
 
-@pytest.mark.parametrize("words, what", [("--precision bf16", "--precision: bf16 needs a CUDA device"), ("--precision tf32", "--precision: tf32"),
-                                         ("--compile", "--compile: needs a CUDA device"), ("--precision fp64", "--precision: got 'fp64'"),
+@pytest.mark.parametrize("words, what", [("--precision bf16", "--precision: bf16 needs a CUDA device"),
+                                         ("--precision tf32", "--precision: tf32"),
+                                         ("--compile", "--compile: needs a CUDA device"),
+                                         ("--precision fp64", "--precision: got 'fp64'"),
                                          ("--tol -1", "--tol"), ("--schedule random", "--schedule")])
 def test_refusals(cli, words, what):
     code, out, err = cli(QUICK, words)
@@ -188,5 +196,6 @@ def test_the_parts_of_the_time_add_up():
         with account.part(part):
             sum(range(20000))
     assert list(account.iterate([1, 2], "data")) == [1, 2]
-    assert list(account.seconds()) == ["free", "nudged", "data"] and all(seconds > 0 for seconds in account.seconds().values())
+    assert list(account.seconds()) == ["free", "nudged", "data"] and all(seconds > 0
+                                                                         for seconds in account.seconds().values())
     assert re.fullmatch(r"free [\d.]+ s \(\d+ %\), nudged .*, data .*", account.shares())

@@ -23,7 +23,8 @@ def everything(model, x, y):
     """What phases, learning rules and predictions give: a list of tensors."""
     criterion = criterion_of(model)
     free = model(x, None, None, 11, 0.0, criterion)
-    found = [*free, *model(x, y, free, 9, 0.3, criterion), *model(x, y, None, 9, -0.3, criterion), *model(x, None, free, 3, 0.0, criterion),
+    found = [*free, *model(x, y, free, 9, 0.3, criterion), *model(x, y, None, 9, -0.3, criterion),
+             *model(x, None, free, 3, 0.0, criterion),
              model(x, None, None, 10, 0.0, criterion, output_in=0)[-1]]
     before = model(x, None, None, 5, 0.0, criterion, output_in=4)
     found.append(model(x, None, before, 4, 0.0, criterion, check_thm=True, output_in=0)[-1].detach())
@@ -108,14 +109,15 @@ def test_asynchronous_steps_find_no_route_twice(monkeypatch):
     monkeypatch.setattr(type(model.pools[1]), "pool", lambda self, u: found.append(self) or pool(self, u))
     model.schedule = "async"
     model(sample(model)[0], None, None, 10)
-    assert sum(p is model.pools[1] for p in found) == 10 + 1  # in every step once, and before the first, of zero neurons
+    # in every step once, and before the first, of zero neurons
+    assert sum(p is model.pools[1] for p in found) == 10 + 1
 
 
 def test_two_steps_of_one_image_do_not_win_back_a_pass_over_the_weights():
     chain = mu.P_MLP([20, 16, 8, 5], mu.my_sigmoid).chain()
     drive = chain.input_drive(torch.rand(4, 20))
     for phase, T, folds in ((dynamics.Phase(drive), 5, True), (dynamics.Phase(drive[:1]), 2, False)):
-        assert (fast.rewritten(chain, phase, T)[0].activation is torch.sigmoid) == folds
+        assert (fast.rewritten(fast.Steps(chain, phase, None, T)).chain.activation is torch.sigmoid) == folds
 
 
 def test_compiled_steps_are_those_that_record_no_graph(monkeypatch):

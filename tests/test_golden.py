@@ -1,4 +1,5 @@
-"""The numbers of the original code (golden/README in the hand-over): same inputs, same outputs, to the order of float32 operations."""
+"""The numbers of the original code (golden/README in the hand-over): same inputs, same outputs, to the order of float32
+operations."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,11 @@ def model(case):
     if "archi" in c:
         model = {"MLP": mu.P_MLP, "VFMLP": mu.VF_MLP}[c["model"]](c["archi"], activation=act)
     else:
-        geometry = [c[k] for k in ("in_size", "channels", "kernels", "strides", "fc")] + [mu.make_pools(c["pools"]), c["paddings"]]
+        geometry = [c[k] for k in ("in_size", "channels", "kernels", "strides", "fc")] + [mu.make_pools(c["pools"]),
+                c["paddings"]]
         more = {"same_update": c["same_update"]} if c["model"] == "VFCNN" else {}
-        model = {"CNN": mu.P_CNN, "VFCNN": mu.VF_CNN}[c["model"]](*geometry, activation=act, softmax=c["softmax"], **more)
+        model = {"CNN": mu.P_CNN, "VFCNN": mu.VF_CNN}[c["model"]](*geometry, activation=act, softmax=c["softmax"],
+                                                                  **more)
     model.load_state_dict(case["state_dict"])
     return model
 
@@ -34,7 +37,8 @@ def criterion(case):
 
 
 def assert_close(ours, golden, tolerance, floor=None):
-    """||ours - golden|| <= tolerance * ||golden|| for every tensor, small ones held against a hundredth of the largest."""
+    """||ours - golden|| <= tolerance * ||golden|| for every tensor, small ones held against a hundredth of the
+    largest."""
     if torch.is_tensor(golden):
         ours, golden = {"": ours}, {"": golden}
     elif not isinstance(golden, dict):

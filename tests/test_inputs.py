@@ -1,5 +1,6 @@
 """Inputs of another floating type, and mini-batches without an image."""
 import argparse
+import functools
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ RULES = {
     "EP symmetric": lambda m, x, y, c: mu.ep_gradients(m, x, y, rule(7, 4, c, 0.5, thirdphase=True)),
     "EP, ending early": lambda m, x, y, c: mu.ep_gradients(m, x, y, rule(7, 4, c, 0.5, tol=1e-2)),
     "BPTT": lambda m, x, y, c: mu.bptt_gradients(m, x, y, rule(7, 4, c)),
-    "CEP": lambda m, x, y, c: mu.cep_updates(m, torch.optim.SGD(m.parameters(), lr=0.1), x, y, rule(7, 4, c, 0.5)),
+    "CEP": lambda m, x, y, c: mu.cep_updates(
+        m, x, y, rule(7, 4, c, 0.5), functools.partial(mu.gradient_step, torch.optim.SGD(m.parameters(), lr=0.1))),
 }
 
 
@@ -84,12 +86,12 @@ def test_a_data_set_without_an_image(attack):
     model, task = mu.P_MLP([784, 12, 10], mu.my_sigmoid), TASKS["digits"]
     images, labels = torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
     data, criterion = Batches(images, labels, 4, task, "cpu"), mu.make_criterion("mse")
-    assert np.isnan(mu.evaluate(model, data, 5, criterion)) and mu.predictions(model, data, 5, criterion).shape == (0,)
-    args = argparse.Namespace(attack=attack, attack_norm="2", attack_iters=2, attack_step=5, attack_start="zero", T1=8,
+    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and mu.predictions(model, data, mu.Rule(T1=5)).shape == (0,)
+    args = argparse.Namespace(task="digits", attack=attack, attack_norm="2", attack_iters=2, attack_step=5, attack_start="zero", T1=8,
                               predict_step=None, loss="mse", no_clip=False, tol=0.0, mbs=2, seed=0,
                               attack_grad=["bptt", "ep"])
     for eps in (0.0, 1.0):
-        results = mu.attack(model, images, labels, args, eps, task, "")
+        results = mu.attack(model, images, labels, args, eps)
         assert [*results] == ["bptt", "ep", "worst"]
         for result in results.values():
             assert result["x_adv"].shape == (0, 1, 28, 28)

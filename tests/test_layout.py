@@ -5,11 +5,15 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-# floor and most lines of a file; folders: of each file in them. A room imports only rooms on lower floors (files of one folder each other).
-FLOORS = {"main_dropout.py": (5, 20), "main.py": (4, 450), "model_utils.py": (3, 700), "experiment": (2, 250), "ART_Timesteps_Addition": (2, 350),
+# floor and most lines of a file; folders: of each file in them. A room imports only rooms on lower floors (files of one
+# folder each other).
+FLOORS = {"main_dropout.py": (5, 20), "main.py": (4, 450), "model_utils.py": (3, 700), "experiment": (2, 250),
+          "ART_Timesteps_Addition": (2, 350),
           "data_utils.py": (1, 300), "energy": (1, 350), "data_files.py": (0, 300)}
-FILES = sorted(path for name in FLOORS for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).glob("*.py")))
-MANY_ARGUMENTS = {"forward", "compute_syn_grads", "check_gdu"}  # whose arguments INTERFACE fixes; and the constructors of models
+FILES = sorted(path for name in FLOORS for path in ([ROOT / name] if name.endswith(".py")
+                                                    else (ROOT / name).glob("*.py")))
+# whose arguments INTERFACE fixes; and the constructors of models
+MANY_ARGUMENTS = {"forward", "compute_syn_grads", "check_gdu"}
 MODELS = {"P_CNN", "VF_CNN", "_CNN", "EnergyModel"}
 
 
@@ -74,14 +78,17 @@ def test_no_function_takes_more_than_seven_arguments():
         constructors = {f for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.name in MODELS for f in c.body}
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node not in constructors and node.name not in MANY_ARGUMENTS:
-                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                         if a.arg not in ("self", "cls")]
                 assert len(names) <= 7, (path.name, node.name, names)
 
 
 def test_lines_have_at_most_120_columns():
-    tracked = subprocess.run(["git", "ls-files", "*.py", "*.sh"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(["git", "ls-files", "*.py", "*.sh"], cwd=ROOT, capture_output=True,
+                             text=True).stdout.split()
     paths = [ROOT / name for name in tracked] or FILES
-    long = [f"{path.name}:{n}" for path in paths for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+    long = [f"{path.name}:{n}" for path in paths for n, line in enumerate(path.read_text().splitlines(), 1)
+            if len(line) > 120]
     assert not long
 
 

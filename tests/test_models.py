@@ -1,4 +1,6 @@
-"""The written-out dynamics and updates against automatic differentiation of Phi, in float64, on shapes the golden cases lack."""
+"""The written-out dynamics and updates against automatic differentiation of Phi, in float64, on shapes the golden cases
+lack."""
+import functools
 import subprocess
 import sys
 
@@ -45,8 +47,8 @@ def test_ep_update_of_tied_weights_is_the_gradient_of_phi(model, loss, thirdphas
 
 
 def test_vector_field_update_is_the_local_one(model):
-    """Layer n's term: d phi_n / dp with the free state around s_n, between s_n nudged and s_n free; or, with the same update,
-    both ends nudged, and the mean of the two gradients of a connection."""
+    """Layer n's term: d phi_n / dp with the free state around s_n, between s_n nudged and s_n free; or, with the same
+    update, both ends nudged, and the mean of the two gradients of a connection."""
     if not len(model.B_syn):
         pytest.skip("tied weights")
     criterion, (x, y), beta = criterion_of(model), sample(model), 0.3
@@ -167,7 +169,8 @@ def test_wrong_constructions_are_refused():
 
 def test_backward_weights_take_the_rates_of_their_twins():
     model = mu.VF_CNN(12, [1, 2, 3], [3, 3], [1, 1], [4], mu.make_pools("mi"), [0, 0], torch.tanh)
-    args = __import__("argparse").Namespace(optim="sgd", lrs=[0.1, 0.2, 0.3], wds=[1e-1, 1e-2, 1e-3], mmt=0.9, lr_decay=True)
+    args = __import__("argparse").Namespace(optim="sgd", lrs=[0.1, 0.2, 0.3], wds=[1e-1, 1e-2, 1e-3], mmt=0.9,
+                                            lr_decay=True)
     optimizer, scheduler = mu.make_optimizer(model, args)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     for n, c in enumerate(model.connections):
@@ -229,6 +232,7 @@ def test_continual_ep_after_one_free_step_is_that_of_its_own_free_state():
     x, y = sample(model)
     mu.ep_gradients(model, x, y, mu.Rule(T1=1, T2=2, betas=(0.0, 0.3), loss="cel"))
     exact, before = grads(model), [p.detach().clone() for p in model.parameters()]
-    mu.cep_updates(model, torch.optim.SGD(model.parameters(), lr=1e-7), x, y, mu.Rule("CEP", 1, 2, (0.0, 0.3), "cel"))
+    change = functools.partial(mu.gradient_step, torch.optim.SGD(model.parameters(), lr=1e-7))
+    mu.cep_updates(model, x, y, mu.Rule("CEP", 1, 2, (0.0, 0.3), "cel"), change)
     for name, old, p in zip(exact, before, model.parameters()):
         torch.testing.assert_close((old - p.detach()) / 1e-7, exact[name], rtol=1e-4, atol=1e-6)

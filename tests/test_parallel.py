@@ -19,8 +19,10 @@ import main
 import main_dropout
 from experiment.run_folder import RunFolder
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", "2"]
-MLP = "--task digits --device -1 --seed 5 --save --test-size 40 --mbs 16 --archi 784 12 10 --T1 6 --T2 3 --betas 0 0.5 --lrs 0.1 0.1 --mmt 0.9"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+            "--nproc_per_node", "2"]
+MLP = ("--task digits --device -1 --seed 5 --save --test-size 40 --mbs 16 --archi 784 12 10 --T1 6 --T2 3 --betas 0 "
+       "0.5 --lrs 0.1 0.1 --mmt 0.9")
 CNN = MLP + " --model CNN --channels 3 4 --lrs 0.03 0.03 0.03"
 TRAINED = {  # 50 images leave two for the last mini-batch, 49 one: nothing for the second worker
     "MLP EP symmetric, account of steps": MLP + " --train-size 50 --thirdphase --tol 0.03 --check-thm --epochs 2",
@@ -33,14 +35,16 @@ TRAINED = {  # 50 images leave two for the last mini-batch, 49 one: nothing for 
 RESUMED = "MLP EP random sign"
 EXAMINED = {
     "evaluate": "--todo evaluate --device -1 --train-size 50 --tol 0.01 --load-path run",
-    "attack": "--todo attack --device -1 --attack-grad bptt ep --eps-list 0.5 1 --attack-iters 4 --attack-step 4 --save --load-path run",
+    "attack": "--todo attack --device -1 --attack-grad bptt ep --eps-list 0.5 1 --attack-iters 4 --attack-step 4 "
+              "--save --load-path run",
 }
 
 
 @contextlib.contextmanager
 def torchrun(*words, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*TORCHRUN, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+    process = subprocess.Popen([*TORCHRUN, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=environment, **options)
     try:
         yield process
     finally:
@@ -124,4 +128,5 @@ def test_a_lost_worker_ends_the_run_and_says_how_to_go_on(tmp_path, number):
     assert ("interrupted;" if number == signal.SIGINT else "a worker") in message and "main.py\", line" not in err, err
     done = torch.load(run / "checkpoint.tar", weights_only=True)["epoch"]
     again = next(line for line in err.splitlines() if "--load-path" in line).split()
-    assert again[0] == "torchrun" and again[-4:] == ["--load-path", str(run.relative_to(tmp_path)), "--epochs", str(500 - done)]
+    assert again[0] == "torchrun" and again[-4:] == ["--load-path", str(run.relative_to(tmp_path)), "--epochs",
+                                                     str(500 - done)]

@@ -50,7 +50,8 @@ def test_looking_at_a_run_does_not_kill_it(ok, tmp_path):
         time.sleep(0.01)
     run, looks = only_run(tmp_path), 0
     while process.is_alive():
-        for todo in ("evaluate", "gducheck --T1 4 --save", "attack --test-size 4 --eps-list 0.5 --attack-iters 1 --attack-step 2"):
+        for todo in ("evaluate", "gducheck --T1 4 --save",
+                     "attack --test-size 4 --eps-list 0.5 --attack-iters 1 --attack-step 2"):
             ok(f"--todo {todo} --device -1 --load-path {run}")
             looks += 1
     process.join()
@@ -68,7 +69,8 @@ def test_only_what_no_process_owns_is_cleaned_up(ok, tmp_path):
     with replacing(run / "model.pt") as beside:
         pattern = beside.name
         beside.write_text("being written")
-        others = {name: run / pattern.replace(str(os.getpid()), str(pid)) for name, pid in (("dead", dead.pid), ("living", os.getppid()))}
+        others = {name: run / pattern.replace(str(os.getpid()), str(pid)) for name,
+                  pid in (("dead", dead.pid), ("living", os.getppid()))}
         others["elsewhere"] = run / ".model.pt.tmp-another-machine-1"
         others["before"] = run / f".model.pt.tmp-{dead.pid}"  # as versions before named them
         for path in others.values():
@@ -172,7 +174,8 @@ def test_log_table_and_model_agree_after_a_kill_at_any_write(ok, tmp_path, monke
             ok(f"--device -1 --load-path {run} --epochs {4 - done}")
             table, best = metrics(run), torch.load(run / "model.pt", weights_only=True)
             accuracies = [float(row["test_acc"]) for row in table]
-            assert len(table) == 4 and best["test_acc"] == accuracies[:best["epoch"]] and best["test_acc"][-1] == max(accuracies)
+            assert len(table) == 4 and best["test_acc"] == accuracies[:best["epoch"]] and best["test_acc"][
+                    -1] == max(accuracies)
     assert kill > 10
 
 
@@ -198,7 +201,8 @@ def with_streams(folder, words, out, err):
     for descriptor, name in ((1, out), (2, err)):
         if not name:
             os.close(descriptor)
-    sys.stdout, sys.stderr = (name and open(descriptor, "w", closefd=False) for descriptor, name in ((1, out), (2, err)))
+    sys.stdout, sys.stderr = (name and open(descriptor, "w", closefd=False) for descriptor,
+                              name in ((1, out), (2, err)))
     os.chdir(folder)
     code = main.main(words)
     for stream in (sys.stdout, sys.stderr):
@@ -233,7 +237,8 @@ def test_a_full_disk_says_so_and_how_to_go_on(tmp_path, monkeypatch, cli):
     monkeypatch.setattr(os, "fsync", full)
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".txt"}
     code, out, err = cli(f"--device -1 --load-path {run} --epochs 2")
-    assert code == 1 and err.count("\n") == 1 and "no space left" in err and "unchanged" in err and str(run / "metrics.csv") in err, err
+    assert code == 1 and err.count("\n") == 1 and "no space left" in err and "unchanged" in err and str(run
+            / "metrics.csv") in err, err
     assert f"resume with  python main.py --device -1 --load-path {run} --epochs 2" in err
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".txt"} == before
 
@@ -267,11 +272,13 @@ def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_work(cli, tmp_
 def test_text_files_are_utf8_whatever_the_locale(tmp_path):
     folder = tmp_path / "Übung"
     folder.mkdir()
-    program = ("import sys, json; sys.path.insert(0, sys.argv[1]); import main; main.TODOS['train'] = lambda job: (print(job.args.data_dir), "
+    program = ("import sys, json; sys.path.insert(0, sys.argv[1]); import main; main.TODOS['train'] = lambda job: "
+               "(print(job.args.data_dir), "
                "main._new_folder(job, {}).release())\nsys.exit(main.main(json.loads(sys.argv[2])))")
     words = json.dumps([*TINY.split(), "--data-dir", "Größe\udcff"])
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT), words], cwd=folder, capture_output=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT), words], cwd=folder, capture_output=True,
+                          env=environment)
     assert done.returncode == 0 and not done.stderr, done.stderr
     text = (only_run(folder) / "hyperparameters.txt").read_text(encoding="utf-8")
     assert "Größe\\udcff" in text
@@ -279,7 +286,8 @@ def test_text_files_are_utf8_whatever_the_locale(tmp_path):
 
 @pytest.mark.parametrize("path", ["x/" * 2500, "a\0b", "no\udcfftext", "/dev/null"])
 def test_paths_that_cannot_be(cli, path):
-    code, _, err = cli("--todo evaluate --device -1 --load-path", path) if "/" in path else (main.main(["--load-path", path]), "", "")
+    code, _, err = cli("--todo evaluate --device -1 --load-path",
+                       path) if "/" in path else (main.main(["--load-path", path]), "", "")
     assert code == 2 and err.count("\n") <= 1
 
 
@@ -320,7 +328,8 @@ def test_a_training_that_learns_nothing_says_so(cli, words, said):
     assert code == 0 and said in out and out.count("warning") == 1, out
 
 
-@pytest.mark.parametrize("words", ["--betas 0 0.2 --optim adam", "--model CNN --channels 4 6 --act my_hard_sig --betas 0 0.5 --optim adam",
+@pytest.mark.parametrize("words", ["--betas 0 0.2 --optim adam",
+                                   "--model CNN --channels 4 6 --act my_hard_sig --betas 0 0.5 --optim adam",
                                    "--alg BPTT --optim adam --loss cel --softmax --archi 784 32 10"])
 def test_a_training_that_learns_says_nothing(cli, words):
     assert "warning" not in cli(QUICK, words)[1]
@@ -335,8 +344,10 @@ def test_the_advice_fits(cli):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--mbs 99999999999999999999", "--mbs: got '99999999999999999999', expected a whole number of at least 1 and at most 1000000000"),
-    ("--seed 99999999999999999999", "--seed: got '99999999999999999999', expected a whole number of at least 0 and at most 9223372036854775807"),
+    ("--mbs 99999999999999999999",
+     "--mbs: got '99999999999999999999', expected a whole number of at least 1 and at most 1000000000"),
+    ("--seed 99999999999999999999",
+     "--seed: got '99999999999999999999', expected a whole number of at least 0 and at most 9223372036854775807"),
     ("--archi 784 9999999999 10", "--archi: got '9999999999'"),
     ("--archi 784 900000000 10", "--archi"),
     ("--model CNN --paddings 99999999999 0", "--paddings: got '99999999999'"),
@@ -349,9 +360,14 @@ def test_huge_numbers(cli, words, said):
     assert code == 2 and err.count("\n") == 1 and said in err and len(err) < 600, err
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
-                                                               "you tried to allocate 4011234304 bytes. Error code 12 (Cannot allocate memory)"),
-                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 10 GiB")])
+@pytest.mark.parametrize("error",
+                         [MemoryError(),
+                          RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't "
+                                       "allocate memory: "
+                                                               "you tried to allocate 4011234304 bytes. Error code 12 "
+                                                               "(Cannot allocate memory)"),
+                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has "
+                                                          "a total capacity of 10 GiB")])
 def test_out_of_memory_is_one_line(cli, monkeypatch, error):
     def fail(*_, **__):
         raise error

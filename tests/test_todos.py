@@ -20,7 +20,8 @@ from data_utils import CORRUPTIONS
 from experiment import checkpoints
 from experiment.workers import Workers
 
-# ------------------------------------------------------------------------------------------------------------ characteristic
+# ------------------------------------------------------------------------------------------------------------
+# characteristic
 
 MODELS = {"MLP": "--archi 784 32 10 --betas 0 0.2 --lrs 1e-3 1e-3",
           "CNN": "--model CNN --channels 4 6 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 5e-3",
@@ -33,12 +34,14 @@ def table(path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_characteristic_agrees_with_evaluate(ok, tmp_path, model):
-    ok("--task digits --device -1 --train-size 600 --T1 12 --T2 4 --thirdphase --optim adam --seed 0 --save", MODELS[model])
+    ok("--task digits --device -1 --train-size 600 --T1 12 --T2 4 --thirdphase --optim adam --seed 0 --save",
+       MODELS[model])
     run = only_run(tmp_path)
     common = f"--device -1 --load-path {run} --train-size 1 --test-size 237 --mbs 50"
     out = ok("--todo characteristic --T1 40", common)
     rows = table(run / "Characteristic_Time.txt")
-    assert rows.shape == (40, 3) and (rows[:, 0] == range(1, 41)).all() and (run / "Characteristic_Time.png").stat().st_size > 5000
+    assert rows.shape == (40, 3) and (rows[:, 0] == range(1, 41)).all() and (run
+            / "Characteristic_Time.png").stat().st_size > 5000
     first = (run / "Characteristic_Time.txt").read_text().splitlines()[0]
     assert all(word in first for word in ("# model.pt", "T1 = 40", "237 test images", "0.0001"))
     for T1 in (1, 7, 40):
@@ -63,7 +66,7 @@ def test_settled_is_the_first_step_that_moves_by_less_than_eps(model):
     for n, state in enumerate(states[3]):
         assert (moved[2] >= (state - states[2][n]).flatten(1).norm(dim=1) / state.flatten(1).norm(dim=1) - 1e-12).all()
     eps = moved.median().item() * (1 + 1e-9)  # not exactly what an image moved by
-    accuracy, settled = mu.characteristic(model, batches, 12, criterion_of(model), eps)
+    accuracy, settled = mu.characteristic(model, batches, mu.Rule(T1=12, loss=mu.loss_name(criterion_of(model))), eps)
     assert settled == pytest.approx((moved < eps).cummax(0).values.double().mean(1).tolist())
     assert accuracy == pytest.approx([(model.readout(s).argmax(1) == y).double().mean().item() for s in states[1:]])
 
@@ -77,7 +80,8 @@ def test_tol_is_the_eps_of_settled(ok, tmp_path):
     assert (table(only_run(tmp_path) / "Characteristic_Time.txt")[:, 2] == 1).all()
 
 
-# --------------------------------------------------------------------------------------------------------------- corruptions
+# ---------------------------------------------------------------------------------------------------------------
+# corruptions
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +91,8 @@ def template(tmp_path_factory):
     os.chdir(folder)
     write_cifar("data")
     write_corruptions("data", CORRUPTIONS)
-    line = "--task CIFAR10 --model CNN --channels 4 6 --act my_hard_sig --T1 6 --T2 2 --betas 0 0.5 --device -1 --seed 0 --save"
+    line = ("--task CIFAR10 --model CNN --channels 4 6 --act my_hard_sig --T1 6 --T2 2 --betas 0 0.5 --device -1 "
+            "--seed 0 --save")
     assert main.main(line.split()) == 0
     os.chdir(before)
     return folder
@@ -111,7 +116,8 @@ def entries(path):
 
 def test_corruptions_are_counted_right(ok, corrupted):
     run, folder = corrupted
-    # labels as the model predicts them for one corruption: all right at severity 1, of the others as many as are told here
+    # labels as the model predicts them for one corruption: all right at severity 1, of the others as many as are told
+    # here
     state = torch.load(run / "model.pt", weights_only=True)
     args = argparse.Namespace(**state["config"])
     model = mu.make_model(args)
@@ -126,7 +132,8 @@ def test_corruptions_are_counted_right(ok, corrupted):
 
     out = ok(line(run))
     lines = (run / "Corruption_Accuracy.txt").read_text().splitlines()
-    assert lines[0].startswith("# settings") and lines[1].startswith("#") and lines[-1].startswith("# mean over all 19: ")
+    assert lines[0].startswith("# settings") and lines[1].startswith("#") and lines[
+            -1].startswith("# mean over all 19: ")
     assert [line.split()[0] for line in lines[2:-1]] == list(CORRUPTIONS)
     assert "fog 1.000000 0.875000 0.750000 0.500000 0.000000" in lines
     rows = entries(run / "Corruption_Accuracy.txt")
@@ -136,7 +143,8 @@ def test_corruptions_are_counted_right(ok, corrupted):
     assert (run / "Corruption_Accuracy.png").stat().st_size > 20000
 
     ok(line(run, "--test-size 2"))  # the first of every severity; the other table is moved aside
-    assert (run / "Corruption_Accuracy_1.txt").read_text().splitlines() == lines and (run / "Corruption_Accuracy_1.png").exists()
+    assert (run / "Corruption_Accuracy_1.txt").read_text().splitlines() == lines and (run
+            / "Corruption_Accuracy_1.png").exists()
     assert entries(run / "Corruption_Accuracy.txt")["fog"] == [1, 0.5, 0, 0, 0]
     ok(line(run, "--T1 2"))
     assert (run / "Corruption_Accuracy_2.txt").exists()
@@ -148,7 +156,7 @@ def test_a_killed_run_goes_on_at_the_first_missing_corruption(ok, corrupted, mon
     text, evaluate, seen = run / "Corruption_Accuracy.txt", mu.evaluate, []
     whole = text.read_text()
     text.write_text("".join(whole.splitlines(keepends=True)[:-4]))
-    monkeypatch.setattr(mu, "evaluate", lambda *args: seen.append(args[4]) or evaluate(*args))
+    monkeypatch.setattr(mu, "evaluate", lambda *args: seen.append(args[3]) or evaluate(*args))
     ok(line(run))
     assert text.read_text() == whole and len(seen) == 15 and seen[0] == "gaussian_blur, severity 1"
     ok(line(run))
@@ -167,7 +175,8 @@ def test_rows_are_there_as_soon_as_they_are_known(corrupted, cli, monkeypatch):
         return evaluate(*args)
     monkeypatch.setattr(mu, "evaluate", interrupted)
     code, _, err = cli(line(run))
-    assert code == 143 and "2 corruptions are in" in err and list(entries(run / "Corruption_Accuracy.txt")) == list(CORRUPTIONS[:2])
+    assert code == 143 and "2 corruptions are in" in err and list(entries(run
+                                                                          / "Corruption_Accuracy.txt")) == list(CORRUPTIONS[:2])
     assert "mean" not in (run / "Corruption_Accuracy.txt").read_text()
 
 
@@ -201,11 +210,14 @@ def damage(folder, what):
     elif what == "label":
         np.save(folder / "labels.npy", np.full(40, 10))
     else:
-        np.save(folder / "snow.npy", {"dtype": images.astype(np.float32), "shape": images[:35], "order": images.transpose(0, 3, 1, 2)}[what])
+        np.save(folder / "snow.npy", {"dtype": images.astype(np.float32), "shape": images[:35],
+                                      "order": images.transpose(0, 3, 1, 2)}[what])
 
 
-DAMAGES = {"missing": "snow.npy is missing", "truncated": "snow.npy cannot be read", "pickled": "snow.npy cannot be read",
-           "several arrays": "snow.npy holds several arrays", "dtype": "snow.npy holds float32 (40, 32, 32, 3), expected uint8 (40, 32, 32, 3)",
+DAMAGES = {"missing": "snow.npy is missing", "truncated": "snow.npy cannot be read",
+           "pickled": "snow.npy cannot be read",
+           "several arrays": "snow.npy holds several arrays",
+           "dtype": "snow.npy holds float32 (40, 32, 32, 3), expected uint8 (40, 32, 32, 3)",
            "shape": "snow.npy holds uint8 (35, 32, 32, 3)", "order": "snow.npy holds uint8 (40, 3, 32, 32)",
            "labels": "labels.npy holds float64 (40,)", "label": "labels.npy holds labels from 10 to 10"}
 
@@ -215,7 +227,8 @@ def test_damaged_files_are_named_before_anything_is_done(cli, corrupted, what):
     run, folder = corrupted
     damage(folder, what)
     code, out, err = cli(line(run))
-    assert code == 2 and err.count("\n") == 1 and DAMAGES[what] in err and not out and not (run / "Corruption_Accuracy.txt").exists(), err
+    assert code == 2 and err.count("\n") == 1 and DAMAGES[what] in err and not out and not (run
+            / "Corruption_Accuracy.txt").exists(), err
 
 
 @pytest.mark.parametrize("more, message", [("--corruptions-dir elsewhere", "elsewhere/labels.npy is missing"),
