@@ -70,6 +70,7 @@ class Job:
 
 
 def train(job):
+    """Trains, in a new run folder (--save), in that of --load-path, or in none."""
     import torch
 
     import model_utils
@@ -144,6 +145,7 @@ def _how_to_go_on(job, folder, done, first):
 
 
 def evaluate(job):
+    """Accuracy on the training and test images, printed and appended to hyperparameters.txt."""
     import model_utils
     from experiment.timing import Stopwatch
     args, run = job.args, job.run_folder()
@@ -161,6 +163,7 @@ def evaluate(job):
 
 
 def characteristic(job):
+    """Test accuracy after every number of free steps up to T1."""
     import model_utils
     from experiment import figures
     args, run, data, source = job.args, job.run_folder(), job.batches(False), job.saved.path.name
@@ -179,6 +182,7 @@ def characteristic(job):
 
 
 def corruptions(job):
+    """Accuracy under the corruptions of CIFAR-10-C, a row of a table each."""
     import torch
 
     import data_utils
@@ -224,6 +228,7 @@ def default_eps(norm):
 
 
 def attack(job):
+    """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
     from experiment.report import Sweep
     from experiment.timing import progress
@@ -280,6 +285,7 @@ def _attack_line(args, eps, grad, result):
 
 
 def gducheck(job):
+    """EP against BPTT on one mini-batch: a table, and with --save plots and raw data."""
     import data_utils
     import model_utils
     from experiment import checkpoints
@@ -371,7 +377,8 @@ def work(given, program, argv, name):
             e = out_of_memory(e, given) or e
             if not isinstance(e, UserError):
                 raise
-            advice = "; " + interruption.advice().replace("\n", "") if isinstance(e, RunFailed) and e.resumable else ""
+            advice = f"; {interruption.advice()}" if isinstance(e, RunFailed) and e.resumable else ""
+            advice = advice if isinstance(e, LostWorker) else advice.replace("\n", "")  # an error of a file is one line
             return workers.end(f"{name}: error: {e}{advice}", e.code)
     return 0
 

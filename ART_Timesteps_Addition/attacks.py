@@ -8,7 +8,6 @@ import torch
 from art.attacks import evasion
 
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier
-from experiment.timing import progress
 
 NAMES = ("pgd", "fgsm", "apgd-ce", "apgd-dlr", "square", "hopskipjump", "autoattack")
 WITHOUT_GRADIENT = ("square", "hopskipjump")  # they only ask for predictions
@@ -156,39 +155,23 @@ def attack_batch(classifier, x, y, args, eps, seed):
     return {"x_adv": x_adv, "prediction": prediction, "masked": watch.count()}
 
 
-def attack_images(classifiers, images, labels, args, eps, description, workers):
-    """Attacks every image at one eps, with each of several gradients. classifiers: {gradient: see `make_classifier`};
-    images: uint8 (n, C, H, W), labels: (n,), tensors; args: mbs, seed and those of `attack_batch`.
-
-    Returns {gradient: result, ..., "worst": result}, `worst` taking for each image the strongest of all; a result holds
-    `correct` (n,) bool, `x_adv`, `prediction`, and the shares `masked` (gradient exactly zero or not finite at some
-    iteration) and `unmoved` (perturbation zero), and `mean_norm`. Memory is that of one mini-batch. `worst` is left out
-    where there is one gradient. `workers` take whole mini-batches in turn, and all get the results. What an attack
-    draws follows from args.seed and the place of the mini-batch: it is the same for every eps and gradient, for any
-    number of workers, and wherever a sweep goes on.
-    """
-    results, n, x, y = {}, len(images), (images.float() / 255).numpy(), labels.numpy()
-    for grad, classifier in classifiers.items():
-        starts = workers.strided(progress(range(0, max(n, 1), args.mbs), f"{description}, {grad}"))
-        parts = workers.gather_strided([
-            attack_batch(classifier, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, (args.seed, i)) for i in starts])
-        results[grad] = {key: np.concatenate([part[key] for part in parts]) for key in ("x_adv", "prediction")}
-        results[grad]["masked"] = sum(part["masked"] for part in parts) / max(n, 1)
-    if len(results) > 1:
-        results["worst"] = worst_of(list(results.values()), y)
-    for result in results.values():
-        moved = norms(result["x_adv"] - x, args.attack_norm)
-        result.update(correct=result["prediction"] == y, unmoved=int((moved == 0).sum()) / max(n, 1),
-                      mean_norm=float(moved.mean()) if n else 0.0)
-    return results
+def summary(parts, x, y, norm):
+    """The result of an attack on the images x, (n, C, H, W), with labels y, (n,), from those of its mini-batches:
+    `correct` (n,) bool, `x_adv`, `prediction`, the shares `masked` (gradient exactly zero or not finite at some
+    iteration) and `unmoved` (perturbation zero), and `mean_norm`."""
+    n = max(len(x), 1)
+    result = {key: np.concatenate([part[key] for part in parts]) for key in ("x_adv", "prediction")}
+    moved = norms(result["x_adv"] - x, norm)
+    return {**result, "correct": result["prediction"] == y, "masked": sum(part["masked"] for part in parts) / n,
+            "unmoved": int((moved == 0).sum()) / n, "mean_norm": float(moved.mean()) if len(x) else 0.0}
 
 
-def worst_of(results, y):
-    """The strongest attack on each image, of several results with the keys x_adv, prediction and masked: the first one
-    that changes the prediction from its label in y, (n,), or the first of all. masked: the smallest share."""
-    worst = {key: value.copy() for key, value in results[0].items() if key != "masked"}
+def worst_of(results, x, y, norm):
+    """The strongest attack on each image, of several results of `summary`: the first one that changes the prediction
+    from its label in y, or the first of all. masked: the smallest share."""
+    worst = {key: results[0][key].copy() for key in ("x_adv", "prediction")}
     for result in results[1:]:
         better = (worst["prediction"] == y) & (result["prediction"] != y)
         for key in worst:
             worst[key][better] = result[key][better]
-    return {**worst, "masked": min(result["masked"] for result in results)}
+    return {**summary([{**worst, "masked": 0}], x, y, norm), "masked": min(result["masked"] for result in results)}

@@ -10,6 +10,14 @@ from experiment.files import TEXT, replacing
 HEADER = "# settings: "
 
 
+def epoch_line(row, rate, settling):
+    """A row of metrics.csv as the log says it. rate: training images a second; settling: a `SettlingCount`."""
+    line = (f"train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
+            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else ""))
+    angles = " ".join(f"{value:.1f}" for name, value in row.items() if name.startswith("angle_"))
+    return line + (f", angles {angles}" if angles else "")
+
+
 def settings_of(path):
     """The settings that a table was made with, as its first lines say; None where there is no such table."""
     try:
