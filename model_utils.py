@@ -263,17 +263,12 @@ class _CNN(EnergyModel):
 
 
 class P_CNN(_CNN):
-    """Convolutions, each followed by a pooling, then dense layers, with tied weights.
+    """Convolutions, each followed by a pooling, then dense layers, with tied weights (`same_update` has no effect).
 
     in_size: height and width of the (square) images; channels: of all maps, the input's first; fc: sizes of the dense
     layers, the last one the number of classes; pools: see `make_pools`. Raises ValueError, naming the layer, where
     nothing is left of a map.
     """
-
-    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False,
-                 schedule="sync"):
-        super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax,
-                         schedule=schedule)
 
 
 class VF_CNN(_CNN):
@@ -509,9 +504,10 @@ class Trainer:
     best: dict | None = None
 
     EVERY = 10  # mini-batches between two looks at what the device has computed, which wait for it
+    DRAW = 5  # seconds between two drawings of the figures, which can take longer than a short epoch
 
     def __post_init__(self):
-        self.rule, self.total = Rule.of(self.args), Stopwatch()
+        self.rule, self.total, self.drawn = Rule.of(self.args), Stopwatch(), time.monotonic()
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
     def fit(self, train_batches, test_batches):
@@ -600,8 +596,10 @@ class Trainer:
             self.best = copy.deepcopy(state) if improved else self.best
             resumable = resumable_state(self.best, self.optimizer, self.scheduler, generator)
             self.run.write_csv("metrics.csv", history)
-            self.run.save_figure("train-test_acc.png", figures.accuracy(history))
-            self.run.save_figure("neural_activity.png", figures.activity(neurons))
+            if final or time.monotonic() - self.drawn > self.DRAW:
+                self.run.save_figure("train-test_acc.png", figures.accuracy(history))
+                self.run.save_figure("neural_activity.png", figures.activity(neurons))
+                self.drawn = time.monotonic()
             if improved:
                 self.run.save("model.pt", state)
             if final:
