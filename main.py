@@ -22,6 +22,7 @@ from typing import Any
 
 from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments
+from experiment.files import exists
 from experiment.flags import FLAGS
 
 NEED_A_RUN = ("evaluate", "attack", "characteristic", "corruptions")
@@ -105,7 +106,7 @@ def _training_folder(job):
         run.lock()
     stamps = job.workers.gather(job.saved.stamp)
     try:
-        if set(stamps) != {job.saved.path.stat().st_mtime_ns}:
+        if set(stamps) != {job.saved.path.stat().st_mtime_ns if exists(job.saved.path) else None}:
             raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start again")
         if run:
             run.clean_up()

@@ -2,7 +2,9 @@
 given twice only the last counts, and a saved run can fill in what was not given."""
 import argparse
 import math
+import reprlib
 import sys
+import unicodedata
 
 from data_utils import TASKS, UserError
 from experiment.flags import ALL, LARGEST
@@ -10,7 +12,7 @@ from experiment.flags import ALL, LARGEST
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message)
+        raise UserError(" ".join(message.split()))
 
 
 def parse(argv, flags, description=None):
@@ -51,7 +53,8 @@ def judge(flag, text):
     low, high = flag.low, flag.high
     if flag.kind is int and high is None:
         high = LARGEST
-    allowed = "one of " + ", ".join(flag.choices) if flag.choices else {int: "a whole number", float: "a number", str: "a text"}[flag.kind]
+    allowed = "one of " + ", ".join(flag.choices) if flag.choices else {
+        int: "a whole number", float: "a number", str: "a text without control characters"}[flag.kind]
     if low is not None:
         allowed += f" of at least {low}"
     if high is not None and (flag.high is not None or _beyond(text, high)):
@@ -60,17 +63,35 @@ def judge(flag, text):
         value = flag.kind(text)
     except ValueError:
         value = None
-    if (value is None or flag.choices and value not in flag.choices or flag.kind is float and not math.isfinite(value)
+    if (value is None or flag.choices and value not in flag.choices or flag.kind is str and _has_control_characters(value)
+            or flag.kind is float and not math.isfinite(value)
             or low is not None and value < low or high is not None and value > high):
         given = repr(text) if len(text) <= 200 else f"{text[:40]!r}..., {len(text)} characters"
         raise UserError(f"argument --{flag.name}: got {given}, expected {allowed}")
     return value
 
 
+def _has_control_characters(text):
+    """No path can have a NUL, and an error that names a text has one line."""
+    return any(unicodedata.category(character) == "Cc" for character in text)
+
+
 def _beyond(text, high):
     """Whether a word is a number, and too large a one."""
     digits = text.strip().lstrip("+")
     return digits.isdecimal() and (len(digits) > 4000 or int(digits) > high)  # int() takes no longer ones
+
+
+def described(value):
+    """Any value in a few words, on one line: what a file holds may be large, nested deeply, or impossible to print."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 2, 60, 60, 60
+    try:
+        return " ".join(short.repr(value).split())
+    except ValueError:  # a number of more digits than Python writes
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def judge_saved(flag, value, path):
@@ -88,29 +109,41 @@ def judge_saved(flag, value, path):
             try:
                 values = [judge(flag, str(v)) for v in values]
                 return values if flag.many else values[0]
-            except UserError:
+            except (UserError, ValueError):  # ValueError: a number of more digits than Python writes
                 pass
-    raise UserError(f"{path} has no sensible --{flag.name}: {repr(value)[:200]}")
+    raise UserError(f"{path} has no sensible --{flag.name}: {described(value)}")
 
 
-def resolve(given, saved=None, path=None):
-    """Every argument's value: as given, else as in the run saved at `path`, else the default. Returns a Namespace.
+def resolve(given, saved=None):
+    """Every argument's value: as given, else as in the saved run, else the default. Returns a Namespace.
 
-    given: of `parse`; saved: the arguments of the run, judged ({} of those it does not know). Says on standard error which given ones
-    the run overrules."""
-    args, overruled, saved = argparse.Namespace(), [], saved or {}
+    given: of `parse`; saved: the arguments of the run that it knows, judged; None where there is no run. Says on standard
+    error which given ones the run overrules, and what neither says of the model."""
+    args, overruled, known = argparse.Namespace(), [], saved or {}
     fixed = {"architecture", "training"} if given.get("todo", "train") == "train" else {"architecture"}
     for flag in ALL:
         value = given.get(flag.dest, flag.default)
-        if flag.dest in saved and flag.scope != "session" and (flag.dest not in given or flag.scope in fixed):
-            kept = saved[flag.dest]
+        if flag.dest in known and flag.scope != "session" and (flag.dest not in given or flag.scope in fixed):
+            kept = known[flag.dest]
             if flag.dest in given and value != kept:
                 overruled.append(f"--{flag.name} {shown(kept)} (not {shown(value)})")
             value = kept
         setattr(args, flag.dest, value)
     if overruled:
         print(f"note: the saved run decides {', '.join(overruled)}", file=sys.stderr)
+    guessed = [flag for flag in ALL if flag.dest not in {**known, **given} and _describes_model(flag, args)]
+    if saved is not None and guessed:
+        print("note: the saved run does not say " + ", ".join(f"--{flag.name}" for flag in guessed) + "; taken: "
+              + ", ".join(f"{flag.name} {shown(getattr(args, flag.dest))}" for flag in guessed), file=sys.stderr)
     return args
+
+
+def _describes_model(flag, args):
+    """Whether a flag says something about the model of `args` that every run has known, the original code's too."""
+    dense = args.model.endswith("MLP")
+    without = ("schedule", *(["channels", "kernels", "strides", "paddings", "pools", "fc"] if dense else ["archi"]),
+               *([] if args.model.startswith("VF") else ["same_update"]))
+    return flag.scope == "architecture" and flag.dest not in without
 
 
 def _length_error(name, value, expected, what):

@@ -106,3 +106,9 @@ FLAGS = {
 DROPOUTS = Flag("dropouts", float, None, "probability of keeping a neuron, for each connection on what it sees below (training only)", T,
                 low=0, high=1, many=True)
 ALL = [*(flag for group in FLAGS.values() for flag in group), DROPOUTS]
+
+# What the checkpoints of every version of this program say; later flags may be missing, and stood at their defaults.
+ALWAYS_SAVED = (
+    "task", "data_aug", "train_size", "test_size", "mbs", "seed",
+    "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax",
+    "alg", "T1", "T2", "betas", "random_sign", "thirdphase", "optim", "lrs", "wds", "mmt", "lr_decay")
