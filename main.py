@@ -22,6 +22,7 @@ from typing import Any
 
 from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments
+from experiment.files import exists
 from experiment.flags import FLAGS
 
 NEED_A_RUN = ("evaluate", "attack", "characteristic", "corruptions")
@@ -110,7 +111,7 @@ def _training_folder(job):
         run.lock()
     stamps = job.workers.gather(job.saved.stamp)
     try:
-        if set(stamps) != {job.saved.path.stat().st_mtime_ns}:
+        if set(stamps) != {job.saved.path.stat().st_mtime_ns if exists(job.saved.path) else None}:
             raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start "
                             "again")
         if run:
@@ -285,42 +286,40 @@ def _attack_line(args, eps, grad, result):
 
 
 def gducheck(job):
-    """EP against BPTT on one mini-batch: a table, and with --save plots and raw data."""
+    """EP against BPTT on one mini-batch: a table and a verdict, and with --save plots and raw data."""
     import data_utils
-    import model_utils
-    from experiment import checkpoints
+    from energy import gdu
+    from experiment import checkpoints, report
     args = job.args
     run = job.run_folder() if args.save and job.saved else None
     images, labels = data_utils.load_split(args.task, args.data_dir, True, args.train_size)
     x, y = next(iter(data_utils.Batches(images, labels, min(20, len(labels)), TASKS[args.task], job.device)))
-    rows, BPTT, runs = model_utils.gdu_report(job.model, x, y, job.rule, args.loss)
-    width = max(len(row["name"]) for row in rows)
-    print(f"EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = {arguments.shown(args.betas)}")
-    print(f"{'':{width}}  estimate      RMSE  sign errors   cosine  distance")
-    for row in rows:
-        print(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %  "
-              f"{row['cosine']:7.4f}  "
-              f"{row['distance']:8.2e}")
+    comparison = gdu.gdu_report(job.model, x, y, job.rule, images=True)
+    print(f"EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = {arguments.shown(args.betas)}; "
+          f"{int(comparison.settled.sum())} of them have settled after T1\n"
+          "held against each other are, of parameters, the updates between successive steps and, of a read-out, the "
+          "complete updates;\nof neurons, their changes and the gradients times the slope of the activation")
+    print("\n".join(report.gdu_table(comparison.rows)))
+    print(gdu.verdict(comparison, job.rule))
     if args.save:
         run = run or _new_folder(job, checkpoints.snapshot(job.model, args, []))
-        _save_gdu(run, rows, BPTT, runs)
+        _save_gdu(run, comparison)
         run.release()
         print(f"plots and data are in {run.folder}")
 
 
-def _save_gdu(run, rows, BPTT, runs):
+def _save_gdu(run, comparison):
     """The raw contributions, the table, and the figures of a comparison."""
     import torch
 
     from experiment import figures
-    for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (BPTT, *runs)):
+    for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (comparison.BPTT, *comparison.runs)):
         run.save(file, {name: tensor.cpu() for name, tensor in value.items()})
-    run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in rows])
-    EP = runs[0] if len(runs) == 1 else {name: (runs[0][name] + runs[1][name]) / 2 for name in BPTT}
+    run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in comparison.rows])
     generator = torch.Generator().manual_seed(0)
-    for name, bptt in BPTT.items():
-        run.save_figure(f"gdu_{name}.png", figures.gdu_entries(name, bptt, EP[name], generator))
-    run.save_figure("gdu_overview.png", figures.gdu_overview(list(BPTT), rows))
+    for name, bptt in comparison.bptt.items():
+        run.save_figure(f"gdu_{name}.png", figures.gdu_entries(name, bptt, comparison.ep[name], generator))
+    run.save_figure("gdu_overview.png", figures.gdu_overview(list(comparison.bptt), comparison.rows))
 
 
 # ---------------------------------------------------------------------------------- the command line

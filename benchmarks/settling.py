@@ -39,7 +39,7 @@ def trained(path, data_dir, T1, images, mbs, device):
     model = model_utils.make_model(args)
     checkpoints.load_weights(model, saved)
     batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches(False)
-    return model.to(device), args, batches, saved.state.get("epoch", "?")
+    return model.to(device), args, batches, len(saved.history)
 
 
 def compare(model, batches, rule, tol, device):

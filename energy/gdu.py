@@ -124,12 +124,12 @@ class Comparison(NamedTuple):
     settled: torch.Tensor
 
 
-def settled_images(model, x, T1, tol=1e-4, window=5):
+def settled_images(model, x, rule, tol=1e-4, window=5):
     """Which images have settled after T1 free steps, (mbs,) bool: whether the last `window` steps together changed no
     layer by `tol` of its norm."""
-    window = min(window, T1)
-    before = model(x, T=T1 - window)
-    return relative_change(before, model(x, neurons=before, T=window)) < tol
+    window = min(window, rule.T1)
+    before = model(x, T=rule.T1 - window, criterion=rule.loss)
+    return relative_change(before, model(x, neurons=before, T=window, criterion=rule.loss)) < tol
 
 
 def activation_slopes(model, x, y, rule):
@@ -180,11 +180,6 @@ def comparable(model, x, y, rule, BPTT, runs):
             if name.startswith(f"synapses.{len(model.synapses) - 1}."):
                 bptt[name], ep[name] = bptt[name].sum(0, keepdim=True), whole[name].unsqueeze(0)
     return bptt, ep
-
-
-def cosine(a, b):
-    """The cosine similarity of two tensors of any one shape."""
-    return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0, eps=1e-30).item()
 
 
 def compare_gdu(bptt, ep, estimate):
@@ -243,11 +238,12 @@ def gdu_report(model, x, y, rule, images=False):
             reached = sorted(c for c in cosines if not math.isnan(c))
             if reached:
                 best[name].update(cosine_median=statistics.median(reached), cosine_worst=reached[0])
-    return Comparison(rows, BPTT, runs, bptt, ep, settled_images(model, x, rule.T1))
+    return Comparison(rows, BPTT, runs, bptt, ep, settled_images(model, x, rule))
 
 
 def verdict(comparison, rule, enough=0.99):
-    """One line: whether EP agrees with BPTT (every row's cosine of the best estimate above `enough`), or what to change."""
+    """One line: whether EP agrees with BPTT (every row's cosine of the best estimate above `enough`), or what to
+    change."""
     best = [row for row in comparison.rows if row["estimate"] == comparison.rows[-1]["estimate"]]
     reached = [row for row in best if not math.isnan(row["cosine"])]
     unsettled = 1 - comparison.settled.double().mean().item()

@@ -104,7 +104,7 @@ def log_theorem(trainer, x, y, epoch, batch):
     """gducheck on a few images while training: a line in the log, and rows of gducheck.csv. Changes nothing that
     training uses."""
     with exactly():
-        rows = gdu_report(trainer.model, x, y, trainer.rule, trainer.rule.loss)[0]
+        rows = gdu_report(trainer.model, x, y, trainer.rule).rows
     best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
     worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
     rmse = sum(row["rmse"] for row in best) / len(best)

@@ -30,6 +30,17 @@ def settings_of(path):
     return None
 
 
+def gdu_table(rows):
+    """The rows of a comparison of EP with BPTT, see `energy.gdu.compare_gdu`, as lines of text."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'':{width}}  estimate      RMSE  sign errors   cosine  distance  cosine by image: median, worst"]
+    for row in rows:
+        images = "".join(f"{row[key]:10.4f}" for key in ("cosine_median", "cosine_worst") if key in row)
+        lines.append(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %"
+                     f"  {row['cosine']:7.4f}  {row['distance']:8.2e}{images}")
+    return lines
+
+
 class Sweep:
     """The files of an attack sweep in a run folder: Adversarial_Accuracy.csv, and derived from its rows .txt and .png
     (other attacks and norms than PGD in the 2-norm have them in their names). A sweep of the same settings is found

@@ -1,4 +1,5 @@
 import copy
+import multiprocessing
 import pathlib
 import sys
 
@@ -12,6 +13,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import main  # noqa: E402
 import model_utils as mu  # noqa: E402
 from energy import fast  # noqa: E402
+
+# Processes that have loaded the libraries already, so that what they run begins at once.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["main", "model_utils", "torchvision", "sklearn.datasets", "sklearn.model_selection"])
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

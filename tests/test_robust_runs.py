@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, only_run
-from test_resume import MLP, context, enter, start
+from conftest import ROOT, context, only_run
+from test_resume import MLP, enter, start
 
 import main
 import model_utils as mu
