@@ -21,7 +21,8 @@ def check(args):
     if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
         raise UserError("--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is "
                         f"{args.task}")
-    if args.tensorboard and args.todo == "train" and not importlib.util.find_spec("tensorboard"):
+    if (args.tensorboard and args.todo == "train" and (args.save or args.load_path)
+            and not importlib.util.find_spec("tensorboard")):
         raise UserError("argument --tensorboard: the package tensorboard is not installed; pip install tensorboard")
     _check_rule(args)
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from experiment.drawing import curve_options, grid, legend_below, new_figure, style, vertical, whole_ticks
 
+LABELLED = 5  # resumptions that are described in the legend, the latest ones
 SATURATED = 0.01  # of the range of an activation: neurons so near an end are counted as saturated
 
 
@@ -13,7 +14,8 @@ def accuracy(rows, picked=None, resumptions=None, chance=None):
 
     rows: those of metrics.csv, as dicts; picked: the epoch of the model that is kept; resumptions: {epoch: what changed
     before it, in words}; chance: the accuracy of guessing, in %."""
-    figure = new_figure("Accuracy of the free phase")
+    resumptions = sorted((resumptions or {}).items())
+    figure = new_figure("Accuracy of the free phase", height=3.8 + 0.16 * min(len(resumptions), LABELLED))
     axes, epochs = figure.add_subplot(xlabel="epoch", ylabel="accuracy (%)"), [row["epoch"] for row in rows]
     for n, (key, label) in enumerate((("train_acc", "train, during the epoch"), ("test_acc", "test, after the epoch"),
                                       ("val_acc", "validation, after the epoch"))):
@@ -24,10 +26,10 @@ def accuracy(rows, picked=None, resumptions=None, chance=None):
     for row in rows:
         if row["epoch"] == picked and chosen_on in row:
             axes.plot(picked, row[chosen_on], "*", color="black", markersize=11, zorder=5,
-                      label=f"model.pt: epoch {picked}, {row[chosen_on]:.2f}")
-    for epoch, text in sorted((resumptions or {}).items()):
-        short = text if len(text) <= 70 else text[:67] + "..."
-        vertical(axes, epoch - 0.5, f"resumed before epoch {epoch}" + (f": {short}" if text else ""), ":")
+                      label=f"model.pt: epoch {picked} ({row[chosen_on]:.2f})")
+    for n, (epoch, text) in enumerate(resumptions, LABELLED - len(resumptions)):
+        label = f"resumed before epoch {epoch}" + (f": {text}" if text else "")
+        vertical(axes, epoch - 0.5, (label if len(label) <= 90 else label[:87] + "...") if n >= 0 else None, ":")
     if chance is not None:
         axes.axhline(chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="", label=f"chance ({chance:g})")
     whole_ticks(axes.xaxis)
@@ -70,8 +72,7 @@ def activity(neurons, ends=None, linear_output=False):
         axes.set_xlabel("activation")
     panels[0].set_ylabel("share of the neurons (%),\nsquare-root scale")
     if ends:
-        figure.text(0.5, -0.01, f"at an end: within {SATURATED:.0%} of the range of the activation", ha="center",
-                    va="top", fontsize=8)
+        figure.supxlabel(f"at an end: within {100 * SATURATED:g} % of the activation's range of it", fontsize=8)
     return figure
 
 

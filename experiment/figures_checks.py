@@ -49,11 +49,11 @@ def gdu_entries(name, bptt, ep, generator, shown=5):
     `generator`.
 
     bptt, ep: (T2, *shape), what the theorem compares, see `energy.gdu.comparable`."""
-    figure = new_figure(f"EP against BPTT: {_what(name)}")
+    figure = new_figure(f"EP against BPTT, some entries of {_what(name)}", height=4.2)
     axes = figure.add_subplot(xlabel=TIME if len(bptt) > 1 else "of the whole nudged phase", ylabel=CUMULATIVE)
     places = _draw_entries(axes, bptt, ep, generator, shown)
     entries = [_line(f"C{n}", f"[{place}]") for n, place in enumerate(places)]
-    figure.legend(handles=[*_kinds(), *entries], loc="outside right upper", title="entry")
+    figure.legend(handles=[*_kinds(), *entries], loc="outside lower center", ncols=4)
     return figure
 
 
@@ -67,9 +67,8 @@ def gdu_layers(bptt, ep, generator, shown=5):
         _draw_entries(axes, own, ep[name], generator, shown)
         axes.set_title(_what(name).replace(" (", "\n("))
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-    figure.supxlabel(TIME)
     figure.supylabel(CUMULATIVE)
-    figure.legend(handles=_kinds(), loc="outside lower center", ncols=2)
+    figure.legend(handles=_kinds(), loc="outside lower center", ncols=2, title=f"over {TIME}")
     return figure
 
 
@@ -116,7 +115,7 @@ def sweep(rows, settings, clean, chance=None):
         attacked.update(eps.tolist())
     if attacked:
         ticks_at(axes, sorted(attacked), [eps_name(eps, norm) for eps in sorted(attacked)])
-    legend_below(figure, 3, title="bars and band: 95 % interval of the number of images")
+    legend_below(figure, 3, title=f"bars and band: 95 % intervals (Wilson) for {images} images")
     return figure
 
 
