@@ -25,14 +25,17 @@ def accuracy(rows, picked=None, resumptions=None, chance=None):
     chosen_on = "val_acc" if any("val_acc" in row for row in rows) else "test_acc"
     for row in rows:
         if row["epoch"] == picked and chosen_on in row:
-            axes.plot(picked, row[chosen_on], "*", color="black", markersize=11, zorder=5,
+            axes.plot(picked, row[chosen_on], "*", color="black", fillstyle="none", markersize=12, zorder=5,
                       label=f"model.pt: epoch {picked} ({row[chosen_on]:.2f})")
     for n, (epoch, text) in enumerate(resumptions, LABELLED - len(resumptions)):
         label = f"resumed before epoch {epoch}" + (f": {text}" if text else "")
         vertical(axes, epoch - 0.5, (label if len(label) <= 90 else label[:87] + "...") if n >= 0 else None, ":")
     if chance is not None:
         axes.axhline(chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="", label=f"chance ({chance:g})")
-    whole_ticks(axes.xaxis)
+    if len(rows) == 1:
+        axes.set_xticks(epochs)
+    else:
+        whole_ticks(axes.xaxis)
     legend_below(figure, 1 if resumptions else 2)
     return figure
 
@@ -72,7 +75,7 @@ def activity(neurons, ends=None, linear_output=False):
         axes.set_xlabel("activation")
     panels[0].set_ylabel("share of the neurons (%),\nsquare-root scale")
     if ends:
-        figure.supxlabel(f"at an end: within {100 * SATURATED:g} % of the activation's range of it", fontsize=8)
+        figure.supxlabel(f"at an end: within {100 * SATURATED:g} % of the range of the activation", fontsize=8)
     return figure
 
 
@@ -152,9 +155,9 @@ def confusion(counts):
 def corruptions(shares, names, means, images):
     """A heat map of the accuracy under each corruption and severity. shares: (corruptions, severities), in %; means:
     fractions."""
-    figure = new_figure(f"Accuracy under corruption, {images} images each; mean {100 * means[0]:.1f} %, "
-                        f"of the first 15 {100 * means[1]:.1f} %", height=6.8)
-    axes = figure.add_subplot(xlabel="severity")
+    figure = new_figure(f"Accuracy under corruption, {images} images each", height=6.8)
+    axes = figure.add_subplot(xlabel=f"severity\nmean accuracy {100 * means[0]:.1f} %, over the first 15 corruptions "
+                                     f"{100 * means[1]:.1f} %")
     picture = axes.imshow(shares, vmin=0, vmax=100, cmap="cividis", aspect="auto")
     axes.grid(False)
     for (row, column), share in np.ndenumerate(shares):

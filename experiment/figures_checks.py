@@ -49,7 +49,7 @@ def gdu_entries(name, bptt, ep, generator, shown=5):
     `generator`.
 
     bptt, ep: (T2, *shape), what the theorem compares, see `energy.gdu.comparable`."""
-    figure = new_figure(f"EP against BPTT, some entries of {_what(name)}", height=4.2)
+    figure = new_figure(f"EP against BPTT: {_what(name)}", height=4.2)
     axes = figure.add_subplot(xlabel=TIME if len(bptt) > 1 else "of the whole nudged phase", ylabel=CUMULATIVE)
     places = _draw_entries(axes, bptt, ep, generator, shown)
     entries = [_line(f"C{n}", f"[{place}]") for n, place in enumerate(places)]
