@@ -19,7 +19,7 @@ from data_utils import TASKS, UserError, one_line
 from energy import fast
 from energy.activations import ACTIVATIONS, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid  # noqa: F401
 from energy.connections import Dense, convolution, set_grad
-from energy.dynamics import Chain, Phase
+from energy.dynamics import Chain, Phase, relative_change  # noqa: F401
 from energy.gdu import check_gdu, compare_gdu, gdu_report  # noqa: F401
 from energy.poolings import POOLS, make_pools  # noqa: F401
 from energy.precision import exactly, set_precision  # noqa: F401
