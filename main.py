@@ -255,7 +255,7 @@ def attack(job):
     """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
     from experiment.report import Sweep
-    from experiment.timing import progress
+    from experiment.timing import write
     args, workers, data, steps = job.args, job.workers, job.batches("test"), job.args.predict_step or job.args.T1
     run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
     images, labels = data.images.cpu(), data.labels.cpu()
@@ -277,7 +277,7 @@ def attack(job):
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
-                progress.write(_attack_line(args, eps, grad, result))
+                write(_attack_line(args, eps, grad, result))
     if sweep:
         sweep.plot()
     if sweep and args.save and results:

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 
-from experiment import figures
 from experiment.files import TEXT, replacing
 
 HEADER = "# settings: "
@@ -119,6 +118,7 @@ class Sweep:
         self.run.write_lines(self.text.name, lines)
 
     def plot(self):
+        from experiment import figures
         self.run.save_figure(f"{self.stem}.png", figures.sweep(self.rows, self.settings, self.clean))
 
     def save_images(self, images, labels, clean, eps, result):
@@ -126,6 +126,7 @@ class Sweep:
         with replacing(self.run.folder / f"{self.stem}_images.npz") as path, open(path, "wb") as file:
             np.savez_compressed(file, x_adv=result["x_adv"], labels=labels.numpy(), prediction=result["prediction"],
                                 eps=eps)
+        from experiment import figures
         figure = figures.attacked_images((images.float() / 255).numpy(), labels, clean.numpy(), result,
                                          f"{self.settings['attack']}, "
                                          f"{self.settings['attack_norm']}-norm, eps = {eps:g}")
@@ -174,6 +175,7 @@ class CorruptionTable:
         self.run.write_lines(self.text.name, lines)
 
     def plot(self):
+        from experiment import figures
         shares = np.array([[100 * float(share) for share in self.rows[name]] for name in self.names])
         self.run.save_figure("Corruption_Accuracy.png", figures.corruptions(shares, self.names, self.means(),
                                                                             self.settings["images"]))
