@@ -93,7 +93,7 @@ def train(job):
         first, folder = len(story.history), saved and str(saved.path.parent)
         job.interruption.advice = lambda: _how_to_go_on(job, folder, len(story.history), first)
         for change in changes(saved.args, vars(args)) if saved else ():
-            print(f"note: {change}", file=sys.stderr)
+            print(f"note: {change}")
         if run and saved:
             run.restore(story.history, story.best)
             run.note_resumption(shlex.join(job.command), job.device, first + 1, saved.args, vars(args))
@@ -174,10 +174,9 @@ def evaluate(job):
         stopwatch.settling.gather(job.workers)
         parts.append(f"{names[split]} accuracy {100 * accuracy:.2f} % ({data.samples} "
                      f"images{f', {stopwatch.settling}' if args.tol else ''})")
+    parts += [] if args.tol else [_unsettled(job, data, args.T1)]
     line = f"evaluated {job.saved.source} with T1 = {args.T1}: " + ", ".join(parts)
     print(line)
-    if not args.tol:
-        _say_whether_settled(job, data, args.T1)
     if job.workers.rank == 0:
         run.append_hyperparameters(line)
         if found:
@@ -185,13 +184,13 @@ def evaluate(job):
             print(records.where_predictions(run, args.loss))
 
 
-def _say_whether_settled(job, data, T1):
-    """Prints how many images of a mini-batch have not settled after T1 steps, and of too many what that means."""
+def _unsettled(job, data, T1):
+    """How many images of a mini-batch have not settled after T1 steps, in words; prints what it means of too many."""
     from experiment import health
     share, images = health.share_unsettled(job.model, data, dataclasses.replace(job.rule, T1=T1))
-    print(f"{100 * share:.0f} % of {images} images had not settled after {T1} steps")
     if share > health.MANY_UNSETTLED:
-        print(f"  warning: {health.advice_unsettled(share, T1)}", flush=True)
+        print(f"warning: {health.advice_unsettled(share, T1)}", flush=True)
+    return f"{100 * share:.0f} % of {images} images unsettled"
 
 
 def characteristic(job):
@@ -263,7 +262,7 @@ def attack(job):
     """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
     from experiment.report import Sweep
-    from experiment.timing import progress
+    from experiment.timing import write
     args, workers, data, steps = job.args, job.workers, job.batches("test"), job.args.predict_step or job.args.T1
     run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
     images, labels = data.images.cpu(), data.labels.cpu()
@@ -276,17 +275,16 @@ def attack(job):
                                            "behind them")
         precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
         gradients = f", gradients through {args.attack_step}{precision[1]}" * (args.attack not in WITHOUT_GRADIENT)
+        settled = "" if args.tol else f" ({_unsettled(job, data, steps)})"
         print(f"{job.saved.source}: {args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after "
-              f"{steps} steps{precision[0]}{gradients}; clean accuracy {100 * sweep.clean:.2f} %\nresults go to "
-              f"{sweep.text}", flush=True)
-    if not args.tol:
-        _say_whether_settled(job, data, steps)
+              f"{steps} steps{settled}{precision[0]}{gradients}; clean accuracy {100 * sweep.clean:.2f} %\n"
+              f"results go to {sweep.text}", flush=True)
     for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
         results = model_utils.attack(job.model, images, labels, args, eps, f"eps {eps:g}", workers)
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
-                progress.write(_attack_line(args, eps, grad, result))
+                write(_attack_line(args, eps, grad, result))
     if sweep:
         sweep.plot()
     if sweep and args.save and results:

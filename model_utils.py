@@ -19,11 +19,13 @@ from data_utils import TASKS, UserError, one_line
 from energy import fast
 from energy.activations import ACTIVATIONS, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid  # noqa: F401
 from energy.connections import Dense, convolution, set_grad
-from energy.dynamics import Chain, Phase
+from energy.dynamics import Chain, Phase, relative_change  # noqa: F401
 from energy.gdu import check_gdu, compare_gdu, gdu_report  # noqa: F401
 from energy.poolings import POOLS, make_pools  # noqa: F401
 from energy.precision import exactly, set_precision  # noqa: F401
 from experiment import records
+from experiment.arguments import resolve
+from experiment.checkpoints import load_weights, open_saved
 from experiment.flags import WITHOUT_GRADIENT
 from experiment.health import Health, log_theorem, report_precision
 from experiment.prediction import (  # noqa: F401
@@ -628,8 +630,8 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     predict = functools.partial(predicting_neurons, model,
                                 rule=Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol))
     for grad in [args.attack] if args.attack in WITHOUT_GRADIENT else args.attack_grad:
-        classifier = attacks.make_classifier(model, make_criterion(args.loss), args, eps, grad, TASKS[args.task],
-                                             predict)
+        classifier = attacks.make_classifier(model, make_criterion(args.loss), args, eps,
+                                             "bptt" if grad == args.attack else grad, TASKS[args.task], predict)
         starts = workers.strided(progress(range(0, max(len(x), 1), args.mbs), f"{description}, {grad}"))
         parts = [attacks.attack_batch(classifier, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, (args.seed, i))
                  for i in starts]
@@ -637,3 +639,52 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     if len(results) > 1:
         results["worst"] = attacks.worst_of(list(results.values()), x, y, args.attack_norm)
     return results
+
+
+class Run:
+    """A saved run, to use from Python. model: on `device`; args: all its arguments, a namespace; source: what was
+    loaded and how that model was chosen, in words."""
+
+    def __init__(self, saved, device):
+        self.args, self.source, self.device = resolve({"todo": "evaluate"}, saved.args), saved.source, device
+        self.model = build(self.args)
+        load_weights(self.model, saved)
+        self.model.to(device)
+        task = TASKS[self.args.task]
+        self._shape, self._classes = (task.channels, task.size, task.size), task.classes
+        self._mean, self._std = (torch.tensor(v).view(-1, 1, 1) for v in (task.mean, task.std))
+
+    def predict(self, images):
+        """The class of each image, int64 (n,), on the CPU, after the run's T1 steps. images: (n, C, H, W), a tensor or
+        an array, uint8 or numbers in [0, 1]; the normalisation is part of this. Raises ValueError for others."""
+        images = torch.as_tensor(images)
+        if images.shape[1:] != self._shape:
+            raise ValueError(f"images are {tuple(images.shape)}, expected (n, {str(self._shape)[1:]}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}, expected uint8, or numbers in [0, 1]")
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if len(images) and not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(f"images range from {images.min():g} to {images.max():g}, expected numbers in [0, 1]")
+        rule, chain = Rule.of(self.args), self.model.chain(self.args.loss)
+        parts = [((x - self._mean) / self._std).to(self.device) for x in images.split(self.args.mbs)]
+        return torch.cat([chain.read(predicting_neurons(self.model, x, rule)).argmax(1).cpu() for x in parts])
+
+    def classifier(self, **overrides):
+        """ART's classifier of the model: images in [0, 1], normalised inside; predictions after T1 steps, gradients
+        through the first of --attack-step. overrides: arguments of
+        `ART_Timesteps_Addition.pytorch.PyTorchClassifier` that take the place of the run's, T1, T2 and grad say."""
+        from ART_Timesteps_Addition.pytorch import PyTorchClassifier
+        steps = self.args.attack_step
+        options = {"loss": nn.CrossEntropyLoss(), "criterion": make_criterion(self.args.loss), "T1": self.args.T1,
+                   "T2": steps[0] if isinstance(steps, list) else steps, "input_shape": self._shape,
+                   "nb_classes": self._classes, "clip_values": (0.0, 1.0),
+                   "preprocessing": (self._mean.numpy(), self._std.numpy()),
+                   "device_type": "cpu" if torch.device(self.device).type == "cpu" else "gpu"}
+        return PyTorchClassifier(self.model, **{**options, **overrides})
+
+
+def load_run(path, device=None):
+    """The `Run` in a run folder, its best model, or in one of its files. device: the GPU where there is one, if None.
+    Raises UserError where nothing can be loaded."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Run(open_saved(path, "evaluate"), torch.device(device))

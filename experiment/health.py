@@ -9,7 +9,7 @@ from energy.activations import RANGES
 from energy.dynamics import SETTLED, WINDOW, Phase, relative_change
 from energy.gdu import cosine, gdu_report
 from energy.precision import exactly, set_precision
-from experiment.timing import progress
+from experiment.timing import write
 
 MANY_UNSETTLED = 0.05  # a share of the images of which a run says what it means
 
@@ -142,7 +142,7 @@ def log_theorem(trainer, x, y, epoch, batch):
     best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
     worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
     rmse = sum(row["rmse"] for row in best) / len(best)
-    progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least "
+    write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least "
                    f"{worst['cosine']:.3f} ({worst['name']}), RMSE on average {rmse:.3f}")
     if trainer.run:
         trainer.run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])

@@ -168,8 +168,8 @@ class CorruptionTable:
         return self.mean(), self.mean(self.names[:self.PUBLISHED])
 
     def write(self):
-        lines = [HEADER + json.dumps(self.settings, sort_keys=True), f"# examined: {self.source}",
-                 "# corruption, accuracy at severity 1 to 5"]
+        lines = [HEADER + json.dumps(self.settings, sort_keys=True),
+                 f"# corruption, accuracy at severity 1 to 5, of {self.source}"]
         lines += [f"{name} {' '.join(self.rows[name])}" for name in self.names if name in self.rows]
         if len(self.rows) == len(self.names):
             lines.append("# mean over all {}: {:.6f}, over the first 15: {:.6f}".format(len(self.names), *self.means()))

@@ -3,6 +3,7 @@ import csv
 import datetime
 import errno
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -234,11 +235,11 @@ def fingerprint(state):
 
 def versions():
     """What a run depends on besides its arguments."""
-    import torchvision
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
     except OSError:  # no git
         revision = ""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": importlib.metadata.version("torchvision"),  # not imported: that takes seconds
             "numpy": np.__version__, "cuda": torch.version.cuda or "none", "git revision": revision or "unknown"}
