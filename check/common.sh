@@ -30,6 +30,7 @@ else
     mkfifo commands codes
     "$python" "$root/tests/smoke.py" <commands 4>codes &
     exec 5>commands 6<codes
+    read -r ready <&6 # the data are there
     suite() {
         local code
         if [ ${#launcher[@]} -gt 1 ]; then

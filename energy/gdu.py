@@ -250,10 +250,11 @@ def verdict(comparison, rule, enough=0.99):
         return "nothing to compare: BPTT reaches no parameter, --T2 is too short"
     worst = min(reached, key=lambda row: row["cosine"])
     found = f"the smallest cosine is {worst['cosine']:.4f} ({worst['name']})"
+    far = f"{100 * unsettled:.0f} % of the images have not settled within T1 = {rule.T1}: a longer --T1"
     if worst["cosine"] > enough:
-        return f"EP agrees with BPTT: {found}"
+        return f"EP agrees with BPTT: {found}" + (f"; but not at an equilibrium, {far}" if unsettled > 0.05 else "")
     if unsettled > 0.05:
-        advice = f"{100 * unsettled:.0f} % of the images have not settled within T1 = {rule.T1}: a longer --T1"
+        advice = far
     elif not rule.thirdphase:
         advice = "the one-sided estimate has an error of first order in beta: --thirdphase, or a smaller beta (--betas)"
     else:

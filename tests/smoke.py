@@ -1,9 +1,9 @@
 """Runs command lines of the suite one after another, each in a fork of this process, which has loaded the libraries for
 all of them.
 
-Reads `PROGRAM FLAGS`, a line each, from standard input, and writes the exit code of each to file descriptor 4. Started
-by check/common.sh with SMOKE=1, in an empty folder, where it first writes random images in the formats of CIFAR-10 and
-CIFAR-10-C to data/.
+Writes 0 to file descriptor 4 once it is ready. Reads `PROGRAM FLAGS`, a line each, from standard input, and writes the
+exit code of each. Started by check/common.sh with SMOKE=1, in an empty folder, where it first writes random images in
+the formats of CIFAR-10 and CIFAR-10-C to data/.
 """
 import importlib
 import os
@@ -28,6 +28,7 @@ LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "digits": "sklearn.mode
 
 write_cifar("data")
 write_corruptions("data", CORRUPTIONS)
+os.write(4, b"0\n")
 for line in sys.stdin:
     program, *words = shlex.split(line)
     for word, libraries in LIBRARIES.items():
