@@ -304,7 +304,10 @@ def convolution(synapse, pool, pre_shape, feedback=None):
     a map."""
     # torch 2.14 writes out of bounds in the weight gradient of a channels-last 1x1 convolution with a stride on a CPU
     kind = WindowConvolution if synapse.kernel_size[0] == 1 and synapse.stride[0] > 1 else Convolution
-    return kind(synapse, pre_shape, feedback, pool=pool, stride=synapse.stride[0], padding=synapse.padding[0])
+    made = kind(synapse, pre_shape, feedback, pool=pool, stride=synapse.stride[0], padding=synapse.padding[0])
+    if pool.routed:
+        pool.prepare(made.size)
+    return made
 
 
 def set_grad(p, grad):
