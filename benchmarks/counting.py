@@ -72,7 +72,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and hasattr(args[0], "fake_mode"):
-            self.operations.append(Operation("_local_scalar_dense", 0, 0, False, True, False))
+            self.operations.append(Operation("_local_scalar_dense", 0, 0, False, args[0].device.type != "cpu", False))
             return type(self.read)(self.read)
         out = func(*args, **kwargs)
         if not _is_view(func):
@@ -111,8 +111,8 @@ def _operation(func, args, kwargs, out):
     devices = {t.device.type for t in (*inputs, *outputs)}
     crosses = func in COPIES and len(devices) > 1 and not (kwargs.get("non_blocking")
                                                            or func is aten.copy_.default and len(args) > 2 and args[2])
-    waits = func in READS or crosses or any(
-        isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in _indices(func, args))
+    by_mask = any(isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in _indices(func, args))
+    waits = crosses or (func in READS or by_mask) and devices != {"cpu"}
     flops = 0
     if func.overloadpacket in flop_registry:
         flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
