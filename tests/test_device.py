@@ -118,3 +118,48 @@ def test_a_training_waits_for_the_device_once_in_many_mini_batches(monkeypatch):
     waits = [b - a for a, b in zip(starts, [*starts[1:], len(counted.names(lambda o: o.waits))])]
     assert len(waits) == 25 and before == 0
     assert waits == [0] * 9 + [1] + [0] * 9 + [1] + [0] * 4 + [2]  # the last: accuracy of the whole
+
+
+def by_masks(model, masks=True):
+    for pool in model.pools:
+        if pool.routed:
+            pool.masks = masks
+    return model
+
+
+@pytest.mark.parametrize("size", [(8, 8), (13, 13), (6, 9), (2, 2), (3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_is_the_route_of_the_same_winners(dtype, size):
+    torch.manual_seed(0)
+    index, mask = MaxPool(masks=False), MaxPool(masks=True)
+    for tied in (False, True):
+        for prepared in (False, True):
+            u = torch.randn(3, 5, *size).to(dtype).contiguous(memory_format=torch.channels_last)
+            u = u.clamp(-0.3, 0.3) if tied else u
+            if prepared:
+                mask.prepare(size)
+            (post, route), (same, masked_route) = index.pool(u), mask.pool(u)
+            assert torch.equal(post, same) and masked_route.is_contiguous() and masked_route.dtype == torch.bool
+            back, again = index.adjoint(post, route, size), mask.adjoint(post, masked_route, size)
+            assert torch.equal(back, again) and again.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(index.follow(u, route), mask.follow(u, masked_route))
+
+
+def test_golden_cases_by_masks(case, golden_model):
+    """Of equal entries the winner is the same: neurons at the ends of a hard activation are often equal."""
+    c, found = case["case"], []
+    if "m" not in c.get("pools", ""):
+        return
+    betas, criterion = c["betas"], mu.make_criterion(c["loss"])
+    for masks in (False, True):
+        by_masks(golden_model, masks)
+        torch.use_deterministic_algorithms(masks)  # which forbid what has no order
+        try:
+            found.append(mu.ep_gradients(golden_model, case["x"], case["y"], rule(c["T1"], c["T2"], criterion, betas[1])))
+            found[-1] += grads(golden_model).values()
+            mu.bptt_gradients(golden_model, case["x"], case["y"], rule(c["T1"], c["T2"], criterion))
+            found[-1] += grads(golden_model).values()
+        finally:
+            torch.use_deterministic_algorithms(False)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
