@@ -248,7 +248,8 @@ class Convolution(Connection):
 
     def bias_drive(self, mbs):
         """The drive of zero neurons on s_post, (mbs, *post_shape)."""
-        return self.synapse.bias.view(1, -1, 1, 1).expand(mbs, *self.post_shape)
+        drive = self.synapse.bias.view(1, -1, 1, 1).expand(mbs, *self.post_shape)
+        return drive.contiguous(memory_format=torch.channels_last)  # for what follows takes the layout of what comes
 
     def _learn(self, pre, post, synapse):
         route = _ConvUp.apply(pre, synapse.weight, synapse.bias, self)[1] if self.routed else None
