@@ -466,8 +466,8 @@ def draw_masks(model, keep, mbs, part=slice(None)):
     CPU, for the whole mini-batch, so that they are the same on every device and for any number of workers, which keep
     their own `part` of it. keep: a number in (0, 1] for each connection, the read-out being the last."""
     weight, connections = model.synapses[0].weight, [*model.connections, *([model.output] if model.softmax else [])]
-    masks = [None if p == 1 else brought(((torch.rand(mbs, *c.pre_shape)[part] < p) / p).to(weight.dtype), weight.device)
-             for c, p in zip(connections, keep)]
+    masks = [None if p == 1 else (torch.rand(mbs, *c.pre_shape)[part] < p) / p for c, p in zip(connections, keep)]
+    masks = [m if m is None else brought(m.to(weight.dtype), weight.device) for m in masks]
     return [m.contiguous(memory_format=torch.channels_last) if m is not None and m.dim() == 4 else m for m in masks]
 
 

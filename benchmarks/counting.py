@@ -1,13 +1,14 @@
-"""What a piece of work consists of, operation by operation, without a device to run it on: how many operations, the bytes
-that they read and write, their floating-point operations, and what in them costs more than it should.
+"""What a piece of work consists of, operation by operation, without a device to run it on: how many operations, the
+bytes that they read and write, their floating-point operations, and what in them costs more than it should.
 
     with on_pretended_gpu() as device, Counting() as counted:
         model(torch.rand(128, 784, device=device), T=20)
     print(len(counted.operations), counted.bytes)
 
 `on_pretended_gpu` gives tensors without numbers on a CUDA device that need not exist: shapes, layouts and devices are
-those of the real one, and what mixes devices or number formats fails as it would there. A model comes onto it by `moved`.
-A backward pass needs a real device; on the `meta` device, where layouts are those of no backend, it can be counted.
+those of the real one, and what mixes devices or number formats fails as it would there. A model comes onto it by
+`moved`. A backward pass needs a real device; on the `meta` device, whose layouts are those of no backend, it can be
+counted.
 """
 import contextlib
 import math
@@ -27,8 +28,8 @@ READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 
 
 class Operation(NamedTuple):
-    """name: of PyTorch's operation; bytes: of its inputs and outputs, each once; flops: of a product or convolution, else
-    0; copies: whether it only copies; waits: whether the host waits in it for the device; relaid: whether a map goes in
+    """name: of PyTorch's operation; bytes: of its inputs and outputs, each once; flops: of a product or convolution,
+    else 0; copies: whether it only copies; waits: whether the host waits in it for the device; relaid: whether a map goes in
     with the channels innermost and one comes out that lies otherwise."""
 
     name: str

@@ -1,4 +1,5 @@
-"""Work on a GPU, shown without one: on tensors without numbers, which have a device and a layout (benchmarks/counting.py).
+"""Work on a GPU, shown without one: on tensors without numbers, which have a device and a layout
+(benchmarks/counting.py).
 
 That each of these tests fails where it should was shown by hand: with a `.cpu()`, a `.clone()` and an NCHW tensor put
 into a step in turn."""
@@ -88,7 +89,7 @@ def test_a_step_of_the_published_network_moves_little_and_copies_nothing(dtype, 
             step = one_more_step(model, x, y, beta, schedule)
             assert 10 < len(step) <= most
             assert not [o.name for o in step if o.copies or o.waits]
-            if dtype == torch.float32:  # without a GPU PyTorch does not know that one has bf16 convolutions of this layout
+            if dtype == torch.float32:  # of bf16 PyTorch knows a GPU's layouts only where there is one
                 assert not [o.name for o in step if o.relaid]
             assert sum(o.bytes for o in step) <= (560e6 if dtype == torch.float32 else 350e6)
 
@@ -155,14 +156,22 @@ def test_golden_cases_by_masks(case, golden_model):
         by_masks(golden_model, masks)
         torch.use_deterministic_algorithms(masks)  # which forbid what has no order
         try:
-            found.append(mu.ep_gradients(golden_model, case["x"], case["y"], rule(c["T1"], c["T2"], criterion, betas[1])))
+            learns = rule(c["T1"], c["T2"], criterion, betas[1])
+            found.append(mu.ep_gradients(golden_model, case["x"], case["y"], learns))
             found[-1] += grads(golden_model).values()
-            mu.bptt_gradients(golden_model, case["x"], case["y"], rule(c["T1"], c["T2"], criterion))
+            mu.bptt_gradients(golden_model, case["x"], case["y"], learns)
             found[-1] += grads(golden_model).values()
         finally:
             torch.use_deterministic_algorithms(False)
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_with_tol_the_host_waits_at_every_twentieth_step():
+    model = MODELS["CNN max"](mu.my_hard_sig)
+    with pretended(model) as (x, _), Counting(read=len(x)) as counted:  # as if none had settled
+        mu.predicting_neurons(model, x, rule(100, 2, criterion_of(model), tol=1e-3), Stopwatch())
+    assert len(counted.names(lambda o: o.waits)) == 100 // 20 - 1  # the last steps end without a look
 
 
 @pytest.mark.parametrize("name", ["fp32", "tf32"])
