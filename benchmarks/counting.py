@@ -29,8 +29,8 @@ READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 
 class Operation(NamedTuple):
     """name: of PyTorch's operation; bytes: of its inputs and outputs, each once; flops: of a product or convolution,
-    else 0; copies: whether it only copies; waits: whether the host waits in it for the device; relaid: whether a map goes in
-    with the channels innermost and one comes out that lies otherwise."""
+    else 0; copies: whether it only copies; waits: whether the host waits in it for the device; relaid: whether a map
+    goes in with the channels innermost and one comes out that lies otherwise."""
 
     name: str
     bytes: int

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from energy import dynamics
-from energy.activations import RESCALED, affine
+from energy.activations import RESCALED, affine, my_hard_sig
 from energy.connections import Convolution, Dense
 from energy.dynamics import Chain, Phase, half_step, step
 
@@ -138,7 +138,7 @@ def _folds(steps):
     if torch.is_grad_enabled() and steps.routed:
         return False  # rounding decides between equal winners of a max-pooling, and published attacks depend on it
     return (steps.T > 1 and chain.activation in RESCALED and not chain.linear_output and not chain.compiled
-            and steps.phase.drive.dtype != torch.bfloat16
+            and (steps.phase.drive.dtype != torch.bfloat16 or chain.activation is my_hard_sig)  # half is exact
             and steps.T * steps.size >= 2 * sum(c.synapse.weight.numel() for c in chain.connections[1:]))
 
 
