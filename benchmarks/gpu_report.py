@@ -46,7 +46,7 @@ PARTS = [
     Part("Quick start, seed 2", f"{QUICK} --device 0 --epochs 20 --seed 2", 60, ""),
     Part("Recipe, compiled", "benchmarks/recipe.py --device 0 --repeats 2 --only compiled", 200, ""),
     Part("Bench", "benchmarks/bench.py --device 0 --repeats 3 --only mlp symmetric predictions", 120,
-         "benchmarks/bench.py --repeats 1 --only 'mlp free'"),
+         "benchmarks/bench.py --repeats 1 --only 'mlp free' --matrix 256"),
 ]
 
 # setting of recipe.py: that of roofline.py
@@ -62,7 +62,8 @@ def rows(text):
 
 
 def against_measured(roofline, recipe):
-    """Lines of a table: the prediction for each setting, and what the recipe took. roofline, recipe: what they printed."""
+    """Lines of a table: the prediction for each setting, and what the recipe took. roofline, recipe: what they
+    printed."""
     predicted, measured = rows(roofline), rows(recipe)
     lines = ["| setting | predicted, ms | measured, ms | measured over predicted |", "| --- | --- | --- | --- |"]
     for name, same in SAME.items():

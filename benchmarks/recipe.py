@@ -119,7 +119,8 @@ def main():
     except data_utils.UserError as e:
         sys.exit(str(e))
     settings = {name: setting for name, setting in SETTINGS.items() if any(word in name for word in options.only)
-                and not any(word in name for word in options.without) and (device.type == "cuda" or setting[0] == "fp32")}
+                and not any(word in name for word in options.without)
+                and (device.type == "cuda" or setting[0] == "fp32")}
     lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "",
              f"`{command_of(sys.argv)}`", "",
              f"EP symmetric, T1 {T1}, T2 {T2}, betas {betas[0]:g} {betas[1]:g}, batch {len(y)}, weights and images "

@@ -32,8 +32,8 @@ import model_utils  # noqa: E402
 from experiment import arguments  # noqa: E402
 from experiment.flags import FLAGS  # noqa: E402
 
-PUBLISHED = ("--task CIFAR10 --model CNN --channels 128 256 512 512 --kernels 3 3 3 3 --strides 1 1 1 1 --paddings 1 1 1 "
-             "0 --pools mmmm --fc 10 --act my_hard_sig --loss cel --softmax")
+PUBLISHED = ("--task CIFAR10 --model CNN --channels 128 256 512 512 --kernels 3 3 3 3 --strides 1 1 1 1 --paddings 1 1 "
+             "1 0 --pools mmmm --fc 10 --act my_hard_sig --loss cel --softmax")
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -142,7 +142,8 @@ def table(args, options, device):
         ratios = [f"{max(y['both'], y['host']) / both:.1f}" for y in yardsticks]
         cells = [name, f"{T[0]}, {T[1]}", sum(whole.values()), f"{total(whole, lambda o: o.flops) / 1e12:.1f}",
                  f"{total(whole, lambda o: o.bytes) / 1e9:.0f}",
-                 *(f"{1e3 * found[key]:.0f}" for key in ("arithmetic", "memory", "both", "host")), bound(found), *ratios]
+                 *(f"{1e3 * found[key]:.0f}" for key in ("arithmetic", "memory", "both", "host")), bound(found),
+                 *ratios]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     for name, found in zip(("textbook, fp32", "textbook, PyTorch's default"), yardsticks):
         row(name, options.steps, parts, found)

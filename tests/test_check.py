@@ -5,7 +5,8 @@ import subprocess
 import tempfile
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT  # which makes benchmarks/ known
+
 import gpu_report
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "check").glob("*.sh") if path.stem not in ("setup", "test", "common"))

@@ -16,7 +16,8 @@ pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not (ON_CPU or torch.cuda.is_available()), reason="there is no CUDA device")]
 INDEX = -1 if ON_CPU else 0
 TRAIN = (f"--task digits --device {INDEX} --seed 3 --deterministic --train-size 80 --test-size 40 --T1 8 --T2 3 "
-         "--thirdphase --random-sign --model CNN --channels 4 6 --kernels 3 3 --pools mm --act my_hard_sig --loss cel --softmax")
+         "--thirdphase --random-sign --model CNN --channels 4 6 --kernels 3 3 --pools mm --act my_hard_sig --loss cel "
+         "--softmax")
 
 
 @pytest.fixture(scope="module")
