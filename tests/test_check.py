@@ -4,10 +4,9 @@ import shutil
 import subprocess
 import tempfile
 
+import gpu_report
 import pytest
 from conftest import ROOT  # which makes benchmarks/ known
-
-import gpu_report
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "check").glob("*.sh") if path.stem not in ("setup", "test", "common"))
 

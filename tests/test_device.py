@@ -5,14 +5,14 @@ That each of these tests fails where it should was shown by hand: with a `.cpu()
 into a step in turn."""
 import collections
 import contextlib
-import math
 
 import pytest
 import torch
-from conftest import MODELS, criterion_of, grads, masked, rule, sample
+from conftest import MODELS, criterion_of, grads, rule
 from counting import Counting, moved, on_pretended_gpu
 
 import model_utils as mu
+from ART_Timesteps_Addition.pytorch import Unrolled, by_equilibrium_propagation
 from data_utils import TASKS, Batches
 from energy import fast
 from energy.poolings import MaxPool
@@ -21,7 +21,6 @@ from experiment import arguments
 from experiment.flags import FLAGS
 from experiment.health import Health
 from experiment.timing import Stopwatch
-from ART_Timesteps_Addition.pytorch import Unrolled, by_equilibrium_propagation
 
 
 @contextlib.contextmanager

@@ -211,8 +211,8 @@ def test_when_settled_images_leave_changes_nothing(model, looks, share, monkeypa
     def advance(chain, phase, neurons):
         sizes.append(len(phase.drive))
         return dynamics.step(chain, phase, neurons)
-    for y, beta, T in ((None, 0.0, 60), (y, 0.3, 33)):
-        phase, found = model.phase(chain.input_drive(x), y, beta, loss), []
+    for labels, beta, T in ((None, 0.0, 60), (y, 0.3, 33)):
+        phase, found = model.phase(chain.input_drive(x), labels, beta, loss), []
         for leaving in (None, dynamics.Leaving(looks, share)):
             sizes.clear()
             found.append(dynamics.relax_until_settled(chain, phase, T, 1e-4, advance=advance, leaving=leaving))

@@ -7,8 +7,8 @@ from conftest import MODELS, criterion_of, grads, masked, rule, sample, settle
 
 import model_utils as mu
 from energy import dynamics, fast
-from experiment import arguments
 from energy.connections import Convolution, Dense, WindowConvolution
+from experiment import arguments
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 NAMES = tuple(fast.TABLE)
