@@ -13,7 +13,6 @@ if __name__ == "__main__":  # while libraries load there is nothing to save and 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
-import datetime
 import os
 import pathlib
 import shlex
@@ -69,7 +68,7 @@ class Job:
     def run_folder(self):
         """The folder of --load-path; raises UserError where nothing can be written to it."""
         from experiment.run_folder import RunFolder
-        run = RunFolder(self.saved.path.parent)
+        run = RunFolder(self.saved.path.parent, self.args.figures, f"{self.args.model} on {self.args.task}")
         run.check_writable()
         return run
 
@@ -157,13 +156,21 @@ def _how_to_go_on(job, folder, done, first):
 
 
 def evaluate(job):
-    """Accuracy on the training and test images, printed and appended to hyperparameters.txt."""
+    """Accuracy on the training and test images, printed and appended to hyperparameters.txt; with --save also what is
+    predicted of every test image."""
     import model_utils
+    from experiment import records
     from experiment.timing import Stopwatch
     args, run, parts, names = job.args, job.run_folder(), [], {"train": "train", "val": "validation", "test": "test"}
+    found = None
     for split in names if args.val_size else ("train", "test"):
         data, stopwatch = job.batches(split), Stopwatch()
-        accuracy = model_utils.evaluate(job.model, data, job.rule, f"evaluating, {split}", stopwatch, job.workers)
+        work = (job.model, data, job.rule, f"evaluating, {split}", stopwatch, job.workers)
+        if args.save and split == "test":
+            found = model_utils.judgements(*work)
+            accuracy = found.accuracy
+        else:
+            accuracy = model_utils.evaluate(*work)
         stopwatch.settling.gather(job.workers)
         parts.append(f"{names[split]} accuracy {100 * accuracy:.2f} % ({data.samples} "
                      f"images{f', {stopwatch.settling}' if args.tol else ''})")
@@ -172,6 +179,9 @@ def evaluate(job):
     print(line)
     if job.workers.rank == 0:
         run.append_hyperparameters(line)
+        if found:
+            records.write_predictions(run, found, TASKS[args.task].classes)
+            print(records.where_predictions(run, args.loss))
 
 
 def _unsettled(job, data, T1):
@@ -187,17 +197,14 @@ def characteristic(job):
     """Test accuracy after every number of free steps up to T1."""
     import model_utils
     from energy.dynamics import SETTLED
-    from experiment import figures
+    from experiment import records
     args, run, data, source = job.args, job.run_folder(), job.batches("test"), job.saved.source
     eps = args.tol or SETTLED
     accuracy, settled = model_utils.characteristic(job.model, data, job.rule, eps)
     reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
-    run.write_lines("Characteristic_Time.txt", [
-        f"# {source}, T1 = {args.T1}, {data.samples} test images, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}, "
-        f"settled: no layer moved by {eps:g} of its norm in a step",
-        "# t accuracy settled", *(f"{t} {share:.6f} {still:.6f}" for t,
-                                  (share, still) in enumerate(zip(accuracy, settled), 1))])
-    run.save_figure("Characteristic_Time.png", figures.characteristic(accuracy, settled, eps))
+    x = next(iter(data))[0]
+    moving = (*model_utils.relaxation(job.model, x, job.rule), len(x))
+    records.write_characteristic(run, job.saved, (accuracy, settled), moving, eps, data.samples)
     print(f"{source} after T1 = {args.T1} steps: test accuracy {100 * accuracy[-1]:.2f} % ({data.samples} images), "
           f"first within 0.1 points of it at step {reached}; {100 * settled[-1]:.2f} % settled\n"
           f"results are in {run.folder / 'Characteristic_Time.txt'}")
@@ -339,14 +346,15 @@ def _save_gdu(run, comparison):
     """The raw contributions, the table, and the figures of a comparison."""
     import torch
 
-    from experiment import figures
+    from experiment import figures_checks
     for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (comparison.BPTT, *comparison.runs)):
         run.save(file, {name: tensor.cpu() for name, tensor in value.items()})
     run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in comparison.rows])
     generator = torch.Generator().manual_seed(0)
     for name, bptt in comparison.bptt.items():
-        run.save_figure(f"gdu_{name}.png", figures.gdu_entries(name, bptt, comparison.ep[name], generator))
-    run.save_figure("gdu_overview.png", figures.gdu_overview(list(comparison.bptt), comparison.rows))
+        run.save_figure(f"gdu_{name}.png", figures_checks.gdu_entries(name, bptt, comparison.ep[name], generator))
+    run.save_figure("gdu_layers.png", figures_checks.gdu_layers(comparison.bptt, comparison.ep, generator))
+    run.save_figure("gdu_overview.png", figures_checks.gdu_overview(list(comparison.bptt), comparison.rows))
 
 
 # ---------------------------------------------------------------------------------- the command line

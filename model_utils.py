@@ -23,6 +23,7 @@ from energy.dynamics import Chain, Phase, relative_change  # noqa: F401
 from energy.gdu import check_gdu, compare_gdu, gdu_report  # noqa: F401
 from energy.poolings import POOLS, make_pools  # noqa: F401
 from energy.precision import exactly, set_precision  # noqa: F401
+from experiment import records
 from experiment.arguments import resolve
 from experiment.checkpoints import load_weights, open_saved
 from experiment.flags import WITHOUT_GRADIENT
@@ -32,8 +33,10 @@ from experiment.prediction import (  # noqa: F401
     correct,
     evaluate,
     free_phase,
+    judgements,
     predicting_neurons,
     predictions,
+    relaxation,
 )
 from experiment.report import epoch_line, epoch_row
 from experiment.story import Story, resumable_state, snapshot
@@ -599,9 +602,7 @@ class Trainer:
             story.best = copy.deepcopy(state) if improved else story.best
             resumable = resumable_state(story, self.optimizer, self.scheduler, generator)
             if final or time.monotonic() - self.drawn > self.DRAW:
-                from experiment import figures  # Matplotlib takes a while
-                self.run.save_figure("train-test_acc.png", figures.accuracy(committed))
-                self.run.save_figure("neural_activity.png", figures.activity(neurons))
+                records.draw_training(self.run, self.model, state, story, neurons)
                 self.drawn = time.monotonic()
             self.run.commit(state, resumable, improved, final)
         story.history.append(row)

@@ -1,4 +1,6 @@
 """What one argument demands of another, and which flags have no effect."""
+import importlib.util
+
 from data_utils import TASKS, UserError
 from experiment.arguments import shown
 from experiment.flags import ALL, WITHOUT_GRADIENT
@@ -19,6 +21,9 @@ def check(args):
     if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
         raise UserError("--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is "
                         f"{args.task}")
+    if (args.tensorboard and args.todo == "train" and (args.save or args.load_path)
+            and not importlib.util.find_spec("tensorboard")):
+        raise UserError("argument --tensorboard: the package tensorboard is not installed; pip install tensorboard")
     _check_rule(args)
 
 
@@ -76,6 +81,11 @@ def notes(args, given):
             yield f"--{flag.name} has no effect on {args.model}, only on {' and '.join(flag.models)}"
     if given.get("data_aug") and args.todo == "train" and not TASKS[args.task].augments:
         yield f"--data-aug has no effect on {args.task}: mirrored or shifted, its images mean something else"
+    if not (args.save or args.todo == "train" and args.load_path):
+        written = {"train": ("figures", "tensorboard"), "evaluate": ("figures",), "gducheck": ("figures",)}
+        for name in written.get(args.todo, ()):
+            if name in given:
+                yield f"--{name} has no effect without --save"
     for name in ("random_sign", "thirdphase", "check_thm"):
         if given.get(name) and args.todo == "train" and args.alg != "EP" and (args.alg != "CEP" or name == "check_thm"):
             yield f"--{name.replace('_', '-')} has no effect with --alg {args.alg}"

@@ -1,148 +1,170 @@
-"""The figures of a run folder: functions from numbers to a Matplotlib figure."""
+"""The figures of a run: functions from numbers to a Matplotlib figure. Those of checks and attacks are in
+`figures_checks`."""
 import numpy as np
-import torch
-from matplotlib.figure import Figure
+
+from experiment.drawing import curve_options, grid, legend_below, new_figure, style, vertical, whole_ticks
+
+LABELLED = 5  # resumptions that are described in the legend, the latest ones
+SATURATED = 0.01  # of the range of an activation: neurons so near an end are counted as saturated
 
 
-def accuracy(rows):
-    """Accuracies over the epochs. rows: those of metrics.csv, as dicts."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch", ylabel="accuracy (%)", title="Accuracy of the free phase")
-    epochs = [row["epoch"] for row in rows]
-    for key, label in (("train_acc", "train, during the epoch"), ("test_acc", "test, after the epoch")):
-        axes.plot(epochs, [row[key] for row in rows], marker="o", markersize=3,
-                  label=f"{label} (last {rows[-1][key]:.2f})")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
+@style()
+def accuracy(rows, picked=None, resumptions=None, chance=None):
+    """Accuracies over the epochs.
+
+    rows: those of metrics.csv, as dicts; picked: the epoch of the model that is kept; resumptions: {epoch: what changed
+    before it, in words}; chance: the accuracy of guessing, in %."""
+    resumptions = sorted((resumptions or {}).items())
+    figure = new_figure("Accuracy of the free phase", height=3.8 + 0.16 * min(len(resumptions), LABELLED))
+    axes, epochs = figure.add_subplot(xlabel="epoch", ylabel="accuracy (%)"), [row["epoch"] for row in rows]
+    for n, (key, label) in enumerate((("train_acc", "train, during the epoch"), ("test_acc", "test, after the epoch"),
+                                      ("val_acc", "validation, after the epoch"))):
+        if any(key in row for row in rows):
+            values = [row.get(key, np.nan) for row in rows]
+            axes.plot(epochs, values, label=f"{label} (last {values[-1]:.2f})", **curve_options(n, len(rows)))
+    chosen_on = "val_acc" if any("val_acc" in row for row in rows) else "test_acc"
+    for row in rows:
+        if row["epoch"] == picked and chosen_on in row:
+            axes.plot(picked, row[chosen_on], "*", color="black", fillstyle="none", markersize=12, zorder=5,
+                      label=f"model.pt: epoch {picked} ({row[chosen_on]:.2f})")
+    for n, (epoch, text) in enumerate(resumptions, LABELLED - len(resumptions)):
+        label = f"resumed before epoch {epoch}" + (f": {text}" if text else "")
+        vertical(axes, epoch - 0.5, (label if len(label) <= 90 else label[:87] + "...") if n >= 0 else None, ":")
+    if chance is not None:
+        axes.axhline(chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="", label=f"chance ({chance:g})")
+    if len(rows) == 1:
+        axes.set_xticks(epochs)
+    else:
+        whole_ticks(axes.xaxis)
+    legend_below(figure, 1 if resumptions else 2)
     return figure
 
 
-def activity(neurons):
-    """Histogram of each layer's neurons at the end of a free phase. neurons: list of tensors, one per layer."""
-    figure = Figure(figsize=(3.2 * len(neurons), 3.2), layout="constrained")
-    figure.suptitle("Neurons at the end of the free phase, last training batch")
-    for n, (axes, state) in enumerate(zip(figure.subplots(1, len(neurons), squeeze=False)[0], neurons), 1):
-        values = state.detach().float().flatten().cpu().numpy()
-        low, high = float(values.min()), float(values.max())
-        margin = 0.0 if high - low > 1e-3 else 0.5  # saturated layers can hold one value only
-        axes.hist(values, bins=50, range=(low - margin, high + margin), log=True)
-        axes.set_title(f"s_{n}, {' x '.join(map(str, state.shape[1:]))}", fontsize=9)
+def saturation(state, ends):
+    """(share of a layer's neurons at the low end of the activation's range, share at its high end)"""
+    low, high = ends
+    margin = SATURATED * (high - low)
+    return (state <= low + margin).float().mean().item(), (state >= high - margin).float().mean().item()
+
+
+@style()
+def activity(neurons, ends=None, linear_output=False):
+    """Histogram of each layer's neurons at the end of a free phase, with the share at either end.
+
+    neurons: list of tensors, one per layer; ends: of the activation's range; linear_output: whether the last layer has
+    no activation."""
+    figure = new_figure("Neurons at the end of the free phase, last training batch", 2.6 * min(len(neurons), 4) + 0.4,
+                        0.9 + 2.5 * -(-len(neurons) // 4))
+    panels = grid(figure, len(neurons), 4)
+    for n, (axes, state) in enumerate(zip(panels, neurons), 1):
+        values = state.detach().float().flatten().cpu()
+        own = None if linear_output and n == len(neurons) else ends
+        low, high = own or (float(values.min()), float(values.max()))
+        margin = 0.02 * (high - low) if high - low > 1e-3 else 0.5  # saturated layers can hold one value only
+        shares = np.full(len(values), 100 / max(len(values), 1))
+        axes.hist(values.numpy(), bins=52, range=(low - margin, high + margin), weights=shares)
+        # zero is the foot of every bar, and yet a peak at an end does not hide the rest
+        axes.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+        axes.set_ylim(bottom=0)
+        axes.locator_params(axis="y", nbins=5)
+        text = f"s_{n} ({' x '.join(map(str, state.shape[1:]))})"
+        if own:
+            at_low, at_high = saturation(values, own)
+            text += f"\nat {low:g}: {100 * at_low:.1f} %, at {high:g}: {100 * at_high:.1f} %"
+        axes.set_title(text + ("\nno activation" if not own and linear_output else ""))
         axes.set_xlabel("activation")
-    figure.axes[0].set_ylabel("neurons")
+    panels[0].set_ylabel("share of the neurons (%),\nsquare-root scale")
+    if ends:
+        figure.supxlabel(f"at an end: within {100 * SATURATED:g} % of the range of the activation", fontsize=8)
     return figure
 
 
-def characteristic(accuracy, settled, eps):
-    """The shares of images classified correctly and settled over the free steps; each a list with an entry per step."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="time steps of the free phase", ylabel="share of the test images (%)",
-                              ylim=(-2, 102),
-                              title="Accuracy over the number of free steps")
-    for shares, label, style in ((accuracy, f"classified correctly (last {100 * accuracy[-1]:.2f})", "-"),
-                                 (settled,
-                                  f"settled: no layer moved by {eps:g} of its norm (last {100 * settled[-1]:.2f})",
-                                  "--")):
-        axes.plot(range(1, len(shares) + 1), [100 * share for share in shares], style, marker="o" if len(shares) <= 50
-                  else None,
-                  markersize=3, label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize=9)
+@style()
+def characteristic(accuracy, settled, eps, trained_T1=None, chance=None):
+    """The shares of images classified correctly and settled over the free steps.
+
+    accuracy, settled: lists with an entry per step; eps: of `settled`; trained_T1: the T1 of the training; chance: the
+    accuracy of guessing, in %."""
+    figure = new_figure("Accuracy over the number of free steps", height=4.8)
+    panels, steps = figure.subplots(2, 1, sharex=True), np.arange(1, len(accuracy) + 1)
+    for n, (axes, shares, label) in enumerate(zip(panels, (accuracy, settled), ("classified correctly", "settled"))):
+        axes.plot(steps, 100 * np.array(shares), f"C{n}" + "o^"[n] + ("-", "--")[n],
+                  label=f"{label} (last {100 * shares[-1]:.2f} %)", **curve_options(n, len(steps)))
+        if trained_T1 and trained_T1 <= len(steps):
+            vertical(axes, trained_T1, f"T1 = {trained_T1} of the training")
+    if chance is not None:
+        panels[0].axhline(chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="",
+                          label=f"chance ({chance:g} %)")
+    panels[0].set_ylabel("test accuracy (%)")
+    panels[1].set_ylabel("settled images (%)")
+    panels[1].set_ylim(-3, 103)
+    panels[1].set_xlabel(f"time steps of the free phase (settled: no layer moved by {eps:g} of its norm)")
+    whole_ticks(panels[1].xaxis)
+    legend_below(figure)
     return figure
 
 
-def gdu_entries(name, bptt, ep, generator, shown=5):
-    """Cumulative EP (dashed) and BPTT (solid) over time for some entries of one parameter or layer, drawn with
-    `generator`.
+@style()
+def relaxation(residual, energy, trained_T1=None):
+    """The residual and, of a model that has one, the energy over the free steps, of one mini-batch.
 
-    bptt, ep: (T2, *shape)."""
-    live = bptt.flatten(1).abs().sum(0).cpu().nonzero().flatten()  # entries that stay 0 have nothing to show
-    candidates = live if len(live) else torch.arange(bptt[0].numel())
-    chosen = candidates[torch.randperm(len(candidates), generator=generator)[:shown]]
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="time steps of the nudged phase, and of BPTT from the end",
-                              ylabel="cumulative estimate",
-                              title=f"{name}: EP (dashed) and BPTT (solid)")
-    time = range(1, len(bptt) + 1)
-    for n, entry in enumerate(chosen.tolist()):
-        place = ", ".join(str(int(i)) for i in np.unravel_index(entry, bptt.shape[1:]))
-        for estimate, style in ((bptt, "-"), (ep, "--")):
-            axes.plot(time, estimate.flatten(1)[:, entry].cumsum(0).cpu().numpy(), style, color=f"C{n}",
-                      label=f"[{place}]" if style == "-" else None)
-    axes.axhline(0, color="black", linewidth=0.5)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8, title="entry", title_fontsize=8)
+    residual, energy: lists with an entry per step; energy: None where there is none; trained_T1: the T1 of the
+    training."""
+    figure = new_figure("Residual" + ("" if energy is None else " and energy") + " over the free steps, one mini-batch",
+                        height=2.9 if energy is None else 4.8)
+    steps, curves = np.arange(1, len(residual) + 1), [(residual, "relative change in the step", "residual")]
+    if energy is not None:
+        curves.append((energy, "Phi, mean over the images", "energy"))
+    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    for n, (axes, (values, label, name)) in enumerate(zip(panels, curves)):
+        axes.plot(steps, values, f"C{n}" + "o^"[n] + ("-", "--")[n], label=f"{name} (last {values[-1]:.3g})",
+                  **curve_options(n, len(steps)))
+        axes.set_ylabel(label)
+        if trained_T1 and trained_T1 <= len(steps):
+            vertical(axes, trained_T1, f"T1 = {trained_T1} of the training")
+    if any(value > 0 for value in residual):
+        panels[0].set_yscale("log")
+    panels[-1].set_xlabel("time steps of the free phase")
+    whole_ticks(panels[-1].xaxis)
+    legend_below(figure, 3)
     return figure
 
 
-def gdu_overview(names, rows):
-    """The distance of the summed EP estimates to BPTT, of all parameters and layers. rows: of `compare_gdu`."""
-    figure = Figure(figsize=(7, 1.6 + 0.32 * len(names)), layout="constrained")
-    axes = figure.add_subplot(xlabel="||sum of EP - sum of BPTT|| / ||sum of BPTT||",
-                              title="Distance of the summed EP estimates to BPTT")
-    for n, estimate in enumerate(dict.fromkeys(row["estimate"] for row in rows)):
-        values = {row["name"]: row["distance"] for row in rows if row["estimate"] == estimate}
-        axes.plot([values[name] for name in names], range(len(names)), "os"[n], label=estimate)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2)
+@style()
+def confusion(counts):
+    """How many test images of each class were taken for which. counts: (classes, classes), rows the true ones."""
+    counts, classes = np.asarray(counts), len(counts)
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure = new_figure(f"Confusion of {counts.sum()} test images, {100 * np.trace(counts) / max(counts.sum(), 1):.2f} "
+                        "% correct", 5.6, 5.2)
+    axes = figure.add_subplot(xlabel="predicted class", ylabel="true class")
+    picture = axes.imshow(shares, vmin=0, vmax=100, cmap="cividis")
+    axes.grid(False)
+    if classes <= 20:
+        axes.set_xticks(range(classes))
+        axes.set_yticks(range(classes))
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=7,
+                          color="black" if shares[row, column] > 55 else "white")
+    figure.colorbar(picture, label="share of the true class (%)", shrink=0.8)
     return figure
 
 
-def sweep(rows, settings, clean):
-    """Accuracy under attack over eps, a curve per gradient. rows: those of an attack sweep's table."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"eps ({settings['attack_norm']}-norm, images in [0, 1])", ylabel="accuracy (%)",
-                              xscale="log",
-                              title=f"{settings['attack']}, {settings['images']} images", ylim=(0, 100))
-    axes.axhline(100 * clean, color="black", linewidth=1, label="clean")
-    for grad in dict.fromkeys(row["grad"] for row in rows):
-        own = [row for row in rows if row["grad"] == grad and float(row["eps"]) > 0]
-        bound = " (upper bound: gradients vanish)" if any(float(r["masked"]) > 0.01 for r in own) else ""
-        axes.plot([float(r["eps"]) for r in own], [100 * float(r["adversarial"]) for r in own], marker="o",
-                  markersize=3, label=grad + bound)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def attacked_images(images, labels, clean, result, title, shown=6):
-    """Some attacked images, those that changed class first: the image, the change, the attacked image.
-
-    images: (n, C, H, W) in [0, 1]; labels: (n,); clean: (n,) bool, whether classified correctly; result: of
-    `model_utils.attack`."""
-    chosen = np.argsort(result["correct"] | ~clean, kind="stable")[:shown]
-    figure = Figure(figsize=(1.6 * len(chosen) + 0.6, 5.4), layout="constrained")
-    figure.suptitle(title)
-    for column, i in enumerate(chosen):
-        delta = result["x_adv"][i] - images[i]
-        scale = np.abs(delta).max() or 1.0
-        before = f"{labels[i]}" if clean[i] else f"not {labels[i]}"
-        panels = ((images[i], f"predicted {before}"), (0.5 + delta / (2 * scale), f"change, up to {scale:.2g}"),
-                  (result["x_adv"][i], f"predicted {result['prediction'][i]}"))
-        for row, (panel, caption) in enumerate(panels):
-            axes = figure.add_subplot(3, len(chosen), row * len(chosen) + column + 1)
-            axes.imshow(np.clip(panel, 0, 1).transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
-            axes.set_title(caption, fontsize=8)
-            axes.axis("off")
-    return figure
-
-
+@style()
 def corruptions(shares, names, means, images):
     """A heat map of the accuracy under each corruption and severity. shares: (corruptions, severities), in %; means:
     fractions."""
-    figure = Figure(figsize=(6, 7.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="severity", title=f"Accuracy (%) under corruption, {images} images each\n"
-                              f"mean {100 * means[0]:.1f}, of the first 15 {100 * means[1]:.1f}")
-    picture = axes.imshow(shares, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    figure = new_figure(f"Accuracy under corruption, {images} images each", height=6.8)
+    axes = figure.add_subplot(xlabel=f"severity\nmean accuracy {100 * means[0]:.1f} %, over the first 15 corruptions "
+                                     f"{100 * means[1]:.1f} %")
+    picture = axes.imshow(shares, vmin=0, vmax=100, cmap="cividis", aspect="auto")
+    axes.grid(False)
     for (row, column), share in np.ndenumerate(shares):
-        axes.text(column, row, f"{share:.1f}", ha="center", va="center", fontsize=9, color="black" if share > 60
-                  else "white")
+        axes.text(column, row, f"{share:.1f}", ha="center", va="center", fontsize=8,
+                  color="black" if share > 55 else "white")
     axes.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.axhline(14.5, color="white", linewidth=3)  # the four extra ones are below
+    axes.axhline(14.5, color="white", linewidth=3, linestyle="-", marker="")  # the four extra ones are below
     figure.colorbar(picture, label="accuracy (%)", shrink=0.6)
     return figure

@@ -48,6 +48,9 @@ FLAGS = {
              "train: write a run folder results/ALG/LOSS/date/time (a resumed run always writes to "
              "its own); elsewhere: keep images, predictions or plots", S, todos=("train", "evaluate", "attack",
                      "gducheck")),
+        Flag("figures", str, "png", "file format of figures", S, ("png", "pdf")),
+        Flag("tensorboard", bool, False, "write the scalars of every epoch to RUN/tensorboard (needs the package "
+             "tensorboard)", S, todos=TRAIN),
         Flag("device", int, 0, "index of the GPU; -1 is the CPU", S, low=-1),
         Flag("precision", str, "fp32", "of the time steps on a CUDA device; weights, EP's contrast and attacks' "
              "gradients stay fp32", S, ("fp32", "tf32", "bf16"), todos=NOT_GDU),

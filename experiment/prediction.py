@@ -3,6 +3,7 @@
 `model` is an energy model; `rule` its `model_utils.Rule`, of which T1, tol and loss count here.
 """
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -74,3 +75,59 @@ def characteristic(model, batches, rule, eps=SETTLED):
             hits[t] += correct(chain, neurons, y)
             settled[t] += still.sum()
     return [[int(count) / batches.samples for count in counts] for counts in (hits, settled)]
+
+
+class Judgements(NamedTuple):
+    """What a model says of every image of a data set, tensors (n,) on the CPU.
+
+    labels, classes   true and predicted class
+    confidence        of the prediction: with the loss `cel` the softmax probability of the read-out, with `mse` the
+                      value of the output neuron
+    steps             free steps that were taken
+    """
+
+    labels: torch.Tensor
+    classes: torch.Tensor
+    confidence: torch.Tensor
+    steps: torch.Tensor
+
+    @property
+    def accuracy(self):
+        """The share of images classified correctly; nan of none."""
+        return int((self.labels == self.classes).sum()) / len(self.labels) if len(self.labels) else math.nan
+
+
+@torch.no_grad()
+def judgements(model, batches, rule, description="evaluating", stopwatch=None, workers=Workers()):
+    """The `Judgements` of a data set, predicted as `evaluate` does; `workers` take whole mini-batches in turn, and all
+    get all."""
+    stopwatch, own, chain = stopwatch or Stopwatch(), [], model.chain(rule.loss)
+    for x, y in workers.strided(progress(batches, description)):
+        phase, steps = Phase(chain.input_drive(x)), torch.full((len(y),), rule.T1)
+        if rule.tol:
+            neurons, settling = fast.relax_until_settled(chain, phase, rule.T1, rule.tol)
+            stopwatch.settling.add(*settling)
+            steps = settling.steps.cpu()
+        else:
+            neurons = fast.relax(chain, phase, None, rule.T1, 0)
+        out = chain.read(neurons)
+        certain = out.float().softmax(1) if rule.loss == "cel" else out.float()
+        classes = out.argmax(1)
+        own.append((y.cpu(), classes.cpu(), certain.gather(1, classes[:, None])[:, 0].cpu(), steps))
+    return Judgements(*map(torch.cat, zip(*workers.gather_strided(own), strict=True)))
+
+
+@torch.no_grad()
+def relaxation(model, x, rule):
+    """(residual, energy) of one mini-batch over rule.T1 free steps from zero neurons, each a list with an entry per
+    step: the relative change in that step, see `relative_change`, and Phi, means over the images. energy is None of a
+    vector-field model, which has none."""
+    chain, residual, energy = model.chain(rule.loss), [], []
+    phase = Phase(chain.input_drive(x))
+    neurons = chain.zeros(phase.drive)
+    for _ in range(rule.T1):
+        before, neurons = neurons, fast.relax(chain, phase, neurons, 1)
+        residual.append(relative_change(before, neurons).float().mean().item())
+        if not len(model.B_syn):
+            energy.append(model.Phi(x, None, neurons, 0.0, rule.loss).float().mean().item())
+    return residual, energy or None

@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from data_utils import TASKS
+from experiment import figures, figures_checks
 from experiment.files import TEXT, replacing
 
 HEADER = "# settings: "
@@ -62,7 +64,7 @@ class Sweep:
     """
 
     # the .txt, which says whose files these are, moves last
-    ENDS = (".csv", ".png", "_images.png", "_images.npz", ".txt")
+    ENDS = (".csv", ".png", ".pdf", "_images.png", "_images.pdf", "_images.npz", ".txt")
 
     def __init__(self, run, settings, clean, source):
         self.run, self.settings, self.clean, self.source = run, settings, clean, source
@@ -118,18 +120,17 @@ class Sweep:
         self.run.write_lines(self.text.name, lines)
 
     def plot(self):
-        from experiment import figures
-        self.run.save_figure(f"{self.stem}.png", figures.sweep(self.rows, self.settings, self.clean))
+        self.run.save_figure(f"{self.stem}.png", figures_checks.sweep(self.rows, self.settings, self.clean,
+                                                                          1 / TASKS[self.settings["task"]].classes))
 
     def save_images(self, images, labels, clean, eps, result):
         """All attacked images as .npz, and a picture of some, those that changed class first."""
         with replacing(self.run.folder / f"{self.stem}_images.npz") as path, open(path, "wb") as file:
             np.savez_compressed(file, x_adv=result["x_adv"], labels=labels.numpy(), prediction=result["prediction"],
                                 eps=eps)
-        from experiment import figures
-        figure = figures.attacked_images((images.float() / 255).numpy(), labels, clean.numpy(), result,
-                                         f"{self.settings['attack']}, "
-                                         f"{self.settings['attack_norm']}-norm, eps = {eps:g}")
+        figure = figures_checks.attacked_images((images.float() / 255).numpy(), labels, clean.numpy(), result,
+                                                f"Attacked images: {self.settings['attack']}, "
+                                                f"{self.settings['attack_norm']}-norm, eps = {eps:g}")
         self.run.save_figure(f"{self.stem}_images.png", figure)
 
 
@@ -146,7 +147,7 @@ class CorruptionTable:
 
     def __init__(self, run, settings, names, severities, source):
         self.run, self.settings, self.names, self.text = run, settings, names, run.folder / "Corruption_Accuracy.txt"
-        self.rows, self.source, ends = {}, source, (".png", ".txt")
+        self.rows, self.source, ends = {}, source, (".png", ".pdf", ".txt")
         if settings_of(self.text) == json.loads(json.dumps(settings)):
             words = [line.split() for line in self.text.read_text(**TEXT).splitlines()]
             self.rows = {name: shares for name, *shares in filter(None, words) if name in names
@@ -175,7 +176,6 @@ class CorruptionTable:
         self.run.write_lines(self.text.name, lines)
 
     def plot(self):
-        from experiment import figures
         shares = np.array([[100 * float(share) for share in self.rows[name]] for name in self.names])
         self.run.save_figure("Corruption_Accuracy.png", figures.corruptions(shares, self.names, self.means(),
                                                                             self.settings["images"]))

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import importlib.metadata
 import itertools
+import json
 import os
 import pathlib
 import platform
@@ -16,15 +17,18 @@ import numpy as np
 import torch
 
 from data_utils import UserError, one_line
+from experiment import records
+from experiment.drawing import run_title, style
 from experiment.files import TEXT, Lock, WriteFailed, left_behind, replacing, why, write_text
 
 
 class RunFolder:
-    """The folder of one run. folder: its path. Whatever looks at a run leaves alone what a training may be writing just
-    now."""
+    """The folder of one run. folder: its path; figures: the format of its figures, png or pdf; about: model and task,
+    for their titles. Whatever looks at a run leaves alone what a training may be writing just now."""
 
-    def __init__(self, folder):
-        self.folder, self._lock = pathlib.Path(folder), None
+    def __init__(self, folder, figures="png", about=""):
+        self.folder, self.figures, self.about = pathlib.Path(folder), figures, about
+        self._lock = self._board = None
 
     @classmethod
     def create(cls, args, device, command_line, model, checkpoint, root="results"):
@@ -38,7 +42,7 @@ class RunFolder:
         hidden = final.with_name(f".{final.name}.{os.getpid()}")
         try:
             hidden.mkdir(parents=True)
-            run = cls(hidden)
+            run = cls(hidden, args.figures, f"{args.model} on {args.task}")
             run.write_hyperparameters(command_line, vars(args), model, device)
             run.save("checkpoint.tar", checkpoint)
             run.lock()
@@ -67,6 +71,8 @@ class RunFolder:
         self._lock = Lock(self.folder)
 
     def release(self):
+        if self._board:
+            self._board.close()
         if self._lock:
             self._lock.release()
 
@@ -91,15 +97,21 @@ class RunFolder:
         write_text(self.folder / "hyperparameters.txt", "\n".join([
             *_heading("command line", command_line, device), "", "arguments:",
             *(f"  {name}: {value!r}" for name, value in sorted(args.items())), "", "model:", str(model), ""]))
+        self.write_config(args)
+
+    def write_config(self, args):
+        """Writes every argument to config.json. args: {dest: value}."""
+        write_text(self.folder / "config.json", json.dumps(args, indent=2, sort_keys=True) + "\n")
 
     def note_resumption(self, command_line, device, epoch, before, args):
-        """Appends to hyperparameters.txt that a training goes on from `epoch`. before, args: dicts of the arguments
-        until now and now."""
+        """Appends to hyperparameters.txt that a training goes on from `epoch`, and renews config.json. before, args:
+        dicts of the arguments until now and now."""
         changed = [f"  {name}: {value!r}  # before: {before[name]!r}" for name, value in sorted(args.items())
                    if name in before and before[name] != value]
         self.append_hyperparameters("\n".join(["", f"resumed from epoch {epoch} on",
                                                *_heading("command line", command_line, device),
                                                "arguments that differ from before:", *(changed or ["  none"])]))
+        self.write_config(args)
 
     def append_hyperparameters(self, text):
         """Appends lines, in one write: who else appends at the same time loses nothing."""
@@ -146,6 +158,8 @@ class RunFolder:
         if final:
             self.save("final_model.pt", state)
             self.save("final_checkpoint.tar", {**state, **resumable})
+        if state["config"].get("tensorboard"):
+            self._board = records.write_scalars(self._board, self.folder, state["history"][-1])
         self.save("checkpoint.tar", {**state, **resumable})
 
     def restore(self, history, best):
@@ -168,8 +182,10 @@ class RunFolder:
         write_text(self.folder / name, "\n".join(lines) + "\n")
 
     def save_figure(self, name, figure):
-        with replacing(self.folder / name) as path:
-            figure.savefig(path, format="png", dpi=120)
+        """Saves a figure, which gets the run's title, in the format of `figures`, whatever the ending of `name`."""
+        figure.suptitle(f"{figure.get_suptitle()}\n{run_title(self.folder, self.about)}")
+        with replacing((self.folder / name).with_suffix(f".{self.figures}")) as path, style():
+            figure.savefig(path, format=self.figures)
 
     def next_number(self, stem):
         """The first number at which there is no STEM_number.txt yet."""

@@ -1,0 +1,87 @@
+"""What a run leaves behind besides its models and tables: figures of its training, TensorBoard, predictions,
+relaxations."""
+import datetime
+
+import torch
+
+from data_utils import TASKS
+from experiment import figures
+from experiment.files import WriteFailed, why
+
+PREDICTIONS, CONFUSION = "predictions.csv", "confusion.png"
+
+
+def draw_training(run, model, state, story, neurons):
+    """Draws the figures of a training. state: of `experiment.story.snapshot`; story: of the epochs before; neurons: of
+    the last mini-batch."""
+    from energy.activations import RANGES
+    config, best = state["config"], story.best
+    run.save_figure("train-test_acc.png", figures.accuracy(
+        state["history"], best and best["epoch"], story.resumptions, 100 / TASKS[config["task"]].classes))
+    run.save_figure("neural_activity.png", figures.activity(
+        neurons, RANGES.get(model.activation), model.chain(config["loss"]).linear_output))
+
+
+# ---- TensorBoard
+
+
+def write_scalars(writer, folder, row):
+    """Writes a row of metrics.csv for TensorBoard, under the names of its columns. Returns the writer.
+
+    writer: of the epoch before; None: a new one, to folder/tensorboard, for which what a killed process wrote of this
+    epoch and later ones does not count. Raises WriteFailed."""
+    from torch.utils.tensorboard import SummaryWriter
+    try:
+        writer = writer or SummaryWriter(folder / "tensorboard", purge_step=row["epoch"])
+        for name, value in row.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, row["epoch"])
+        writer.flush()
+    except OSError as e:
+        raise WriteFailed(f"cannot write {folder / 'tensorboard'}: {why(e)}") from None
+    return writer
+
+
+# ---- evaluate
+
+
+def write_predictions(run, found, classes):
+    """Writes predictions.csv, a row per test image in their order, and the confusion matrix. found: `Judgements`;
+    classes: how many there are."""
+    columns = ("label", "prediction", "confidence", "steps")
+    rows = zip(*(values.tolist() for values in found), strict=True)
+    run.write_csv(PREDICTIONS, [{"image": n, **dict(zip(columns, row, strict=True)), "confidence": f"{row[2]:.6f}"}
+                                for n, row in enumerate(rows)])
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    counts.index_put_((found.labels, found.classes), torch.tensor(1), accumulate=True)
+    run.save_figure(CONFUSION, figures.confusion(counts.numpy()))
+
+
+def where_predictions(run, loss):
+    """Where the predictions are, and what their confidence is, in words."""
+    confidence = "the softmax probability" if loss == "cel" else "the value of the output neuron"
+    return f"predictions are in {run.folder / PREDICTIONS} (confidence: {confidence} of the predicted class)"
+
+
+# ---- characteristic
+
+
+def write_characteristic(run, saved, counted, moving, eps, images):
+    """Writes Characteristic_Time.txt and its figures.
+
+    saved: the `SavedRun`; counted: (accuracy, settled), of `characteristic`, over `images` test images; moving:
+    (residual, energy or None, how many images), of `relaxation`; eps: of `settled`."""
+    (accuracy, settled), (residual, energy, few), trained = counted, moving, saved.args.get("T1")
+    columns = [("accuracy", accuracy), ("settled", settled), ("residual", residual)]
+    columns += [] if energy is None else [("energy", energy)]
+    lines = [" ".join([str(t), *(f"{value:.6f}" for value in values[:2]), *(f"{value:.6e}" for value in values[2:])])
+             for t, values in enumerate(zip(*(values for _, values in columns), strict=True), 1)]
+    run.write_lines("Characteristic_Time.txt", [
+        f"# {saved.source}, T1 = {len(accuracy)}, {images} test images, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}, "
+        f"settled: no layer moved by {eps:g} of its norm in a step",
+        f"# of the first {few} of them, means: residual, the relative change in the step"
+        + ("" if energy is None else "; energy, Phi"),
+        "# t " + " ".join(name for name, _ in columns), *lines])
+    chance = 100 / TASKS[saved.args["task"]].classes if saved.args.get("task") else None
+    run.save_figure("Characteristic_Time.png", figures.characteristic(accuracy, settled, eps, trained, chance))
+    run.save_figure("Characteristic_Energy.png", figures.relaxation(residual, energy, trained))
