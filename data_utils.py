@@ -195,21 +195,25 @@ class Batches:
         return (images - self.mean) / self.std
 
 
-def flip_and_shift(images, generator, reach=4):
-    """Each image mirrored with probability 1/2, then cut to its size at a random place after edge padding by `reach`.
+def brought(tensor, device):
+    """A tensor of the CPU on that device, without waiting for what the device computes meanwhile."""
+    if device.type == "cuda" and tensor.is_cpu and not hasattr(tensor, "fake_mode"):
+        tensor = tensor.pin_memory()  # only then the copy waits its turn on the device, and the host does not
+    return tensor.to(device, non_blocking=True)
 
-    images: (mbs, C, H, W), H = W. Both are one look-up: row and column of the source pixel, held at the edge.
-    """
+
+def flip_and_shift(images, generator, reach=4):
+    """Each image, of (mbs, C, H, W), H = W, mirrored with probability 1/2, then cut to its size at a random place after
+    edge padding by `reach`. Both are one look-up: row and column of the source pixel, held at the edge."""
     import torch
-    mbs, channels, size, _ = images.shape
-    shift = torch.randint(0, 2 * reach + 1, (mbs, 2), generator=generator) - reach
-    mirrored = torch.rand(mbs, 1, generator=generator) < 0.5
-    place = torch.arange(size)
-    rows, columns = ((place + shift[:, i:i + 1]).clamp(0, size - 1).to(images.device) for i in (0, 1))
-    columns = torch.where(mirrored.to(images.device), size - 1 - columns, columns)
-    sample = torch.arange(mbs, device=images.device).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, device=images.device).view(1, -1, 1, 1)
-    return images[sample, channel, rows.view(mbs, 1, size, 1), columns.view(mbs, 1, 1, size)]
+    (mbs, channels, size, _), device = images.shape, images.device
+    shift = brought(torch.randint(0, 2 * reach + 1, (mbs, 2), generator=generator) - reach, device)
+    mirrored = brought(torch.rand(mbs, 1, generator=generator) < 0.5, device)
+    place, sample, channel = (torch.arange(n, device=device) for n in (size, mbs, channels))
+    rows, columns = ((place + shift[:, i:i + 1]).clamp(0, size - 1) for i in (0, 1))
+    columns = torch.where(mirrored, size - 1 - columns, columns)
+    return images[sample.view(-1, 1, 1, 1), channel.view(-1, 1, 1), rows.view(mbs, 1, size, 1),
+                  columns.view(mbs, 1, 1, size)]
 
 
 def load_split(name, data_dir, train, size=None):

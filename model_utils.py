@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data_utils import TASKS, UserError, one_line
+from data_utils import TASKS, UserError, brought, one_line
 from energy import fast
 from energy.activations import ACTIVATIONS, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid  # noqa: F401
 from energy.connections import Dense, convolution, set_grad
@@ -467,8 +467,8 @@ def draw_masks(model, keep, mbs, part=slice(None)):
     CPU, for the whole mini-batch, so that they are the same on every device and for any number of workers, which keep
     their own `part` of it. keep: a number in (0, 1] for each connection, the read-out being the last."""
     weight, connections = model.synapses[0].weight, [*model.connections, *([model.output] if model.softmax else [])]
-    masks = [None if p == 1 else ((torch.rand(mbs, *c.pre_shape)[part] < p) / p).to(weight.device, weight.dtype)
-             for c, p in zip(connections, keep)]
+    masks = [None if p == 1 else (torch.rand(mbs, *c.pre_shape)[part] < p) / p for c, p in zip(connections, keep)]
+    masks = [m if m is None else brought(m.to(weight.dtype), weight.device) for m in masks]
     return [m.contiguous(memory_format=torch.channels_last) if m is not None and m.dim() == 4 else m for m in masks]
 
 
@@ -556,8 +556,8 @@ class Trainer:
                     refresh(self.twin, self.model)
                 health.watch(neurons, batch)
                 if batch % self.EVERY == 0 or batch == len(batches):
-                    health.check(neurons)
-                    bar.set_postfix_str(f"train {100 * int(hits) / max(seen, 1):.2f} %", refresh=False)
+                    right = health.check(neurons, hits)
+                    bar.set_postfix_str(f"train {100 * right / max(seen, 1):.2f} %", refresh=False)
         return int(self.workers.sum(hits)) / batches.samples, neurons
 
     def gradients(self, x, y, stopwatch=None):

@@ -275,13 +275,13 @@ def peak_memory(name, side, device):
     return max(peak[0], resident()) - before
 
 
-def measure(name, device, repeats):
+def measure(name, device, repeats, size=2048):
     ours, theirs = sides(name, device)
-    rates = matrix_rates(device)
+    rates = matrix_rates(device, size)
     for _ in range(2):
         ours(), theirs()
     pairs = [(clock(ours, device), clock(theirs, device)) for _ in range(repeats)]
-    floor = operations(ours) / statistics.median(rates + matrix_rates(device))
+    floor = operations(ours) / statistics.median(rates + matrix_rates(device, size))
     memory = [memory_of(name, side, device) for side in (0, 1)]
     cells = [name]
     for times in zip(*pairs):
@@ -320,6 +320,7 @@ def main():
     parser.add_argument("--device", type=int, default=-1)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose names contain one of these words")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--matrix", type=int, default=2048, help="rows of the matrices whose product is timed")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32"), help="of both sides, on a GPU")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
@@ -329,7 +330,7 @@ def main():
         print(peak_memory(args.memory_of[0], int(args.memory_of[1]), device))
         return
     model_utils.set_precision(args.precision)
-    rate = statistics.median(matrix_rates(device))
+    rate = statistics.median(matrix_rates(device, args.matrix))
     lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in "
              "a matrix product", "",
              f"`{command_of(sys.argv)}`", "",
@@ -343,7 +344,7 @@ def main():
         print(line, flush=True)
     for name in cases(device):
         if any(word in name for word in args.only):
-            say("| " + " | ".join(measure(name, device, args.repeats)) + " |")
+            say("| " + " | ".join(measure(name, device, args.repeats, args.matrix)) + " |")
     if args.only == [""] or "growth" in args.only:
         say("\n| ours alone | ms (range) |\n| --- | --- |")
         for name, call in growth(device).items():

@@ -97,6 +97,7 @@ def main():
     parser.add_argument("--load-path", help="a run folder, for its weights and test images")
     parser.add_argument("--data-dir", default=None, help="that of the run unless it is given")
     parser.add_argument("--only", nargs="+", default=[""], help="settings whose names contain one of these words")
+    parser.add_argument("--without", nargs="+", default=[], help="but not those whose names contain one of these")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
@@ -118,6 +119,7 @@ def main():
     except data_utils.UserError as e:
         sys.exit(str(e))
     settings = {name: setting for name, setting in SETTINGS.items() if any(word in name for word in options.only)
+                and not any(word in name for word in options.without)
                 and (device.type == "cuda" or setting[0] == "fp32")}
     lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "",
              f"`{command_of(sys.argv)}`", "",

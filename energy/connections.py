@@ -248,7 +248,8 @@ class Convolution(Connection):
 
     def bias_drive(self, mbs):
         """The drive of zero neurons on s_post, (mbs, *post_shape)."""
-        return self.synapse.bias.view(1, -1, 1, 1).expand(mbs, *self.post_shape)
+        drive = self.synapse.bias.view(1, -1, 1, 1).expand(mbs, *self.post_shape)
+        return drive.contiguous(memory_format=torch.channels_last)  # for what follows takes the layout of what comes
 
     def _learn(self, pre, post, synapse):
         route = _ConvUp.apply(pre, synapse.weight, synapse.bias, self)[1] if self.routed else None
@@ -304,7 +305,10 @@ def convolution(synapse, pool, pre_shape, feedback=None):
     a map."""
     # torch 2.14 writes out of bounds in the weight gradient of a channels-last 1x1 convolution with a stride on a CPU
     kind = WindowConvolution if synapse.kernel_size[0] == 1 and synapse.stride[0] > 1 else Convolution
-    return kind(synapse, pre_shape, feedback, pool=pool, stride=synapse.stride[0], padding=synapse.padding[0])
+    made = kind(synapse, pre_shape, feedback, pool=pool, stride=synapse.stride[0], padding=synapse.padding[0])
+    if pool.routed:
+        pool.prepare(made.size)
+    return made
 
 
 def set_grad(p, grad):

@@ -180,34 +180,69 @@ class Settling(NamedTuple):
     settled: torch.Tensor
 
 
+class Leaving(NamedTuple):
+    """When images that have settled leave the batch: at every `looks`-th look, if they are more than `share` of it. The
+    host only then asks the device how many they are, and waits for it."""
+
+    looks: int
+    share: float
+
+    @property
+    def at_once(self):
+        """Whether none that has settled stays."""
+        return self.looks == 1 and not self.share
+
+    @classmethod
+    def of(cls, device):
+        """On a CPU as soon as they can; on a GPU rarely, as waiting for it costs more than a few images do."""
+        return cls(4, 0.25) if device.type == "cuda" else cls(1, 0.0)
+
+
 @torch.no_grad()
-def relax_until_settled(chain, phase, T, tol, every=WINDOW, advance=None):
+def relax_until_settled(chain, phase, T, tol, every=WINDOW, advance=None, leaving=None):
     """As `relax` from zero neurons for at most T steps, but an image stops once it has settled: once `every` steps have
-    together changed no layer of it by `tol` of that layer's norm. Images that have settled leave the batch. advance:
-    what takes a step, the chain's own unless given.
+    together changed no layer of it by `tol` of that layer's norm. Images that have settled leave the batch, see
+    `Leaving`, by default that of the device; it changes no state and no number of steps. advance: what takes a step,
+    the chain's own unless given.
 
     Returns (neurons, Settling)."""
-    advance = advance or STEPS[chain.schedule]
-    mbs, device = len(phase.drive), phase.drive.device
+    advance, device = advance or STEPS[chain.schedule], phase.drive.device
+    leaving, mbs, looks = leaving or Leaving.of(device), len(phase.drive), 0
     result, state = chain.zeros(phase.drive), chain.zeros(phase.drive)
     steps, settled = torch.full((mbs,), T, device=device), torch.zeros(mbs, dtype=torch.bool, device=device)
-    active, before = torch.arange(mbs, device=device), state
+    # of the batch: which images they are, their states at the last look and where they stopped, whether they move
+    active, before, stopped, moves = torch.arange(mbs, device=device), state, state, torch.ones_like(settled)
     for done in range(1, T + 1):
         state = advance(chain, phase, state)
         if done % every and done < T:
             continue
-        still = relative_change(before, state) < tol
-        stop = still if done < T else torch.ones_like(still)
-        if done % every:  # the last look came early
-            still = torch.zeros_like(still)
-        steps[active[still]], settled[active[still]] = done, True
-        for all_images, moving in zip(result, state):
-            all_images[active[stop]] = moving[stop]
-        if stop.any():
-            left = (~stop).nonzero().flatten()
-            chain, phase, active = chain.take(left), phase.take(left), active[left]
-            state = [take_samples(s, left) for s in state]
+        stopped, looks = state if leaving.at_once else _where(moves, state, stopped), looks + 1
+        if done % every == 0:  # else the last look came early
+            still = moves & (relative_change(before, state) < tol)
+            steps[active] = torch.where(still, done, steps[active])
+            settled[active] |= still
+            moves = moves & ~still
         before = state
-        if not len(active):
-            break
+        if looks % leaving.looks or done == T:
+            continue
+        count = int(moves.sum())
+        if count < len(active) * (1 - leaving.share) or not count:
+            left, gone = (chosen.nonzero().flatten() for chosen in (moves, ~moves))
+            _put(result, active[gone], stopped, gone)
+            chain, phase, active, moves = chain.take(left), phase.take(left), active[left], moves[left]
+            state = before = [take_samples(s, left) for s in state]
+            stopped = state
+        if not count:
+            return result, Settling(steps, settled)
+    _put(result, active, stopped, slice(None))
     return result, Settling(steps, settled)
+
+
+def _where(chosen, ours, theirs):
+    """The neurons `ours` of the chosen samples, (mbs,) bool, `theirs` of the others."""
+    return [torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(ours, theirs)]
+
+
+def _put(result, images, neurons, chosen):
+    for all_images, some in zip(result, neurons):
+        all_images[images] = some[chosen]

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from energy import dynamics
-from energy.activations import RESCALED, affine
-from energy.connections import Convolution
+from energy.activations import RESCALED, affine, my_hard_sig
+from energy.connections import Convolution, Dense
 from energy.dynamics import Chain, Phase, half_step, step
 
 # Neurons in a mini-batch up to which two phases, or two trajectories, are faster as one of twice the size.
@@ -80,7 +80,7 @@ def rewritten(steps):
 def relax_until_settled(chain, phase, T, tol, every=dynamics.WINDOW):
     """`dynamics.relax_until_settled`, of the rewritten chain, and compiled where that was asked for."""
     steps = rewritten(Steps(chain, phase, None, T))
-    advance = _compiled_step(chain) if "compiled" in TABLE and _compiles(steps) else None
+    advance = _compiled_step if "compiled" in TABLE and _compiles(steps) else None
     return dynamics.relax_until_settled(steps.chain, steps.phase, T, tol, every, advance)
 
 
@@ -138,7 +138,7 @@ def _folds(steps):
     if torch.is_grad_enabled() and steps.routed:
         return False  # rounding decides between equal winners of a max-pooling, and published attacks depend on it
     return (steps.T > 1 and chain.activation in RESCALED and not chain.linear_output and not chain.compiled
-            and steps.phase.drive.dtype != torch.bfloat16
+            and (steps.phase.drive.dtype != torch.bfloat16 or chain.activation is my_hard_sig)  # half is exact
             and steps.T * steps.size >= 2 * sum(c.synapse.weight.numel() for c in chain.connections[1:]))
 
 
@@ -263,18 +263,44 @@ def _compiles(steps):
 
 @functools.cache
 def _compiled(function):
+    # of a training these are far fewer; what is beyond the limit would run uncompiled without a word
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function)
 
 
-def _compiled_step(chain):
-    return _compiled(dynamics.STEPS[chain.schedule])
+def _with_beta_as_tensor(phase):
+    if phase.target is None or torch.is_tensor(phase.beta):
+        return phase
+    return dataclasses.replace(phase, beta=phase.drive.new_full((len(phase.drive), 1), phase.beta))
+
+
+def _laid_out(chain, phase, neurons):
+    """The neurons as a step leaves them: a map that a dense layer above has driven lies as one row an image, and one of
+    a single pixel has strides that say nothing."""
+    above = [*chain.connections[1:], None if phase.target is None else chain.readout]
+    return [n if n.dim() == 2 else n.flatten(1).view(n.shape) if isinstance(c, Dense) or n.shape[2:] == (1, 1)
+            else n.contiguous(memory_format=torch.channels_last) for n, c in zip(neurons, above)]
+
+
+def _compiled_step(chain, phase, neurons):
+    """A step that is compiled once for each kind of phase (nudged or not, with masks or without), for any number of
+    images and any beta."""
+    if len(phase.drive) == 1:  # to the compiler a number of its own
+        return dynamics.STEPS[chain.schedule](chain, phase, neurons)
+    phase, neurons = _with_beta_as_tensor(phase), _laid_out(chain, phase, neurons)
+    masks = [c.mask for c in (*chain.connections, chain.readout) if c is not None]
+    for tensor in (phase.drive, phase.target, phase.beta, *masks, *neurons):
+        if torch.is_tensor(tensor):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compiled(dynamics.STEPS[chain.schedule])(chain, phase, neurons)
 
 
 def _compiled_relax(steps):
     chain, phase, neurons = steps[:3]
     neurons = chain.zeros(phase.drive) if neurons is None else list(neurons)
+    phase = _with_beta_as_tensor(phase)
     for _ in range(steps.T):
-        neurons = _compiled_step(chain)(chain, phase, neurons)
+        neurons = _compiled_step(chain, phase, neurons)
     return neurons
 
 

@@ -72,22 +72,27 @@ class Health:
     def watch(self, neurons, batch):
         """Remembers the first mini-batch after which something was not finite, without waiting for the device."""
         norm = torch.nn.utils.get_total_norm([*self.model.parameters(), *neurons])
-        bad = torch.where(norm.isfinite(), math.inf, float(batch))
-        self.first_bad = bad if self.first_bad is None else torch.minimum(self.first_bad, bad)
+        bad = torch.where(norm.isfinite(), 0, batch)
+        self.first_bad = bad if self.first_bad is None else torch.where(self.first_bad > 0, self.first_bad, bad)
 
-    def check(self, neurons):
-        """Raises RunFailed, naming epoch, batch and layers, if something was not finite."""
-        if self.first_bad is None or math.isinf(self.first_bad):
-            return
+    def check(self, neurons, count):
+        """The number in `count`, a tensor without dimensions. Raises RunFailed, naming epoch, batch and layers, if
+        something was not finite. Waits for the device once."""
+        if self.first_bad is None:
+            return int(count)
+        first_bad, count = map(int, torch.stack([self.first_bad, count]).cpu())
+        if not first_bad:
+            return count
         tensors = [*self.model.named_parameters(), *((f"neurons of layer {n}", s) for n, s in enumerate(neurons, 1))]
         broken = [name for name, tensor in tensors if not tensor.isfinite().all()]
         if broken:
             tiny = self.rule.alg != "BPTT" and abs(self.rule.betas[1] - self.rule.betas[0]) < 1e-5
             advice = ("EP divides by the difference of the --betas: a larger beta usually helps, 0.01 to 1" if tiny
                       else "smaller --lrs usually help, or a smaller --scale or beta")
-            raise RunFailed(f"training diverged in epoch {self.epoch}, batch {int(self.first_bad)}: no longer finite "
+            raise RunFailed(f"training diverged in epoch {self.epoch}, batch {first_bad}: no longer finite "
                             f"are {', '.join(broken)}; {advice}")
         self.first_bad = None  # the norm alone overflowed
+        return count
 
     def report(self, neurons, said):
         """Prints what there is to say at the end of an epoch, of each kind once a run. said: the kinds until now, which

@@ -111,7 +111,8 @@ class SettlingCount:
         if len(steps):
             self.images += len(steps)
             self.steps, self.unsettled = self.steps + steps.sum(), self.unsettled + (~settled).sum()
-            self.most = torch.maximum(steps.max(), torch.as_tensor(self.most, device=steps.device))
+            most = steps.max()  # a number brought to the device would wait for it
+            self.most = torch.maximum(most, self.most) if torch.is_tensor(self.most) else most.clamp(min=self.most)
 
     def gather(self, workers):
         """Counts in the free phases of all workers, in each one's count."""

@@ -4,8 +4,9 @@ import shutil
 import subprocess
 import tempfile
 
+import gpu_report
 import pytest
-from conftest import ROOT
+from conftest import ROOT  # which makes benchmarks/ known
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "check").glob("*.sh") if path.stem not in ("setup", "test", "common"))
 
@@ -27,6 +28,17 @@ def test_script(tmp_path, name):
     done = bash(ROOT / f"check/{name}.sh", tmp_path, True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout and listing(tmp_path) == before
+
+
+def test_without_a_gpu_its_report_says_what_would_run(tmp_path):
+    done = bash(ROOT / "check/gpu.sh", tmp_path, False)
+    assert done.returncode == 0 and "recipe.py" in done.stdout and not os.listdir(tmp_path)
+
+
+def test_what_the_roofline_predicts_stands_beside_what_was_measured():
+    roofline = "| bf16, sync | 250, 30 | 7000 | 25.6 | 107 | 28 | 32 | 51 | 34 | memory | 11.4 | 3.7 |"
+    recipe = "| bf16 | 60.5 (60.1 to 61.0) | 700 | **11.00** | 0.99999 | 0.99900 | 250 |"
+    assert gpu_report.against_measured(roofline, recipe)[2:] == ["| bf16 | 51 | 60.5 | 1.19 |"]
 
 
 def test_the_first_failure_ends_a_script(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from conftest import criterion_of, grads, only_run, rule, sample, settle
 
 import model_utils as mu
-from energy import fast, gdu
+from energy import dynamics, fast, gdu
 from experiment.timing import Stopwatch
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
@@ -199,3 +199,25 @@ def test_the_parts_of_the_time_add_up():
     assert list(account.seconds()) == ["free", "nudged", "data"] and all(seconds > 0
                                                                          for seconds in account.seconds().values())
     assert re.fullmatch(r"free [\d.]+ s \(\d+ %\), nudged .*, data .*", account.shares())
+
+
+@pytest.mark.parametrize("looks, share", [(4, 0.25), (2, 0.0), (3, 1.0)])
+def test_when_settled_images_leave_changes_nothing(model, looks, share, monkeypatch):
+    x, y = sample(model, 9)
+    x = x * torch.logspace(-2, 1, 9, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
+    loss, sizes = mu.loss_name(criterion_of(model)), []
+    chain = model.chain(loss)
+
+    def advance(chain, phase, neurons):
+        sizes.append(len(phase.drive))
+        return dynamics.step(chain, phase, neurons)
+    for labels, beta, T in ((None, 0.0, 60), (y, 0.3, 33)):
+        phase, found = model.phase(chain.input_drive(x), labels, beta, loss), []
+        for leaving in (None, dynamics.Leaving(looks, share)):
+            sizes.clear()
+            found.append(dynamics.relax_until_settled(chain, phase, T, 1e-4, advance=advance, leaving=leaving))
+        (state, settling), (others, other_settling) = found
+        for ours, theirs in zip([*state, *settling], [*others, *other_settling], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        leaves = [b for a, b in zip(sizes, sizes[1:]) if a != b]
+        assert len(leaves) < 1 + (3 if share == 0.25 else 0 if share == 1 else 9)

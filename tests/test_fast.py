@@ -8,6 +8,7 @@ from conftest import MODELS, criterion_of, grads, masked, rule, sample, settle
 import model_utils as mu
 from energy import dynamics, fast
 from energy.connections import Convolution, Dense, WindowConvolution
+from experiment import arguments
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 NAMES = tuple(fast.TABLE)
@@ -159,3 +160,57 @@ def test_steps_compile_whole_and_once(model, drop, monkeypatch):
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert 0 < graphs[0] == graphs[1] == graphs[2]
     torch._dynamo.reset()
+
+
+def small_published(act):
+    """As the network of the published recipe, up to a map of one pixel below the read-out, with routes as on a GPU."""
+    model = mu.P_CNN(12, [2, 4, 5, 6], [3, 3, 2], [1, 1, 1], [5], mu.make_pools("mmm"), [1, 1, 0], act, softmax=True)
+    for pool in model.pools:
+        pool.masks = True
+    return model
+
+
+@pytest.mark.parametrize("name, schedule", [("MLP", "sync"), ("published", "sync"), ("CNN max", "async"),
+                                            ("VFCNN mixed softmax", "sync")])
+def test_a_training_compiles_every_kind_of_phase_once(name, schedule, monkeypatch):
+    """Random signs of beta, dropout, images that settle and leave, a smaller last mini-batch, evaluation between."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    compiled, kinds = [], set()
+    step = fast._compiled_step
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def recording(chain, phase, neurons):
+        kinds.add((phase.target is None, all(c.mask is None for c in chain.connections)))
+        return step(chain, phase, neurons)
+    monkeypatch.setattr(fast, "_compiled", functools.cache(lambda f: torch.compile(f, backend=backend, fullgraph=True)))
+    monkeypatch.setattr(fast, "_compiled_step", recording)
+    model = {**MODELS, "published": small_published}[name](mu.my_sigmoid)
+    model.compiled, model.schedule = True, schedule
+    args = arguments.resolve({"T1": 10, "T2": 3, "betas": (0.0, 0.3), "loss": "cel" if model.softmax else "mse",
+                              "random_sign": True, "tol": 1e-2, "lrs": [0.1] * len(model.synapses), "epochs": 1})
+    args.dropouts = (0.7,) * (len(model.connections) + model.softmax)
+    x, y = varied(model, 24)
+    batches = Pieces(x, y, 7)  # twice as many are below 16, from where on a CPU convolves another way
+    for args.thirdphase in (False, True):
+        mu.train(model, mu.make_optimizer(model, args)[0], batches, batches, args)
+    assert len(kinds) == 4 and len(compiled) == 4
+    torch._dynamo.reset()
+
+
+class Pieces:
+    """Mini-batches of tensors that are what a model sees already."""
+
+    generator = None
+
+    def __init__(self, x, y, mbs):
+        self.pieces, self.samples, self.mbs = list(zip(x.split(mbs), y.split(mbs))), len(x), mbs
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def __iter__(self):
+        return iter(self.pieces)
