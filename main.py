@@ -233,14 +233,14 @@ def attack(job):
     clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers) == labels
     eps_list, sweep, results = sorted(set(args.eps_list or default_eps(args.attack_norm))), None, None
     if run:
-        sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item())
+        sweep = Sweep(run, _attack_settings(job, steps, images), clean.double().mean().item())
         job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
                                            "behind them")
         precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
         print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} "
               f"steps{precision[0]}, gradients "
-              f"through {args.attack_step}{precision[1]}; clean accuracy {100 * sweep.clean:.2f} %\nresults go to "
-              f"{sweep.text}", flush=True)
+              f"through {arguments.shown(args.attack_step)}{precision[1]}; clean accuracy {100 * sweep.clean:.2f} %\n"
+              f"results go to {sweep.text}", flush=True)
     for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
         results = model_utils.attack(job.model, images, labels, args, eps, f"eps {eps:g}", workers)
         if sweep:
@@ -255,14 +255,22 @@ def attack(job):
 
 def _attack_settings(job, steps, images):
     """What a sweep's rows depend on: rows of the same settings are one sweep."""
+    import model_utils
+    from ART_Timesteps_Addition import attacks
     from experiment.run_folder import fingerprint
-    args = job.args
-    names = ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start", "no_clip",
-             "seed", "mbs")
-    settings = {name: getattr(args, name) for name in names}
+    args, plan = job.args, attacks.Plan.of(job.args, 1.0)
+    names = ("task", "attack", "attack_norm", "attack_step", "attack_grad", "attack_start", "no_clip", "seed", "mbs")
+    settings = {**{name: getattr(args, name) for name in names}, "attack_iters": plan.iters}
+    if len(args.attack_step) == 1:
+        settings["attack_step"], = args.attack_step
+    settings.update({"attack_queries": plan.queries} if plan.queries else {})
+    settings.update({"attack_restarts": plan.restarts} if plan.restarts else {})
+    settings.update({"budget": plan.words()} if args.attack != "pgd" else {})
+    for way in model_utils.attack_ways(job.model, images, args).values():
+        settings.update({"smooth": attacks.words_for_smooth(args.loss, way.gain)} if way.grad == "smooth" else {})
     settings.update({"tol": args.tol} if args.tol else {})
     settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
-    return {**settings, "predict_step": steps, "images": images, "weights": fingerprint(job.saved.weights)}
+    return {**settings, "predict_step": steps, "images": len(images), "weights": fingerprint(job.saved.weights)}
 
 
 def _attack_line(args, eps, grad, result):

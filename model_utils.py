@@ -717,14 +717,27 @@ def characteristic(model, batches, rule, eps=SETTLED):
 
 
 def attack(model, images, labels, args, eps, description="", workers=Workers()):
-    """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad.
+    """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad through
+    each of args.attack_step.
 
-    Returns {grad: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.attack_images`. args: task, loss,
+    Returns {label: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.attack_images`. args: task, loss,
     T1, predict_step, tol, mbs, seed and those of the attack."""
     from ART_Timesteps_Addition import attacks
-    task, criterion = TASKS[args.task], make_criterion(args.loss)
-    predict = functools.partial(predicting_neurons, model,
-                                rule=Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol))
-    classifiers = {grad: attacks.make_classifier(model, criterion, args, eps, grad, task, predict)
-                   for grad in args.attack_grad}
-    return attacks.attack_images(classifiers, images, labels, args, eps, description, workers)
+    task, predict = TASKS[args.task], _predictor(model, args)
+    classifiers = {label: attacks.make_classifier(model, args, eps, way, task, predict)
+                   for label, way in attack_ways(model, images, args).items()}
+    return attacks.attack_images(classifiers, images, labels, args, attacks.Plan.of(args, eps), description, workers)
+
+
+def attack_ways(model, images, args):
+    """{label: `attacks.Way`} of the gradients that `attack` takes. images: uint8 (n, C, H, W)."""
+    from ART_Timesteps_Addition import attacks
+    smooth = "smooth" in args.attack_grad
+    gain = attacks.gain_of(model, args, TASKS[args.task], _predictor(model, args), images) if smooth else 1.0
+    return attacks.ways(args, gain)
+
+
+def _predictor(model, args):
+    """x -> the neurons that a prediction is read out of."""
+    rule = Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol)
+    return functools.partial(predicting_neurons, model, rule=rule)

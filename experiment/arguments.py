@@ -83,7 +83,7 @@ def judge_saved(flag, value, path):
             return value
     else:
         kinds = {int: (int,), float: (int, float), str: (str,)}[flag.kind]
-        values = value if flag.many else [value]
+        values = value if flag.many and isinstance(value, (list, tuple)) else [value]  # one of what may be several by now
         if isinstance(values, (list, tuple)) and values and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values):
             try:
                 values = [judge(flag, str(v)) for v in values]

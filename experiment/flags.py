@@ -88,11 +88,15 @@ FLAGS = {
         Flag("epochs", int, 1, "epochs to train; of a resumed run, the further ones", S, low=1),
     ],
     "attack": [
-        Flag("attack", str, "pgd", "the attack", choices=("pgd", "fgsm", "apgd-ce", "apgd-dlr", "square", "hopskipjump", "autoattack")),
+        Flag("attack", str, "pgd", "the attack", choices=("pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square",
+             "hopskipjump", "deepfool", "cw", "autoattack", "art-autoattack")),
         Flag("attack-norm", str, "2", "norm that bounds the perturbation", choices=("2", "inf")),
         Flag("eps-list", float, None, "bounds to attack with, images in [0, 1] (default: a grid for the norm)", low=0, many=True),
-        Flag("attack-iters", int, 20, "iterations of the attack", low=1),
-        Flag("attack-step", int, 29, "time steps that the attack's gradient goes through", low=1),
+        Flag("attack-iters", int, None, "iterations of the attack (default: 20; of the ensembles 100)", S, low=1),
+        Flag("attack-queries", int, None, "predictions for each image, of Square and HopSkipJump (default: 5000, with --attack-iters as "
+             "many as these, in an ensemble 50 times as many)", S, low=1),
+        Flag("attack-restarts", int, 0, "further runs, from random points in the ball", S, low=0),
+        Flag("attack-step", int, [29], "time steps that the attack's gradient goes through; of several, the worst counts", low=1, many=True),
         Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1),
         Flag("attack-grad", str, ["bptt"], "how gradients are got: through the time steps (bptt), the same with slopes that do not "
              "vanish (smooth), by Equilibrium Propagation (ep); of several, the worst counts", choices=("bptt", "smooth", "ep"), many=True),
