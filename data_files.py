@@ -167,8 +167,8 @@ def as_labels(values):
 
 
 def download(dataset, data_dir, read):
-    """What `read()` returns, once torchvision has downloaded `dataset` to a place of its own inside `data_dir`, and those
-    of its files that are not there yet are where they belong. Raises what the download does, of any type."""
+    """What `read()` returns, once torchvision has downloaded `dataset` to a place of its own inside `data_dir`, and
+    those of its files that are not there yet are where they belong. Raises what the download does, of any type."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:

@@ -1,6 +1,7 @@
 """Tasks and their mini-batches, files of corrupted images, and the two kinds of errors that a user hears of.
 
-torch and torchvision are imported where they are used: the command line asks for names and sizes of tasks before it loads them."""
+torch and torchvision are imported where they are used: the command line asks for names and sizes of tasks before it
+loads them."""
 import contextlib
 import gzip
 import os
@@ -39,6 +40,8 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), tuple(3 * s for s in (0.2023, 
 
 
 class Task:
+    """A data set: the geometry of its images, how they are normalised, and how one split is read."""
+
     def __init__(self, read, channels, size, classes, mean=(0.0,), std=(1.0,), augments=False):
         self.read, self.channels, self.size, self.classes = read, channels, size, classes
         self.mean, self.std = mean, std  # of the normalisation (image / 255 - mean) / std, per channel

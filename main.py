@@ -22,6 +22,7 @@ from typing import Any
 
 from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments
+from experiment.files import exists
 from experiment.flags import FLAGS
 
 NEED_A_RUN = ("evaluate", "attack", "characteristic", "corruptions")
@@ -70,6 +71,7 @@ class Job:
 
 
 def train(job):
+    """Trains, in a new run folder (--save), in that of --load-path, or in none."""
     import torch
 
     import model_utils
@@ -109,7 +111,7 @@ def _training_folder(job):
         run.lock()
     stamps = job.workers.gather(job.saved.stamp)
     try:
-        if set(stamps) != {job.saved.path.stat().st_mtime_ns}:
+        if set(stamps) != {job.saved.path.stat().st_mtime_ns if exists(job.saved.path) else None}:
             raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start "
                             "again")
         if run:
@@ -144,6 +146,7 @@ def _how_to_go_on(job, folder, done, first):
 
 
 def evaluate(job):
+    """Accuracy on the training and test images, printed and appended to hyperparameters.txt."""
     import model_utils
     from experiment.timing import Stopwatch
     args, run = job.args, job.run_folder()
@@ -161,6 +164,7 @@ def evaluate(job):
 
 
 def characteristic(job):
+    """Test accuracy after every number of free steps up to T1."""
     import model_utils
     from experiment import figures
     args, run, data, source = job.args, job.run_folder(), job.batches(False), job.saved.path.name
@@ -179,6 +183,7 @@ def characteristic(job):
 
 
 def corruptions(job):
+    """Accuracy under the corruptions of CIFAR-10-C, a row of a table each."""
     import torch
 
     import data_utils
@@ -224,6 +229,7 @@ def default_eps(norm):
 
 
 def attack(job):
+    """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
     from experiment.report import Sweep
     from experiment.timing import progress
@@ -233,7 +239,7 @@ def attack(job):
     clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers) == labels
     eps_list, sweep, results = sorted(set(args.eps_list or default_eps(args.attack_norm))), None, None
     if run:
-        sweep = Sweep(run, _attack_settings(job, steps, images), clean.double().mean().item())
+        sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item())
         job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
                                            "behind them")
         precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
@@ -255,7 +261,6 @@ def attack(job):
 
 def _attack_settings(job, steps, images):
     """What a sweep's rows depend on: rows of the same settings are one sweep."""
-    import model_utils
     from ART_Timesteps_Addition import attacks
     from experiment.run_folder import fingerprint
     args, plan = job.args, attacks.Plan.of(job.args, 1.0)
@@ -266,11 +271,10 @@ def _attack_settings(job, steps, images):
     settings.update({"attack_queries": plan.queries} if plan.queries else {})
     settings.update({"attack_restarts": plan.restarts} if plan.restarts else {})
     settings.update({"budget": plan.words()} if args.attack != "pgd" else {})
-    for way in model_utils.attack_ways(job.model, images, args).values():
-        settings.update({"smooth": attacks.words_for_smooth(args.loss, way.gain)} if way.grad == "smooth" else {})
+    settings.update({"smooth": attacks.words_for_smooth(args.loss)} if "smooth" in args.attack_grad else {})
     settings.update({"tol": args.tol} if args.tol else {})
     settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
-    return {**settings, "predict_step": steps, "images": len(images), "weights": fingerprint(job.saved.weights)}
+    return {**settings, "predict_step": steps, "images": images, "weights": fingerprint(job.saved.weights)}
 
 
 def _attack_line(args, eps, grad, result):
@@ -288,41 +292,40 @@ def _attack_line(args, eps, grad, result):
 
 
 def gducheck(job):
+    """EP against BPTT on one mini-batch: a table and a verdict, and with --save plots and raw data."""
     import data_utils
-    import model_utils
-    from experiment import checkpoints
+    from energy import gdu
+    from experiment import checkpoints, report
     args = job.args
     run = job.run_folder() if args.save and job.saved else None
     images, labels = data_utils.load_split(args.task, args.data_dir, True, args.train_size)
     x, y = next(iter(data_utils.Batches(images, labels, min(20, len(labels)), TASKS[args.task], job.device)))
-    rows, BPTT, runs = model_utils.gdu_report(job.model, x, y, job.rule, args.loss)
-    width = max(len(row["name"]) for row in rows)
-    print(f"EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = {arguments.shown(args.betas)}")
-    print(f"{'':{width}}  estimate      RMSE  sign errors   cosine  distance")
-    for row in rows:
-        print(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %  "
-              f"{row['cosine']:7.4f}  "
-              f"{row['distance']:8.2e}")
+    comparison = gdu.gdu_report(job.model, x, y, job.rule, images=True)
+    print(f"EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = {arguments.shown(args.betas)}; "
+          f"{int(comparison.settled.sum())} of them have settled after T1\n"
+          "held against each other are, of parameters, the updates between successive steps and, of a read-out, the "
+          "complete updates;\nof neurons, their changes and the gradients times the slope of the activation")
+    print("\n".join(report.gdu_table(comparison.rows)))
+    print(gdu.verdict(comparison, job.rule))
     if args.save:
         run = run or _new_folder(job, checkpoints.snapshot(job.model, args, []))
-        _save_gdu(run, rows, BPTT, runs)
+        _save_gdu(run, comparison)
         run.release()
         print(f"plots and data are in {run.folder}")
 
 
-def _save_gdu(run, rows, BPTT, runs):
+def _save_gdu(run, comparison):
     """The raw contributions, the table, and the figures of a comparison."""
     import torch
 
     from experiment import figures
-    for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (BPTT, *runs)):
+    for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (comparison.BPTT, *comparison.runs)):
         run.save(file, {name: tensor.cpu() for name, tensor in value.items()})
-    run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in rows])
-    EP = runs[0] if len(runs) == 1 else {name: (runs[0][name] + runs[1][name]) / 2 for name in BPTT}
+    run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in comparison.rows])
     generator = torch.Generator().manual_seed(0)
-    for name, bptt in BPTT.items():
-        run.save_figure(f"gdu_{name}.png", figures.gdu_entries(name, bptt, EP[name], generator))
-    run.save_figure("gdu_overview.png", figures.gdu_overview(list(BPTT), rows))
+    for name, bptt in comparison.bptt.items():
+        run.save_figure(f"gdu_{name}.png", figures.gdu_entries(name, bptt, comparison.ep[name], generator))
+    run.save_figure("gdu_overview.png", figures.gdu_overview(list(comparison.bptt), comparison.rows))
 
 
 # ---------------------------------------------------------------------------------- the command line
@@ -379,7 +382,8 @@ def work(given, program, argv, name):
             e = out_of_memory(e, given) or e
             if not isinstance(e, UserError):
                 raise
-            advice = "; " + interruption.advice().replace("\n", "") if isinstance(e, RunFailed) and e.resumable else ""
+            advice = f"; {interruption.advice()}" if isinstance(e, RunFailed) and e.resumable else ""
+            advice = advice if isinstance(e, LostWorker) else advice.replace("\n", "")  # an error of a file is one line
             return workers.end(f"{name}: error: {e}{advice}", e.code)
     return 0
 

@@ -1,4 +1,5 @@
-"""main.py with --dropouts: a keep-probability for each connection, masks drawn per image and batch and held through all phases."""
+"""main.py with --dropouts: a keep-probability for each connection, masks drawn per image and batch and held through all
+phases."""
 import sys
 
 import main

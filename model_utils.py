@@ -20,12 +20,13 @@ from energy import fast
 from energy.activations import ACTIVATIONS, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid  # noqa: F401
 from energy.connections import Dense, convolution, set_grad
 from energy.dynamics import Chain, Phase, relative_change
-from energy.gdu import check_gdu, compare_gdu, cosine, gdu_report  # noqa: F401
+from energy.gdu import check_gdu, compare_gdu, gdu_report  # noqa: F401
 from energy.poolings import POOLS, make_pools  # noqa: F401
-from energy.precision import exactly, set_precision
+from energy.precision import exactly, set_precision  # noqa: F401
 from experiment import figures
 from experiment.checkpoints import best_of, resumable_state, snapshot
-from experiment.health import Health
+from experiment.health import Health, log_theorem, report_precision
+from experiment.report import epoch_line
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
 
@@ -177,8 +178,7 @@ class EnergyModel(nn.Module):
 
 
 def _contrast(learn, below, above, scale):
-    """scale * (what is learnt in the second state less what is learnt in the first), which is linear in the layer
-    above."""
+    """scale * (what is learnt in the second state less what is in the first), which is linear in the layer above."""
     if below[0] is below[1]:
         return learn(below[0], (above[1] - above[0]) * scale)
     minus, plus = learn(below[0], above[0] * -scale), learn(below[1], above[1] * scale)
@@ -263,17 +263,12 @@ class _CNN(EnergyModel):
 
 
 class P_CNN(_CNN):
-    """Convolutions, each followed by a pooling, then dense layers, with tied weights.
+    """Convolutions, each followed by a pooling, then dense layers, with tied weights (`same_update` has no effect).
 
     in_size: height and width of the (square) images; channels: of all maps, the input's first; fc: sizes of the dense
     layers, the last one the number of classes; pools: see `make_pools`. Raises ValueError, naming the layer, where
     nothing is left of a map.
     """
-
-    def __init__(self, in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax=False,
-                 schedule="sync"):
-        super().__init__(in_size, channels, kernels, strides, fc, pools, paddings, activation, softmax,
-                         schedule=schedule)
 
 
 class VF_CNN(_CNN):
@@ -304,8 +299,7 @@ def make_model(args):
 
 
 def build(args):
-    """`make_model`, once its weights are known to fit into memory. Raises UserError where no such model can be
-    built."""
+    """`make_model`, once its weights are known to fit into memory. Raises UserError where it cannot be built."""
     try:
         with torch.device("meta"):
             weights = sum(p.numel() for p in make_model(args).parameters())
@@ -478,12 +472,13 @@ def draw_masks(model, keep, mbs, part=slice(None)):
 
 
 def lowered(model, dtype):
-    """A copy of the model in another precision, for the time steps; `refresh` gives it the model's present weights."""
+    """A copy of the model in another precision, for the time steps."""
     return copy.deepcopy(model).to(dtype)
 
 
 @torch.no_grad()
 def refresh(twin, model):
+    """Gives the twin of `lowered` the model's present weights."""
     torch._foreach_copy_(list(twin.parameters()), list(model.parameters()))
 
 
@@ -509,9 +504,10 @@ class Trainer:
     best: dict | None = None
 
     EVERY = 10  # mini-batches between two looks at what the device has computed, which wait for it
+    DRAW = 5  # seconds between two drawings of the figures, which can take longer than a short epoch
 
     def __post_init__(self):
-        self.rule, self.total = Rule.of(self.args), Stopwatch()
+        self.rule, self.total, self.drawn = Rule.of(self.args), Stopwatch(), time.monotonic()
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
     def fit(self, train_batches, test_batches):
@@ -536,9 +532,10 @@ class Trainer:
                    **{f"angle_{n}": round(angle, 3) for n, angle in enumerate(self.model.angles(), 2)}}
             self._commit(row, neurons, epoch == last, train_batches.generator)
             self.total.add(stopwatch)
-            print(f"epoch {epoch}/{last}: {in_words(row, train_batches.samples / spent, stopwatch)}", flush=True)
+            print(f"epoch {epoch}/{last}: {epoch_line(row, train_batches.samples / spent, stopwatch.settling)}",
+                  flush=True)
             for warning in health.warnings(neurons):
-                print(f"epoch {epoch}: warning: {warning}", flush=True)
+                print(f"  warning: {warning}", flush=True)
         print(f"time: {self.total.shares()}", flush=True)
 
     def _epoch(self, batches, epoch, stopwatch, health):
@@ -599,8 +596,10 @@ class Trainer:
             self.best = copy.deepcopy(state) if improved else self.best
             resumable = resumable_state(self.best, self.optimizer, self.scheduler, generator)
             self.run.write_csv("metrics.csv", history)
-            self.run.save_figure("train-test_acc.png", figures.accuracy(history))
-            self.run.save_figure("neural_activity.png", figures.activity(neurons))
+            if final or time.monotonic() - self.drawn > self.DRAW:
+                self.run.save_figure("train-test_acc.png", figures.accuracy(history))
+                self.run.save_figure("neural_activity.png", figures.activity(neurons))
+                self.drawn = time.monotonic()
             if improved:
                 self.run.save("model.pt", state)
             if final:
@@ -608,48 +607,6 @@ class Trainer:
                 self.run.save("final_checkpoint.tar", {**state, **resumable})
             self.run.save("checkpoint.tar", {**state, **resumable})
         self.history.append(row)
-
-
-def in_words(row, rate, stopwatch):
-    """A row of metrics.csv as the log says it. rate: training images a second."""
-    line = (f"train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
-            f"{rate:.0f} images/s")
-    if stopwatch.settling.images:
-        line += f", {stopwatch.settling}"
-    angles = " ".join(f"{value:.1f}" for name, value in row.items() if name.startswith("angle_"))
-    return line + (f", angles {angles}" if angles else "")
-
-
-def log_theorem(trainer, x, y, epoch, batch):
-    """gducheck on a few images while training: a line in the log, and rows of gducheck.csv. Changes nothing that
-    training uses."""
-    with exactly():
-        rows = gdu_report(trainer.model, x, y, trainer.rule, trainer.rule.loss)[0]
-    best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
-    worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
-    rmse = sum(row["rmse"] for row in best) / len(best)
-    progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least "
-                   f"{worst['cosine']:.3f} ({worst['name']}), RMSE on average {rmse:.3f}")
-    if trainer.run:
-        trainer.run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])
-
-
-def report_precision(trainer, batches):
-    """Prints how far the gradients of a mini-batch in args.precision are from those in fp32. Leaves random numbers as
-    they are."""
-    images, labels = (t[:batches.mbs] for t in (batches.images, batches.labels))
-    x, found, twin, precision = batches.normalise(images.float() / 255), [], trainer.twin, trainer.args.precision
-    state = torch.get_rng_state()
-    for name, trainer.twin in (("fp32", None), (precision, twin)):
-        set_precision(name)
-        torch.set_rng_state(state)
-        trainer.gradients(x, labels)
-        found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
-    torch.set_rng_state(state)
-    cosines = {name: cosine(a, found[1][name]) for name, a in found[0].items()}
-    worst = min(cosines, key=cosines.get)
-    print(f"{precision} against fp32 at beta {trainer.rule.betas[1]:g}: gradient cosine at least {cosines[worst]:.4f} "
-          f"({worst})", flush=True)
 
 
 def train(model, optimizer, train_batches, test_batches, args, **more):
@@ -720,24 +677,21 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad through
     each of args.attack_step.
 
-    Returns {label: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.attack_images`. args: task, loss,
-    T1, predict_step, tol, mbs, seed and those of the attack."""
+    Returns {gradient: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.summary`; `worst`, which takes
+    for each image the strongest of all, is left out where there is one gradient. args: task, loss, T1, predict_step,
+    tol, mbs, seed and those of the attack. Memory is that of one mini-batch. `workers` take whole mini-batches in turn,
+    and all get the results. What an attack draws follows from args.seed and the place of the mini-batch: it is the same
+    for every eps and gradient, for any number of workers, and wherever a sweep goes on.
+    """
     from ART_Timesteps_Addition import attacks
-    task, predict = TASKS[args.task], _predictor(model, args)
-    classifiers = {label: attacks.make_classifier(model, args, eps, way, task, predict)
-                   for label, way in attack_ways(model, images, args).items()}
-    return attacks.attack_images(classifiers, images, labels, args, attacks.Plan.of(args, eps), description, workers)
-
-
-def attack_ways(model, images, args):
-    """{label: `attacks.Way`} of the gradients that `attack` takes. images: uint8 (n, C, H, W)."""
-    from ART_Timesteps_Addition import attacks
-    smooth = "smooth" in args.attack_grad
-    gain = attacks.gain_of(model, args, TASKS[args.task], _predictor(model, args), images) if smooth else 1.0
-    return attacks.ways(args, gain)
-
-
-def _predictor(model, args):
-    """x -> the neurons that a prediction is read out of."""
+    x, results, plan = (images.float() / 255).numpy(), {}, attacks.Plan.of(args, eps)
     rule = Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol)
-    return functools.partial(predicting_neurons, model, rule=rule)
+    for label, classifier in attacks.classifiers(model, args, eps, TASKS[args.task], x,
+                                                 functools.partial(predicting_neurons, model, rule=rule)).items():
+        starts = workers.strided(progress(range(0, max(len(x), 1), args.mbs), f"{description}, {label}"))
+        parts = [attacks.attack_batch(classifier, x[i:i + args.mbs], labels[i:i + args.mbs].numpy(), plan,
+                                      (args.seed, i)) for i in starts]
+        results[label] = attacks.summary(workers.gather_strided(parts), x, plan.norm)
+    if len(results) > 1:
+        results["worst"] = attacks.worst_of(list(results.values()), x, plan.norm)
+    return results

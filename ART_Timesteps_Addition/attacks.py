@@ -10,7 +10,6 @@ from ART_Timesteps_Addition import torch_attacks
 from ART_Timesteps_Addition.measures import GradientMonitor, margins, norms, random_in_ball, seeded, within
 from ART_Timesteps_Addition.pytorch import SATURATED, PyTorchClassifier
 from ART_Timesteps_Addition.torch_attacks import Ensemble
-from experiment.timing import progress
 
 NAMES = ("pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "hopskipjump", "deepfool", "cw", "autoattack",
          "art-autoattack")
@@ -160,13 +159,24 @@ class Way:
     tol: float = 0.0
 
 
-def ways(args, gain=1.0):
-    """{label: Way} of the command line's arguments: every gradient through every number of steps. `gain` is for
-    `smooth`, which follows the loss of scaled logits, see `logit_gain`."""
-    steps = args.attack_step if isinstance(args.attack_step, (list, tuple)) else [args.attack_step]
-    return {grad if len(steps) == 1 else f"{grad}@{step}": Way(grad, step, args.attack_start,
-                                                               gain=gain if grad == "smooth" else 1.0)
-            for grad in args.attack_grad for step in steps}
+def classifiers(model, args, eps, task, x, predict):
+    """{label: classifier} of every gradient, args.attack_grad, through every number of steps, args.attack_step. x: the
+    images, (n, C, H, W) in [0, 1], that will be attacked; others: see `make_classifier`."""
+    found, steps = {}, args.attack_step if isinstance(args.attack_step, (list, tuple)) else [args.attack_step]
+    for grad in args.attack_grad:
+        gain = gain_of(model, args, task, x, predict) if grad == "smooth" else 1.0
+        for step in steps:
+            way = Way(grad, step, args.attack_start, gain=gain)
+            label = grad if len(steps) == 1 else f"{grad}@{step}"
+            found[label] = make_classifier(model, args, eps, way, task, predict)
+    return found
+
+
+def gain_of(model, args, task, x, predict):
+    """What `smooth` multiplies logits by: `logit_gain` of the predictions of the first of the images x."""
+    if args.loss == "mse" or not len(x):  # outputs within a range, which `make_classifier` stretches
+        return 1.0
+    return logit_gain(make_classifier(model, args, 1.0, Way(), task, predict).predict(x[:100]))
 
 
 def logit_gain(logits):
@@ -179,22 +189,14 @@ def logit_gain(logits):
     return 2.0 ** math.floor(math.log2(8 / gap))
 
 
-def gain_of(model, args, task, predict, images):
-    """`logit_gain` of the predictions of the first images, uint8 (n, C, H, W). Others: see `make_classifier`."""
-    if args.loss == "mse":  # outputs within a range, which `make_classifier` stretches
-        return 1.0
-    classifier = make_classifier(model, args, 1.0, Way(), task, predict)
-    return logit_gain(classifier.predict((images[:100].float() / 255).numpy()))
-
-
 SMOOTH = ("the forward pass as it is; backwards, outside of an activation's corners, at least the slope of an "
-          "arctangent; cross-entropy of {}; no gradient shorter than 1e-5")
+          "arctangent; no gradient shorter than 1e-5; the cross-entropy of ")
 
 
-def words_for_smooth(loss, gain):
-    """What `smooth` does, for the header of a table. loss: that the model was trained with; gain: see `logit_gain`."""
-    logits = f"{gain:g} times the logits, the first two at most {SATURATED:g} apart"
-    return SMOOTH.format("ten times the outputs" if loss == "mse" else logits)
+def words_for_smooth(loss):
+    """What `smooth` does, for the header of a table. loss: that the model was trained with."""
+    return SMOOTH + ("ten times the outputs" if loss == "mse" else "the logits, where a softmax saturates scaled to a "
+                     f"median gap of about 8 between the first two, and of no image above {SATURATED:g}")
 
 
 def make_classifier(model, args, eps, way, task, predict=None):
@@ -228,7 +230,7 @@ def make_classifier(model, args, eps, way, task, predict=None):
 
 def attack_batch(classifier, x, y, plan, seed):
     """One attack on the images x, (n, C, H, W) in [0, 1], with true labels y, (n,): for each image x_adv, prediction,
-    margin (see `margins`) and masked (whether its gradient was exactly zero or not finite at some iteration).
+    margin (see `margins`) and masked_images (whether its gradient was exactly zero or not finite at some iteration).
 
     classifier: see `make_classifier`. seed: whole numbers, see `seeded`. A restart goes on with the images that still
     stand, and is kept for those that it brings nearer to another class.
@@ -249,7 +251,7 @@ def attack_batch(classifier, x, y, plan, seed):
         x_adv[left[nearer]], logits[left[nearer]] = found[nearer], again[nearer]
         margin[left[nearer]], masked[left[nearer]] = reached[nearer], watch.masked[nearer]
     return {"x_adv": x_adv, "prediction": logits.argmax(1) if n else np.zeros(0, dtype=np.int64), "margin": margin,
-            "masked": masked}
+            "masked_images": masked}
 
 
 def _attempt(classifier, x, y, plan, seed, from_random_point):
@@ -271,40 +273,21 @@ def _attempt(classifier, x, y, plan, seed, from_random_point):
         return x_adv, classifier.predict(x_adv, batch_size=max(len(x), 1))
 
 
-def attack_images(classifiers, images, labels, args, plan, description, workers):
-    """Attacks every image by one plan, with each of several gradients. classifiers: {label: see `make_classifier`};
-    images: uint8 (n, C, H, W), labels: (n,), tensors; args: mbs, seed.
-
-    Returns {label: result, ..., "worst": result}, `worst` taking for each image the strongest of all; a result holds
-    for each image `correct` (bool), `x_adv`, `prediction`, `margin`, `masked_images` (gradient exactly zero or not
-    finite at some iteration), `norm` (of the perturbation), and of all the shares `masked` and `unmoved` (norm zero)
-    and `mean_norm`, the mean over those that were moved. Memory is that of one mini-batch. `worst` is left out where
-    there is one gradient. `workers` take whole mini-batches in turn, and all get the results. What an attack draws
-    follows from args.seed and the place of the mini-batch: it is the same for every eps and gradient, for any number of
-    workers, and wherever a sweep goes on.
-    """
-    results, n, x, y = {}, len(images), (images.float() / 255).numpy(), labels.numpy()
-    for label, classifier in classifiers.items():
-        starts = workers.strided(progress(range(0, max(n, 1), args.mbs), f"{description}, {label}"))
-        parts = workers.gather_strided([
-            attack_batch(classifier, x[i:i + args.mbs], y[i:i + args.mbs], plan, (args.seed, i)) for i in starts])
-        results[label] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    if len(results) > 1:
-        results["worst"] = worst_of(list(results.values()))
-    return {label: _summary(result, x, y, plan.norm) for label, result in results.items()}
+def summary(parts, x, norm):
+    """The result of an attack on the images x, (n, C, H, W), from those of its mini-batches: for each image `x_adv`,
+    `prediction`, `correct`, `margin`, `masked_images` (gradient exactly zero or not finite at some iteration) and
+    `norm` (of the perturbation); of all the shares `masked` and `unmoved` (norm zero) and `mean_norm`, over those that
+    were moved."""
+    result = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    length, n = norms(result["x_adv"] - x, norm), max(len(x), 1)
+    moved = length > 0
+    return {**result, "correct": result["margin"] > 0, "norm": length, "masked": int(result["masked_images"].sum()) / n,
+            "unmoved": int((~moved).sum()) / n, "mean_norm": float(length[moved].mean()) if moved.any() else 0.0}
 
 
-def _summary(result, x, y, norm):
-    """A result with what it amounts to."""
-    lengths, n = norms(result["x_adv"] - x, norm), max(len(x), 1)
-    moved = lengths > 0
-    return {**result, "masked_images": result["masked"], "masked": result["masked"].sum() / n, "norm": lengths,
-            "correct": result["prediction"] == y, "unmoved": (len(x) - moved.sum()) / n,
-            "mean_norm": float(lengths[moved].mean()) if moved.any() else 0.0}
-
-
-def worst_of(results):
-    """Of several results of `attack_batch`, each image as the attack left it that decided: the first one that broke it,
-    or, where it stands, the one that came nearest to another class."""
-    decided = np.argmin([np.where(result["margin"] > 0, result["margin"], -np.inf) for result in results], axis=0)
-    return {key: np.stack([result[key] for result in results])[decided, np.arange(len(decided))] for key in results[0]}
+def worst_of(results, x, norm):
+    """The `summary` of several, each image as the attack left it that decided: the first one that broke it, or, where
+    it stands, the one that brought it nearest to another class."""
+    decided = np.argmin([np.where(result["correct"], result["margin"], -np.inf) for result in results], axis=0)
+    keys, rows = ("x_adv", "prediction", "margin", "masked_images"), np.arange(len(x))
+    return summary([{key: np.stack([result[key] for result in results])[decided, rows] for key in keys}], x, norm)

@@ -30,10 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
+
 import model_utils  # noqa: E402
+from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled  # noqa: E402
 from energy import gdu  # noqa: E402
 from model_utils import Rule  # noqa: E402
-from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled  # noqa: E402
 
 MSE, CEL = (model_utils.make_criterion(name) for name in ("mse", "cel"))
 

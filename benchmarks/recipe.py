@@ -24,12 +24,13 @@ from torch.profiler import ProfilerActivity, profile
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
+from bench import attacked_cnn, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
+from settling import trained  # noqa: E402
+
 import data_utils  # noqa: E402
 import model_utils  # noqa: E402
 from energy.gdu import cosine  # noqa: E402
 from experiment.timing import Stopwatch  # noqa: E402
-from bench import attacked_cnn, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
-from settling import trained  # noqa: E402
 
 # precision, torch.compile, tol, schedule
 SETTINGS = {

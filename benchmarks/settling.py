@@ -18,6 +18,8 @@ import torch
 
 HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+from bench import chosen, clock, command_of, machine, publish  # noqa: E402
+
 import data_utils  # noqa: E402
 import main as command_line  # noqa: E402
 import model_utils  # noqa: E402
@@ -25,7 +27,6 @@ from energy.gdu import cosine  # noqa: E402
 from experiment import arguments, checkpoints  # noqa: E402
 from experiment.timing import Stopwatch, progress  # noqa: E402
 from experiment.workers import Workers  # noqa: E402
-from bench import chosen, clock, command_of, machine, publish  # noqa: E402
 
 
 def trained(path, data_dir, T1, images, mbs, device):
@@ -38,7 +39,7 @@ def trained(path, data_dir, T1, images, mbs, device):
     model = model_utils.make_model(args)
     checkpoints.load_weights(model, saved)
     batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches(False)
-    return model.to(device), args, batches, saved.state.get("epoch", "?")
+    return model.to(device), args, batches, len(saved.history)
 
 
 def compare(model, batches, rule, tol, device):

@@ -147,7 +147,8 @@ def _folded(steps):
     first, *upper = steps.chain.connections  # of the first only the drive is left
     chain = dataclasses.replace(steps.chain, activation=activation,
                                 connections=(first, *(c.scaled(gain, offset) for c in upper)))
-    phase = dataclasses.replace(steps.phase, drive=affine(steps.phase.drive, gain, offset), beta=gain * steps.phase.beta)
+    phase = dataclasses.replace(steps.phase, drive=affine(steps.phase.drive, gain, offset),
+                                beta=gain * steps.phase.beta)
     return steps._replace(chain=chain, phase=phase)
 
 

@@ -1,9 +1,16 @@
 """EP against BPTT, time step by time step (Ernoult et al., 2019): the update between successive steps of the nudged
 phase is to be the gradient through the same step of BPTT, counted from the end. `model` is an energy model of
 `model_utils`."""
+import dataclasses
+import math
+import statistics
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from energy.dynamics import relative_change, step
 
 
 def bptt_contributions(model, x, y, T1, T2, beta, criterion):
@@ -97,41 +104,159 @@ def cosine(a, b):
     return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0, eps=1e-30).item()
 
 
-def compare_gdu(BPTT, EP, estimate):
+# ---- like against like
+
+
+class Comparison(NamedTuple):
+    """EP against BPTT on one mini-batch.
+
+    rows      of `compare_gdu`, for the estimate `one-sided` and, with `thirdphase`, `symmetric`
+    BPTT, runs   of `check_gdu`: the contributions of BPTT, and those of EP at beta_2 and, with `thirdphase`, -beta_2
+    bptt, ep  what is held against each other, of the best estimate, see `comparable`
+    settled   which images have settled after T1 steps, (mbs,) bool
+    """
+
+    rows: list
+    BPTT: dict
+    runs: list
+    bptt: dict
+    ep: dict
+    settled: torch.Tensor
+
+
+def settled_images(model, x, rule, tol=1e-4, window=5):
+    """Which images have settled after T1 free steps, (mbs,) bool: whether the last `window` steps together changed no
+    layer by `tol` of its norm."""
+    window = min(window, rule.T1)
+    before = model(x, T=rule.T1 - window, criterion=rule.loss)
+    return relative_change(before, model(x, neurons=before, T=window, criterion=rule.loss)) < tol
+
+
+def activation_slopes(model, x, y, rule):
+    """act'(dPhi/ds_n) after T1 free steps: a list of tensors, one per layer, (mbs, *shape of the layer)."""
+    chain = model.chain(rule.loss)
+    with torch.no_grad():
+        phase = model.phase(chain.input_drive(x), y, rule.betas[0], rule.loss)
+        free = model(x, y, None, rule.T1, rule.betas[0], rule.loss)
+        drives = step(dataclasses.replace(chain, activation=lambda drive: drive), phase, free)
+    slopes = []
+    for n, drive in enumerate(drives):
+        leaf = drive.clone().requires_grad_()
+        with torch.enable_grad():
+            slopes.append(torch.autograd.grad(chain.activate(n, leaf).sum(), leaf)[0])
+    return slopes
+
+
+def complete_ep(model, x, y, rule, beta):
+    """The EP update {name: gradient} from the whole of a phase nudged by `beta`. p.grad is left as it is."""
+    kept = [p.grad for p in model.parameters()]
+    free = model(x, y, None, rule.T1, rule.betas[0], rule.loss)
+    nudged = model(x, y, free, rule.T2, beta, rule.loss)
+    model.compute_syn_grads(x, y, free, nudged, (rule.betas[0], beta), rule.loss)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    for p, grad in zip(model.parameters(), kept, strict=True):
+        p.grad = grad
+    return found
+
+
+def mean(dicts):
+    """The mean of several dicts of tensors, entry by entry."""
+    return {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}
+
+
+def comparable(model, x, y, rule, BPTT, runs):
+    """What the theorem compares, of EP's `runs` nudged by beta_2, and of two the second by -beta_2: (BPTT's side, EP's
+    side), {name: tensor}, time first.
+
+    A neuron's change in a step is its gradient times the slope of its activation at the equilibrium: BPTT's side gets
+    that slope. A `softmax` read-out learns from the loss at every step alike: of it the complete gradients are held
+    against each other, as one entry in time."""
+    bptt, ep = dict(BPTT), mean(runs)
+    for n, slope in enumerate(activation_slopes(model, x, y, rule)):
+        bptt[f"neurons_{n}"] = bptt[f"neurons_{n}"] * slope
+    if model.softmax:
+        whole = mean([complete_ep(model, x, y, rule, sign * rule.betas[1]) for sign in (1, -1)[:len(runs)]])
+        for name in whole:
+            if name.startswith(f"synapses.{len(model.synapses) - 1}."):
+                bptt[name], ep[name] = bptt[name].sum(0, keepdim=True), whole[name].unsqueeze(0)
+    return bptt, ep
+
+
+def compare_gdu(bptt, ep, estimate):
     """How far an EP estimate is from BPTT: a list of dicts, one per parameter and layer, with
 
     rmse        root mean square over time of their difference, divided by the larger of their own, mean over the
                 entries
     sign_error  share of entries and times where their signs differ
     cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||; nan where T2 steps
-    of
-                        BPTT do not reach the parameter or layer
+                        of BPTT do not reach the parameter or layer
     """
     def rms(values):
         return values.pow(2).mean(0).sqrt()
 
     rows = []
-    for name, bptt in BPTT.items():
-        ep, bptt = EP[name].double(), bptt.double()
-        larger = torch.maximum(rms(ep), rms(bptt))
-        total_ep, total_bptt = ep.sum(0).flatten(), bptt.sum(0).flatten()
-        reached = bool(total_bptt.any())
+    for name in bptt:
+        a, b = ep[name].double(), bptt[name].double()
+        totals, reached = (a.sum(0).flatten(), b.sum(0).flatten()), bool(b.sum(0).any())
         rows.append({"name": name, "estimate": estimate,
-                     "rmse": (rms(ep - bptt) / (larger + 1e-30)).mean().item(),
-                     "sign_error": (ep * bptt < 0).double().mean().item(),
-                     "cosine": cosine(total_ep, total_bptt) if reached else float("nan"),
-                     "distance": ((total_ep - total_bptt).norm() / total_bptt.norm()).item() if reached
-                     else float("nan")})
+                     "rmse": (rms(a - b) / (torch.maximum(rms(a), rms(b)) + 1e-30)).mean().item(),
+                     "sign_error": (a * b < 0).double().mean().item(),
+                     "cosine": cosine(*totals) if reached else math.nan,
+                     "distance": ((totals[0] - totals[1]).norm() / totals[1].norm()).item() if reached else math.nan})
     return rows
 
 
-def gdu_report(model, x, y, rule, criterion):
-    """Both sides of gducheck for the rule's T1, T2, betas and thirdphase. Returns (rows of `compare_gdu`, BPTT, [EP at
-    beta_2, and with thirdphase EP at -beta_2])."""
+def image_cosines(model, x, y, rule):
+    """{parameter: [cosine of the complete EP and BPTT gradients of each image alone]}, of the rule's estimate."""
+    found = {name: [] for name, _ in model.named_parameters()}
+    signs = (1, -1) if rule.thirdphase else (1,)
+    for i in range(len(x)):
+        one = (x[i:i + 1], y[i:i + 1])
+        bptt = bptt_contributions(model, *one, rule.T1, rule.T2, rule.betas[0], rule.loss)
+        ep = mean([complete_ep(model, *one, rule, sign * rule.betas[1]) for sign in signs])
+        for name, cosines in found.items():
+            total = bptt[name].sum(0)
+            cosines.append(cosine(ep[name], total) if total.any() else math.nan)
+    return found
+
+
+def gdu_report(model, x, y, rule, images=False):
+    """The `Comparison` for the rule's T1, T2, betas, thirdphase and loss. images: also say in the rows of the best
+    estimate, for every parameter, the median and the worst image's cosine (takes as long as the images one by one)."""
     beta_1, beta_2 = rule.betas
-    BPTT, EP = check_gdu(model, x, y, rule.T1, rule.T2, (beta_1, beta_2), criterion)
-    runs, rows = [EP], compare_gdu(BPTT, EP, "one-sided")
+    BPTT, EP = check_gdu(model, x, y, rule.T1, rule.T2, (beta_1, beta_2), rule.loss)
+    runs = [EP]
+    bptt, ep = comparable(model, x, y, rule, BPTT, runs)
+    rows = compare_gdu(bptt, ep, "one-sided")
     if rule.thirdphase:
-        runs.append(ep_contributions(model, x, y, rule.T1, rule.T2, (beta_1, -beta_2), criterion))
-        rows += compare_gdu(BPTT, {name: (EP[name] + runs[1][name]) / 2 for name in EP}, "symmetric")
-    return rows, BPTT, runs
+        runs.append(ep_contributions(model, x, y, rule.T1, rule.T2, (beta_1, -beta_2), rule.loss))
+        bptt, ep = comparable(model, x, y, rule, BPTT, runs)
+        rows += compare_gdu(bptt, ep, "symmetric")
+    if images:
+        best = {row["name"]: row for row in rows if row["estimate"] == rows[-1]["estimate"]}
+        for name, cosines in image_cosines(model, x, y, rule).items():
+            reached = sorted(c for c in cosines if not math.isnan(c))
+            if reached:
+                best[name].update(cosine_median=statistics.median(reached), cosine_worst=reached[0])
+    return Comparison(rows, BPTT, runs, bptt, ep, settled_images(model, x, rule))
+
+
+def verdict(comparison, rule, enough=0.99):
+    """One line: whether EP agrees with BPTT (every row's cosine of the best estimate above `enough`), or what to
+    change."""
+    best = [row for row in comparison.rows if row["estimate"] == comparison.rows[-1]["estimate"]]
+    reached = [row for row in best if not math.isnan(row["cosine"])]
+    unsettled = 1 - comparison.settled.double().mean().item()
+    if not reached:
+        return "nothing to compare: BPTT reaches no parameter, --T2 is too short"
+    worst = min(reached, key=lambda row: row["cosine"])
+    found = f"the smallest cosine is {worst['cosine']:.4f} ({worst['name']})"
+    if worst["cosine"] > enough:
+        return f"EP agrees with BPTT: {found}"
+    if unsettled > 0.05:
+        advice = f"{100 * unsettled:.0f} % of the images have not settled within T1 = {rule.T1}: a longer --T1"
+    elif not rule.thirdphase:
+        advice = "the one-sided estimate has an error of first order in beta: --thirdphase, or a smaller beta (--betas)"
+    else:
+        advice = f"beta = {rule.betas[1]:g} is too large (or, below 0.001, drowns in rounding): another one (--betas)"
+    return f"EP does not agree with BPTT: {found}; {advice}"

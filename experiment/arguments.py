@@ -1,8 +1,10 @@
-"""From the words of a command line to checked arguments. Words stay text until all are known, and are judged then, so that of a flag
-given twice only the last counts, and a saved run can fill in what was not given."""
+"""From the words of a command line to checked arguments. Words stay text until all are known, and are judged then, so
+that of a flag given twice only the last counts, and a saved run can fill in what was not given."""
 import argparse
 import math
+import reprlib
 import sys
+import unicodedata
 
 from data_utils import TASKS, UserError
 from experiment.flags import ALL, LARGEST
@@ -10,7 +12,7 @@ from experiment.flags import ALL, LARGEST
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message)
+        raise UserError(" ".join(message.split()))
 
 
 def parse(argv, flags, description=None):
@@ -28,7 +30,8 @@ def parse(argv, flags, description=None):
             if flag.kind is bool:
                 arguments.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
             else:
-                metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else {int: "N", float: "X", str: "TEXT"}[flag.kind]
+                metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else {int: "N", float: "X",
+                        str: "TEXT"}[flag.kind]
                 arguments.add_argument(f"--{flag.name}", nargs="+" if flag.many else None, metavar=metavar,
                                        help=(flag.help + default).replace("%", "%%"))
     given = vars(parser.parse_args(argv))
@@ -47,11 +50,13 @@ def shown(value):
 
 
 def judge(flag, text):
-    """The value of one word for `flag`; UserError, naming the flag, what was given and what is allowed, if it has none."""
+    """The value of one word for `flag`; UserError, naming the flag, what was given and what is allowed, if it has
+    none."""
     low, high = flag.low, flag.high
     if flag.kind is int and high is None:
         high = LARGEST
-    allowed = "one of " + ", ".join(flag.choices) if flag.choices else {int: "a whole number", float: "a number", str: "a text"}[flag.kind]
+    allowed = "one of " + ", ".join(flag.choices) if flag.choices else {
+        int: "a whole number", float: "a number", str: "a text without control characters"}[flag.kind]
     if low is not None:
         allowed += f" of at least {low}"
     if high is not None and (flag.high is not None or _beyond(text, high)):
@@ -60,11 +65,18 @@ def judge(flag, text):
         value = flag.kind(text)
     except ValueError:
         value = None
-    if (value is None or flag.choices and value not in flag.choices or flag.kind is float and not math.isfinite(value)
+    if (value is None or flag.choices and value not in flag.choices or flag.kind is str
+        and _has_control_characters(value)
+            or flag.kind is float and not math.isfinite(value)
             or low is not None and value < low or high is not None and value > high):
         given = repr(text) if len(text) <= 200 else f"{text[:40]!r}..., {len(text)} characters"
         raise UserError(f"argument --{flag.name}: got {given}, expected {allowed}")
     return value
+
+
+def _has_control_characters(text):
+    """No path can have a NUL, and an error that names a text has one line."""
+    return any(unicodedata.category(character) == "Cc" for character in text)
 
 
 def _beyond(text, high):
@@ -73,8 +85,21 @@ def _beyond(text, high):
     return digits.isdecimal() and (len(digits) > 4000 or int(digits) > high)  # int() takes no longer ones
 
 
+def described(value):
+    """Any value in a few words, on one line: what a file holds may be large, nested deeply, or impossible to print."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 2, 60, 60, 60
+    try:
+        return " ".join(short.repr(value).split())
+    except ValueError:  # a number of more digits than Python writes
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
 def judge_saved(flag, value, path):
-    """The value of one flag as a saved run has it, held to the same rules; None where the flag may be unset. Raises UserError."""
+    """The value of one flag as a saved run has it, held to the same rules; None where the flag may be unset. Raises
+    UserError."""
     if flag.kind is bool:
         if isinstance(value, bool):
             return value
@@ -83,34 +108,47 @@ def judge_saved(flag, value, path):
             return value
     else:
         kinds = {int: (int,), float: (int, float), str: (str,)}[flag.kind]
-        values = value if flag.many and isinstance(value, (list, tuple)) else [value]  # one of what may be several by now
-        if isinstance(values, (list, tuple)) and values and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values):
+        # one, too, of what may be several by now
+        values = value if flag.many and isinstance(value, (list, tuple)) else [value]
+        if values and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values):
             try:
                 values = [judge(flag, str(v)) for v in values]
                 return values if flag.many else values[0]
-            except UserError:
+            except (UserError, ValueError):  # ValueError: a number of more digits than Python writes
                 pass
-    raise UserError(f"{path} has no sensible --{flag.name}: {repr(value)[:200]}")
+    raise UserError(f"{path} has no sensible --{flag.name}: {described(value)}")
 
 
-def resolve(given, saved=None, path=None):
-    """Every argument's value: as given, else as in the run saved at `path`, else the default. Returns a Namespace.
+def resolve(given, saved=None):
+    """Every argument's value: as given, else as in the saved run, else the default. Returns a Namespace.
 
-    given: of `parse`; saved: the arguments of the run, judged ({} of those it does not know). Says on standard error which given ones
-    the run overrules."""
-    args, overruled, saved = argparse.Namespace(), [], saved or {}
+    given: of `parse`; saved: the arguments of the run that it knows, judged; None where there is no run. Says on
+    standard error which given ones the run overrules, and what neither says of the model."""
+    args, overruled, known = argparse.Namespace(), [], saved or {}
     fixed = {"architecture", "training"} if given.get("todo", "train") == "train" else {"architecture"}
     for flag in ALL:
         value = given.get(flag.dest, flag.default)
-        if flag.dest in saved and flag.scope != "session" and (flag.dest not in given or flag.scope in fixed):
-            kept = saved[flag.dest]
+        if flag.dest in known and flag.scope != "session" and (flag.dest not in given or flag.scope in fixed):
+            kept = known[flag.dest]
             if flag.dest in given and value != kept:
                 overruled.append(f"--{flag.name} {shown(kept)} (not {shown(value)})")
             value = kept
         setattr(args, flag.dest, value)
     if overruled:
         print(f"note: the saved run decides {', '.join(overruled)}", file=sys.stderr)
+    guessed = [flag for flag in ALL if flag.dest not in {**known, **given} and _describes_model(flag, args)]
+    if saved is not None and guessed:
+        print("note: the saved run does not say " + ", ".join(f"--{flag.name}" for flag in guessed) + "; taken: "
+              + ", ".join(f"{flag.name} {shown(getattr(args, flag.dest))}" for flag in guessed), file=sys.stderr)
     return args
+
+
+def _describes_model(flag, args):
+    """Whether a flag says something about the model of `args` that every run has known, the original code's too."""
+    dense = args.model.endswith("MLP")
+    without = ("schedule", *(["channels", "kernels", "strides", "paddings", "pools", "fc"] if dense else ["archi"]),
+               *([] if args.model.startswith("VF") else ["same_update"]))
+    return flag.scope == "architecture" and flag.dest not in without
 
 
 def _length_error(name, value, expected, what):
@@ -126,7 +164,8 @@ def check(args):
     if args.dropouts and 0 in args.dropouts:
         raise UserError(f"argument --dropouts: got {shown(args.dropouts)}, expected numbers above 0 and at most 1")
     if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
-        raise UserError(f"--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is {args.task}")
+        raise UserError("--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is "
+                        f"{args.task}")
     _check_rule(args)
 
 
@@ -137,19 +176,23 @@ def _check_model(args):
         raise UserError(f"argument --softmax: needs --loss cel, got --loss {args.loss}")
     if args.model in ("MLP", "VFMLP"):
         if len(args.archi) < 2 + args.softmax:
-            raise _length_error("archi", args.archi, f"at least {2 + args.softmax}", "the input, hidden layers and the classes")
+            raise _length_error("archi", args.archi, f"at least {2 + args.softmax}",
+                                "the input, hidden layers and the classes")
         if args.archi[0] != task.inputs:
-            raise UserError(f"argument --archi: its first entry is {args.archi[0]}, an image of {args.task} has {task.inputs} values")
+            raise UserError(f"argument --archi: its first entry is {args.archi[0]}, an image of {args.task} has "
+                            f"{task.inputs} values")
         layers, last = len(args.archi) - 1, "archi"
     else:
         for name in ("kernels", "strides", "paddings", "pools"):
             if len(getattr(args, name)) != len(args.channels):
-                raise _length_error(name, getattr(args, name), len(args.channels), "one per convolution, as many as --channels")
+                raise _length_error(name, getattr(args, name), len(args.channels),
+                                    "one per convolution, as many as --channels")
         if set(args.pools) - set("mai"):
             raise UserError(f"argument --pools: got {args.pools!r}, expected the letters m, a and i")
         layers, last = len(args.channels) + len(args.fc), "fc"
     if getattr(args, last)[-1] != task.classes:
-        raise UserError(f"argument --{last}: its last entry is {getattr(args, last)[-1]}, {args.task} has {task.classes} classes")
+        raise UserError(f"argument --{last}: its last entry is {getattr(args, last)[-1]}, {args.task} has "
+                        f"{task.classes} classes")
     return layers
 
 
@@ -163,10 +206,12 @@ def _check_rule(args):
         raise UserError(f"argument --precision: {args.precision} is not for CEP, whose weights change at every step")
     if len(args.betas) != 2:
         raise _length_error("betas", args.betas, 2, "of the free and of the nudged phase")
-    if (args.alg != "BPTT" or args.todo == "gducheck") and (args.betas[0] == args.betas[1] or args.thirdphase and args.betas[1] == 0):
+    if (args.alg != "BPTT" or args.todo == "gducheck") and (args.betas[0] == args.betas[1] or args.thirdphase
+                                                            and args.betas[1] == 0):
         raise UserError(f"argument --betas: got {shown(args.betas)}, EP needs two different values, the second not 0")
     if args.betas[0] and (args.random_sign or args.thirdphase and args.alg == "CEP") and args.alg != "BPTT":
-        raise UserError(f"argument --betas: got {shown(args.betas)}, a second one of either sign is to be held against a first of 0")
+        raise UserError(f"argument --betas: got {shown(args.betas)}, a second one of either sign is to be held "
+                        "against a first of 0")
 
 
 def notes(args):

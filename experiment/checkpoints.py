@@ -1,179 +1,193 @@
-"""Checkpoints: what is written of a run, how it is read back, and files by the original code."""
+"""Checkpoints: what is written of a run, and how it is read back. A file can come from anywhere: `open_saved` hands on
+nothing that `untrusted` has not looked at, and `restore` nothing that `training_state` has not held against the run."""
 import ast
+import contextlib
 import dataclasses
+import os
 import pathlib
-import pickle
-import random
 import re
+import stat
+import warnings
+import zipfile
 
-import numpy as np
 import torch
 
 from data_utils import UserError, one_line
-from experiment.arguments import judge_saved
-from experiment.files import exists
-from experiment.flags import ALL
+from experiment import training_state, untrusted
+from experiment.arguments import described
+from experiment.old_pickles import OLD_GLOBALS, Pickled, checkpoint_of
+from experiment.untrusted import Damaged
+
+LARGEST_TEXT = 2 ** 20  # bytes of a hyperparameters.txt that are read; ours have two thousand
+LARGEST_VALUE = 2000  # characters of a value in it that can be a list of numbers
+NO_LITERAL = ValueError, SyntaxError, TypeError, MemoryError, RecursionError  # what ast.literal_eval raises
 
 
-class Pickled:
-    """What stands in for an object of a file by the original code: its attributes, and none of its class's code."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-
-    def children(self, name):
-        """The members of a ModuleList or list called `name`."""
-        value = self.__dict__.get("_modules", {}).get(name, self.__dict__.get(name, []))
-        return list(value._modules.values()) if isinstance(value, Pickled) else list(value)
-
-
-def _named(name):
-    return type(name.rpartition(".")[2], (Pickled,), {})
-
-
-def _activation(name):
-    """Stands in for an activation function, which is never called through the file."""
-    def named():
-        raise TypeError(name)
-    named.__name__ = name
-    return named
-
-
-def _getattr(owner, name):
-    """torch.tanh is pickled as getattr(torch._C._VariableFunctionsClass, 'tanh'): this getattr knows such names alone."""
-    if name not in ("tanh", "sigmoid"):
-        raise pickle.UnpicklingError(f"it asks for the attribute {name}")
-    return _activation(name)
-
-
-_LAYERS = ["conv.Conv2d", "linear.Linear", "linear.Identity", "container.ModuleList", "pooling.MaxPool2d", "pooling.AvgPool2d"]
-OLD_GLOBALS = [
-    *((_named(f"model_utils.{name}"), f"model_utils.{name}") for name in ("P_MLP", "VF_MLP", "P_CNN", "VF_CNN")),
-    *((_named(name), f"torch.nn.modules.{name}") for name in _LAYERS),
-    *((_activation(name), f"model_utils.{name}") for name in ("my_sigmoid", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig")),
-    *((_activation(name), f"torch.{name}") for name in ("tanh", "sigmoid")),
-    *((_named("_VariableFunctionsClass"), f"torch._C.{name}") for name in ("_VariableFunctionsClass", "_VariableFunctions")),
-    (_getattr, "builtins.getattr"), (_getattr, "__builtin__.getattr"), (set, "builtins.set"), (set, "__builtin__.set"),
-]
-
-
-def _from_pickled_module(module):
-    """The checkpoint that a module pickled by the original code amounts to: its parameters, and the arguments of its model."""
-    kind = type(module).__name__.replace("P_", "").replace("_", "")  # P_CNN -> CNN, VF_CNN -> VFCNN
-    synapses, pools = module.children("synapses"), module.children("pools")
-    state = {f"{group}.{i}.{name}": p.detach() for group in ("synapses", "B_syn") for i, layer in enumerate(module.children(group))
-             for name, p in layer._parameters.items() if p is not None}
-    config = {"model": kind, "act": {"my_sigmoid": "mysig"}.get(module.activation.__name__, module.activation.__name__),
-              "softmax": bool(module.__dict__.get("softmax", False)), "same_update": bool(module.__dict__.get("same_update", False))}
-    dense = [layer for layer in synapses if type(layer).__name__ == "Linear"]
-    if kind in ("MLP", "VFMLP"):
-        config["archi"] = [dense[0].in_features, *(layer.out_features for layer in dense)]
-    else:
-        convolutions = synapses[:len(synapses) - len(dense)]
-        square = lambda value: value[0] if isinstance(value, tuple) else value  # noqa: E731
-        letters = {"MaxPool2d": "m", "AvgPool2d": "a", "Identity": "i"}
-        config.update(channels=[c.out_channels for c in convolutions], kernels=[square(c.kernel_size) for c in convolutions],
-                      strides=[square(c.stride) for c in convolutions], paddings=[square(c.padding) for c in convolutions],
-                      pools="".join(letters[type(pool).__name__] for pool in pools), fc=[layer.out_features for layer in dense])
-    return {"model_state_dict": state, "config": config}
+def _load(file):
+    """What torch.load makes of an open file, running no code in it. An archive is held to its checksums: weights in
+    which a bit has turned are other weights. Raises anything."""
+    if file.read(4) == b"PK\3\4":
+        archive = zipfile.ZipFile(file)
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):  # would unpack to any size
+            raise ValueError("it is compressed, as torch.save leaves no file")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"it is damaged: the checksum of {described(damaged)} is wrong")
+    file.seek(0)
+    with torch.serialization.safe_globals(OLD_GLOBALS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about formats of old
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    return checkpoint_of(state) if isinstance(state, Pickled) else state
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file; a module pickled by the original code is read as one, through stand-ins for the classes and
-    functions that such a file names. Raises UserError, one line with the file's name, for anything else; runs no code in it."""
+    """What a checkpoint file holds: a dict with a model_state_dict, of which nothing else has been looked at; a module
+    pickled by the original code is read as one. Raises UserError, one line with the file's name, for anything else;
+    runs no code."""
+    return _read(path)[0]
+
+
+def _read(path):
+    """(what `read_checkpoint` returns, when the file was written in ns)"""
+    empty = False
     try:
-        with torch.serialization.safe_globals(OLD_GLOBALS):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, Pickled):
-            state = _from_pickled_module(state)
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            empty = not status.st_size
+            state = _load(file)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(f"{named(path)} does not exist") from None
     except Exception as e:  # a damaged file can fail in any way
         refused = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = f"it asks for {refused[1]}, which could run code; nothing of it was run" if refused else one_line(e).split(". ")[0]
-        raise UserError(f"{path} cannot be loaded: {why or 'it is empty'}") from None
-    weights = state.get("model_state_dict") if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(p, torch.Tensor) for p in weights.values()):
-        raise UserError(f"{path} is no checkpoint of a model: it holds no model_state_dict")
-    return state
+        reason = one_line(e).rpartition("WeightsUnpickler error: ")[2].split(". ")[0][:300]
+        reason = "".join(letter if letter.isprintable() else "?" for letter in reason)  # it can quote the file
+        if refused:
+            reason = f"it asks for {refused[1]}, which could run code; nothing of it was run"
+        raise UserError(f"{named(path)} cannot be loaded: {'it is empty' if empty else reason}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
+        raise UserError(f"{named(path)} is no checkpoint of a model: it holds no model_state_dict")
+    return state, status.st_mtime_ns
 
 
 def read_arguments(folder):
     """The arguments written in a run folder's hyperparameters.txt, as text or plain values; {} where there are none.
 
-    Reads lines `name: value` (any indentation, or a dash before them; value a Python literal or a word), as ours are, and as
-    the original code's are.
+    Reads lines `name: value` (any indentation, or a dash before them; value a Python literal or a word), as ours are,
+    and as the original code's are. Of a line that makes no sense, and of a text beyond LARGEST_TEXT, nothing is read.
     """
+    path = pathlib.Path(folder, "hyperparameters.txt")
     try:
-        lines = pathlib.Path(folder, "hyperparameters.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        if not path.is_file():
+            return {}
+        with open(path, "rb") as file:
+            lines = file.read(LARGEST_TEXT).decode("utf-8", "replace").splitlines()
     except OSError:
         return {}
-    arguments = {}
+    texts = {}
     for line in lines:
-        found = re.match(r"[\s-]*([A-Za-z]\w*)\s*:\s*(.+?)\s*$", line)
-        if found:
-            try:
-                arguments[found[1]] = ast.literal_eval(found[2])
-            except (ValueError, SyntaxError):
-                arguments[found[1]] = found[2]
-    return arguments
+        name, colon, value = line.strip().lstrip("- \t").partition(":")
+        if colon and value.strip() and re.fullmatch(r"[A-Za-z]\w*", name.strip()):
+            texts[name.strip()] = value.strip()
+    return {name: _value(text) for name, text in texts.items()}
 
 
-def random_states(generator):
-    """The states of all random numbers that a run draws, in types that a safe load reads."""
-    kind, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "data": generator.get_state()}
-
-
-def restore_random_states(states, generator):
-    """Sets all that `random_states` read; a CUDA state only where there is such a device."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    for index, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, index)
-    generator.set_state(states["data"])
+def _value(text):
+    if len(text) <= LARGEST_VALUE:
+        with warnings.catch_warnings(), contextlib.suppress(*NO_LITERAL):
+            warnings.simplefilter("ignore")  # about escapes
+            return ast.literal_eval(text)
+    return text
 
 
 @dataclasses.dataclass
 class SavedRun:
-    """What --load-path opened. path: the checkpoint file; state: what it holds; args: {dest: value} of the run's arguments; stamp: when
-    the file was written, to notice that it is another by now."""
+    """What --load-path opened, all of it checked but `optimizer` and `scheduler`: state dicts as the file has them, or
+    None, which `restore` holds against the run's own.
+
+    path: the checkpoint file; weights: {name: float32 tensor}; args: {dest: value} of those arguments that the run
+    says; stamp: when the file was written in ns, to notice that it is another by now; history: the rows of metrics.csv;
+    best: the checkpoint of the best model, as `snapshot` made it, or None; random_states: those that
+    `training_state.random_states` read, or None."""
 
     path: pathlib.Path
-    state: dict
+    weights: dict
     args: dict
     stamp: int
+    history: list
+    best: dict | None
+    random_states: dict | None
+    optimizer: object
+    scheduler: object
 
-    @property
-    def weights(self):
-        return self.state["model_state_dict"]
+
+def named(path):
+    """A path as an error names it: on one line, and not at any length."""
+    path = str(path)
+    return path if len(path) <= 300 and path.isprintable() else described(path)
 
 
 def find_saved(path, todo):
-    """The checkpoint file that --load-path names: the latest epoch to go on with training, the best model to examine."""
+    """The checkpoint file that --load-path names: the latest epoch to go on with training, the best model to
+    examine."""
     names = ["checkpoint.tar"] if todo == "train" else ["model.pt", "checkpoint.tar"]
-    found = next((pathlib.Path(path, name) for name in names if exists(pathlib.Path(path, name))), None)
+    if not stat.S_ISDIR(_mode(path)):
+        raise UserError(f"argument --load-path: {named(path)} is no folder")
+    found = next((pathlib.Path(path, name) for name in names if _mode(pathlib.Path(path, name))), None)
     if found is None:
-        where = f"has no {' or '.join(names)}" if exists(path) and pathlib.Path(path).is_dir() else "is no folder"
-        raise UserError(f"argument --load-path: {path} {where}")
+        raise UserError(f"argument --load-path: {named(path)} has no {' or '.join(names)}")
+    if not stat.S_ISREG(_mode(found)):
+        raise UserError(f"argument --load-path: {named(found)} is no file")
     return found
+
+
+def _mode(path):
+    """What kind of file `path` is, as os.stat says it; 0 where there is none."""
+    try:
+        return os.stat(path).st_mode
+    except PermissionError:
+        raise UserError(f"argument --load-path: {named(path)} cannot be read: permission denied") from None
+    except (OSError, ValueError):  # ValueError: no path can be written like this
+        return 0
 
 
 def open_saved(path, todo):
     """The SavedRun of the run folder that --load-path names. Raises UserError."""
     path = find_saved(path, todo)
-    stamp = path.stat().st_mtime_ns
-    state = read_checkpoint(path)
-    config = {**read_arguments(path.parent), **state.get("config", {})}
-    args = {flag.dest: judge_saved(flag, config[flag.dest], path) for flag in ALL if flag.dest in config and flag.scope != "session"}
-    return SavedRun(path, state, args, stamp)
+    state, stamp = _read(path)
+    try:
+        weights = untrusted.weights(state["model_state_dict"])
+        best = untrusted.best_model(state.get("best_model"), weights, path)
+        best = best and {"model_state_dict": best[0], "config": best[1], **_summary(best[2])}
+        random_states = training_state.checked_random_states(state.get("random_states"))
+        saved = SavedRun(path, weights, _arguments(state, path), stamp, untrusted.history(state), best, random_states,
+                         state.get("opt"), state.get("scheduler"))
+        if todo == "train" and "config" in state:
+            _expect_all_for_training(saved)
+    except Damaged as e:
+        raise UserError(f"{named(path)} is damaged: {e}") from None
+    return saved
+
+
+def _expect_all_for_training(saved):
+    """Raises Damaged where a checkpoint of this program lacks what its training needs to go on as if it had not
+    stopped."""
+    needed = {"opt": saved.optimizer, "random_states": saved.random_states}
+    if saved.args["lr_decay"]:
+        needed["scheduler"] = saved.scheduler
+    missing = [name for name, value in needed.items() if value is None]
+    if missing:
+        raise Damaged(f"no training can go on from it without {' and '.join(missing)}")
+
+
+def _arguments(state, path):
+    """{dest: value} of the arguments that a run says: in its config, or, being of the original code, by its module and
+    its text."""
+    if "config" in state:
+        return untrusted.judged(untrusted.config(state["config"], path), path)
+    told = state.get("architecture", {})
+    untrusted.expect(isinstance(told, dict), "architecture", told)
+    text = path.parent / "hyperparameters.txt"
+    return {**untrusted.judged(read_arguments(path.parent), text), **untrusted.judged(told, path)}
 
 
 def load_weights(model, saved):
@@ -181,43 +195,46 @@ def load_weights(model, saved):
     try:
         model.load_state_dict(saved.weights)
     except RuntimeError as e:
-        raise UserError(f"the weights in {saved.path} do not fit the model: {one_line(e).partition(': ')[2]}") from None
+        reason = one_line(e).partition(": ")[2][:600]
+        raise UserError(f"the weights in {named(saved.path)} do not fit the model: {reason}") from None
 
 
 def restore(saved, optimizer, scheduler, generator):
-    """Puts the rest of a checkpoint back and returns (history, best): a list of dicts, the rows of metrics.csv; and the checkpoint of
-    the best model, as `snapshot` made it, or None. A checkpoint of the original code has no random states, and lists of accuracies for
-    a history."""
-    state = saved.state
+    """Puts the rest of a checkpoint back and returns (history, best) of `saved`. A checkpoint of the original code has
+    no random states. Raises UserError, with nothing changed, where optimizer or scheduler of the checkpoint are not
+    those of this run."""
+    moments = rates = None
     try:
-        if "opt" in state:
-            optimizer.load_state_dict(state["opt"])
-        if scheduler and state.get("scheduler"):
-            scheduler.load_state_dict(state["scheduler"])
-        if "random_states" in state:
-            restore_random_states(state["random_states"], generator)
-        if "history" in state:
-            history = [{"epoch": row["epoch"], "train_acc": row["train_acc"], "test_acc": row["test_acc"], **row} for row in state["history"]]
-        else:
-            accuracies = zip(state.get("train_acc", []), state.get("test_acc", []))
-            history = [{"epoch": epoch, "train_acc": float(a), "test_acc": float(b), "seconds": ""} for epoch, (a, b) in enumerate(accuracies, 1)]
-    except Exception as e:  # whatever else such a file may hold
-        raise UserError(f"{saved.path} does not fit this run: {one_line(e)}") from None
-    return history, state.get("best_model")
+        if saved.optimizer is not None:
+            moments = training_state.optimizer_state(saved.optimizer, optimizer)
+        if scheduler and saved.scheduler is not None:
+            rates = training_state.scheduler_state(saved.scheduler, scheduler)
+    except Damaged as e:
+        raise UserError(f"{named(saved.path)} does not fit this run: {e}") from None
+    if moments:
+        optimizer.load_state_dict(moments)
+    if rates:
+        scheduler.load_state_dict(rates)
+    if saved.random_states:
+        training_state.restore_random_states(saved.random_states, generator)
+    return saved.history, saved.best
 
 
 def snapshot(model, args, history):
     """What is written down of a model after len(history) epochs."""
-    return {"model_state_dict": model.state_dict(), "config": vars(args), "epoch": len(history), "history": history,
-            "train_acc": [row["train_acc"] for row in history], "test_acc": [row["test_acc"] for row in history],
-            "best": best_of(history)}
+    return {"model_state_dict": model.state_dict(), "config": vars(args), **_summary(history)}
 
 
 def resumable_state(best, optimizer, scheduler, generator):
     """What a checkpoint holds besides `snapshot`, so that training can go on from it. best: the snapshot of the best
     model so far, which it carries along so that one file commits all that an epoch changes; None before the first."""
     return {"opt": optimizer.state_dict(), "scheduler": scheduler and scheduler.state_dict(),
-            "random_states": random_states(generator), "best_model": best}
+            "random_states": training_state.random_states(generator), "best_model": best}
+
+
+def _summary(history):
+    return {"epoch": len(history), "history": history, "train_acc": [row["train_acc"] for row in history],
+            "test_acc": [row["test_acc"] for row in history], "best": best_of(history)}
 
 
 def best_of(history):

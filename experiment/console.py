@@ -80,7 +80,7 @@ def command_words(argv, name):
 def _torchrun_words():
     """The command line of the torchrun that started this worker; [] on another system than Linux."""
     try:
-        words = pathlib.Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+        words = os.fsdecode(pathlib.Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[:-1]
     except OSError:
         return []
     for n, word in enumerate(words):

@@ -9,8 +9,9 @@ LARGEST = 10 ** 9  # of whole numbers: beyond anything that could run
 class Flag(NamedTuple):
     """kind: float, int, str or bool (a switch); many: a list of them; low, high: bounds of numbers; choices: of words.
 
-    scope: what a saved run does to it. `architecture`: it decides, whatever the flag says; `training`: it decides where its training
-    goes on; `session`: it has no say, the flag belongs to one call; otherwise the run's value counts unless the flag is given."""
+    scope: what a saved run does to it. `architecture`: it decides, whatever the flag says; `training`: it decides where
+    its training goes on; `session`: it has no say, the flag belongs to one call; otherwise the run's value counts
+    unless the flag is given."""
 
     name: str
     kind: type
@@ -31,20 +32,26 @@ A, T, S = "architecture", "training", "session"
 
 FLAGS = {
     "what to do": [
-        Flag("todo", str, "train", "what to do", S, ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions")),
+        Flag("todo", str, "train", "what to do", S, ("train", "evaluate", "attack", "gducheck", "characteristic",
+                                                     "corruptions")),
         Flag("load-path", str, None, "a run folder: to go on training it, or to examine it", S),
-        Flag("save", bool, False, "write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its own)", S),
+        Flag("save", bool, False,
+             "write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its own)", S),
         Flag("device", int, 0, "index of the GPU; -1 is the CPU", S, low=-1),
-        Flag("precision", str, "fp32", "of the time steps on a CUDA device; weights, EP's contrast and attacks' gradients stay fp32", S,
+        Flag("precision", str, "fp32",
+             "of the time steps on a CUDA device; weights, EP's contrast and attacks' gradients stay fp32", S,
              ("fp32", "tf32", "bf16")),
         Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)", S),
-        Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", T, low=0, high=2 ** 63 - 1),
-        Flag("deterministic", bool, False, "ask torch for kernels that always sum in the same order: a run repeats bit for bit"),
+        Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", T, low=0,
+             high=2 ** 63 - 1),
+        Flag("deterministic", bool, False,
+             "ask torch for kernels that always sum in the same order: a run repeats bit for bit"),
     ],
     "data": [
         Flag("task", str, "MNIST", "the data set; digits needs no download", A, tuple(TASKS)),
         Flag("data-dir", str, "./data", "where the data sets are, or are downloaded to"),
-        Flag("corruptions-dir", str, None, "where the corrupted test images are (default: the folder CIFAR-10-C, or CIFAR-100-C, in --data-dir)"),
+        Flag("corruptions-dir", str, None,
+             "where the corrupted test images are (default: the folder CIFAR-10-C, or CIFAR-100-C, in --data-dir)"),
         Flag("data-aug", bool, False, "random flips and shifts of the CIFAR training images"),
         Flag("train-size", int, None, "use the first N training images", low=1),
         Flag("test-size", int, None, "use the first N test images", low=1),
@@ -53,26 +60,33 @@ FLAGS = {
     "model": [
         Flag("model", str, "MLP", "dense or convolutional, with tied weights or (VF) separate backward weights", A,
              ("MLP", "VFMLP", "CNN", "VFCNN")),
-        Flag("archi", int, [784, 512, 10], "MLP: sizes of all layers, from the input to the classes", A, low=1, many=True),
+        Flag("archi", int, [784, 512, 10], "MLP: sizes of all layers, from the input to the classes", A, low=1,
+             many=True),
         Flag("channels", int, [32, 64], "CNN: feature maps of each convolution", A, low=1, many=True),
         Flag("kernels", int, [5, 5], "CNN: kernel sizes", A, low=1, many=True),
         Flag("strides", int, [1, 1], "CNN: strides", A, low=1, many=True),
         Flag("paddings", int, [0, 0], "CNN: paddings", A, low=0, many=True),
         Flag("pools", str, "mm", "CNN: a letter per convolution: m max, a average (both 2x2, stride 2), i none", A),
-        Flag("fc", int, [10], "CNN: sizes of the dense layers, the last one the number of classes", A, low=1, many=True),
-        Flag("act", str, "mysig", "activation of the neurons", A, ("mysig", "sigmoid", "tanh", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig")),
+        Flag("fc", int, [10], "CNN: sizes of the dense layers, the last one the number of classes", A, low=1,
+             many=True),
+        Flag("act", str, "mysig", "activation of the neurons", A, ("mysig", "sigmoid", "tanh", "hard_sigmoid",
+                                                                   "my_hard_sig", "ctrd_hard_sig")),
         Flag("loss", str, "mse", "what nudges the output: squared error or cross-entropy", A, ("mse", "cel")),
         Flag("softmax", bool, False, "with cel: the output is a linear read-out of the last hidden layer", A),
         Flag("scale", float, None, "factor on the initial weights and biases", low=0),
     ],
     "dynamics and learning rule": [
-        Flag("alg", str, "EP", "Equilibrium Propagation, its continual form, or back-propagation through time", choices=("EP", "CEP", "BPTT")),
+        Flag("alg", str, "EP", "Equilibrium Propagation, its continual form, or back-propagation through time",
+             choices=("EP", "CEP", "BPTT")),
         Flag("T1", int, 20, "time steps of the free phase", low=1),
         Flag("T2", int, 4, "time steps of a nudged phase; of BPTT", low=1),
         Flag("betas", float, [0.0, 0.01], "nudging of the free and of the nudged phase", many=True),
-        Flag("schedule", str, "sync", "all layers step at once (sync), or odd and even ones in turn (async): half the arithmetic for the same "
+        Flag("schedule", str, "sync",
+             "all layers step at once (sync), or odd and even ones in turn (async): half the arithmetic for the same "
              "progress, to a fixed point that can be another", A, ("sync", "async")),
-        Flag("tol", float, 0.0, "free phases and predictions: stop an image once five steps change no layer by more than this share of its norm; "
+        Flag("tol", float, 0.0,
+             "free phases and predictions: stop an image once five steps change no layer by more than this share of "
+             "its norm; "
              "0: always take T1 steps", low=0),
         Flag("random-sign", bool, False, "EP: draw the sign of the second beta anew for each batch"),
         Flag("thirdphase", bool, False, "EP: nudge with beta and -beta (symmetric estimate)"),
@@ -81,32 +95,47 @@ FLAGS = {
     ],
     "optimizer": [
         Flag("optim", str, "sgd", "optimizer", T, ("sgd", "adam")),
-        Flag("lrs", float, None, "learning rate of each layer (default: 0.01 for sgd, 0.0005 for adam)", T, low=0, many=True),
+        Flag("lrs", float, None, "learning rate of each layer (default: 0.01 for sgd, 0.0005 for adam)", T, low=0,
+             many=True),
         Flag("wds", float, None, "weight decay of each layer (default: none)", T, low=0, many=True),
         Flag("mmt", float, 0.0, "momentum (sgd)", T, low=0, high=1),
         Flag("lr-decay", bool, False, "cosine annealing of the learning rates to 1e-5 over 100 epochs", T),
         Flag("epochs", int, 1, "epochs to train; of a resumed run, the further ones", S, low=1),
     ],
     "attack": [
-        Flag("attack", str, "pgd", "the attack", choices=("pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square",
-             "hopskipjump", "deepfool", "cw", "autoattack", "art-autoattack")),
+        Flag("attack", str, "pgd", "the attack",
+             choices=("pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "hopskipjump", "deepfool", "cw",
+                      "autoattack", "art-autoattack")),
         Flag("attack-norm", str, "2", "norm that bounds the perturbation", choices=("2", "inf")),
-        Flag("eps-list", float, None, "bounds to attack with, images in [0, 1] (default: a grid for the norm)", low=0, many=True),
-        Flag("attack-iters", int, None, "iterations of the attack (default: 20; of the ensembles 100)", S, low=1),
-        Flag("attack-queries", int, None, "predictions for each image, of Square and HopSkipJump (default: 5000, with --attack-iters as "
-             "many as these, in an ensemble 50 times as many)", S, low=1),
-        Flag("attack-restarts", int, 0, "further runs, from random points in the ball", S, low=0),
-        Flag("attack-step", int, [29], "time steps that the attack's gradient goes through; of several, the worst counts", low=1, many=True),
+        Flag("eps-list", float, None, "bounds to attack with, images in [0, 1] (default: a grid for the norm)", low=0,
+             many=True),
+        Flag("attack-iters", int, None, "iterations of the attack (default: 20; of an ensemble 100)", S, low=1),
+        Flag("attack-queries", int, None,
+             "predictions for each image, of Square and HopSkipJump (default: 5000; with --attack-iters as many as "
+             "these, in an ensemble 50 times as many)", S, low=1),
+        Flag("attack-restarts", int, 0, "further runs of the attack, from random points in the ball", S, low=0),
+        Flag("attack-step", int, [29],
+             "time steps that the attack's gradient goes through; of several, the worst counts", low=1, many=True),
         Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1),
-        Flag("attack-grad", str, ["bptt"], "how gradients are got: through the time steps (bptt), the same with slopes that do not "
-             "vanish (smooth), by Equilibrium Propagation (ep); of several, the worst counts", choices=("bptt", "smooth", "ep"), many=True),
-        Flag("attack-start", str, "zero", "where the gradient's time steps begin: at zero neurons, or near the equilibrium",
+        Flag("attack-grad", str, ["bptt"],
+             "how gradients are got: through the time steps (bptt), the same with slopes that do not "
+             "vanish (smooth), by Equilibrium Propagation (ep); of several, the worst counts",
+             choices=("bptt", "smooth", "ep"), many=True),
+        Flag("attack-start", str, "zero",
+             "where the gradient's time steps begin: at zero neurons, or near the equilibrium",
              choices=("zero", "equilibrium")),
         Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did"),
     ],
 }
 
 # A flag of main_dropout.py alone; main.py takes it from a saved run, and so goes on with one.
-DROPOUTS = Flag("dropouts", float, None, "probability of keeping a neuron, for each connection on what it sees below (training only)", T,
+DROPOUTS = Flag("dropouts", float, None,
+                "probability of keeping a neuron, for each connection on what it sees below (training only)", T,
                 low=0, high=1, many=True)
 ALL = [*(flag for group in FLAGS.values() for flag in group), DROPOUTS]
+
+# What the checkpoints of every version of this program say; later flags may be missing, and stood at their defaults.
+ALWAYS_SAVED = (
+    "task", "data_aug", "train_size", "test_size", "mbs", "seed",
+    "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax",
+    "alg", "T1", "T2", "betas", "random_sign", "thirdphase", "optim", "lrs", "wds", "mmt", "lr_decay")

@@ -6,6 +6,9 @@ import torch
 from data_utils import RunFailed
 from energy import fast
 from energy.activations import RANGES
+from energy.gdu import cosine, gdu_report
+from energy.precision import exactly, set_precision
+from experiment.timing import progress
 
 
 class Health:
@@ -64,7 +67,7 @@ class Health:
         """What to say at the end of an epoch. neurons: those of its last mini-batch."""
         same = [name for name, kept in zip(self.weights, (self.before == self._checksums()).tolist()) if kept]
         if same:
-            which = "no weight changed in it" if len(same) == len(self.weights) else (f"{', '.join(same)} did not "
+            which = "no weight has changed" if len(same) == len(self.weights) else (f"{', '.join(same)} did not "
                                                                                       "change in it")
             yield f"{which}: {self._why_nothing_moves()}"
         elif self.contrast is not None and self.contrast < 4:
@@ -95,3 +98,35 @@ class Health:
         low, high = RANGES[self.model.activation]
         margin = 1e-4 * (high - low)
         return bool(((state <= low + margin) | (state >= high - margin)).all())
+
+
+def log_theorem(trainer, x, y, epoch, batch):
+    """gducheck on a few images while training: a line in the log, and rows of gducheck.csv. Changes nothing that
+    training uses."""
+    with exactly():
+        rows = gdu_report(trainer.model, x, y, trainer.rule).rows
+    best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
+    worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
+    rmse = sum(row["rmse"] for row in best) / len(best)
+    progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least "
+                   f"{worst['cosine']:.3f} ({worst['name']}), RMSE on average {rmse:.3f}")
+    if trainer.run:
+        trainer.run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])
+
+
+def report_precision(trainer, batches):
+    """Prints how far the gradients of a mini-batch in args.precision are from those in fp32. Leaves random numbers as
+    they are."""
+    images, labels = (t[:batches.mbs] for t in (batches.images, batches.labels))
+    x, found, twin, precision = batches.normalise(images.float() / 255), [], trainer.twin, trainer.args.precision
+    state = torch.get_rng_state()
+    for name, trainer.twin in (("fp32", None), (precision, twin)):
+        set_precision(name)
+        torch.set_rng_state(state)
+        trainer.gradients(x, labels)
+        found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+    torch.set_rng_state(state)
+    cosines = {name: cosine(a, found[1][name]) for name, a in found[0].items()}
+    worst = min(cosines, key=cosines.get)
+    print(f"{precision} against fp32 at beta {trainer.rule.betas[1]:g}: gradient cosine at least {cosines[worst]:.4f} "
+          f"({worst})", flush=True)

@@ -10,6 +10,14 @@ from experiment.files import TEXT, replacing
 HEADER = "# settings: "
 
 
+def epoch_line(row, rate, settling):
+    """A row of metrics.csv as the log says it. rate: training images a second; settling: a `SettlingCount`."""
+    line = (f"train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
+            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else ""))
+    angles = " ".join(f"{value:.1f}" for name, value in row.items() if name.startswith("angle_"))
+    return line + (f", angles {angles}" if angles else "")
+
+
 def settings_of(path):
     """The settings that a table was made with, as its first lines say; None where there is no such table."""
     try:
@@ -20,6 +28,17 @@ def settings_of(path):
     except (OSError, ValueError):
         pass
     return None
+
+
+def gdu_table(rows):
+    """The rows of a comparison of EP with BPTT, see `energy.gdu.compare_gdu`, as lines of text."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'':{width}}  estimate      RMSE  sign errors   cosine  distance  cosine by image: median, worst"]
+    for row in rows:
+        images = "".join(f"{row[key]:10.4f}" for key in ("cosine_median", "cosine_worst") if key in row)
+        lines.append(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %"
+                     f"  {row['cosine']:7.4f}  {row['distance']:8.2e}{images}")
+    return lines
 
 
 class Sweep:

@@ -101,4 +101,5 @@ class SettlingCount:
                 "unsettled": round(100 * int(self.unsettled) / self.images, 4)}
 
     def __str__(self):
-        return "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % unsettled".format(**self.columns())
+        text = "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % unsettled"
+        return text.format(**self.columns())

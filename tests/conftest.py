@@ -1,4 +1,5 @@
 import copy
+import multiprocessing
 import pathlib
 import sys
 
@@ -12,6 +13,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import main  # noqa: E402
 import model_utils as mu  # noqa: E402
 from energy import fast  # noqa: E402
+
+# Processes that have loaded the libraries already, so that what they run begins at once.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["main", "model_utils", "torchvision", "sklearn.datasets", "sklearn.model_selection"])
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -113,3 +118,27 @@ def criterion_of(model):
 
 def grads(model):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+CASES = sorted(p.stem for p in GOLDEN.glob("*.pt") if p.stem != "attack_pgd")
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request):
+    return torch.load(GOLDEN / f"{request.param}.pt", weights_only=True)
+
+
+@pytest.fixture
+def golden_model(case):
+    c = case["case"]
+    act = mu.ACTIVATIONS[c["act"]]
+    if "archi" in c:
+        model = {"MLP": mu.P_MLP, "VFMLP": mu.VF_MLP}[c["model"]](c["archi"], activation=act)
+    else:
+        geometry = [c[k] for k in ("in_size", "channels", "kernels", "strides", "fc")] + [mu.make_pools(c["pools"]),
+                c["paddings"]]
+        more = {"same_update": c["same_update"]} if c["model"] == "VFCNN" else {}
+        model = {"CNN": mu.P_CNN, "VFCNN": mu.VF_CNN}[c["model"]](*geometry, activation=act, softmax=c["softmax"],
+                                                                  **more)
+    model.load_state_dict(case["state_dict"])
+    return model

@@ -17,7 +17,10 @@ from make_cifar import write_cifar, write_corruptions
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torchvision  # noqa: E402, F401
+
 import main  # noqa: E402, F401
+import model_utils  # noqa: E402, F401
 from data_utils import CORRUPTIONS  # noqa: E402
 
 # what main.py loads where it needs it

@@ -17,7 +17,7 @@ import main
 import model_utils as mu
 from ART_Timesteps_Addition import attacks
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled
-from data_utils import TASKS, load_split
+from data_utils import load_split
 
 
 @pytest.fixture(scope="session", params=["CNN", "MLP"])
@@ -63,7 +63,8 @@ def test_all_attacks(ok, trained, tmp_path, norm, eps):
         x_adv = np.load(run / f"{stem}_images.npz")["x_adv"]
         assert attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5) and x_adv.min() >= 0 and x_adv.max() <= 1
         assert all((run / f"{stem}{end}").stat().st_size for end in (".png", "_images.png", ".csv"))
-    assert found["autoattack"] <= found["pgd"] + 1.01 / 20 and found["pgd"] < clean - 0.1 and max(found.values()) <= clean + 1e-6
+    assert found["autoattack"] <= found["pgd"] + 1.01 / 20 and found["pgd"] < clean - 0.1
+    assert max(found.values()) <= clean + 1e-6
 
 
 def test_no_clip_lets_images_leave_the_range(ok, trained, tmp_path):
@@ -104,7 +105,8 @@ def saturated():
 
 
 def arguments(**changes):
-    return argparse.Namespace(**{"task": "digits", "attack": "pgd", "attack_norm": "2", "attack_iters": 10, "attack_step": 10,
+    return argparse.Namespace(**{"task": "digits", "attack": "pgd", "attack_norm": "2", "attack_iters": 10,
+                                 "attack_step": 10,
                                  "attack_start": "zero", "T1": 20,
                                  "predict_step": None, "loss": "cel", "no_clip": False, "tol": 0.0, "mbs": 20,
                                  "seed": 0, "attack_grad": ["bptt", "smooth"], **changes})
@@ -116,7 +118,7 @@ def test_vanishing_gradients_are_reported_and_smooth_ones_attack(capsys):
         results = mu.attack(model, images, labels, arguments(), eps)
         bptt, smooth, worst = (results[name] for name in ("bptt", "smooth", "worst"))
         assert bptt["masked"] > 0.5 and bptt["unmoved"] > 0.5 and smooth["masked"] < 0.01 and smooth["unmoved"] == 0
-        assert smooth["correct"].mean() <= bptt["correct"].mean() and worst["correct"].mean() <= smooth["correct"].mean()
+        assert worst["correct"].mean() <= smooth["correct"].mean() <= bptt["correct"].mean()
     assert smooth["correct"].mean() < bptt["correct"].mean()
 
 

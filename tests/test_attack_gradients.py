@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import MODELS, ROOT, criterion_of, rule, sample
 
-import main
 import model_utils as mu
 from ART_Timesteps_Addition import attacks
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled

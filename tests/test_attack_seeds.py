@@ -9,7 +9,7 @@ import torch
 
 import model_utils as mu
 from ART_Timesteps_Addition import attacks
-from data_utils import TASKS, load_split
+from data_utils import load_split
 from experiment.workers import Workers
 
 RANDOM = set(attacks.NAMES) - {"pgd", "fgsm", "fab", "deepfool", "cw"}
@@ -29,7 +29,8 @@ def sweep(attacked, name, *eps, seed=3, workers=Workers(), grads=("bptt", "ep"))
     """{eps: results} of a sweep from wherever all random generators are."""
     if name in attacks.WITHOUT_GRADIENT:
         grads = grads[:1]
-    args = argparse.Namespace(task="digits", attack=name, attack_norm="2", attack_iters=1, attack_step=5, attack_start="zero", T1=8,
+    args = argparse.Namespace(task="digits", attack=name, attack_norm="2", attack_iters=1, attack_step=5,
+                              attack_start="zero", T1=8,
                               predict_step=None, loss="cel", no_clip=False, tol=0.0, mbs=2, seed=seed,
                               attack_grad=list(grads))
     return {e: mu.attack(*attacked, args, e, "", workers) for e in eps}

@@ -70,7 +70,8 @@ def test_missing_files_say_where_they_were_looked_for(tmp_path, monkeypatch):
         with pytest.raises(UserError) as e:
             load_split(name, tmp_path / "data", True)
         text = str(e.value)
-        assert name in text and str(tmp_path / "data") in text and "--data-dir" in text and "--task digits" in text and "\n" not in text
+        assert all(word in text for word in (name, str(tmp_path / "data"), "--data-dir", "--task digits"))
+        assert "\n" not in text
 
 
 def test_damaged_data_files(cifar, tmp_path):

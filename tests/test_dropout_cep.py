@@ -52,7 +52,7 @@ def test_gducheck_holds_with_masks_held(dropped):
         pytest.skip("the theorem is of smooth dynamics with an energy")
     BPTT = gdu.bptt_contributions(dropped, x, y, 300, 100, 0.0, criterion)
     EP = [gdu.ep_contributions(dropped, x, y, 300, 100, (0.0, b), criterion) for b in (1e-3, -1e-3)]
-    for name, p in list(dropped.named_parameters())[:-2 if dropped.softmax else None]:
+    for name, _ in list(dropped.named_parameters())[:-2 if dropped.softmax else None]:
         for ours, theirs in zip((EP[0][name] + EP[1][name]) / 2, BPTT[name]):  # step by step
             assert (ours - theirs).norm() <= 1e-3 * BPTT[name].flatten(1).norm(dim=1).max()
 
@@ -79,7 +79,7 @@ def test_training_counts_what_the_masked_read_out_says(alg, monkeypatch):
 
 
 def test_settling_keeps_each_image_with_its_mask(dropped):
-    criterion, (x, y) = criterion_of(dropped), sample(dropped)
+    criterion, (x, _) = criterion_of(dropped), sample(dropped)
     x[::2] *= 20
     neurons, steps, _ = settle(dropped, x, None, 40, 0.0, criterion, 1e-4, every=1)
     for i, T in enumerate(steps.tolist()):
@@ -108,7 +108,7 @@ def test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none(ok, mon
     monkeypatch.setattr(dynamics, "relax", watched)
     monkeypatch.setattr(fast, "TABLE", {})  # every phase on its own, by the plain way
     ok(QUICK, "--thirdphase --dropouts 0.9 0.5 --save", flags=main_dropout.FLAGS, name="main_dropout.py")
-    batches, evaluations, looks = 5, 3, 2  # a look of `Health` at the first mini-batch, without masks
+    batches, evaluations, looks = 5, 3, 3  # a look of `Health` at the first mini-batch, without masks
     assert len(drawn) == batches and len(relaxed) == looks + 3 * batches + evaluations
     assert all(not phase for phase in relaxed[:looks])
     for n, batch in enumerate(drawn):
@@ -186,7 +186,8 @@ def test_cep_decays_weights_once_a_batch(model):
 
 @pytest.mark.parametrize("words", ["", "--thirdphase", "--random-sign --lr-decay", "--model VFMLP"])
 def test_cep_learns_and_resumes(ok, tmp_path, words):
-    line = "--task digits --device -1 --archi 784 64 10 --alg CEP --betas 0 0.2 --T1 20 --T2 6 --lrs 0.005 0.005 --seed 0 --save " + words
+    line = ("--task digits --device -1 --archi 784 64 10 --alg CEP --betas 0 0.2 --T1 20 --T2 6 --lrs 0.005 0.005 "
+            f"--seed 0 --save {words}")
     out = ok(line, "--epochs 10")
     accuracies = [float(text.split("test ")[1].split(" %")[0]) for text in out.splitlines() if text.startswith("epoch")]
     assert accuracies[-1] > (60 if "VF" not in words else 1.5 * accuracies[0])  # VF models learn slower

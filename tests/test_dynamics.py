@@ -18,7 +18,7 @@ TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 @pytest.mark.parametrize("schedule", ["sync", "async"])
 def test_an_image_that_has_settled_is_as_of_its_last_step(model, schedule):
     model.schedule = schedule
-    criterion, (x, y) = criterion_of(model), sample(model, 12)
+    criterion, (x, _) = criterion_of(model), sample(model, 12)
     # faint and saturated images settle early
     x *= torch.logspace(-2, 1.5, 12, dtype=x.dtype).view(-1, *[1] * (x.dim() - 1))
     neurons, steps, settled = settle(model, x, None, 60, 0.0, criterion, 1e-6, every=3)
@@ -90,7 +90,7 @@ def test_on_the_asynchronous_schedule_ep_sums_up_to_bptt():
     x, y, criterion = torch.randn(6, 30, dtype=torch.float64), torch.randint(0, 5, (6,)), mu.make_criterion("mse")
     BPTT = gdu.bptt_contributions(model, x, y, 400, 200, 0.0, criterion)
     EP = [gdu.ep_contributions(model, x, y, 400, 200, (0.0, b), criterion) for b in (1e-3, -1e-3)]
-    for name, p in model.named_parameters():
+    for name, _ in model.named_parameters():
         bptt = BPTT[name].sum(0)
         assert ((EP[0][name] + EP[1][name]).sum(0) / 2 - bptt).norm() < 1e-4 * bptt.norm()
 

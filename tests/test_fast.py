@@ -39,7 +39,7 @@ def everything(model, x, y):
 def plainly(name, schedule, drop):
     """A model, a mini-batch, and `everything` by the plain way."""
     torch.manual_seed(0)
-    act = mu.my_sigmoid if "avg" in name else mu.my_hard_sig if "CNN" in name else torch.tanh if "VF" in name else mu.my_sigmoid
+    act = mu.my_hard_sig if "CNN" in name and "avg" not in name else torch.tanh if "VF" in name else mu.my_sigmoid
     model = MODELS[name](act).double()
     model.schedule = schedule
     if drop:

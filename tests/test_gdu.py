@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 from autodiff import separate_backpropagations
-from conftest import GOLDEN, MODELS, criterion_of, only_run, rule, sample
-from test_golden import CASES, assert_close, case, criterion, model as golden_model  # noqa: F401
+from conftest import criterion_of, only_run, rule, sample
+from test_golden import assert_close
 
 import model_utils as mu
 from energy import gdu
 
 
-def test_golden(case, golden_model, criterion):  # noqa: F811
+def test_golden(case, golden_model):
     c = case["case"]
-    BPTT, EP = mu.check_gdu(golden_model, case["x"][:3], case["y"][:3], c["T1"], c["T2"], c["betas"], criterion)
+    BPTT, EP = mu.check_gdu(golden_model, case["x"][:3], case["y"][:3], c["T1"], c["T2"], c["betas"],
+                            mu.make_criterion(c["loss"]))
     assert_close(BPTT, case["gdu_bptt"], 5e-2)
     assert_close(EP, case["gdu_ep"], 5e-2)
 
@@ -50,8 +51,10 @@ def test_the_theorem():
     betas, T1, T2 = (0.02, 0.01, 0.005), 1500, 300
     truth = gdu.bptt_contributions(model, x, y, T1, T2, 0.0, criterion)
     names = [name for name, _ in model.named_parameters()]
-    total = lambda runs: torch.cat([sum(run[name].sum(0) for run in runs).flatten() / len(runs)
-                                    for name in names])  # noqa: E731
+
+    def total(runs):
+        return torch.cat([sum(run[name].sum(0) for run in runs).flatten() / len(runs) for name in names])
+
     exact = total([truth])
     errors = []
     for beta in betas:

@@ -3,37 +3,8 @@ operations."""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
 
 import model_utils as mu
-
-CASES = sorted(p.stem for p in GOLDEN.glob("*.pt") if p.stem != "attack_pgd")
-
-
-@pytest.fixture(params=CASES, scope="module")
-def case(request):
-    return torch.load(GOLDEN / f"{request.param}.pt", weights_only=True)
-
-
-@pytest.fixture
-def model(case):
-    c = case["case"]
-    act = mu.ACTIVATIONS[c["act"]]
-    if "archi" in c:
-        model = {"MLP": mu.P_MLP, "VFMLP": mu.VF_MLP}[c["model"]](c["archi"], activation=act)
-    else:
-        geometry = [c[k] for k in ("in_size", "channels", "kernels", "strides", "fc")] + [mu.make_pools(c["pools"]),
-                c["paddings"]]
-        more = {"same_update": c["same_update"]} if c["model"] == "VFCNN" else {}
-        model = {"CNN": mu.P_CNN, "VFCNN": mu.VF_CNN}[c["model"]](*geometry, activation=act, softmax=c["softmax"],
-                                                                  **more)
-    model.load_state_dict(case["state_dict"])
-    return model
-
-
-@pytest.fixture
-def criterion(case):
-    return mu.make_criterion(case["case"]["loss"])
 
 
 def assert_close(ours, golden, tolerance, floor=None):
@@ -54,40 +25,42 @@ def grads(model):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_phases_and_phi(case, model, criterion):
+def test_phases_and_phi(case, golden_model):
     x, y, c = case["x"], case["y"], case["case"]
     beta_1, beta_2 = c["betas"]
-    free = model(x, y, model.init_neurons(6, "cpu"), c["T1"], beta_1, criterion)
+    free = golden_model(x, y, golden_model.init_neurons(6, "cpu"), c["T1"], beta_1, case["case"]["loss"])
     assert_close(free, case["free"], 1e-4)
-    assert_close(model.readout(free), case["output"], 1e-4)
-    assert_close(model(x, y, case["free"], c["T2"], beta_2, criterion), case["nudged"], 1e-4)
-    assert_close(model(x, y, case["free"], c["T2"], -beta_2, criterion), case["nudged_minus"], 1e-4)
-    phi = model.Phi(x, y, case["nudged"], beta_2, criterion)
+    assert_close(golden_model.readout(free), case["output"], 1e-4)
+    assert_close(golden_model(x, y, case["free"], c["T2"], beta_2, case["case"]["loss"]), case["nudged"], 1e-4)
+    assert_close(golden_model(x, y, case["free"], c["T2"], -beta_2, case["case"]["loss"]), case["nudged_minus"], 1e-4)
+    phi = golden_model.Phi(x, y, case["nudged"], beta_2, case["case"]["loss"])
     assert_close(phi if isinstance(phi, list) else [phi], case["phi"], 1e-4)
 
 
-def test_ep_updates(case, model, criterion):
+def test_ep_updates(case, golden_model):
     x, y, (beta_1, beta_2) = case["x"], case["y"], case["case"]["betas"]
-    model.compute_syn_grads(x, y, case["free"], case["nudged"], (beta_1, beta_2), criterion)
-    assert_close(grads(model), case["grad_one_sided"], 1e-2)
+    golden_model.compute_syn_grads(x, y, case["free"], case["nudged"], (beta_1, beta_2), case["case"]["loss"])
+    assert_close(grads(golden_model), case["grad_one_sided"], 1e-2)
     if case["case"]["model"] == "VFMLP":  # the original pairs the states at +beta and -beta there
         states, third = (case["nudged"], case["nudged_minus"]), None
     else:
         states, third = (case["free"], case["nudged"]), case["nudged_minus"]
-    model.compute_syn_grads(x, y, *states, (beta_2, -beta_2), criterion, neurons_3=third)
-    assert_close(grads(model), case["grad_thirdphase"], 5e-3)
+    golden_model.compute_syn_grads(x, y, *states, (beta_2, -beta_2), case["case"]["loss"], neurons_3=third)
+    assert_close(grads(golden_model), case["grad_thirdphase"], 5e-3)
 
 
-def test_bptt(case, model, criterion):
+def test_bptt(case, golden_model):
     c = case["case"]
-    neurons = mu.bptt_gradients(model, case["x"], case["y"], mu.Rule(T1=c["T1"], T2=c["T2"], loss=c["loss"]))
-    assert model.loss(neurons, case["y"], criterion).mean().item() == pytest.approx(case["loss_bptt"], rel=1e-4)
-    assert_close(grads(model), case["grad_bptt"], 1e-3)
+    neurons = mu.bptt_gradients(golden_model, case["x"], case["y"], mu.Rule(T1=c["T1"], T2=c["T2"], loss=c["loss"]))
+    assert golden_model.loss(neurons, case["y"], case["case"]["loss"]).mean().item() == pytest.approx(case["loss_bptt"],
+            rel=1e-4)
+    assert_close(grads(golden_model), case["grad_bptt"], 1e-3)
 
 
-def test_input_gradient(case, model, criterion):
+def test_input_gradient(case, golden_model):
     x = case["x"].clone().requires_grad_()
-    out = model.readout(model(x, None, None, case["case"]["T2"], criterion=criterion, check_thm=True))
+    out = golden_model.readout(golden_model(x, None, None, case["case"]["T2"], criterion=case["case"]["loss"],
+                                            check_thm=True))
     if case["case"]["loss"] == "mse":
         loss = F.mse_loss(out, F.one_hot(case["y"], out.size(1)).float())
     else:

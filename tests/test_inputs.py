@@ -85,9 +85,11 @@ def test_a_classifier_without_an_image(grad):
 def test_a_data_set_without_an_image(attack):
     model, task = mu.P_MLP([784, 12, 10], mu.my_sigmoid), TASKS["digits"]
     images, labels = torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
-    data, criterion = Batches(images, labels, 4, task, "cpu"), mu.make_criterion("mse")
-    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and mu.predictions(model, data, mu.Rule(T1=5)).shape == (0,)
-    args = argparse.Namespace(task="digits", attack=attack, attack_norm="2", attack_iters=2, attack_step=5, attack_start="zero", T1=8,
+    data = Batches(images, labels, 4, task, "cpu")
+    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and mu.predictions(model, data, mu.Rule(T1=5)).shape == (0,
+            )
+    args = argparse.Namespace(task="digits", attack=attack, attack_norm="2", attack_iters=2, attack_step=5,
+                              attack_start="zero", T1=8,
                               predict_step=None, loss="mse", no_clip=False, tol=0.0, mbs=2, seed=0,
                               attack_grad=["bptt", "ep"])
     for eps in (0.0, 1.0):

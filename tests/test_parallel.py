@@ -109,7 +109,8 @@ def ours(err):
 def test_what_needs_one_process_is_refused_once(tmp_path):
     with torchrun(ROOT / "main.py", *"--todo gducheck --task digits --device -1".split(), cwd=tmp_path) as process:
         _, err = process.communicate(timeout=60)
-    assert len(ours(err)) == 1 and "--todo gducheck is the work of one process" in ours(err)[0] and "main.py\", line" not in err, err
+    assert len(ours(err)) == 1 and "--todo gducheck is the work of one process" in ours(err)[0], err
+    assert "main.py\", line" not in err
     assert process.returncode == 1 and "exitcode  : 2" in err
 
 

@@ -1,5 +1,4 @@
 """Runs that are interrupted, killed, or given files that are not what they should be."""
-import multiprocessing
 import os
 import pathlib
 import pickle
@@ -13,24 +12,24 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, only_run
+from conftest import ROOT, context, only_run
 
 import main
 import model_utils as mu
 from experiment import arguments, checkpoints
 
-MLP = "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save --archi 784 12 10"
+MLP = ("--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save "
+       "--archi 784 12 10")
 CNN = MLP + " --model CNN --channels 3 4"
 EXACT = {
     "MLP EP random sign, momentum, decay": MLP + " --random-sign --mmt 0.9 --lr-decay --lrs 0.1 0.1",
     "MLP BPTT Adam": MLP + " --alg BPTT --optim adam --lr-decay",
     "CNN EP random sign Adam": CNN + " --random-sign --optim adam",
     "CNN BPTT momentum": CNN + " --alg BPTT --mmt 0.9 --lr-decay",
-    "VFCNN EP symmetric, augmented": CNN + " --task CIFAR10 --data-aug --model VFCNN --thirdphase --optim adam --lr-decay",
+    "VFCNN EP symmetric, augmented": CNN + " --task CIFAR10 --data-aug --model VFCNN --thirdphase --optim adam "
+                                           "--lr-decay",
 }
 
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["main"])
 
 
 def enter(folder, words):
@@ -53,7 +52,8 @@ def final_weights(run):
 def assert_same_run(run, other):
     for name, weight in final_weights(other).items():
         assert torch.equal(final_weights(run)[name], weight), name
-    rows = [[line.rsplit(",", 1)[0] if "angle" not in line else "" for line in (r / "metrics.csv").read_text().splitlines()] for r in (run, other)]
+    rows = [[line.rsplit(",", 1)[0] if "angle" not in line else ""
+             for line in (r / "metrics.csv").read_text().splitlines()] for r in (run, other)]
     strip = [[",".join(line.split(",")[:3]) for line in r] for r in rows]
     assert strip[0] == strip[1]
 
@@ -110,7 +110,8 @@ def test_killed_at_twenty_moments_a_run_always_resumes_and_ends_the_same(ok, tmp
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupts_say_how_to_go_on(tmp_path, number, code):
     words = (MLP + " --train-size 1437 --T1 200 --epochs 500").split()
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "main.py", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-u", ROOT / "main.py", *words], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     assert "results go to" in process.stdout.readline()
     time.sleep(1)
     process.send_signal(number)
@@ -119,7 +120,8 @@ def test_interrupts_say_how_to_go_on(tmp_path, number, code):
     run = only_run(tmp_path)
     done = torch.load(run / "checkpoint.tar", weights_only=True)["epoch"]
     again = next(text for text in err.splitlines() if "--load-path" in text).split()
-    assert again[:5] == [sys.executable, "-u", str(ROOT / "main.py"), "--device", "-1"]  # as it was started, and nothing that the run remembers
+    # as it was started, and nothing that the run remembers
+    assert again[:5] == [sys.executable, "-u", str(ROOT / "main.py"), "--device", "-1"]
     assert len(again) == 9 and again[5:] == ["--load-path", str(run.relative_to(tmp_path)), "--epochs", str(500 - done)]
 
 
@@ -155,8 +157,11 @@ BROKEN = {
     "text": lambda path: path.write_text("not a checkpoint"),
     "no checkpoint": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "a tensor": lambda path: torch.save(torch.zeros(3), path),
-    "other weights": lambda path: torch.save({**torch.load(path, weights_only=True), "model_state_dict": mu.P_MLP([784, 9, 10], torch.tanh).state_dict()}, path),
-    "senseless arguments": lambda path: torch.save({**torch.load(path, weights_only=True), "config": {"channels": "many"}}, path),
+    "other weights": lambda path: torch.save({**torch.load(path, weights_only=True),
+                                              "model_state_dict": mu.P_MLP([784, 9, 10], torch.tanh).state_dict()},
+                                              path),
+    "senseless arguments": lambda path: torch.save({**torch.load(path, weights_only=True),
+                                                    "config": {"channels": "many"}}, path),
     "absent": lambda path: path.unlink(),
 }
 
@@ -184,14 +189,17 @@ def test_a_checkpoint_with_damaged_parts_is_refused(cli, trained, damage):
 
 def test_contradicting_flags_are_reported_and_the_run_wins(cli, trained):
     code, out, err = cli(f"--load-path {trained} --device -1 --channels 9 9 --loss cel --task MNIST --lrs 1 1 1 --T1 5")
-    assert code == 0 and all(flag in err for flag in ("--channels 3 4", "--loss mse", "--task digits", "--lrs")) and "--T1" not in err
+    assert code == 0 and all(flag in err for flag in ("--channels 3 4", "--loss mse", "--task digits",
+                                                      "--lrs")) and "--T1" not in err
     assert torch.load(trained / "checkpoint.tar", weights_only=True)["config"]["channels"] == [3, 4]
 
 
 def test_a_run_is_recreated_from_its_hyperparameters_alone(ok, trained, tmp_path):
     values = checkpoints.read_arguments(trained)
-    assert {"python", "torch", "torchvision", "cuda", "device", "seed", "channels", "T1"} <= set(values) and "git revision:" in (trained / "hyperparameters.txt").read_text()
-    line = next(text for text in (trained / "hyperparameters.txt").read_text().splitlines() if text.startswith("command line: python main.py"))
+    assert {"python", "torch", "torchvision", "cuda", "device", "seed", "channels",
+            "T1"} <= set(values) and "git revision:" in (trained / "hyperparameters.txt").read_text()
+    line = next(text for text in (trained / "hyperparameters.txt").read_text().splitlines()
+                if text.startswith("command line: python main.py"))
     shutil.move(trained, tmp_path / "first")
     ok(line.removeprefix("command line: python main.py "), f"--seed {values['seed']}")
     assert_same_run(only_run(tmp_path), tmp_path / "first")
@@ -238,7 +246,8 @@ torch.manual_seed(0)
 act = ours.my_hard_sig if "CNN" in kind else torch.tanh
 geometry = (28, [1, 3, 4], [5, 5], [1, 1], [6, 10], ours.make_pools("ma"), [0, 1])
 new = {{"P_MLP": lambda: ours.P_MLP([784, 12, 10], act), "VF_MLP": lambda: ours.VF_MLP([784, 12, 10, 10], act),
-        "P_CNN": lambda: ours.P_CNN(*geometry, act, softmax=True), "VF_CNN": lambda: ours.VF_CNN(*geometry, act, softmax=True)}}[kind]()
+        "P_CNN": lambda: ours.P_CNN(*geometry, act, softmax=True),
+        "VF_CNN": lambda: ours.VF_CNN(*geometry, act, softmax=True)}}[kind]()
 x = torch.rand(5, 1, 28, 28)
 out = new.readout(new(x, None, None, 6))
 old_module = types.ModuleType("model_utils")
@@ -261,9 +270,11 @@ if "CNN" in kind:
 old.activation = old_module.my_hard_sig if "CNN" in kind else torch.tanh
 old.nc = 10
 torch.save(old, folder + "/model.pt")
-optimizer = torch.optim.SGD([{{"params": m.parameters(), "lr": 0.01}} for m in [*new.synapses, *new.B_syn]], lr=0.01, momentum=0.9)
-torch.save({{"model_state_dict": new.state_dict(), "opt": optimizer.state_dict(), "scheduler": None, "train_acc": [40.0, 50.0], "test_acc": [41.0, 49.0],
-            "best": 49.0, "epoch": 1, "angles": [90.0]}}, folder + "/checkpoint.tar")
+groups = [{{"params": m.parameters(), "lr": 0.01}} for m in [*new.synapses, *new.B_syn]]
+optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+torch.save({{"model_state_dict": new.state_dict(), "opt": optimizer.state_dict(), "scheduler": None, "best": 49.0,
+            "train_acc": [40.0, 50.0], "test_acc": [41.0, 49.0], "epoch": 1, "angles": [90.0]}},
+           folder + "/checkpoint.tar")
 torch.save((x, out), folder + "/expected")
 '''
 
@@ -283,13 +294,18 @@ def test_files_of_the_original_code_load(ok, tmp_path, kind):
     torch.testing.assert_close(model.readout(model(x, None, None, 6)), out)
 
     # the state dict takes it from hyperparameters.txt, as the original code writes it, or from the flags
-    flags = {"P_MLP": "--model MLP --archi 784 12 10 --act tanh", "VF_MLP": "--model VFMLP --archi 784 12 10 10 --act tanh"}.get(
-        kind, f"--model {kind.replace('P_', '').replace('_', '')} --channels 3 4 --kernels 5 5 --pools ma --paddings 0 1 --fc 6 10 --act my_hard_sig --loss cel --softmax")
+    flags = {"P_MLP": "--model MLP --archi 784 12 10 --act tanh",
+             "VF_MLP": "--model VFMLP --archi 784 12 10 10 --act tanh"}.get(
+        kind,
+        f"--model {kind.replace('P_', '').replace('_', '')} --channels 3 4 --kernels 5 5 --pools ma --paddings 0 1 "
+        "--fc 6 10 --act my_hard_sig --loss cel --softmax")
     common = "--task digits --device -1 --test-size 20 --train-size 40"
-    assert "test accuracy" in ok(f"--todo evaluate --load-path {folder} {common}", "--loss cel --softmax" if "CNN" in kind else "")
+    assert "test accuracy" in ok(f"--todo evaluate --load-path {folder} {common}", "--loss cel --softmax"
+                                 if "CNN" in kind else "")
     (folder / "hyperparameters.txt").unlink()
     if kind == "P_CNN":
-        (folder / "hyperparameters.txt").write_text("- task: digits\n- model: CNN\n  channels: [3, 4]\n  kernels : [5, 5]\n  pools: ma\n  paddings: [0, 1]\n"
+        (folder / "hyperparameters.txt").write_text("- task: digits\n- model: CNN\n  channels: [3, 4]\n  kernels : "
+                                                    "[5, 5]\n  pools: ma\n  paddings: [0, 1]\n"
                                                     "  fc: [6, 10]\n  act: my_hard_sig\n  loss: cel\n  softmax: True\n")
         flags = ""
     out = ok(f"--load-path {folder} {common} --mmt 0.9", flags)

@@ -175,8 +175,8 @@ def test_rows_are_there_as_soon_as_they_are_known(corrupted, cli, monkeypatch):
         return evaluate(*args)
     monkeypatch.setattr(mu, "evaluate", interrupted)
     code, _, err = cli(line(run))
-    assert code == 143 and "2 corruptions are in" in err and list(entries(run
-                                                                          / "Corruption_Accuracy.txt")) == list(CORRUPTIONS[:2])
+    assert code == 143 and "2 corruptions are in" in err
+    assert list(entries(run / "Corruption_Accuracy.txt")) == list(CORRUPTIONS[:2])
     assert "mean" not in (run / "Corruption_Accuracy.txt").read_text()
 
 

@@ -1,0 +1,140 @@
+"""What a saved file holds, held against what a run writes. Everything that is read of a checkpoint passes here once,
+what only training needs in `training_state`; what these functions return has the types, shapes and ranges that the rest
+of the program relies on. They raise Damaged for anything else."""
+import sys
+
+import torch
+
+from experiment.arguments import described, judge_saved
+from experiment.flags import ALL, ALWAYS_SAVED, LARGEST
+
+LARGEST_FLOAT = sys.float_info.max
+
+
+class Damaged(Exception):
+    """A file holds what no run writes. The message says where in the file, and what there is."""
+
+
+def expect(holds, what, value):
+    """Raises Damaged, which says that `what` is `value`, unless `holds`."""
+    if not holds:
+        raise Damaged(f"{what} is {described(value)}")
+
+
+def is_number(value, low=-LARGEST_FLOAT, high=LARGEST_FLOAT, whole=False):
+    """Whether `value` is a finite number (whole: an int) from low to high; True and False are none."""
+    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def are_numbers(values, length, low=-LARGEST_FLOAT, high=LARGEST_FLOAT, whole=False):
+    """Whether `values` is a list or tuple of `length` numbers, as `is_number` has them."""
+    return (isinstance(values, (list, tuple)) and len(values) == length
+            and all(is_number(value, low, high, whole) for value in values))
+
+
+def _is_name(value):
+    return isinstance(value, str) and len(value) <= 100 and value.isidentifier()
+
+
+# -------------------------------------------------------------------------------------------------------------- tensors
+
+
+def real_tensor(value, what, shape=None):
+    """The float32 tensor with the values of `value`, which are finite. Weights of another floating type (float64,
+    float16, bfloat16) are converted, where that leaves them finite: models compute in float32. shape: the one that it
+    must have."""
+    expect(isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+           and value.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16), what, value)
+    held = value.untyped_storage().nbytes() // value.element_size()
+    if value.numel() > held:  # a view that repeats a few values
+        raise Damaged(f"{what} claims {value.numel():,} values, of which the file has {held:,}")
+    if shape is not None and value.shape != shape:
+        raise Damaged(f"{what} has the shape {tuple(value.shape)} instead of {tuple(shape)}")
+    value = value.detach().resolve_neg().to(torch.float32)
+    if not value.isfinite().all():
+        raise Damaged(f"{what} is not finite")
+    return value
+
+
+def weights(saved):
+    """{name: float32 tensor} of a model_state_dict."""
+    expect(isinstance(saved, dict), "model_state_dict", saved)
+    for name in saved:
+        expect(isinstance(name, str) and len(name) <= 200 and name.isprintable(), "the name of a weight", name)
+    return {name: real_tensor(value, f"the weight {name}") for name, value in saved.items()}
+
+
+# ------------------------------------------------------------------------------------------------ arguments and history
+
+
+def judged(values, path):
+    """{dest: value} of the flags among `values`, a dict, each held to its flag's type and range, those of one call left
+    out. path: the file that they are from. Raises UserError."""
+    return {flag.dest: judge_saved(flag, values[flag.dest], path)
+            for flag in ALL if flag.dest in values and flag.scope != "session"}
+
+
+def config(saved, path):
+    """The arguments that a checkpoint of this program carries, as it carries them: a dict of plain values, those of
+    flags judged, and all there that no version left out. Raises UserError as well."""
+    expect(isinstance(saved, dict) and all(_is_name(name) for name in saved), "config", saved)
+    missing = [name.replace("_", "-") for name in ALWAYS_SAVED if name not in saved]
+    if missing:
+        raise Damaged(f"its config does not say --{', --'.join(missing)}")
+    judged(saved, path)
+    for name, value in saved.items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        expect(all(map(_is_plain, values)), f"config's {name}", value)
+    return dict(saved)
+
+
+def _is_plain(value):
+    return value is None or isinstance(value, (bool, str, float)) or is_number(value, -2 ** 63, 2 ** 63, True)
+
+
+def history(saved):
+    """The history of a checkpoint: [{"epoch": 1, "train_acc": %, "test_acc": %, "seconds": s or "", ...}, ...], the
+    rows of metrics.csv. One of the original code, without `config`, may have two lists of accuracies instead."""
+    if "history" not in saved and "config" not in saved:
+        return _history_of_lists(saved.get("train_acc", []), saved.get("test_acc", []))
+    rows, epoch = saved.get("history"), saved.get("epoch")
+    expect(isinstance(rows, list), "history", rows)
+    expect(is_number(epoch, len(rows), len(rows), True), f"epoch, with {len(rows)} epochs in history,", epoch)
+    for n, row in enumerate(rows, 1):
+        what = f"epoch {n} in history"
+        expect(isinstance(row, dict) and all(_is_name(name) for name in row), what, row)
+        expect(is_number(row.get("epoch"), n, n, True), f"the number of {what}", row.get("epoch"))
+        for name in ("train_acc", "test_acc"):
+            expect(is_number(row.get(name), 0, 100), f"{name} of {what}", row.get(name))
+        seconds = row.get("seconds", "")
+        expect(isinstance(seconds, str) and not seconds or is_number(seconds, 0), f"seconds of {what}", seconds)
+        for name, value in row.items():
+            expect(isinstance(value, float) or is_number(value, -LARGEST, LARGEST)  # an angle may be nan
+                   or isinstance(value, str) and len(value) <= 100 and value.isprintable(), f"{name} of {what}", value)
+    first = dict.fromkeys(("epoch", "train_acc", "test_acc", "seconds"), "")
+    return [{**first, **row} for row in rows]
+
+
+def _history_of_lists(*lists):
+    expect(all(isinstance(values, list) for values in lists) and len(lists[0]) == len(lists[1]),
+           "train_acc and test_acc, which are two lists of one length,", lists)
+    rows = []
+    for epoch, pair in enumerate(zip(*lists), 1):
+        what = f"an accuracy of epoch {epoch}"
+        pair = [real_tensor(v, what, torch.Size()).item() if isinstance(v, torch.Tensor) else v for v in pair]
+        expect(are_numbers(pair, 2, 0, 100), what, pair)
+        rows.append({"epoch": epoch, "train_acc": float(pair[0]), "test_acc": float(pair[1]), "seconds": ""})
+    return rows
+
+
+def best_model(saved, own, path):
+    """(weights, config, history) of the best model, which a checkpoint carries along as model.pt holds it; or None.
+    own: the weights of the checkpoint. Raises UserError as well."""
+    if saved is None:
+        return None
+    expect(isinstance(saved, dict), "best_model", saved)
+    state = weights(saved.get("model_state_dict"))
+    shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (state, own)]
+    if shapes[0] != shapes[1]:
+        raise Damaged("the weights of best_model are those of another model")
+    return state, config(saved.get("config"), path), history(saved)
