@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from art.attacks import evasion
 
-from ART_Timesteps_Addition import torch_attacks
+from ART_Timesteps_Addition import gradients, torch_attacks
 from ART_Timesteps_Addition.measures import GradientMonitor, margins, norms, random_in_ball, seeded, within
 from ART_Timesteps_Addition.pytorch import SATURATED, PyTorchClassifier
 from ART_Timesteps_Addition.torch_attacks import Ensemble
@@ -148,10 +148,11 @@ def with_margin_loss(classifier):
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a gradient is got: grad, start and states as in `pytorch.Options`, steps: time steps that it goes through,
-    gain: what logits are multiplied by; tol: where steps without a graph may end early, see `pytorch.Options`."""
+    """How a gradient is got: grad, softness, start, states and tol as in `pytorch.Options`; steps: time steps that it
+    goes through; gain: what logits are multiplied by."""
 
     grad: str = "bptt"
+    softness: tuple = ()
     steps: int = 29
     start: str = "zero"
     states: str = "last"
@@ -164,19 +165,25 @@ def classifiers(model, args, eps, task, x, predict):
     images, (n, C, H, W) in [0, 1], that will be attacked; others: see `make_classifier`."""
     found, steps = {}, args.attack_step if isinstance(args.attack_step, (list, tuple)) else [args.attack_step]
     for grad in args.attack_grad:
-        gain = gain_of(model, args, task, x, predict) if grad == "smooth" else 1.0
+        way = Way(grad, start=args.attack_start)
+        if grad in ("smooth", "soft"):
+            way = calibrated(way, make_classifier(model, args, eps, way, task, predict), x[:100])
         for step in steps:
-            way = Way(grad, step, args.attack_start, gain=gain)
             label = grad if len(steps) == 1 else f"{grad}@{step}"
-            found[label] = make_classifier(model, args, eps, way, task, predict)
+            found[label] = make_classifier(model, args, eps, dataclasses.replace(way, steps=step), task, predict)
     return found
 
 
-def gain_of(model, args, task, x, predict):
-    """What `smooth` multiplies logits by: `logit_gain` of the predictions of the first of the images x."""
-    if args.loss == "mse" or not len(x):  # outputs within a range, which `make_classifier` stretches
-        return 1.0
-    return logit_gain(make_classifier(model, args, 1.0, Way(), task, predict).predict(x[:100]))
+def calibrated(way, classifier, x):
+    """The way with the gain and softness that suit a model, judged by some images x, (n, C, H, W) in [0, 1]."""
+    unrolled, softness, gain = classifier.model, (), 1.0
+    if way.grad == "soft":
+        seen = classifier._apply_preprocessing(x, y=None, fit=False)[0]
+        chain = unrolled.model.chain(unrolled.loss)
+        softness = gradients.softness(chain, torch.from_numpy(seen).to(classifier.device, chain.dtype), unrolled.T1)
+    if unrolled.loss == "cel" and len(x):  # outputs of the squared error have a range, which `make_classifier` stretches
+        gain = logit_gain(classifier.predict(x))
+    return dataclasses.replace(way, gain=gain, softness=softness)
 
 
 def logit_gain(logits):
@@ -218,8 +225,8 @@ def make_classifier(model, args, eps, way, task, predict=None):
     mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (task.mean, task.std))
     criterion = (torch.nn.MSELoss if args.loss == "mse" else torch.nn.CrossEntropyLoss)(reduction="none")
     return PyTorchClassifier(
-        model, loss, shape, task.classes, *steps, criterion=criterion, grad=way.grad, start=way.start,
-        states=way.states, tol=way.tol, predict=predict, watch=GradientMonitor(), clip_values=clip,
+        model, loss, shape, task.classes, *steps, criterion=criterion, grad=way.grad, softness=way.softness,
+        start=way.start, states=way.states, tol=way.tol, predict=predict, watch=GradientMonitor(), clip_values=clip,
         preprocessing=(mean, std), gain=10.0 * way.gain if args.loss == "mse" and not squared else way.gain,
         shift=1.0 if args.loss == "mse" and args.attack not in (*WITH_LOSS, *WITHOUT_GRADIENT) else 0.0,
         device_type="cpu" if next(model.parameters()).device.type == "cpu" else "gpu")

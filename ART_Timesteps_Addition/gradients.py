@@ -1,5 +1,5 @@
-"""Ways to the gradient of an attack: back through the time steps, the same with slopes that do not vanish, and by
-Equilibrium Propagation.
+"""Ways to the gradient of an attack: back through the time steps, the same with slopes that do not vanish, by
+Equilibrium Propagation, and through a twin whose neurons do not saturate.
 
 Nothing here changes the energy model. Gradients are taken in fp32, with exact products, whatever predictions are made
 in: attacks add up small differences, of images here and, for EP, of states.
@@ -8,9 +8,9 @@ import dataclasses
 
 import torch
 
-from energy import fast
+from energy import fast, dynamics
 from energy.activations import RESCALED, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid
-from energy.dynamics import Phase
+from energy.dynamics import Chain, Phase
 
 # ----------------------------------------------------------------------------------------- other weights, other slopes
 
@@ -92,6 +92,51 @@ def smoothed(chain):
     return dataclasses.replace(chain, activation=SMOOTH.get(chain.activation, chain.activation))
 
 
+@dataclasses.dataclass(frozen=True)
+class SoftChain(Chain):
+    """A chain whose neurons feel their drive, counted from the middle of the activation, times a factor: one for each
+    layer, the top one's last (a chain may lack its lowest layers)."""
+
+    factors: tuple = ()
+
+    def activate(self, n, drive):
+        factor = self.factors[n - len(self)]
+        if factor < 1 and not (self.linear_output and n == len(self) - 1):
+            drive = factor * drive + (1 - factor) * MIDDLE[self.activation]
+        return super().activate(n, drive)
+
+
+MIDDLE = {function: sum(CORNERS[activation][:2]) / 2 for activation, smooth in SMOOTH.items()
+          for function in (activation, smooth)}
+DRIVEN = 1.0  # how far the drives of a soft chain are from the middle, as a root mean square, in units of half its width
+
+
+def softened(chain, factors):
+    """The smoothed chain as a `SoftChain`: a twin that computes much the same where neurons are driven far beyond what
+    saturates them, and has a slope there. factors: see `softness`."""
+    fields = {field.name: getattr(chain, field.name) for field in dataclasses.fields(Chain)}
+    return SoftChain(**{**fields, "activation": SMOOTH.get(chain.activation, chain.activation)},
+                     factors=tuple(factors) or (1.0,) * len(chain))
+
+
+@torch.no_grad()
+def softness(chain, x, T, rounds=4):
+    """The factors, at most 1, with which the neurons of each layer are driven DRIVEN half-widths from the middle, on
+    the mini-batch x after T steps. Softening one layer changes the drives of others: it takes a few rounds."""
+    if chain.activation not in CORNERS:
+        return (1.0,) * len(chain)
+    low, high, _ = CORNERS[chain.activation]
+    phase, factors = Phase(chain.input_drive(x)), (1.0,) * len(chain)
+    for _ in range(rounds):
+        soft = softened(chain, factors)
+        neurons = fast.relax(soft, phase, None, T)
+        drives = dynamics.step(dataclasses.replace(chain, activation=lambda drive: drive), phase, neurons)
+        driven = [(drive - (low + high) / 2).double().square().mean().sqrt().item() / ((high - low) / 2)
+                  for drive in drives]
+        factors = tuple(min(1.0, DRIVEN / max(d, 1e-30)) for d in driven)
+    return factors
+
+
 SMALLEST = 1e-5  # norm of a gradient by `smooth`: ART's attacks add 1e-7 to it before they divide by it
 
 
@@ -114,12 +159,16 @@ def without_underflow(pullback):
 
 
 def through_time(unrolled, x):
-    """The read-out after T2 steps; back through them. With `smooth` by slopes that do not vanish."""
-    model, u, smooth = unrolled.model, unrolled, unrolled.options.grad == "smooth"
+    """The read-out after T2 steps; back through them. With `smooth` by slopes that do not vanish, with `soft` those of
+    a softened twin."""
+    model, u, grad = unrolled.model, unrolled, unrolled.options.grad
     parameters = fp32_parameters(model)
 
     def chain_of(model):
-        return smoothed(model.chain(u.loss)) if smooth else model.chain(u.loss)
+        chain = model.chain(u.loss)
+        if grad == "soft":
+            return softened(chain, u.options.softness)
+        return smoothed(chain) if grad == "smooth" else chain
 
     def before(model, x):
         chain = chain_of(model)
@@ -149,7 +198,7 @@ def through_time(unrolled, x):
             return torch.zeros_like(leaf)
         return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]  # ART asks for a gradient per class
 
-    return out.detach(), without_underflow(pullback) if smooth else pullback
+    return out.detach(), pullback if grad == "bptt" else without_underflow(pullback)
 
 
 def _free(chain, phase, T, tol, output_in=None):
@@ -191,5 +240,5 @@ def by_equilibrium_propagation(unrolled, x):
     return out, pullback
 
 
-WAYS = {"bptt": through_time, "smooth": through_time, "ep": by_equilibrium_propagation}
+WAYS = {"bptt": through_time, "smooth": through_time, "ep": by_equilibrium_propagation, "soft": through_time}
 GRADIENTS, STARTS, STATES = tuple(WAYS), ("zero", "equilibrium"), ("last", "all")

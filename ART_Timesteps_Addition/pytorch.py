@@ -45,7 +45,8 @@ class Options:
     """How `Unrolled` answers, and how its gradients are got.
 
     grad        `bptt` through the time steps, `smooth` the same with slopes that do not vanish, `ep` by Equilibrium
-                Propagation
+                Propagation, `soft` as `smooth` through a twin whose neurons do not saturate
+    softness    how much `soft` softens each layer, see `gradients.softness`
     start       whether the T2 steps begin from `zero` neurons or, with `equilibrium`, after T1 - T2 steps without a
                 graph
     states      whether attacks see the read-out after the `last` of the T2 steps, or the mean over `all` of them of the
@@ -62,6 +63,7 @@ class Options:
     """
 
     grad: str = "bptt"
+    softness: tuple = ()
     start: str = "zero"
     states: str = "last"
     exact: bool = False
@@ -129,13 +131,13 @@ class Unrolled(torch.nn.Module):
                 return options.gain * self.predicted(x, dtype) + options.shift
         x = x.to(dtype)  # some attacks count in float64
         out = options.gain * _Differentiable.apply(x, functools.partial(self._way, dtype), options.watch)
-        return (desaturated(out) if options.grad == "smooth" else out) + options.shift
+        return (desaturated(out) if options.grad in ("smooth", "soft") else out) + options.shift
 
     def _way(self, dtype, x):
         """The read-out that attacks see, and its pullback."""
         out, pullback = WAYS[self.options.grad](self, x)
-        predicts = self.options.grad == "ep" or self.T1 == self.T2 or (
-            self.options.start == "equilibrium" and self.T1 > self.T2)
+        predicts = self.options.grad != "soft" and (self.options.grad == "ep" or self.T1 == self.T2 or (
+            self.options.start == "equilibrium" and self.T1 > self.T2))
         if self.options.exact and not predicts:
             with torch.no_grad():
                 out = self.predicted(x, dtype)

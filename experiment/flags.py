@@ -119,8 +119,9 @@ FLAGS = {
         Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1),
         Flag("attack-grad", str, ["bptt"],
              "how gradients are got: through the time steps (bptt), the same with slopes that do not "
-             "vanish (smooth), by Equilibrium Propagation (ep); of several, the worst counts",
-             choices=("bptt", "smooth", "ep"), many=True),
+             "vanish (smooth), by Equilibrium Propagation (ep), as smooth through a twin whose neurons do not saturate "
+             "(soft); of several, the worst counts",
+             choices=("bptt", "smooth", "ep", "soft"), many=True),
         Flag("attack-start", str, "zero",
              "where the gradient's time steps begin: at zero neurons, or near the equilibrium",
              choices=("zero", "equilibrium")),
