@@ -181,7 +181,7 @@ def calibrated(way, classifier, x):
         seen = classifier._apply_preprocessing(x, y=None, fit=False)[0]
         chain = unrolled.model.chain(unrolled.loss)
         softness = gradients.softness(chain, torch.from_numpy(seen).to(classifier.device, chain.dtype), unrolled.T1)
-    if unrolled.loss == "cel" and len(x):  # outputs of the squared error have a range, which `make_classifier` stretches
+    if unrolled.loss == "cel" and len(x):  # outputs of the squared error have a range: `make_classifier` stretches it
         gain = logit_gain(classifier.predict(x))
     return dataclasses.replace(way, gain=gain, softness=softness)
 

@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from energy import fast, dynamics
+from energy import dynamics, fast
 from energy.activations import RESCALED, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid
 from energy.dynamics import Chain, Phase
 
@@ -108,7 +108,7 @@ class SoftChain(Chain):
 
 MIDDLE = {function: sum(CORNERS[activation][:2]) / 2 for activation, smooth in SMOOTH.items()
           for function in (activation, smooth)}
-DRIVEN = 1.0  # how far the drives of a soft chain are from the middle, as a root mean square, in units of half its width
+DRIVEN = 1.0  # how far the drives of a soft chain are from the middle: root mean square, in units of half its width
 
 
 def softened(chain, factors):

@@ -16,6 +16,7 @@ from art.estimators.classification import PyTorchClassifier as ArtClassifier
 from ART_Timesteps_Addition.gradients import GRADIENTS, STARTS, STATES, WAYS, published_layout  # noqa: F401
 from energy.precision import exactly
 
+
 class _Differentiable(torch.autograd.Function):
     """The read-out for x by one of the ways above. The pullback runs whenever ART's own code goes backwards, and makes
     products exact by itself: no block around a call of ours would reach it."""
