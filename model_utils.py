@@ -511,8 +511,7 @@ class Trainer:
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
     def fit(self, train_batches, test_batches):
-        """Trains for args.epochs epochs after those in `history`. Raises RunFailed when neurons or weights stop being
-        finite."""
+        """Trains for args.epochs epochs after those in `history`. Raises RunFailed when something is not finite."""
         if self.args.precision != "fp32":
             report_precision(self, train_batches)
         last = len(self.history) + self.args.epochs

@@ -213,3 +213,49 @@ def test_attack_lines_of_the_seed(ok, cli, tmp_path, cifar, line):
     assert len([text for text in (run / "Adversarial_Accuracy.txt").read_text().splitlines() if text[0] != "#"]) == 11
     code, _, err = cli(*words, reduced)
     assert code == 2 and err.count("\n") == 1 and folder.rstrip("/") in err
+
+
+def listing(run):
+    return {path.name: path.read_bytes() for path in run.iterdir()}
+
+
+def test_a_sweep_is_found_again_by_its_settings(ok, trained, tmp_path, monkeypatch):
+    run, stem = fresh(trained, tmp_path), "Adversarial_Accuracy_fgsm_2"
+    line = f"{COMMON} --load-path {run} --attack fgsm"
+    for more in ("--no-clip", "", "--attack-start equilibrium"):
+        ok(line, more, "--eps-list 0.5 1")
+    before, attack, eps_seen = listing(run), mu.attack, []
+    assert {f"{stem}{n}.{end}" for n in ("", "_1", "_2") for end in ("txt", "csv", "png")} <= set(before)
+    monkeypatch.setattr(mu, "attack", lambda *args: eps_seen.append(args[4]) or attack(*args))
+    for more in ("", "--no-clip", "--attack-start equilibrium"):
+        ok(line, more, "--eps-list 1 0.5 0.5")
+    after = listing(run)
+    assert not eps_seen and {n: c for n, c in after.items() if n[-3:] != "png"} == {
+        n: c for n, c in before.items() if n[-3:] != "png"}
+    ok(line, "--no-clip --eps-list 2 0.5 2")
+    assert eps_seen == [2.0]
+    assert [float(row["eps"]) for row in rows(run, f"{stem}_1")] == [0.5, 1, 2]
+    assert [text.split()[0] for text in (run / f"{stem}_1.txt").read_text().splitlines() if text[0] != "#"] == [
+        "0.5", "1", "2"]
+
+
+def test_a_row_that_a_kill_kept_from_the_text_is_in_it_when_the_sweep_goes_on(ok, trained, tmp_path):
+    run, stem = fresh(trained, tmp_path), "Adversarial_Accuracy_fgsm_2"
+    line = f"{COMMON} --load-path {run} --attack fgsm --eps-list 0.5 1"
+    ok(line)
+    whole = (run / f"{stem}.txt").read_text()
+    for text in ("".join(whole.splitlines(keepends=True)[:-2]), "".join(whole.splitlines(keepends=True)[:1])):
+        (run / f"{stem}.txt").write_text(text)
+        ok(line)
+        assert (run / f"{stem}.txt").read_text() == whole and len(rows(run, stem)) == 2
+
+
+def test_a_move_that_a_kill_ended_is_finished(ok, trained, tmp_path):
+    run, stem = fresh(trained, tmp_path), "Adversarial_Accuracy_fgsm_2"
+    line = f"{COMMON} --load-path {run} --attack fgsm --eps-list 0.5 1"
+    ok(line)
+    (run / f"{stem}.csv").rename(run / f"{stem}_1.csv")  # the first of the files that are moved aside
+    table = (run / f"{stem}_1.csv").read_bytes()
+    ok(line)
+    assert (run / f"{stem}_1.csv").read_bytes() == table and len(rows(run, f"{stem}_1")) == 2
+    assert not (run / f"{stem}.csv").exists()

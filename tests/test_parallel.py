@@ -131,3 +131,20 @@ def test_a_lost_worker_ends_the_run_and_says_how_to_go_on(tmp_path, number):
     again = next(line for line in err.splitlines() if "--load-path" in line).split()
     assert again[0] == "torchrun" and again[-4:] == ["--load-path", str(run.relative_to(tmp_path)), "--epochs",
                                                      str(500 - done)]
+
+
+def test_workers_whose_torchrun_was_killed_end_and_let_go_of_the_run(tmp_path, capsys):
+    with torchrun(ROOT / "main.py", *(MLP + " --T1 100 --epochs 500").split(), cwd=tmp_path) as process:
+        assert "results go to" in process.stdout.readline()
+        run = only_run(tmp_path)
+        assert main.main(["--device", "-1", "--load-path", str(run)]) == 2
+        assert "is being trained already" in capsys.readouterr().err
+        children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(process.pid, signal.SIGKILL)
+        start = time.monotonic()
+        while any(pathlib.Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() - start < 20
+            time.sleep(0.1)
+        _, err = process.communicate(timeout=60)
+    assert "interrupted or lost a worker;" in err and "Traceback" not in err
+    assert main.main(["--device", "-1", "--load-path", str(run)]) == 0

@@ -378,3 +378,20 @@ def test_out_of_memory_is_one_line(cli, monkeypatch, error):
     assert "out of memory" in err and "smaller --mbs" in err and "--mbs 20" in err
 
 
+
+
+def test_deterministic_runs_ask_torch_for_it_and_say_so(ok, tmp_path):
+    line = TINY + " --model CNN --channels 3 4 --alg"
+    for alg in ("EP", "BPTT"):
+        weights = []
+        for words in ("", "--deterministic"):
+            folder = tmp_path / f"{alg}{words}"
+            folder.mkdir()
+            os.chdir(folder)
+            ok(line, alg, words)
+            assert torch.are_deterministic_algorithms_enabled() == bool(words)
+            saved = torch.load(only_run(folder) / "final_model.pt", weights_only=True)
+            assert saved["config"]["deterministic"] == bool(words)
+            weights.append(saved["model_state_dict"])
+        assert all(torch.equal(weights[0][name], w) for name, w in weights[1].items())
+    torch.use_deterministic_algorithms(False)
