@@ -25,7 +25,7 @@ from experiment import arguments
 from experiment.files import exists
 from experiment.flags import FLAGS
 
-NEED_A_RUN = ("evaluate", "attack", "characteristic", "corruptions")
+NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
 
 
@@ -288,6 +288,17 @@ def _attack_line(args, eps, grad, result):
     return line
 
 
+def audit(job):
+    """How robust the model is within one bound, and whether that number can be believed."""
+    import model_utils
+    from ART_Timesteps_Addition.audit_checks import conduct
+    from experiment.audit import AuditFiles, open_surrogate
+    args, data, files = job.args, job.batches(False), AuditFiles(job.run_folder(), job.args, job.saved.weights)
+    job.interruption.advice = files.advice
+    surrogate = args.surrogate and open_surrogate(args, model_utils.build)
+    conduct(job.model, args, (data.images, data.labels), files, surrogate, args.tol or "--tol" in job.command)
+
+
 # ------------------------------------------------------------------------------------------ gducheck
 
 
@@ -331,7 +342,7 @@ def _save_gdu(run, comparison):
 # ---------------------------------------------------------------------------------- the command line
 
 TODOS = {"train": train, "evaluate": evaluate, "attack": attack, "gducheck": gducheck, "characteristic": characteristic,
-         "corruptions": corruptions}
+         "corruptions": corruptions, "audit": audit}
 
 
 def prepare(given, program, argv, interruption, workers):

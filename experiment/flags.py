@@ -33,7 +33,7 @@ A, T, S = "architecture", "training", "session"
 FLAGS = {
     "what to do": [
         Flag("todo", str, "train", "what to do", S, ("train", "evaluate", "attack", "gducheck", "characteristic",
-                                                     "corruptions")),
+                                                     "corruptions", "audit")),
         Flag("load-path", str, None, "a run folder: to go on training it, or to examine it", S),
         Flag("save", bool, False,
              "write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its own)", S),
@@ -125,6 +125,9 @@ FLAGS = {
         Flag("attack-start", str, "zero",
              "where the gradient's time steps begin: at zero neurons, or near the equilibrium",
              choices=("zero", "equilibrium")),
+        Flag("eps", float, None, "audit: the bound, images in [0, 1]", S, low=0),
+        Flag("budget", str, "standard", "audit: how much the attacks may take", S, ("standard", "quick")),
+        Flag("surrogate", str, None, "audit: a run folder, whose adversarial images are tried on this model", S),
         Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did"),
     ],
 }
