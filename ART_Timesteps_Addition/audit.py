@@ -2,17 +2,13 @@
 numbers are to be judged by (see `audit_checks`)."""
 import dataclasses
 import json
-import math
 import time
 
 import numpy as np
 
-from ART_Timesteps_Addition import attacks, torch_attacks
-from ART_Timesteps_Addition.audit_subject import State
-from ART_Timesteps_Addition.measures import margins, norms, random_in_ball, seeded, within
-
-GRADS = ("bptt", "smooth", "ep", "soft")
-STILL = 0.05  # an image has settled, here, once a step moves no layer by more than this share of its norm
+from ART_Timesteps_Addition import attacks, audit_sanity, torch_attacks
+from ART_Timesteps_Addition.audit_subject import GRADS, STILL, State
+from ART_Timesteps_Addition.measures import margins, random_in_ball, seeded, within
 
 
 class Audit:
@@ -91,7 +87,8 @@ class Audit:
         state.facts |= {
             "clean": float((predicted == subject.y).mean()), "changed_again": int((predicted != again.argmax(1)).sum()),
             "clean_later": float((later == subject.y).mean()), "changed_later": int((predicted != later).sum()),
-            "settled": float((moved < STILL).mean()), "layers": len(subject.model.synapses)}
+            "settled": float((moved < STILL).mean()), "responds": subject.responds(),
+            "layers": len(subject.model.synapses)}
 
     # ---- b: projected gradient descent
 
@@ -197,55 +194,9 @@ class Audit:
         state.facts["early"] = {"t": int(shares.argmax()) + 1, "robust": float(shares.max()),
                                 "over_time": [round(float(share), 6) for share in shares]}
 
-    # ---- f: sanity
-
-    def sanity(self):
-        """The strongest gradient at growing eps, in one step, along its way; what attacked images do at 2 T1."""
-        subject, state, facts = self.subject, self.state, self.state.facts
-        rows = np.flatnonzero(margins(subject.logits(subject.x), subject.y) > 0)[:self.budget.sample]
-        x, y = subject.x[rows], subject.y[rows]
-        whole = 1.0 if self.norm == "inf" else math.sqrt(math.prod(x.shape[1:]))
-        curve = [(0.0, len(rows))]
-        for eps in [self.eps / 4, self.eps / 2, *_doubled(self.eps, whole)]:
-            curve.append((eps, int((self._margins(self.way, "pgd", eps, x, y)[0] > 0).sum())))
-            if not curve[-1][1]:
-                break
-        facts |= {"curve": [(eps, count / max(len(rows), 1)) for eps, count in curve],
-                  "rise": max(0, *(b[1] - a[1] for a, b in zip(curve, curve[1:]))),
-                  "sample": len(rows), "unbounded": self._unbounded(x, y, whole) if curve[-1][1] else 0}
-        start = margins(subject.logits(x), y)
-        single, many = (self._margins(self.way, name, self.eps, x, y)[0] for name in ("fgsm", "pgd"))
-        facts |= {"single": int((single > 0).sum()), "iterative": int((many > 0).sum()),
-                  "loss_rises": float((many < start).mean()) if len(rows) else 1.0}
-        attacked = norms(state.x_adv - subject.x, self.norm) > 0
-        fallen = np.flatnonzero(~state.standing & attacked)
-        later = subject.logits(state.x_adv[fallen], 2 * subject.T1).argmax(1)
-        moved = subject.trajectory(state.x_adv)[1]
-        facts |= {"fallen": len(fallen), "recovered": int((later == subject.y[fallen]).sum()),
-                  "attacked_settled": float((moved < STILL).mean())}
-
-    def _margins(self, way, name, eps, x, y, iters=None):
-        """(margins, images) that an attack with another bound reaches."""
-        generate, found = self.by(way, name, eps, iters=iters or self.budget.iters), []
-        for i in range(0, len(y), self.subject.args.mbs):
-            rows = slice(i, i + self.subject.args.mbs)
-            found.append(generate(x[rows].copy(), y[rows], (self.subject.args.seed, self.number, i))[0])
-        found = np.concatenate(found) if found else x
-        return margins(self.subject.logits(found), y), found
-
-    def _unbounded(self, x, y, eps):
-        """How many images no gradient breaks within all of [0, 1], with more iterations."""
-        for grad in dict.fromkeys((self.way.grad, *GRADS)):
-            way = self.subject.calibrated(dataclasses.replace(self.way, grad=grad), eps)
-            left = self._margins(way, "pgd", eps, x, y, 4 * self.budget.iters)[0] > 0
-            x, y = x[left], y[left]
-            if not len(y):
-                break
-        return len(y)
-
 
 STAGES = {"a": Audit.clean, "b": Audit.descend, "c": Audit.ensemble, "d": Audit.blindly, "e": Audit.dynamics,
-          "f": Audit.sanity}
+          "f": audit_sanity.sanity}
 
 
 def _told(way):
@@ -261,11 +212,3 @@ def _strongest(reached, state):
     if state.standing.any():
         return min(reached, key=lambda name: np.nan_to_num(reached[name][state.standing], posinf=1e30).mean())
     return max(reached, key=lambda name: int((reached[name] <= 0).sum()))
-
-
-def _doubled(eps, whole):
-    """eps, 2 eps, 4 eps ... and at last `whole`, which lets an image become any other."""
-    while eps < whole:
-        yield eps
-        eps *= 2
-    yield whole

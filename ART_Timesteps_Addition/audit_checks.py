@@ -20,6 +20,8 @@ def interval(share, n):
 REASONS = {
     "deterministic": ("images whose class differs between two predictions of the same: attacks need a model that "
                       "answers alike", "average the attack's gradient over the noise, or take the noise out"),
+    "responds": ("share of images of which any neuron notices that every pixel changes by 1e-4: an input that is "
+                 "rounded hides what a gradient could say", "attacks through the model without its rounding"),
     "settled": ("share of the images that a step at T1 moves by less than 5 % in every layer: what has not settled is "
                 "a state on its way, which attacks do not aim at", "a larger --T1"),
     "time_steps": ("images whose class is another at 2 T1", "a larger --T1"),
@@ -51,6 +53,7 @@ def checks(facts, n, steps, T1):
     few = max(1, math.ceil(0.02 * n))
     rows = {  # name: (value, limit, whether the value is to be at most that)
         "deterministic": (facts["changed_again"], 0, True),
+        "responds": (facts["responds"], 0.9, False),
         "settled": (facts["settled"], 0.9, False),
         "time_steps": (facts["changed_later"], few, True),
         "attack_steps": (max(steps), min(T1, 2 * facts["layers"]), False),

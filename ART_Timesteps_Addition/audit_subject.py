@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ART_Timesteps_Addition import attacks
-from ART_Timesteps_Addition.measures import margins, seeded
+from ART_Timesteps_Addition.measures import seeded
 from data_utils import TASKS
 from energy import fast
 from energy.dynamics import Phase, relative_change
@@ -29,8 +29,10 @@ class Budget:
 
 
 BUDGETS = {"standard": Budget(), "quick": Budget(10, 10, 250, 250, 50, 1, 20)}
-CALIBRATED = ("smooth", "ep", "soft")
+GRADS, CALIBRATED = ("bptt", "smooth", "ep", "soft"), ("smooth", "ep", "soft")
 ENDS_EARLY = 1e-3  # of predictions within attacks, where nothing else is asked for, see `relax_until_settled`
+TINY = 1e-4
+STILL = 0.05  # an image has settled, here, once a step moves no layer by more than this share of its norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,23 @@ class Subject:
             classes.append(np.stack(found))
             moved.append(relative_change(before, neurons).float().cpu().numpy())
         return np.concatenate(classes, 1), np.concatenate(moved)
+
+    @torch.no_grad()
+    def responds(self):
+        """The share of images of which any neuron notices a change of every pixel by about TINY: one that rounds its
+        input does not, and no gradient of it means anything."""
+        noticed, dtype = [], next(self.model.parameters()).dtype
+        tiny = TINY if dtype != torch.bfloat16 else 100 * TINY
+        with seeded(self.args.seed):
+            noise = np.random.default_rng(0).uniform(tiny / 2, tiny, self.x.shape).astype(np.float32)
+            for i in range(0, len(self.x), self.args.mbs):
+                rows, states = slice(i, i + self.args.mbs), []
+                for x in (self.x[rows], np.where(self.x[rows] > 0.5, -1, 1) * noise[rows] + self.x[rows]):
+                    seen, _ = self.classifier()._apply_preprocessing(x.astype(np.float32), y=None, fit=False)
+                    seen = torch.from_numpy(seen).to(next(self.model.parameters()).device)
+                    states.append(torch.cat([s.flatten(1) for s in self.predict(seen, self.T1, 0.0)], 1))
+                noticed += (states[0] != states[1]).any(1).tolist()
+        return float(np.mean(noticed))
 
     def calibrated(self, way, eps=None):
         """The way with the gain and softness that suit the model."""
