@@ -1,5 +1,6 @@
 """The files of an audit in a run folder: one for each stage that is done, and the result."""
 import json
+import zipfile
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class AuditFiles:
             if json.loads(str(arrays.pop("settings"))) != json.loads(json.dumps(self.settings)):
                 return None
             return arrays, json.loads(str(arrays.pop("record")))
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 
     def save(self, name, arrays, record):
