@@ -20,8 +20,8 @@ def interval(share, n):
 REASONS = {
     "deterministic": ("images whose class differs between two predictions of the same: attacks need a model that "
                       "answers alike", "average the attack's gradient over the noise, or take the noise out"),
-    "responds": ("share of images of which any neuron notices that every pixel changes by 1e-4: an input that is "
-                 "rounded hides what a gradient could say", "attacks through the model without its rounding"),
+    "responds": ("share of images whose first layer notices that every pixel changes by 1e-4: an input that is rounded "
+                 "hides what a gradient could say", "attacks through the model without its rounding"),
     "settled": ("share of the images that a step at T1 moves by less than 5 % in every layer: what has not settled is "
                 "a state on its way, which attacks do not aim at", "a larger --T1"),
     "time_steps": ("images whose class is another at 2 T1", "a larger --T1"),

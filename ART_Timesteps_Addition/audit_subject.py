@@ -107,9 +107,9 @@ class Subject:
 
     @torch.no_grad()
     def responds(self):
-        """The share of images of which any neuron notices a change of every pixel by about TINY: one that rounds its
-        input does not, and no gradient of it means anything."""
-        noticed, dtype = [], next(self.model.parameters()).dtype
+        """The share of images of which the first layer's drive notices a change of every pixel by about TINY: that of a
+        rounded input does not, and no gradient of it means anything. (Neurons may rightly be saturated.)"""
+        noticed, chain, dtype = [], self.model.chain(self.args.loss), next(self.model.parameters()).dtype
         tiny = TINY if dtype != torch.bfloat16 else 100 * TINY
         with seeded(self.args.seed):
             noise = np.random.default_rng(0).uniform(tiny / 2, tiny, self.x.shape).astype(np.float32)
@@ -118,7 +118,7 @@ class Subject:
                 for x in (self.x[rows], np.where(self.x[rows] > 0.5, -1, 1) * noise[rows] + self.x[rows]):
                     seen, _ = self.classifier()._apply_preprocessing(x.astype(np.float32), y=None, fit=False)
                     seen = torch.from_numpy(seen).to(next(self.model.parameters()).device)
-                    states.append(torch.cat([s.flatten(1) for s in self.predict(seen, self.T1, 0.0)], 1))
+                    states.append(chain.input_drive(seen).flatten(1))
                 noticed += (states[0] != states[1]).any(1).tolist()
         return float(np.mean(noticed))
 

@@ -18,8 +18,8 @@ from data_utils import load_split
 from experiment.audit import NAMES, AuditFiles
 from experiment.run_folder import RunFolder
 
-TINY = audit_subject.Budget(3, 2, 10, 150, 3, 1, 6)
-LINE = "--todo audit --device -1 --test-size 8 --eps 1 --budget quick --attack-step 8"
+TINY = audit_subject.Budget(3, 1, 10, 30, 3, 1, 4)
+LINE = "--todo audit --device -1 --test-size 6 --eps 1 --budget quick --attack-step 8"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
     out = ok(LINE, f"--load-path {run} --attack-norm {norm} --eps {eps} --surrogate {trained}")
     stem = f"Audit_{norm}_{eps}"
     result = result_of(run, stem)
-    assert result["images"] == 8 and result["interval"][0] <= result["robust"] <= result["interval"][1]
+    assert result["images"] == 6 and result["interval"][0] <= result["robust"] <= result["interval"][1]
     assert result["trusted"] == all(check["passed"] for check in result["checks"].values())
     assert all({"passed", "value", "limit", "why"} == set(check) for check in result["checks"].values())
     names = [a["name"] for a in result["attacks"]]
@@ -70,14 +70,14 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
                  "twice the iterations", "apgd-ce", "apgd-t", "fab", "square", "hopskipjump", "random draws",
                  "transfer", "all states"):
         assert any(part in name for name in names), part
-    standing = [round(8 * result["clean"]), *(a["standing"] for a in result["attacks"])]
+    standing = [round(6 * result["clean"]), *(a["standing"] for a in result["attacks"])]
     assert all(b == a - attack["broken"] for a, b, attack in zip(standing, standing[1:], result["attacks"]))
-    assert standing[-1] == round(8 * result["robust"])
+    assert standing[-1] == round(6 * result["robust"])
     text = (run / f"{stem}.txt").read_text()
     assert text.startswith("TRUSTED" if result["trusted"] else "NOT TRUSTED") and text in out
     with np.load(run / f"{stem}.npz") as file:
         x_adv = file["x_adv"]
-    x = (load_split("digits", "", False, 8)[0].float() / 255).numpy()
+    x = (load_split("digits", "", False, 6)[0].float() / 255).numpy()
     assert attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5) and 0 <= x_adv.min() and x_adv.max() <= 1
     assert (run / f"{stem}.png").stat().st_size
 
@@ -142,7 +142,7 @@ def test_wrong_flags(cli, trained, words, said):
 
 def test_an_audit_leaves_no_more_images_than_a_sweep(ok, audited, tmp_path):
     run = shutil.copytree(audited, tmp_path / "run")
-    ok("--todo attack --device -1 --test-size 8 --eps-list 1 --attack-step 8 --attack-iters 3 --attack-grad bptt "
+    ok("--todo attack --device -1 --test-size 6 --eps-list 1 --attack-step 8 --attack-iters 3 --attack-grad bptt "
        f"smooth ep --load-path {run}")
     rows = list(csv.DictReader(open(run / "Adversarial_Accuracy.csv")))
     assert result_of(run)["robust"] <= min(float(row["adversarial"]) for row in rows)
