@@ -21,9 +21,9 @@ import sys
 from typing import Any
 
 from data_utils import TASKS, RunFailed, UserError
-from experiment import arguments
+from experiment import arguments, checks
 from experiment.files import exists
-from experiment.flags import FLAGS
+from experiment.flags import FLAGS, WITHOUT_GRADIENT
 
 NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
@@ -43,13 +43,20 @@ class Job:
     program: list
     command: list
 
-    def batches(self, train, generator=None):
-        """The mini-batches of one split; with a generator shuffled and, with --data-aug, augmented."""
+    def batches(self, split, generator=None):
+        """The mini-batches of a split, `train`, `test`, or `val`: the last args.val_size of the training images, which
+        `train` lacks then. With a generator shuffled and, with --data-aug, augmented."""
         import data_utils
         args, task = self.args, TASKS[self.args.task]
         with self.workers.rank_zero_first():  # as it may have to download them
-            images, labels = data_utils.load_split(args.task, args.data_dir, train, args.train_size if train
-                                                   else args.test_size)
+            images, labels = data_utils.load_split(args.task, args.data_dir, split != "test",
+                                                   args.test_size if split == "test" else args.train_size)
+        if split != "test" and args.val_size:
+            if args.val_size >= len(labels):
+                raise UserError(f"argument --val-size: got {args.val_size}, there are {len(labels)} training images, "
+                                "and at least one is to train on")
+            part = slice(-args.val_size, None) if split == "val" else slice(-args.val_size)
+            images, labels = images[part], labels[part]
         augment = generator is not None and args.data_aug and task.augments
         return data_utils.Batches(images, labels, args.mbs, task, self.device, generator, augment)
 
@@ -62,7 +69,7 @@ class Job:
     def run_folder(self):
         """The folder of --load-path; raises UserError where nothing can be written to it."""
         from experiment.run_folder import RunFolder
-        run = RunFolder(self.args.load_path)
+        run = RunFolder(self.saved.path.parent)
         run.check_writable()
         return run
 
@@ -76,26 +83,30 @@ def train(job):
 
     import model_utils
     from experiment import checkpoints
+    from experiment.story import Story, changes, resumable_state, snapshot
     args, workers, saved = job.args, job.workers, job.saved
     run = _training_folder(job)
     try:
         generator = torch.Generator().manual_seed(args.seed)
-        train_batches, test_batches = job.batches(True, generator), job.batches(False)
+        train_batches, test_batches = job.batches("train", generator), job.batches("test")
         optimizer, scheduler = model_utils.make_optimizer(job.model, args)
-        history, best = checkpoints.restore(saved, optimizer, scheduler, generator) if saved else ([], None)
-        first, folder = len(history), args.load_path
-        job.interruption.advice = lambda: _how_to_go_on(job, folder, len(history), first)
+        story = checkpoints.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
+        first, folder = len(story.history), saved and str(saved.path.parent)
+        job.interruption.advice = lambda: _how_to_go_on(job, folder, len(story.history), first)
+        for change in changes(saved.args, vars(args)) if saved else ():
+            print(f"note: {change}")
         if run and saved:
-            run.restore(history, best)
+            run.restore(story.history, story.best)
             run.note_resumption(shlex.join(job.command), job.device, first + 1, saved.args, vars(args))
         elif workers.rank == 0 and args.save:
-            state = checkpoints.snapshot(job.model, args, history)
-            run = _new_folder(job, {**state, **checkpoints.resumable_state(None, optimizer, scheduler, generator)})
-        if run:
-            print(f"results go to {run.folder}" + (f", from epoch {first + 1} on" if saved else ""), flush=True)
+            state = snapshot(job.model, args, story)
+            run = _new_folder(job, {**state, **resumable_state(story, optimizer, scheduler, generator)})
+        print((f"results go to {run.folder}" if run else "nothing of this training is kept, for want of --save")
+              + (f", from epoch {first + 1} on" if saved else ""), flush=True)
         folder = workers.broadcast(run and str(run.folder))
-        model_utils.train(job.model, optimizer, train_batches, test_batches, args, scheduler=scheduler, run=run,
-                          history=history, workers=workers, best=best)
+        model_utils.train(job.model, optimizer, train_batches, test_batches, args,
+                          val_batches=job.batches("val") if args.val_size else None, scheduler=scheduler, run=run,
+                          story=story, workers=workers)
     finally:
         if run:
             run.release()
@@ -149,26 +160,36 @@ def evaluate(job):
     """Accuracy on the training and test images, printed and appended to hyperparameters.txt."""
     import model_utils
     from experiment.timing import Stopwatch
-    args, run = job.args, job.run_folder()
-    line = f"evaluated {job.saved.path.name} with T1 = {args.T1}:"
-    for split in ("train", "test"):
-        data, stopwatch = job.batches(split == "train"), Stopwatch()
+    args, run, parts, names = job.args, job.run_folder(), [], {"train": "train", "val": "validation", "test": "test"}
+    for split in names if args.val_size else ("train", "test"):
+        data, stopwatch = job.batches(split), Stopwatch()
         accuracy = model_utils.evaluate(job.model, data, job.rule, f"evaluating, {split}", stopwatch, job.workers)
         stopwatch.settling.gather(job.workers)
-        line += (f" {split} accuracy {100 * accuracy:.2f} % ({data.samples} "
-                 f"images{f', {stopwatch.settling}' if args.tol else ''})")
-        line += "," if split == "train" else ""
+        parts.append(f"{names[split]} accuracy {100 * accuracy:.2f} % ({data.samples} "
+                     f"images{f', {stopwatch.settling}' if args.tol else ''})")
+    parts += [] if args.tol else [_unsettled(job, data, args.T1)]
+    line = f"evaluated {job.saved.source} with T1 = {args.T1}: " + ", ".join(parts)
     print(line)
     if job.workers.rank == 0:
         run.append_hyperparameters(line)
 
 
+def _unsettled(job, data, T1):
+    """How many images of a mini-batch have not settled after T1 steps, in words; prints what it means of too many."""
+    from experiment import health
+    share, images = health.share_unsettled(job.model, data, dataclasses.replace(job.rule, T1=T1))
+    if share > health.MANY_UNSETTLED:
+        print(f"warning: {health.advice_unsettled(share, T1)}", flush=True)
+    return f"{100 * share:.0f} % of {images} images unsettled"
+
+
 def characteristic(job):
     """Test accuracy after every number of free steps up to T1."""
     import model_utils
+    from energy.dynamics import SETTLED
     from experiment import figures
-    args, run, data, source = job.args, job.run_folder(), job.batches(False), job.saved.path.name
-    eps = args.tol or model_utils.SETTLED
+    args, run, data, source = job.args, job.run_folder(), job.batches("test"), job.saved.source
+    eps = args.tol or SETTLED
     accuracy, settled = model_utils.characteristic(job.model, data, job.rule, eps)
     reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
     run.write_lines("Characteristic_Time.txt", [
@@ -197,10 +218,12 @@ def corruptions(job):
     settings = {"folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "tol": args.tol,
                 "precision": args.precision,
                 "weights": fingerprint(job.saved.weights)}
-    table = CorruptionTable(job.run_folder(), settings, data_utils.CORRUPTIONS, data_utils.SEVERITIES)
+    table = CorruptionTable(job.run_folder(), settings, data_utils.CORRUPTIONS, data_utils.SEVERITIES,
+                            job.saved.source)
     job.interruption.advice = lambda: (f"{len(table.rows)} corruptions are in {table.text}, the same command goes on "
                                        "behind them")
-    print(f"{labels.size(1)} images of each severity, T1 = {args.T1}; results go to {table.text}", flush=True)
+    print(f"{job.saved.source}, {labels.size(1)} images of each severity, T1 = {args.T1}; results go to {table.text}",
+          flush=True)
     for name in data_utils.CORRUPTIONS:
         # popped: what was read of a mapped file leaves the memory with it
         severities, accuracies = images.pop(name), []
@@ -232,27 +255,29 @@ def attack(job):
     """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
     from experiment.report import Sweep
-    from experiment.timing import progress
-    args, workers, data, steps = job.args, job.workers, job.batches(False), job.args.predict_step or job.args.T1
+    from experiment.timing import write
+    args, workers, data, steps = job.args, job.workers, job.batches("test"), job.args.predict_step or job.args.T1
     run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
     images, labels = data.images.cpu(), data.labels.cpu()
     clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers) == labels
     eps_list, sweep, results = sorted(set(args.eps_list or default_eps(args.attack_norm))), None, None
     if run:
-        sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item())
+        sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item(), job.saved.source)
         job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
                                            "behind them")
         precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
-        print(f"{args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after {steps} "
-              f"steps{precision[0]}, gradients "
-              f"through {arguments.shown(args.attack_step)}{precision[1]}; clean accuracy {100 * sweep.clean:.2f} %\n"
+        gradients = (f", gradients through {arguments.shown(args.attack_step)}{precision[1]}"
+                     * (args.attack not in WITHOUT_GRADIENT))
+        settled = "" if args.tol else f" ({_unsettled(job, data, steps)})"
+        print(f"{job.saved.source}: {args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after "
+              f"{steps} steps{settled}{precision[0]}{gradients}; clean accuracy {100 * sweep.clean:.2f} %\n"
               f"results go to {sweep.text}", flush=True)
     for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
         results = model_utils.attack(job.model, images, labels, args, eps, f"eps {eps:g}", workers)
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
-                progress.write(_attack_line(args, eps, grad, result))
+                write(_attack_line(args, eps, grad, result))
     if sweep:
         sweep.plot()
     if sweep and args.save and results:
@@ -268,8 +293,7 @@ def _attack_settings(job, steps, images):
     settings = {**{name: getattr(args, name) for name in names}, "attack_iters": plan.iters}
     if len(args.attack_step) == 1:
         settings["attack_step"], = args.attack_step
-    settings.update({"attack_queries": plan.queries} if plan.queries else {})
-    settings.update({"attack_restarts": plan.restarts} if plan.restarts else {})
+    settings.update({f"attack_{name}": getattr(plan, name) for name in ("queries", "restarts") if getattr(plan, name)})
     settings.update({"budget": plan.words()} if args.attack != "pgd" else {})
     settings.update({"smooth": attacks.words_for_smooth(args.loss)} if "smooth" in args.attack_grad else {})
     settings.update({"tol": args.tol} if args.tol else {})
@@ -278,13 +302,13 @@ def _attack_settings(job, steps, images):
 
 
 def _attack_line(args, eps, grad, result):
-    line = (f"eps {eps:g}, {grad}: adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm "
+    through = "" if grad == args.attack else f"{grad}: "
+    line = (f"eps {eps:g}, {through}adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm "
             f"{result['mean_norm']:.3g}")
-    if result["masked"] > 0.01 and args.attack not in ("square", "hopskipjump"):
+    if result["masked"] > 0.01 and args.attack not in WITHOUT_GRADIENT:
         line += (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not "
-                 "finite: this number is only "
-                 "an upper bound of the robust accuracy; try --attack-grad smooth ep, --attack-start equilibrium, "
-                 "--attack square")
+                 "finite: this number is only an upper bound of the robust accuracy; try --attack-grad smooth ep, "
+                 "--attack-start equilibrium, --attack square")
     return line
 
 
@@ -293,7 +317,7 @@ def audit(job):
     import model_utils
     from ART_Timesteps_Addition.audit_checks import conduct
     from experiment.audit import AuditFiles, open_surrogate
-    args, data, files = job.args, job.batches(False), AuditFiles(job.run_folder(), job.args, job.saved.weights)
+    args, data, files = job.args, job.batches("test"), AuditFiles(job.run_folder(), job.args, job.saved.weights)
     job.interruption.advice = files.advice
     surrogate = args.surrogate and open_surrogate(args, model_utils.build)
     conduct(job.model, args, (data.images, data.labels), files, surrogate, args.tol or "--tol" in job.command)
@@ -306,20 +330,21 @@ def gducheck(job):
     """EP against BPTT on one mini-batch: a table and a verdict, and with --save plots and raw data."""
     import data_utils
     from energy import gdu
-    from experiment import checkpoints, report
+    from experiment import report
+    from experiment.story import Story, snapshot
     args = job.args
-    run = job.run_folder() if args.save and job.saved else None
+    run, source = job.run_folder() if args.save and job.saved else None, job.saved.source if job.saved else "untrained"
     images, labels = data_utils.load_split(args.task, args.data_dir, True, args.train_size)
     x, y = next(iter(data_utils.Batches(images, labels, min(20, len(labels)), TASKS[args.task], job.device)))
     comparison = gdu.gdu_report(job.model, x, y, job.rule, images=True)
-    print(f"EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = {arguments.shown(args.betas)}; "
-          f"{int(comparison.settled.sum())} of them have settled after T1\n"
+    print(f"{source}: EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = "
+          f"{arguments.shown(args.betas)}; {int(comparison.settled.sum())} of them have settled after T1\n"
           "held against each other are, of parameters, the updates between successive steps and, of a read-out, the "
           "complete updates;\nof neurons, their changes and the gradients times the slope of the activation")
     print("\n".join(report.gdu_table(comparison.rows)))
     print(gdu.verdict(comparison, job.rule))
     if args.save:
-        run = run or _new_folder(job, checkpoints.snapshot(job.model, args, []))
+        run = run or _new_folder(job, snapshot(job.model, args, Story()))
         _save_gdu(run, comparison)
         run.release()
         print(f"plots and data are in {run.folder}")
@@ -357,8 +382,8 @@ def prepare(given, program, argv, interruption, workers):
     args = arguments.resolve(given, saved and saved.args)
     if workers.size > 1 and args.todo not in PARALLEL:
         raise UserError(f"--todo {args.todo} is the work of one process: start it with python instead of torchrun")
-    arguments.check(args)
-    for note in arguments.notes(args):
+    checks.check(args)
+    for note in checks.notes(args, given):
         print(f"note: {note}", file=sys.stderr)
     device = pick_device(args.device, workers)
     check_device(args, device)
@@ -412,7 +437,7 @@ def main(argv=None, flags=FLAGS, name="main.py"):
                 if given.get("todo") in NEED_A_RUN:
                     raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with "
                                     "--load-path")
-                arguments.check(arguments.resolve(given))
+                checks.check(arguments.resolve(given))
         except UserError as e:
             if os.environ.get("RANK", "0") == "0":  # of torchrun's workers one says it for all
                 print(f"{name}: error: {e}", file=sys.stderr)

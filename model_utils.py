@@ -19,14 +19,23 @@ from data_utils import TASKS, UserError, one_line
 from energy import fast
 from energy.activations import ACTIVATIONS, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid  # noqa: F401
 from energy.connections import Dense, convolution, set_grad
-from energy.dynamics import Chain, Phase, relative_change
+from energy.dynamics import Chain, Phase, relative_change  # noqa: F401
 from energy.gdu import check_gdu, compare_gdu, gdu_report  # noqa: F401
 from energy.poolings import POOLS, make_pools  # noqa: F401
 from energy.precision import exactly, set_precision  # noqa: F401
-from experiment import figures
-from experiment.checkpoints import best_of, resumable_state, snapshot
+from experiment.arguments import resolve
+from experiment.checkpoints import load_weights, open_saved
 from experiment.health import Health, log_theorem, report_precision
-from experiment.report import epoch_line
+from experiment.prediction import (  # noqa: F401
+    characteristic,
+    correct,
+    evaluate,
+    free_phase,
+    predicting_neurons,
+    predictions,
+)
+from experiment.report import epoch_line, epoch_row
+from experiment.story import Story, resumable_state, snapshot
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
 
@@ -362,18 +371,6 @@ class Rule:
 # phases take.
 
 
-def free_phase(chain, phase, T, tol=0.0, stopwatch=None, output_in=None):
-    """The neurons after T steps from zero; with `tol` after at most T, see `relax_until_settled`. output_in: see
-    `energy.fast`."""
-    stopwatch = stopwatch or Stopwatch()
-    with torch.no_grad(), stopwatch.part("free"):
-        if not tol:
-            return fast.relax(chain, phase, None, T, output_in)
-        neurons, settling = fast.relax_until_settled(chain, phase, T, tol)
-        stopwatch.settling.add(*settling)
-        return neurons
-
-
 @torch.no_grad()
 def ep_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
     """Equilibrium Propagation on one mini-batch: fills p.grad and returns the free neurons.
@@ -489,9 +486,8 @@ def refresh(twin, model):
 class Trainer:
     """Trains a model: what stays the same from mini-batch to mini-batch and from epoch to epoch.
 
-    args: those of the command line, to be written down; run: the `RunFolder` to write to after every epoch, or None;
-    history: the rows of metrics.csv until now, to which it appends; workers: those that share every mini-batch, whose
-    updates are those of one; best: the snapshot of the best model of the epochs in `history`, if it is known.
+    args: of the command line, to be written down; run: the `RunFolder` to write to after every epoch, or None; story:
+    of the epochs until now; workers: those that share every mini-batch, whose updates are those of one.
     """
 
     model: EnergyModel
@@ -499,24 +495,26 @@ class Trainer:
     args: object
     scheduler: object = None
     run: object = None
-    history: list = dataclasses.field(default_factory=list)
+    story: Story = dataclasses.field(default_factory=Story)
     workers: Workers = dataclasses.field(default_factory=Workers)
-    best: dict | None = None
 
     EVERY = 10  # mini-batches between two looks at what the device has computed, which wait for it
     DRAW = 5  # seconds between two drawings of the figures, which can take longer than a short epoch
 
     def __post_init__(self):
-        self.rule, self.total, self.drawn = Rule.of(self.args), Stopwatch(), time.monotonic()
+        self.rule, self.total, self.drawn, self.said = Rule.of(self.args), Stopwatch(), time.monotonic(), set()
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
-    def fit(self, train_batches, test_batches):
-        """Trains for args.epochs epochs after those in `history`. Raises RunFailed when something is not finite."""
+    def fit(self, train_batches, test_batches, val_batches=None):
+        """Trains for args.epochs epochs after those of the story. The best model is chosen on `val_batches`, or without
+        them on the test images. Raises RunFailed when something is not finite."""
+        if self.story.best_accuracy is None:
+            self.story.best_accuracy = self._accuracy_of_best(val_batches or test_batches)
         if self.args.precision != "fp32":
             report_precision(self, train_batches)
-        last = len(self.history) + self.args.epochs
-        while len(self.history) < last:
-            epoch, start = len(self.history) + 1, time.perf_counter()
+        history, last = self.story.history, len(self.story.history) + self.args.epochs
+        while len(history) < last:
+            epoch, start = len(history) + 1, time.perf_counter()
             stopwatch = Stopwatch(next(self.model.parameters()).device)
             health = Health(self.model, self.rule, self.optimizer, epoch)
             train_acc, neurons = self._epoch(train_batches, epoch, stopwatch, health)
@@ -524,17 +522,16 @@ class Trainer:
                 self.scheduler.step()  # beyond T_max the rates would rise again
             spent = time.perf_counter() - start
             with stopwatch.part("evaluation"):
-                test_acc = evaluate(self.twin or self.model, test_batches, self.rule, workers=self.workers)
+                accuracies = {name: evaluate(self.twin or self.model, batches, self.rule, workers=self.workers)
+                              for name, batches in (("test_acc", test_batches), ("val_acc", val_batches)) if batches}
             stopwatch.settling.gather(self.workers)
-            row = {"epoch": epoch, "train_acc": round(100 * train_acc, 4), "test_acc": round(100 * test_acc, 4),
-                   "seconds": round(time.perf_counter() - start, 2), **stopwatch.settling.columns(),
-                   **{f"angle_{n}": round(angle, 3) for n, angle in enumerate(self.model.angles(), 2)}}
+            row = epoch_row(epoch, {"train_acc": train_acc, **accuracies}, time.perf_counter() - start,
+                            stopwatch.settling, self.model.angles())
             self._commit(row, neurons, epoch == last, train_batches.generator)
             self.total.add(stopwatch)
-            print(f"epoch {epoch}/{last}: {epoch_line(row, train_batches.samples / spent, stopwatch.settling)}",
-                  flush=True)
-            for warning in health.warnings(neurons):
-                print(f"  warning: {warning}", flush=True)
+            line = epoch_line(row, train_batches.samples / spent, stopwatch.settling, health.unsettled)
+            print(f"epoch {epoch}/{last}: {line}", flush=True)
+            health.report(neurons, self.said)
         print(f"time: {self.total.shares()}", flush=True)
 
     def _epoch(self, batches, epoch, stopwatch, health):
@@ -561,10 +558,8 @@ class Trainer:
 
     def gradients(self, x, y, stopwatch=None):
         """Fills p.grad from one mini-batch by the rule; CEP changes the weights as well. Of several workers each takes
-        a share, and p.grad becomes the mean.
-
-        Returns the neurons of the free phase, how many samples they classify correctly (a tensor without dimensions),
-        both of this worker's share, and how many samples that is."""
+        a share, and p.grad becomes the mean. Returns the neurons of the free phase, how many samples they classify
+        correctly (a tensor without dimensions), both of this worker's share, and how many samples that is."""
         n, (part, n_local) = len(y), self.workers.shard(len(y))
         x, y, rule, stopwatch = x[part], y[part], self.rule, (stopwatch if n_local else None) or Stopwatch()
         masks = draw_masks(self.model, rule.dropouts, n, part) if rule.dropouts else None
@@ -585,91 +580,37 @@ class Trainer:
                 average()
         return neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local
 
+    def _accuracy_of_best(self, batches):
+        """That of the best model until now, in %, on other images than it was chosen on; -1 where it is not known."""
+        if self.story.best is None:
+            return -1.0
+        best = copy.deepcopy(self.model)
+        best.load_state_dict(self.story.best["model_state_dict"])
+        return round(100 * evaluate(best, batches, self.rule, workers=self.workers), 4)
+
     def _commit(self, row, neurons, final, generator):
-        """Appends an epoch to the history, and writes it to the run folder. The checkpoint comes last and commits it:
-        before it, resuming repeats the epoch, and writes all again of what the checkpoint says."""
-        improved = row["test_acc"] > best_of(self.history)
-        history = [*self.history, row]
+        """Appends an epoch to the history, and writes it to the run folder."""
+        story, accuracy = self.story, row.get("val_acc", row["test_acc"])
+        improved, committed = accuracy > story.best_accuracy, [*story.history, row]
+        story.best_accuracy = max(story.best_accuracy, accuracy)
         if self.run:
-            state = snapshot(self.model, self.args, history)
-            self.best = copy.deepcopy(state) if improved else self.best
-            resumable = resumable_state(self.best, self.optimizer, self.scheduler, generator)
-            self.run.write_csv("metrics.csv", history)
+            state = snapshot(self.model, self.args, dataclasses.replace(story, history=committed))
+            story.best = copy.deepcopy(state) if improved else story.best
+            resumable = resumable_state(story, self.optimizer, self.scheduler, generator)
             if final or time.monotonic() - self.drawn > self.DRAW:
-                self.run.save_figure("train-test_acc.png", figures.accuracy(history))
+                from experiment import figures  # Matplotlib takes a while
+                self.run.save_figure("train-test_acc.png", figures.accuracy(committed))
                 self.run.save_figure("neural_activity.png", figures.activity(neurons))
                 self.drawn = time.monotonic()
-            if improved:
-                self.run.save("model.pt", state)
-            if final:
-                self.run.save("final_model.pt", state)
-                self.run.save("final_checkpoint.tar", {**state, **resumable})
-            self.run.save("checkpoint.tar", {**state, **resumable})
-        self.history.append(row)
+            self.run.commit(state, resumable, improved, final)
+        story.history.append(row)
 
 
-def train(model, optimizer, train_batches, test_batches, args, **more):
+def train(model, optimizer, train_batches, test_batches, args, val_batches=None, **more):
     """Trains for args.epochs epochs. args: those of the command line (alg, T1, T2, betas, ..., loss, precision,
-    epochs); more: see `Trainer`. Raises RunFailed when neurons or weights stop being finite."""
-    Trainer(model, optimizer, args, **more).fit(train_batches, test_batches)
-
-
-# ----------------------------------------------------------------------------- looking at a data set
-
-
-@torch.no_grad()
-def correct(chain, neurons, y):
-    """How many of the mini-batch the neurons classify as `y`, a tensor without dimensions."""
-    return (chain.read(neurons).argmax(1) == y).sum()
-
-
-@torch.no_grad()
-def predicting_neurons(model, x, rule, stopwatch=None):
-    """The neurons whose read-out is the prediction after rule.T1 free steps; with rule.tol after at most so many, see
-    `relax_until_settled`. rule: also its loss counts, which decides whether output neurons have an activation."""
-    chain = model.chain(rule.loss)
-    return free_phase(chain, Phase(chain.input_drive(x)), rule.T1, rule.tol, stopwatch, output_in=0)
-
-
-@torch.no_grad()
-def evaluate(model, batches, rule, description="evaluating", stopwatch=None, workers=Workers()):
-    """The share of images that are classified correctly, see `predicting_neurons`; nan of none. `workers` take whole
-    mini-batches in turn, so that each rounds as it does for one."""
-    hits, chain = 0, model.chain(rule.loss)
-    for x, y in workers.strided(progress(batches, description)):
-        hits += correct(chain, predicting_neurons(model, x, rule, stopwatch), y)
-    return int(workers.sum(hits)) / batches.samples if batches.samples else math.nan
-
-
-@torch.no_grad()
-def predictions(model, batches, rule, workers=Workers()):
-    """The predicted class of every image, (n,), on the CPU; `workers` take whole mini-batches in turn, and all get
-    all."""
-    chain = model.chain(rule.loss)
-    own = [chain.read(predicting_neurons(model, x, rule)).argmax(1).cpu() for x, _ in workers.strided(batches)]
-    return torch.cat(workers.gather_strided(own))
-
-
-SETTLED = 1e-4  # an image has settled once no layer moves by more than this share of its norm in a step
-
-
-@torch.no_grad()
-def characteristic(model, batches, rule, eps=SETTLED):
-    """After t = 1 ... rule.T1 free steps from zero: the share of images classified correctly, as `evaluate` says it for
-    that t, and the share that has settled by then, having moved by less than `eps` in some step (see
-    `relative_change`). Two lists of T1."""
-    hits, settled = torch.zeros(2, rule.T1, dtype=torch.int64, device=batches.labels.device)
-    for x, y in progress(batches, "characteristic"):
-        chain = model.chain(rule.loss)
-        steps = fast.Steps(chain, Phase(chain.input_drive(x)), None, rule.T1)
-        chain, phase, *_ = fast.rewritten(steps)  # to round as `evaluate` does
-        neurons, still = chain.zeros(phase.drive), torch.zeros(len(y), dtype=torch.bool, device=x.device)
-        for t in range(rule.T1):
-            before, neurons = neurons, fast.relax(chain, phase, neurons if t else None, 1)
-            still |= relative_change(before, neurons) < eps
-            hits[t] += correct(chain, neurons, y)
-            settled[t] += still.sum()
-    return [[int(count) / batches.samples for count in counts] for counts in (hits, settled)]
+    epochs); val_batches: to choose the best model on; more: see `Trainer`. Raises RunFailed when neurons or weights
+    stop being finite."""
+    Trainer(model, optimizer, args, **more).fit(train_batches, test_batches, val_batches)
 
 
 def attack(model, images, labels, args, eps, description="", workers=Workers()):
@@ -677,7 +618,8 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     each of args.attack_step.
 
     Returns {gradient: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.summary`; `worst`, which takes
-    for each image the strongest of all, is left out where there is one gradient. args: task, loss, T1, predict_step,
+    for each image the strongest of all, is left out where there is one gradient. An attack that asks for none has one
+    result, by its own name. args: task, loss, T1, predict_step,
     tol, mbs, seed and those of the attack. Memory is that of one mini-batch. `workers` take whole mini-batches in turn,
     and all get the results. What an attack draws follows from args.seed and the place of the mini-batch: it is the same
     for every eps and gradient, for any number of workers, and wherever a sweep goes on.
@@ -694,3 +636,52 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     if len(results) > 1:
         results["worst"] = attacks.worst_of(list(results.values()), x, plan.norm)
     return results
+
+
+class Run:
+    """A saved run, to use from Python. model: on `device`; args: all its arguments, a namespace; source: what was
+    loaded and how that model was chosen, in words."""
+
+    def __init__(self, saved, device):
+        self.args, self.source, self.device = resolve({"todo": "evaluate"}, saved.args), saved.source, device
+        self.model = build(self.args)
+        load_weights(self.model, saved)
+        self.model.to(device)
+        task = TASKS[self.args.task]
+        self._shape, self._classes = (task.channels, task.size, task.size), task.classes
+        self._mean, self._std = (torch.tensor(v).view(-1, 1, 1) for v in (task.mean, task.std))
+
+    def predict(self, images):
+        """The class of each image, int64 (n,), on the CPU, after the run's T1 steps. images: (n, C, H, W), a tensor or
+        an array, uint8 or numbers in [0, 1]; the normalisation is part of this. Raises ValueError for others."""
+        images = torch.as_tensor(images)
+        if images.shape[1:] != self._shape:
+            raise ValueError(f"images are {tuple(images.shape)}, expected (n, {str(self._shape)[1:]}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}, expected uint8, or numbers in [0, 1]")
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if len(images) and not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError(f"images range from {images.min():g} to {images.max():g}, expected numbers in [0, 1]")
+        rule, chain = Rule.of(self.args), self.model.chain(self.args.loss)
+        parts = [((x - self._mean) / self._std).to(self.device) for x in images.split(self.args.mbs)]
+        return torch.cat([chain.read(predicting_neurons(self.model, x, rule)).argmax(1).cpu() for x in parts])
+
+    def classifier(self, **overrides):
+        """ART's classifier of the model: images in [0, 1], normalised inside; predictions after T1 steps, gradients
+        through the first of --attack-step. overrides: arguments of
+        `ART_Timesteps_Addition.pytorch.PyTorchClassifier` that take the place of the run's, T1, T2 and grad say."""
+        from ART_Timesteps_Addition.pytorch import PyTorchClassifier
+        steps = self.args.attack_step
+        options = {"loss": nn.CrossEntropyLoss(), "criterion": make_criterion(self.args.loss), "T1": self.args.T1,
+                   "T2": steps[0] if isinstance(steps, list) else steps, "input_shape": self._shape,
+                   "nb_classes": self._classes, "clip_values": (0.0, 1.0),
+                   "preprocessing": (self._mean.numpy(), self._std.numpy()),
+                   "device_type": "cpu" if torch.device(self.device).type == "cpu" else "gpu"}
+        return PyTorchClassifier(self.model, **{**options, **overrides})
+
+
+def load_run(path, device=None):
+    """The `Run` in a run folder, its best model, or in one of its files. device: the GPU where there is one, if None.
+    Raises UserError where nothing can be loaded."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Run(open_saved(path, "evaluate"), torch.device(device))

@@ -161,9 +161,12 @@ class Way:
 
 
 def classifiers(model, args, eps, task, x, predict):
-    """{label: classifier} of every gradient, args.attack_grad, through every number of steps, args.attack_step. x: the
-    images, (n, C, H, W) in [0, 1], that will be attacked; others: see `make_classifier`."""
+    """{label: classifier} of every gradient, args.attack_grad, through every number of steps, args.attack_step; of an
+    attack that asks for none one, by its own name. x: the images, (n, C, H, W) in [0, 1], that will be attacked;
+    others: see `make_classifier`."""
     found, steps = {}, args.attack_step if isinstance(args.attack_step, (list, tuple)) else [args.attack_step]
+    if args.attack in WITHOUT_GRADIENT:
+        return {args.attack: make_classifier(model, args, eps, Way(), task, predict)}
     for grad in args.attack_grad:
         way = Way(grad, start=args.attack_start)
         if grad in ("smooth", "soft"):

@@ -24,7 +24,7 @@ import data_utils  # noqa: E402
 import main as command_line  # noqa: E402
 import model_utils  # noqa: E402
 from energy.gdu import cosine  # noqa: E402
-from experiment import arguments, checkpoints  # noqa: E402
+from experiment import arguments, checkpoints, checks  # noqa: E402
 from experiment.timing import Stopwatch, progress  # noqa: E402
 from experiment.workers import Workers  # noqa: E402
 
@@ -35,7 +35,7 @@ def trained(path, data_dir, T1, images, mbs, device):
     given = {"todo": "evaluate", "T1": T1, "test_size": images, "mbs": mbs,
              **({"data_dir": data_dir} if data_dir else {})}
     args = arguments.resolve(given, saved.args)
-    arguments.check(args)
+    checks.check(args)
     model = model_utils.make_model(args)
     checkpoints.load_weights(model, saved)
     batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches(False)

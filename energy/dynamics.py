@@ -160,6 +160,11 @@ def relax(chain, phase, neurons, T):
     return neurons
 
 
+# An image has settled once WINDOW steps have together changed no layer of it by this share of the layer's norm. A
+# single step is no measure: near a saddle an image can creep, and leave it later.
+SETTLED, WINDOW = 1e-4, 5
+
+
 def relative_change(before, after):
     """How far each image moved: the largest over the layers of ||after - before|| / ||after||, (mbs,). before, after:
     neurons."""
@@ -176,11 +181,10 @@ class Settling(NamedTuple):
 
 
 @torch.no_grad()
-def relax_until_settled(chain, phase, T, tol, every=5, advance=None):
+def relax_until_settled(chain, phase, T, tol, every=WINDOW, advance=None):
     """As `relax` from zero neurons for at most T steps, but an image stops once it has settled: once `every` steps have
-    together changed no layer of it by `tol` of that layer's norm (a single step is no measure: near a saddle an image
-    can creep, and leave it later). Images that have settled leave the batch. advance: what takes a step, the chain's
-    own unless given.
+    together changed no layer of it by `tol` of that layer's norm. Images that have settled leave the batch. advance:
+    what takes a step, the chain's own unless given.
 
     Returns (neurons, Settling)."""
     advance = advance or STEPS[chain.schedule]

@@ -77,7 +77,7 @@ def rewritten(steps):
     return steps
 
 
-def relax_until_settled(chain, phase, T, tol, every=5):
+def relax_until_settled(chain, phase, T, tol, every=dynamics.WINDOW):
     """`dynamics.relax_until_settled`, of the rewritten chain, and compiled where that was asked for."""
     steps = rewritten(Steps(chain, phase, None, T))
     advance = _compiled_step(chain) if "compiled" in TABLE and _compiles(steps) else None

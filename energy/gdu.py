@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from energy.dynamics import relative_change, step
+from energy.dynamics import SETTLED, WINDOW, relative_change, step
 
 
 def bptt_contributions(model, x, y, T1, T2, beta, criterion):
@@ -124,12 +124,11 @@ class Comparison(NamedTuple):
     settled: torch.Tensor
 
 
-def settled_images(model, x, rule, tol=1e-4, window=5):
-    """Which images have settled after T1 free steps, (mbs,) bool: whether the last `window` steps together changed no
-    layer by `tol` of its norm."""
-    window = min(window, rule.T1)
+def settled_images(model, x, rule):
+    """Which images have settled after T1 free steps, (mbs,) bool, see `energy.dynamics.SETTLED`."""
+    window = min(WINDOW, rule.T1)
     before = model(x, T=rule.T1 - window, criterion=rule.loss)
-    return relative_change(before, model(x, neurons=before, T=window, criterion=rule.loss)) < tol
+    return relative_change(before, model(x, neurons=before, T=window, criterion=rule.loss)) < SETTLED
 
 
 def activation_slopes(model, x, y, rule):

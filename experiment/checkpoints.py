@@ -14,8 +14,9 @@ import torch
 
 from data_utils import UserError, one_line
 from experiment import training_state, untrusted
-from experiment.arguments import described
+from experiment.arguments import described, named
 from experiment.old_pickles import OLD_GLOBALS, Pickled, checkpoint_of
+from experiment.story import Story, best_of, changes, chosen_by, chosen_on, summary
 from experiment.untrusted import Damaged
 
 LARGEST_TEXT = 2 ** 20  # bytes of a hyperparameters.txt that are read; ours have two thousand
@@ -105,31 +106,34 @@ class SavedRun:
     None, which `restore` holds against the run's own.
 
     path: the checkpoint file; weights: {name: float32 tensor}; args: {dest: value} of those arguments that the run
-    says; stamp: when the file was written in ns, to notice that it is another by now; history: the rows of metrics.csv;
-    best: the checkpoint of the best model, as `snapshot` made it, or None; random_states: those that
-    `training_state.random_states` read, or None."""
+    says; stamp: when the file was written in ns, to notice that it is another by now; story: what its training went
+    through; random_states: those that `training_state.random_states` read, or None."""
 
     path: pathlib.Path
     weights: dict
     args: dict
     stamp: int
-    history: list
-    best: dict | None
+    story: Story
     random_states: dict | None
     optimizer: object
     scheduler: object
 
-
-def named(path):
-    """A path as an error names it: on one line, and not at any length."""
-    path = str(path)
-    return path if len(path) <= 300 and path.isprintable() else described(path)
+    @property
+    def source(self):
+        """What was opened, and how that model was chosen, in words."""
+        epochs = len(self.story.history)
+        if not epochs:
+            return self.path.name
+        chosen = {"model.pt": "the best on " + chosen_on(self.args), "final_model.pt": "the last of its training"}
+        return f"{self.path.name} (epoch {epochs}, {chosen.get(self.path.name, 'the latest')})"
 
 
 def find_saved(path, todo):
-    """The checkpoint file that --load-path names: the latest epoch to go on with training, the best model to
-    examine."""
+    """The checkpoint file that --load-path names: itself, or in a folder the latest epoch to go on with training, the
+    best model to examine."""
     names = ["checkpoint.tar"] if todo == "train" else ["model.pt", "checkpoint.tar"]
+    if stat.S_ISREG(_mode(path)):
+        return pathlib.Path(path)
     if not stat.S_ISDIR(_mode(path)):
         raise UserError(f"argument --load-path: {named(path)} is no folder")
     found = next((pathlib.Path(path, name) for name in names if _mode(pathlib.Path(path, name))), None)
@@ -157,10 +161,13 @@ def open_saved(path, todo):
     try:
         weights = untrusted.weights(state["model_state_dict"])
         best = untrusted.best_model(state.get("best_model"), weights, path)
-        best = best and {"model_state_dict": best[0], "config": best[1], **_summary(best[2])}
+        best = best and {"model_state_dict": best[0], "config": best[1], **summary(best[2])}
         random_states = training_state.checked_random_states(state.get("random_states"))
-        saved = SavedRun(path, weights, _arguments(state, path), stamp, untrusted.history(state), best, random_states,
-                         state.get("opt"), state.get("scheduler"))
+        history = untrusted.history(state)
+        story = Story(history, best, untrusted.accuracy(state.get("best"), best_of(history)),
+                      untrusted.resumptions(state.get("resumptions", {})))
+        saved = SavedRun(path, weights, _arguments(state, path), stamp, story, random_states, state.get("opt"),
+                         state.get("scheduler"))
         if todo == "train" and "config" in state:
             _expect_all_for_training(saved)
     except Damaged as e:
@@ -199,10 +206,10 @@ def load_weights(model, saved):
         raise UserError(f"the weights in {named(saved.path)} do not fit the model: {reason}") from None
 
 
-def restore(saved, optimizer, scheduler, generator):
-    """Puts the rest of a checkpoint back and returns (history, best) of `saved`. A checkpoint of the original code has
-    no random states. Raises UserError, with nothing changed, where optimizer or scheduler of the checkpoint are not
-    those of this run."""
+def restore(saved, args, optimizer, scheduler, generator):
+    """Puts the rest of a checkpoint back and returns the Story that goes on, told of the arguments that change. A
+    checkpoint of the original code has no random states. Raises UserError, with nothing changed, where optimizer or
+    scheduler of the checkpoint are not those of this run."""
     moments = rates = None
     try:
         if saved.optimizer is not None:
@@ -217,26 +224,24 @@ def restore(saved, optimizer, scheduler, generator):
         scheduler.load_state_dict(rates)
     if saved.random_states:
         training_state.restore_random_states(saved.random_states, generator)
-    return saved.history, saved.best
+    return _continued(saved, args)
 
 
-def snapshot(model, args, history):
-    """What is written down of a model after len(history) epochs."""
-    return {"model_state_dict": model.state_dict(), "config": vars(args), **_summary(history)}
+def _continued(saved, args):
+    """The Story of a run that goes on with `args`."""
+    story, now = saved.story, vars(args)
+    text = "; ".join(changes(saved.args, now))[:2000]
+    resumptions = {**story.resumptions, len(story.history) + 1: "".join(c if c.isprintable() else "?" for c in text)}
+    if all(now[name] == saved.args.get(name) for name in chosen_by(args)):
+        return dataclasses.replace(story, resumptions=resumptions)
+    return Story(story.history, story.best or _best_beside(saved), None, resumptions)
 
 
-def resumable_state(best, optimizer, scheduler, generator):
-    """What a checkpoint holds besides `snapshot`, so that training can go on from it. best: the snapshot of the best
-    model so far, which it carries along so that one file commits all that an epoch changes; None before the first."""
-    return {"opt": optimizer.state_dict(), "scheduler": scheduler and scheduler.state_dict(),
-            "random_states": training_state.random_states(generator), "best_model": best}
-
-
-def _summary(history):
-    return {"epoch": len(history), "history": history, "train_acc": [row["train_acc"] for row in history],
-            "test_acc": [row["test_acc"] for row in history], "best": best_of(history)}
-
-
-def best_of(history):
-    """The best test accuracy of a history, in %; -1 before the first epoch."""
-    return max((row["test_acc"] for row in history), default=-1.0)
+def _best_beside(saved):
+    """The snapshot in the model.pt beside a checkpoint that carries none, as those of earlier versions; None where
+    there is none."""
+    try:
+        run = open_saved(saved.path.parent / "model.pt", "evaluate")
+    except UserError:
+        return None
+    return {"model_state_dict": run.weights, "config": run.args, **summary(run.story.history)}

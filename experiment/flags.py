@@ -11,7 +11,8 @@ class Flag(NamedTuple):
 
     scope: what a saved run does to it. `architecture`: it decides, whatever the flag says; `training`: it decides where
     its training goes on; `session`: it has no say, the flag belongs to one call; otherwise the run's value counts
-    unless the flag is given."""
+    unless the flag is given.
+    todos, models: where it has an effect, everywhere if None; given elsewhere, a note says that it has none."""
 
     name: str
     kind: type
@@ -22,6 +23,8 @@ class Flag(NamedTuple):
     low: float | None = None
     high: float | None = None
     many: bool = False
+    todos: tuple | None = None
+    models: tuple | None = None
 
     @property
     def dest(self):
@@ -29,113 +32,124 @@ class Flag(NamedTuple):
 
 
 A, T, S = "architecture", "training", "session"
+TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions", "audit")
+TRAIN, ATTACK, AUDIT, ROBUST = ("train",), ("attack",), ("audit",), ("attack", "audit")
+LEARN = ("train", "gducheck")  # what takes gradients of the weights
+NOT_GDU = tuple(todo for todo in TODOS if todo != "gducheck")  # which takes every step in fp32, of one mini-batch
+DENSE, CONVOLUTIONAL, SEPARATE = ("MLP", "VFMLP"), ("CNN", "VFCNN"), ("VFMLP", "VFCNN")
+
+WITHOUT_GRADIENT = ("square", "hopskipjump")  # of --attack
 
 FLAGS = {
     "what to do": [
-        Flag("todo", str, "train", "what to do", S, ("train", "evaluate", "attack", "gducheck", "characteristic",
-                                                     "corruptions", "audit")),
-        Flag("load-path", str, None, "a run folder: to go on training it, or to examine it", S),
+        Flag("todo", str, "train", "what to do", S, TODOS),
+        Flag("load-path", str, None, "a run folder, or a file in one: to go on training it, or to examine it", S),
         Flag("save", bool, False,
-             "write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its own)", S),
+             "train: write a run folder results/ALG/LOSS/date/time (a resumed run always writes to "
+             "its own); elsewhere: keep images, predictions or plots", S, todos=("train", "evaluate", "attack",
+                     "gducheck")),
         Flag("device", int, 0, "index of the GPU; -1 is the CPU", S, low=-1),
-        Flag("precision", str, "fp32",
-             "of the time steps on a CUDA device; weights, EP's contrast and attacks' gradients stay fp32", S,
-             ("fp32", "tf32", "bf16")),
-        Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)", S),
+        Flag("precision", str, "fp32", "of the time steps on a CUDA device; weights, EP's contrast and attacks' "
+             "gradients stay fp32", S, ("fp32", "tf32", "bf16"), todos=NOT_GDU),
+        Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)", S, todos=NOT_GDU),
         Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", T, low=0,
-             high=2 ** 63 - 1),
-        Flag("deterministic", bool, False,
-             "ask torch for kernels that always sum in the same order: a run repeats bit for bit"),
+             high=2 ** 63 - 1, todos=("train", "attack", "gducheck", "audit")),
+        Flag("deterministic", bool, False, "ask torch for kernels that always sum in the same order: a run repeats bit "
+             "for bit"),
     ],
     "data": [
         Flag("task", str, "MNIST", "the data set; digits needs no download", A, tuple(TASKS)),
         Flag("data-dir", str, "./data", "where the data sets are, or are downloaded to"),
-        Flag("corruptions-dir", str, None,
-             "where the corrupted test images are (default: the folder CIFAR-10-C, or CIFAR-100-C, in --data-dir)"),
-        Flag("data-aug", bool, False, "random flips and shifts of the CIFAR training images"),
-        Flag("train-size", int, None, "use the first N training images", low=1),
-        Flag("test-size", int, None, "use the first N test images", low=1),
-        Flag("mbs", int, 20, "images in a mini-batch", low=1),
+        Flag("corruptions-dir", str, None, "where the corrupted test images are (default: the folder CIFAR-10-C, or "
+             "CIFAR-100-C, in --data-dir)", todos=("corruptions",)),
+        Flag("data-aug", bool, False, "random flips and shifts of the CIFAR training images", todos=TRAIN),
+        Flag("train-size", int, None, "use the first N training images", low=1,
+             todos=("train", "evaluate", "gducheck")),
+        Flag("val-size", int, None, "hold out the last N of them, to choose the model that is kept by (default: it is "
+             "the best on the test images)", low=1, todos=("train", "evaluate")),
+        Flag("test-size", int, None, "use the first N test images", low=1, todos=NOT_GDU),
+        Flag("mbs", int, 20, "images in a mini-batch", low=1, todos=NOT_GDU),
     ],
     "model": [
         Flag("model", str, "MLP", "dense or convolutional, with tied weights or (VF) separate backward weights", A,
              ("MLP", "VFMLP", "CNN", "VFCNN")),
-        Flag("archi", int, [784, 512, 10], "MLP: sizes of all layers, from the input to the classes", A, low=1,
-             many=True),
-        Flag("channels", int, [32, 64], "CNN: feature maps of each convolution", A, low=1, many=True),
-        Flag("kernels", int, [5, 5], "CNN: kernel sizes", A, low=1, many=True),
-        Flag("strides", int, [1, 1], "CNN: strides", A, low=1, many=True),
-        Flag("paddings", int, [0, 0], "CNN: paddings", A, low=0, many=True),
-        Flag("pools", str, "mm", "CNN: a letter per convolution: m max, a average (both 2x2, stride 2), i none", A),
-        Flag("fc", int, [10], "CNN: sizes of the dense layers, the last one the number of classes", A, low=1,
-             many=True),
-        Flag("act", str, "mysig", "activation of the neurons", A, ("mysig", "sigmoid", "tanh", "hard_sigmoid",
-                                                                   "my_hard_sig", "ctrd_hard_sig")),
+        Flag("archi", int, [784, 512, 10], "MLP: sizes of all layers, from the input to the classes (default: one "
+                                           "hidden "
+             "layer of 512 between what the task has)", A, low=1, many=True, models=DENSE),
+        Flag("channels", int, [32, 64], "CNN: feature maps of each convolution", A, low=1, many=True,
+             models=CONVOLUTIONAL),
+        Flag("kernels", int, [5, 5], "CNN: kernel sizes", A, low=1, many=True, models=CONVOLUTIONAL),
+        Flag("strides", int, [1, 1], "CNN: strides", A, low=1, many=True, models=CONVOLUTIONAL),
+        Flag("paddings", int, [0, 0], "CNN: paddings", A, low=0, many=True, models=CONVOLUTIONAL),
+        Flag("pools", str, "mm", "CNN: a letter per convolution: m max, a average (both 2x2, stride 2), i none", A,
+             models=CONVOLUTIONAL),
+        Flag("fc", int, [10], "CNN: sizes of the dense layers, the last one the number of classes (default: that "
+             "alone)", A, low=1, many=True, models=CONVOLUTIONAL),
+        Flag("act", str, "mysig", "activation of the neurons", A,
+             ("mysig", "sigmoid", "tanh", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig")),
         Flag("loss", str, "mse", "what nudges the output: squared error or cross-entropy", A, ("mse", "cel")),
         Flag("softmax", bool, False, "with cel: the output is a linear read-out of the last hidden layer", A),
-        Flag("scale", float, None, "factor on the initial weights and biases", low=0),
+        Flag("scale", float, None, "factor on the initial weights and biases", low=0, todos=LEARN),
     ],
     "dynamics and learning rule": [
         Flag("alg", str, "EP", "Equilibrium Propagation, its continual form, or back-propagation through time",
-             choices=("EP", "CEP", "BPTT")),
+             choices=("EP", "CEP", "BPTT"), todos=LEARN),
         Flag("T1", int, 20, "time steps of the free phase", low=1),
-        Flag("T2", int, 4, "time steps of a nudged phase; of BPTT", low=1),
-        Flag("betas", float, [0.0, 0.01], "nudging of the free and of the nudged phase", many=True),
-        Flag("schedule", str, "sync",
-             "all layers step at once (sync), or odd and even ones in turn (async): half the arithmetic for the same "
-             "progress, to a fixed point that can be another", A, ("sync", "async")),
-        Flag("tol", float, 0.0,
-             "free phases and predictions: stop an image once five steps change no layer by more than this share of "
-             "its norm; "
-             "0: always take T1 steps", low=0),
-        Flag("random-sign", bool, False, "EP: draw the sign of the second beta anew for each batch"),
-        Flag("thirdphase", bool, False, "EP: nudge with beta and -beta (symmetric estimate)"),
-        Flag("same-update", bool, False, "VF models: forward and backward weights take the mean of their updates", A),
-        Flag("check-thm", bool, False, "EP: compare with BPTT ten times an epoch while training"),
+        Flag("T2", int, 4, "time steps of a nudged phase; of BPTT", low=1, todos=LEARN),
+        Flag("betas", float, [0.0, 0.01], "nudging of the free and of the nudged phase", many=True, todos=LEARN),
+        Flag("schedule", str, "sync", "all layers step at once (sync), or odd and even ones in turn (async): half the "
+             "arithmetic for the same progress, to a fixed point that can be another", A, ("sync", "async")),
+        Flag("tol", float, 0.0, "free phases and predictions: stop an image once five steps change no layer by more "
+             "than this share of its norm; 0: always take T1 steps", low=0, todos=NOT_GDU),
+        Flag("random-sign", bool, False, "EP: draw the sign of the second beta anew for each batch", todos=TRAIN),
+        Flag("thirdphase", bool, False, "EP: nudge with beta and -beta (symmetric estimate)", todos=LEARN),
+        Flag("same-update", bool, False, "VF models: forward and backward weights take the mean of their updates", A,
+             models=SEPARATE),
+        Flag("check-thm", bool, False, "EP: compare with BPTT ten times an epoch while training", todos=TRAIN),
     ],
     "optimizer": [
-        Flag("optim", str, "sgd", "optimizer", T, ("sgd", "adam")),
+        Flag("optim", str, "sgd", "optimizer", T, ("sgd", "adam"), todos=TRAIN),
         Flag("lrs", float, None, "learning rate of each layer (default: 0.01 for sgd, 0.0005 for adam)", T, low=0,
-             many=True),
-        Flag("wds", float, None, "weight decay of each layer (default: none)", T, low=0, many=True),
-        Flag("mmt", float, 0.0, "momentum (sgd)", T, low=0, high=1),
-        Flag("lr-decay", bool, False, "cosine annealing of the learning rates to 1e-5 over 100 epochs", T),
-        Flag("epochs", int, 1, "epochs to train; of a resumed run, the further ones", S, low=1),
+             many=True, todos=TRAIN),
+        Flag("wds", float, None, "weight decay of each layer (default: none)", T, low=0, many=True, todos=TRAIN),
+        Flag("mmt", float, 0.0, "momentum (sgd)", T, low=0, high=1, todos=TRAIN),
+        Flag("lr-decay", bool, False, "cosine annealing of the learning rates to 1e-5 over 100 epochs", T, todos=TRAIN),
+        Flag("epochs", int, 1, "epochs to train; of a resumed run, the further ones", S, low=1, todos=TRAIN),
     ],
     "attack": [
-        Flag("attack", str, "pgd", "the attack",
-             choices=("pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "hopskipjump", "deepfool", "cw",
-                      "autoattack", "art-autoattack")),
-        Flag("attack-norm", str, "2", "norm that bounds the perturbation", choices=("2", "inf")),
-        Flag("eps-list", float, None, "bounds to attack with, images in [0, 1] (default: a grid for the norm)", low=0,
-             many=True),
-        Flag("attack-iters", int, None, "iterations of the attack (default: 20; of an ensemble 100)", S, low=1),
-        Flag("attack-queries", int, None,
-             "predictions for each image, of Square and HopSkipJump (default: 5000; with --attack-iters as many as "
-             "these, in an ensemble 50 times as many)", S, low=1),
-        Flag("attack-restarts", int, 0, "further runs of the attack, from random points in the ball", S, low=0),
-        Flag("attack-step", int, [29],
-             "time steps that the attack's gradient goes through; of several, the worst counts", low=1, many=True),
-        Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1),
-        Flag("attack-grad", str, ["bptt"],
-             "how gradients are got: through the time steps (bptt), the same with slopes that do not "
-             "vanish (smooth), by Equilibrium Propagation (ep), as smooth through a twin whose neurons do not saturate "
-             "(soft); of several, the worst counts",
-             choices=("bptt", "smooth", "ep", "soft"), many=True),
-        Flag("attack-start", str, "zero",
-             "where the gradient's time steps begin: at zero neurons, or near the equilibrium",
-             choices=("zero", "equilibrium")),
-        Flag("eps", float, None, "audit: the bound, images in [0, 1]", S, low=0),
-        Flag("budget", str, "standard", "audit: how much the attacks may take", S, ("standard", "quick")),
-        Flag("surrogate", str, None, "audit: a run folder, whose adversarial images are tried on this model", S),
-        Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did"),
+        Flag("attack", str, "pgd", "the attack", choices=(
+            "pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "hopskipjump", "deepfool", "cw",
+            "autoattack", "art-autoattack"), todos=ATTACK),
+        Flag("attack-norm", str, "2", "norm that bounds the perturbation", choices=("2", "inf"), todos=ROBUST),
+        Flag("eps-list", float, None, "bounds to attack with, images in [0, 1], also as fractions such as 8/255 "
+             "(default: a grid for the norm)", low=0, many=True, todos=ATTACK),
+        Flag("attack-iters", int, None, "iterations of the attack (default: 20; of an ensemble 100)", S, low=1,
+             todos=ATTACK),
+        Flag("attack-queries", int, None, "predictions for each image, of Square and HopSkipJump (default: 5000; with "
+             "--attack-iters as many as these, in an ensemble 50 times as many)", S, low=1, todos=ATTACK),
+        Flag("attack-restarts", int, 0, "further runs of the attack, from random points in the ball", S, low=0,
+             todos=ATTACK),
+        Flag("attack-step", int, [29], "time steps that the attack's gradient goes through; of several, the worst "
+             "counts", low=1, many=True, todos=ROBUST),
+        Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1, todos=ROBUST),
+        Flag("attack-grad", str, ["bptt"], "how gradients are got: through the time steps (bptt), the same with slopes "
+             "that do not vanish (smooth), by Equilibrium Propagation (ep), as smooth through a twin whose neurons do "
+             "not saturate (soft); of several, the worst counts", choices=("bptt", "smooth", "ep", "soft"), many=True,
+             todos=ATTACK),
+        Flag("attack-start", str, "zero", "where the gradient's time steps begin: at zero neurons, or near the "
+             "equilibrium", choices=("zero", "equilibrium"), todos=ATTACK),
+        Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did", todos=ROBUST),
+        Flag("eps", float, None, "the bound of the audit, images in [0, 1], also as a fraction such as 8/255", S,
+             low=0, todos=AUDIT),
+        Flag("budget", str, "standard", "how much the attacks of the audit may take", S, ("standard", "quick"),
+             todos=AUDIT),
+        Flag("surrogate", str, None, "a run whose adversarial images are tried on the audited one", S, todos=AUDIT),
     ],
 }
 
 # A flag of main_dropout.py alone; main.py takes it from a saved run, and so goes on with one.
-DROPOUTS = Flag("dropouts", float, None,
-                "probability of keeping a neuron, for each connection on what it sees below (training only)", T,
-                low=0, high=1, many=True)
+DROPOUTS = Flag("dropouts", float, None, "probability of keeping a neuron, for each connection on what it sees below "
+                "(training only)", T, low=0, high=1, many=True, todos=TRAIN)
 ALL = [*(flag for group in FLAGS.values() for flag in group), DROPOUTS]
 
 # What the checkpoints of every version of this program say; later flags may be missing, and stood at their defaults.

@@ -6,9 +6,34 @@ import torch
 from data_utils import RunFailed
 from energy import fast
 from energy.activations import RANGES
+from energy.dynamics import SETTLED, WINDOW, Phase, relative_change
 from energy.gdu import cosine, gdu_report
 from energy.precision import exactly, set_precision
-from experiment.timing import progress
+from experiment.timing import write
+
+MANY_UNSETTLED = 0.05  # a share of the images of which a run says what it means
+
+
+def advice_unsettled(share, T1):
+    """What it means, in a line, that this share of the images has not settled after T1 steps."""
+    return (f"{100 * share:.0f} % of the images had not settled after the {T1} steps of --T1, whose equilibrium EP and "
+            "predictions are about; a longer --T1 helps")
+
+
+@torch.no_grad()
+def share_unsettled(model, batches, rule):
+    """(share of the images of the first mini-batch that have not settled after rule.T1 free steps, how many these
+    are)."""
+    x, chain = next(iter(batches))[0], model.chain(rule.loss)
+    return _free_state(chain, Phase(chain.input_drive(x)), rule.T1)[1], len(x)
+
+
+def _free_state(chain, phase, T1):
+    """(neurons after T1 steps from zero, share of the images that have not settled by then)"""
+    window = min(WINDOW, T1)
+    before = fast.relax(chain, phase, None, T1 - window)
+    free = fast.relax(chain, phase, before, window)
+    return free, 1 - (relative_change(before, free) < SETTLED).double().mean().item()
 
 
 class Health:
@@ -22,7 +47,7 @@ class Health:
         moving = {id(p) for group in optimizer.param_groups for p in group["params"] if group["lr"] > 0}
         weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
         self.weights = {name: p for name, p in weights.items() if id(p) in moving} or weights
-        self.first_bad, self.contrast, self.before = None, None, self._checksums()
+        self.first_bad, self.contrast, self.unsettled, self.before = None, None, math.nan, self._checksums()
 
     def _checksums(self):
         """Of the bits of each weight, as whole numbers."""
@@ -32,13 +57,14 @@ class Health:
 
     @torch.no_grad()
     def examine(self, x, y):
-        """Measures on one mini-batch how far the nudge moves the top layer, in rounding errors of its norm. Changes
-        nothing."""
+        """Measures on one mini-batch which share of the images had not settled after T1 free steps, and how far the
+        nudge moves the top layer, in rounding errors of its norm. Changes nothing."""
         rule, chain = self.rule, self.model.chain(self.rule.loss)
+        drive = chain.input_drive(x)
+        phase = self.model.phase(drive, y, 0.0 if rule.alg == "BPTT" else rule.betas[0], rule.loss)
+        free, self.unsettled = _free_state(chain, phase, rule.T1)
         if rule.alg == "BPTT":
             return
-        drive = chain.input_drive(x)
-        free = fast.relax(chain, self.model.phase(drive, y, rule.betas[0], rule.loss), None, rule.T1)
         with_nudge, without = (fast.relax(chain, self.model.phase(drive, y, beta, rule.loss), free, rule.T2)[-1]
                                for beta in rule.betas[::-1])
         self.contrast = (with_nudge - without).norm() / without.norm().clamp(min=1e-30) / torch.finfo(without.dtype).eps
@@ -63,26 +89,34 @@ class Health:
                             f"are {', '.join(broken)}; {advice}")
         self.first_bad = None  # the norm alone overflowed
 
+    def report(self, neurons, said):
+        """Prints what there is to say at the end of an epoch, of each kind once a run. said: the kinds until now, which
+        it adds to."""
+        for kind, warning in self.warnings(neurons):
+            if kind not in said:
+                print(f"  warning: {warning}", flush=True)
+                said.add(kind)
+
     def warnings(self, neurons):
-        """What to say at the end of an epoch. neurons: those of its last mini-batch."""
+        """(kind, line) of what to say at the end of an epoch. neurons: those of its last mini-batch."""
+        if self.unsettled > MANY_UNSETTLED and not self.rule.tol:
+            yield "unsettled", advice_unsettled(self.unsettled, self.rule.T1)
         same = [name for name, kept in zip(self.weights, (self.before == self._checksums()).tolist()) if kept]
         if same:
-            which = "no weight has changed" if len(same) == len(self.weights) else (f"{', '.join(same)} did not "
-                                                                                      "change in it")
-            yield f"{which}: {self._why_nothing_moves()}"
+            which = "no weight has changed" if len(same) == len(self.weights) else f"{', '.join(same)} did not change"
+            yield "unchanged", f"{which}: {self._why_nothing_moves()}"
         elif self.contrast is not None and self.contrast < 4:
-            yield (f"the nudge moves the output by {float(self.contrast):.1f} times the rounding error of its "
+            yield "noise", (f"the nudge moves the output by {float(self.contrast):.1f} times the rounding error of its "
                    "numbers, updates are mostly noise: "
                    "a larger beta (--betas) helps")
         copies = [name for name, p in self.weights.items() if len(p) > 1 and p.any() and (p == p[:1]).all()]
         if copies:
-            yield (f"all neurons have the same weights in {', '.join(copies)}, and learn the same: they started alike, "
-                   "with --scale 0")
+            yield "copies", (f"all neurons have the same weights in {', '.join(copies)}, and learn the same: they "
+                             "started alike, with --scale 0")
         stuck = [n for n, state in enumerate(neurons[:-1] or neurons, 1) if self._is_stuck(state)]
         if stuck:
-            yield (f"all neurons of layer {', '.join(map(str, stuck))} sit at an end of their activation, for all "
-                   "images: nothing is learnt "
-                   "below; smaller --lrs, or a smaller --scale")
+            yield "stuck", (f"all neurons of layer {', '.join(map(str, stuck))} sit at an end of their activation, for "
+                            "all images: nothing is learnt below; smaller --lrs, or a smaller --scale")
 
     def _why_nothing_moves(self):
         if not any(p.any() for p in self.weights.values()):
@@ -108,7 +142,7 @@ def log_theorem(trainer, x, y, epoch, batch):
     best = [row for row in rows if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")]
     worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)  # nan: not reached
     rmse = sum(row["rmse"] for row in best) / len(best)
-    progress.write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least "
+    write(f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least "
                    f"{worst['cosine']:.3f} ({worst['name']}), RMSE on average {rmse:.3f}")
     if trainer.run:
         trainer.run.append_csv("gducheck.csv", [{"epoch": epoch, "batch": batch, **row} for row in rows])

@@ -4,16 +4,26 @@ import json
 
 import numpy as np
 
-from experiment import figures
 from experiment.files import TEXT, replacing
 
 HEADER = "# settings: "
 
 
-def epoch_line(row, rate, settling):
-    """A row of metrics.csv as the log says it. rate: training images a second; settling: a `SettlingCount`."""
-    line = (f"train {row['train_acc']:.2f} %, test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
-            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else ""))
+def epoch_row(epoch, accuracies, seconds, settling, angles):
+    """A row of metrics.csv. accuracies: {column: share}; settling: a `SettlingCount`; angles: of `EnergyModel.angles`,
+    in degrees."""
+    percent = {name: round(100 * share, 4) for name, share in accuracies.items()}
+    return {"epoch": epoch, "train_acc": percent.pop("train_acc"), "test_acc": percent.pop("test_acc"),
+            "seconds": round(seconds, 2), **percent, **settling.columns(),
+            **{f"angle_{n}": round(angle, 3) for n, angle in enumerate(angles, 2)}}
+
+
+def epoch_line(row, rate, settling, unsettled):
+    """A row of metrics.csv as the log says it. rate: training images a second; settling: a `SettlingCount`; unsettled:
+    the share of the images of one mini-batch that had not settled after T1, said where `settling` counted nothing."""
+    validation = f"validation {row['val_acc']:.2f} %, " if "val_acc" in row else ""
+    line = (f"train {row['train_acc']:.2f} %, {validation}test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
+            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else f", {100 * unsettled:.0f} % unsettled"))
     angles = " ".join(f"{value:.1f}" for name, value in row.items() if name.startswith("angle_"))
     return line + (f", angles {angles}" if angles else "")
 
@@ -47,14 +57,15 @@ class Sweep:
     again, and keeps its rows, whatever eps were asked for then; before a sweep of other settings starts, the file of
     that name is moved aside to NAME_1 and so on.
 
-    text: the path of the table; rows: list of dicts, by eps; clean: accuracy without an attack.
+    source: what is attacked, in words; text: the path of the table; rows: list of dicts, by eps; clean: accuracy
+    without an attack.
     """
 
     # the .txt, which says whose files these are, moves last
     ENDS = (".csv", ".png", "_images.png", "_images.npz", ".txt")
 
-    def __init__(self, run, settings, clean):
-        self.run, self.settings, self.clean = run, settings, clean
+    def __init__(self, run, settings, clean, source):
+        self.run, self.settings, self.clean, self.source = run, settings, clean, source
         name = (settings["attack"], settings["attack_norm"])
         plain = "Adversarial_Accuracy" + ("" if name == ("pgd", "2") else "_{}_{}".format(*name))
         run.finish_move(plain, self.ENDS)
@@ -94,7 +105,7 @@ class Sweep:
 
     def write(self):
         """Derives the text from the rows."""
-        lines = [HEADER + json.dumps(self.settings, sort_keys=True),
+        lines = [HEADER + json.dumps(self.settings, sort_keys=True), f"# examined: {self.source}",
                  "# masked: share of images whose gradient was exactly zero or not finite at "
                  "some iteration; unmoved: whose perturbation is zero",
                  "# eps, clean accuracy, adversarial accuracy (of the strongest gradient, per image)"]
@@ -107,6 +118,7 @@ class Sweep:
         self.run.write_lines(self.text.name, lines)
 
     def plot(self):
+        from experiment import figures
         self.run.save_figure(f"{self.stem}.png", figures.sweep(self.rows, self.settings, self.clean))
 
     def save_images(self, images, labels, clean, eps, result):
@@ -114,6 +126,7 @@ class Sweep:
         with replacing(self.run.folder / f"{self.stem}_images.npz") as path, open(path, "wb") as file:
             np.savez_compressed(file, x_adv=result["x_adv"], labels=labels.numpy(), prediction=result["prediction"],
                                 eps=eps)
+        from experiment import figures
         figure = figures.attacked_images((images.float() / 255).numpy(), labels, clean.numpy(), result,
                                          f"{self.settings['attack']}, "
                                          f"{self.settings['attack_norm']}-norm, eps = {eps:g}")
@@ -125,15 +138,15 @@ class CorruptionTable:
     of the same settings are kept, so that a killed run goes on; a file of other settings is moved aside to
     Corruption_Accuracy_1.txt and so on.
 
-    names: the corruptions in their order; severities: how many; text: the path of the table; rows: {corruption: its
-    accuracies as written, one per severity}.
+    names: the corruptions in their order; severities: how many; source: what is examined, in words; text: the path of
+    the table; rows: {corruption: its accuracies as written, one per severity}.
     """
 
     PUBLISHED = 15  # published means are over the first so many
 
-    def __init__(self, run, settings, names, severities):
+    def __init__(self, run, settings, names, severities, source):
         self.run, self.settings, self.names, self.text = run, settings, names, run.folder / "Corruption_Accuracy.txt"
-        self.rows, ends = {}, (".png", ".txt")
+        self.rows, self.source, ends = {}, source, (".png", ".txt")
         if settings_of(self.text) == json.loads(json.dumps(settings)):
             words = [line.split() for line in self.text.read_text(**TEXT).splitlines()]
             self.rows = {name: shares for name, *shares in filter(None, words) if name in names
@@ -154,13 +167,15 @@ class CorruptionTable:
         return self.mean(), self.mean(self.names[:self.PUBLISHED])
 
     def write(self):
-        lines = [HEADER + json.dumps(self.settings, sort_keys=True), "# corruption, accuracy at severity 1 to 5"]
+        lines = [HEADER + json.dumps(self.settings, sort_keys=True),
+                 f"# corruption, accuracy at severity 1 to 5, of {self.source}"]
         lines += [f"{name} {' '.join(self.rows[name])}" for name in self.names if name in self.rows]
         if len(self.rows) == len(self.names):
             lines.append("# mean over all {}: {:.6f}, over the first 15: {:.6f}".format(len(self.names), *self.means()))
         self.run.write_lines(self.text.name, lines)
 
     def plot(self):
+        from experiment import figures
         shares = np.array([[100 * float(share) for share in self.rows[name]] for name in self.names])
         self.run.save_figure("Corruption_Accuracy.png", figures.corruptions(shares, self.names, self.means(),
                                                                             self.settings["images"]))

@@ -3,6 +3,7 @@ import csv
 import datetime
 import errno
 import hashlib
+import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -135,6 +136,18 @@ class RunFolder:
     def append_csv(self, name, rows):
         self.write_csv(name, self.read_csv(name) + rows)
 
+    def commit(self, state, resumable, improved, final):
+        """Writes the models of an epoch, and the table of its history. The checkpoint comes last and commits it: before
+        it, resuming repeats the epoch, and writes all again of what the checkpoint says. state, resumable: of
+        `experiment.story`; improved: whether the model is the best until now; final: whether the training ends."""
+        self.write_csv("metrics.csv", state["history"])
+        if improved:
+            self.save("model.pt", state)
+        if final:
+            self.save("final_model.pt", state)
+            self.save("final_checkpoint.tar", {**state, **resumable})
+        self.save("checkpoint.tar", {**state, **resumable})
+
     def restore(self, history, best):
         """Makes the log, the table and model.pt those of the epochs in `history`: a killed process may have written of
         one more, which need not come out the same again. best: the checkpoint of the best model, or None where it is
@@ -206,11 +219,11 @@ def fingerprint(state):
 
 def versions():
     """What a run depends on besides its arguments."""
-    import torchvision
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         revision = subprocess.run(git, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
     except OSError:  # no git
         revision = ""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": importlib.metadata.version("torchvision"),  # not imported: that takes seconds
             "numpy": np.__version__, "cuda": torch.version.cuda or "none", "git revision": revision or "unknown"}

@@ -1,21 +1,48 @@
 """Progress bars, a stopwatch for the parts of a training, and the count of images that settled."""
 import contextlib
+import io
 import sys
 import time
 
 import torch
 from tqdm import tqdm
 
+LOG_SECONDS = 60.0  # between two lines of a bar in a log file
+
+
+class _LogBar(tqdm):
+    """A bar in a log file: a line now and then, and nothing that moves a cursor."""
+
+    @staticmethod
+    def status_printer(file):
+        def write(text):
+            if text:
+                file.write(f"{text}\n")
+                file.flush()
+        return write
+
+    def moveto(self, n):
+        """A log file has no lines to move between."""
+
+    def close(self):
+        self.fp = io.StringIO()  # for what would clear the line
+        super().close()
+
 
 def progress(iterable, description, total=None):
-    """A tqdm bar on standard error; in a log file it speaks once a minute and only of work that takes longer."""
-    interactive = sys.stderr.isatty()
-    return tqdm(iterable, desc=description, total=total, leave=False, dynamic_ncols=True, delay=0 if interactive
-                else 60,
-                mininterval=0.1 if interactive else 60)
+    """A tqdm bar on standard error; in a log file a line a minute, and only of work that takes longer."""
+    if sys.stderr.isatty():
+        return tqdm(iterable, desc=description, total=total, leave=False, dynamic_ncols=True)
+    return _LogBar(iterable, desc=description, total=total, leave=False, delay=LOG_SECONDS, mininterval=LOG_SECONDS,
+                   ncols=80)
 
 
-progress.write = tqdm.write  # a line that leaves a bar in one piece
+def write(text):
+    """Prints a line, and leaves a bar in one piece."""
+    if sys.stderr.isatty():
+        tqdm.write(text)
+    else:
+        print(text, flush=True)
 
 
 class Stopwatch:

@@ -127,6 +127,23 @@ def _history_of_lists(*lists):
     return rows
 
 
+def resumptions(saved):
+    """{epoch: text} of a checkpoint."""
+    expect(isinstance(saved, dict) and all(is_number(epoch, 1, LARGEST, True) for epoch in saved)
+           and all(isinstance(text, str) and len(text) <= 2000 and text.isprintable() for text in saved.values()),
+           "resumptions", saved)
+    return dict(saved)
+
+
+def accuracy(saved, otherwise):
+    """The accuracy of the best model, in %, or -1; `otherwise` where the file does not say it."""
+    if saved is None:
+        return otherwise
+    saved = real_tensor(saved, "best", torch.Size()).item() if isinstance(saved, torch.Tensor) else saved
+    expect(is_number(saved, -1, 100), "best", saved)
+    return float(saved)
+
+
 def best_model(saved, own, path):
     """(weights, config, history) of the best model, which a checkpoint carries along as model.pt holds it; or None.
     own: the weights of the checkpoint. Raises UserError as well."""

@@ -1,9 +1,14 @@
 """The rooms of the code, read with `ast`: what may import what, and how large things may be."""
 import ast
+import re
+import shlex
 import subprocess
 
 import pytest
 from conftest import ROOT
+
+from experiment import arguments, checks, flag_table
+from experiment.flags import ALL, DROPOUTS, FLAGS
 
 # floor and most lines of a file; folders: of each file in them. A room imports only rooms on lower floors (files of one
 # folder each other).
@@ -111,3 +116,30 @@ def test_public_functions_say_what_they_do():
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
 
 
+
+
+def test_the_table_of_flags_is_that_of_the_code():
+    """Made by `python -m experiment.flag_table > docs/flags.md`."""
+    assert (ROOT / "docs" / "flags.md").read_text() == flag_table.text()
+    assert all(f"| `--{flag.name}` |" in flag_table.text() for flag in ALL)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text()
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (path.parent / target).exists(), (path.name, target)
+        for word in re.findall(r"(?:bash )?(check/[\w.]+\.sh|benchmarks/[\w.]+|tests/[\w.]+\.py)", text):
+            assert (ROOT / word).exists(), (path.name, word)
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_every_command_of_the_readme_is_one():
+    """Its flags exist and its arguments fit together."""
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = path.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^ +python main(?:_dropout)?\.py ([^\n#]*)", text, re.M):
+            words = shlex.split(line.replace("...", "").replace("$", ""))
+            given = arguments.parse(words, {**FLAGS, "dropout": [DROPOUTS]})
+            if "load_path" not in given:
+                checks.check(arguments.resolve(given))

@@ -42,7 +42,7 @@ def without_figures(folder, words):
 
 
 def test_looking_at_a_run_does_not_kill_it(ok, tmp_path):
-    words = (TINY + " --epochs 300").split()
+    words = (TINY + " --epochs 600").split()
     process = context.Process(target=without_figures, args=(str(tmp_path), words))
     process.start()
     while not list(tmp_path.glob("results/*/*/*/[!.]*/metrics.csv")):
@@ -54,7 +54,7 @@ def test_looking_at_a_run_does_not_kill_it(ok, tmp_path):
             ok(f"--todo {todo} --device -1 --load-path {run}")
             looks += 1
     process.join()
-    assert process.exitcode == 0 and looks > 3
+    assert process.exitcode == 0 and looks >= 3
     whole(run)
     assert len(metrics(run)) == 300 and torch.load(run / "final_checkpoint.tar", weights_only=True)["epoch"] == 300
     assert (run / "hyperparameters.txt").read_text().count("evaluated") == -(-looks // 3)
@@ -107,13 +107,13 @@ def test_where_there_are_no_locks_a_note_says_so(cli, tmp_path, monkeypatch):
 
 def test_a_run_that_moved_on_while_it_was_read_is_not_trained(cli, tmp_path, monkeypatch):
     cli(TINY)
-    run, read = only_run(tmp_path), checkpoints.read_checkpoint
+    run, read = only_run(tmp_path), checkpoints._read
 
     def slowly(path):
         state = read(path)
         os.utime(path, ns=(1, 1))
         return state
-    monkeypatch.setattr(checkpoints, "read_checkpoint", slowly)
+    monkeypatch.setattr(checkpoints, "_read", slowly)
     code, _, err = cli(f"--device -1 --load-path {run}")
     assert code == 2 and "has changed while it was read" in err and not (run / ".lock").exists()
 
@@ -326,14 +326,15 @@ QUICK = "--task digits --device -1 --train-size 200 --test-size 40 --mbs 20 --T1
 ])
 def test_a_training_that_learns_nothing_says_so(cli, words, said):
     code, out, _ = cli(QUICK, words)
-    assert code == 0 and said in out and out.count("warning") == 1, out
+    warnings = [line for line in out.splitlines() if "warning" in line and "had not settled" not in line]
+    assert code == 0 and said in warnings[0] and len(warnings) == 1, out
 
 
 @pytest.mark.parametrize("words", ["--betas 0 0.2 --optim adam",
                                    "--model CNN --channels 4 6 --act my_hard_sig --betas 0 0.5 --optim adam",
                                    "--alg BPTT --optim adam --loss cel --softmax --archi 784 32 10"])
 def test_a_training_that_learns_says_nothing(cli, words):
-    assert "warning" not in cli(QUICK, words)[1]
+    assert "warning" not in cli(QUICK, "--T1 40", words)[1]
 
 
 def test_the_advice_fits(cli):

@@ -1,0 +1,93 @@
+"""What one argument demands of another, and which flags have no effect."""
+from data_utils import TASKS, UserError
+from experiment.arguments import shown
+from experiment.flags import ALL, WITHOUT_GRADIENT
+
+
+def _length_error(name, value, expected, what):
+    return UserError(f"argument --{name}: got {len(value)} ({shown(value)}), expected {expected}: {what}")
+
+
+def check(args):
+    """What one argument demands of another. Raises UserError."""
+    layers = _check_model(args)
+    for name in ("lrs", "wds", "dropouts"):
+        if getattr(args, name) is not None and len(getattr(args, name)) != layers:
+            raise _length_error(name, getattr(args, name), layers, "one per layer")
+    if args.dropouts and 0 in args.dropouts:
+        raise UserError(f"argument --dropouts: got {shown(args.dropouts)}, expected numbers above 0 and at most 1")
+    if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
+        raise UserError("--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is "
+                        f"{args.task}")
+    _check_rule(args)
+
+
+def _check_model(args):
+    """Checks what describes the model and returns the number of its layers."""
+    task = TASKS[args.task]
+    if args.softmax and args.loss != "cel":
+        raise UserError(f"argument --softmax: needs --loss cel, got --loss {args.loss}")
+    if args.model in ("MLP", "VFMLP"):
+        if len(args.archi) < 2 + args.softmax:
+            raise _length_error("archi", args.archi, f"at least {2 + args.softmax}",
+                                "the input, hidden layers and the classes")
+        if args.archi[0] != task.inputs:
+            raise UserError(f"argument --archi: its first entry is {args.archi[0]}, an image of {args.task} has "
+                            f"{task.inputs} values")
+        layers, last = len(args.archi) - 1, "archi"
+    else:
+        for name in ("kernels", "strides", "paddings", "pools"):
+            if len(getattr(args, name)) != len(args.channels):
+                raise _length_error(name, getattr(args, name), len(args.channels),
+                                    "one per convolution, as many as --channels")
+        if set(args.pools) - set("mai"):
+            raise UserError(f"argument --pools: got {args.pools!r}, expected the letters m, a and i")
+        layers, last = len(args.channels) + len(args.fc), "fc"
+    if getattr(args, last)[-1] != task.classes:
+        raise UserError(f"argument --{last}: its last entry is {getattr(args, last)[-1]}, {args.task} has "
+                        f"{task.classes} classes")
+    return layers
+
+
+def _check_rule(args):
+    if args.T2 > args.T1 and (args.alg == "BPTT" or args.check_thm or args.todo == "gducheck"):
+        raise UserError(f"argument --T2: got {args.T2}, BPTT goes back through at most the {args.T1} steps of --T1")
+    if args.alg == "CEP" and args.todo == "train" and (args.optim != "sgd" or args.mmt):
+        raise UserError(f"argument --optim: got {args.optim}" + (f" with --mmt {args.mmt:g}" if args.mmt else "")
+                        + ", CEP changes weights by plain gradient steps: it needs sgd without momentum")
+    if args.alg == "CEP" and args.precision != "fp32" and args.todo == "train":
+        raise UserError(f"argument --precision: {args.precision} is not for CEP, whose weights change at every step")
+    if len(args.betas) != 2:
+        raise _length_error("betas", args.betas, 2, "of the free and of the nudged phase")
+    if (args.alg != "BPTT" or args.todo == "gducheck") and (args.betas[0] == args.betas[1] or args.thirdphase
+                                                            and args.betas[1] == 0):
+        raise UserError(f"argument --betas: got {shown(args.betas)}, EP needs two different values, the second not 0")
+    if args.betas[0] and (args.random_sign or args.thirdphase and args.alg == "CEP") and args.alg != "BPTT":
+        raise UserError(f"argument --betas: got {shown(args.betas)}, a second one of either sign is to be held "
+                        "against a first of 0")
+
+
+def notes(args, given):
+    """Flags of `given` that have no effect here, in words."""
+    for flag in ALL:
+        if flag.dest in given and flag.todos and args.todo not in flag.todos:
+            yield f"--{flag.name} has no effect on {args.todo}"
+        elif flag.dest in given and flag.models and args.model not in flag.models:
+            yield f"--{flag.name} has no effect on {args.model}, only on {' and '.join(flag.models)}"
+    if given.get("data_aug") and args.todo == "train" and not TASKS[args.task].augments:
+        yield f"--data-aug has no effect on {args.task}: mirrored or shifted, its images mean something else"
+    for name in ("random_sign", "thirdphase", "check_thm"):
+        if given.get(name) and args.todo == "train" and args.alg != "EP" and (args.alg != "CEP" or name == "check_thm"):
+            yield f"--{name.replace('_', '-')} has no effect with --alg {args.alg}"
+    if given.get("compile") and args.alg == "BPTT" and args.todo == "train":
+        yield "--compile has no effect on steps that gradients go through"
+    if given.get("mmt") and args.todo == "train" and args.optim != "sgd":
+        yield f"--mmt has no effect with --optim {args.optim}"
+    if "scale" in given and "load_path" in given:
+        yield "--scale has no effect on a saved run, whose weights are what they are"
+    if args.attack in WITHOUT_GRADIENT and args.todo == "attack":
+        for name in ("attack_grad", "attack_step", "attack_start"):
+            if name in given:
+                yield f"--{name.replace('_', '-')} has no effect on {args.attack}, which asks for no gradient"
+    if args.todo == "gducheck" and args.schedule == "async":
+        yield "on the asynchronous schedule EP and BPTT agree in their sums over time, not step by step"

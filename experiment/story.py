@@ -1,0 +1,60 @@
+"""The story of a training, from epoch to epoch and over its resumptions, and what checkpoints hold of it."""
+import dataclasses
+
+from experiment import training_state
+from experiment.arguments import shown
+from experiment.flags import ALL
+
+
+@dataclasses.dataclass
+class Story:
+    """What a training has gone through. history: the rows of metrics.csv; best: the best model until now, as `snapshot`
+    made it, None where it is not known; best_accuracy: its accuracy in % on the images that models are chosen on, -1
+    before the first epoch, None where it was measured on others; resumptions: {epoch: which arguments changed before
+    it}."""
+
+    history: list = dataclasses.field(default_factory=list)
+    best: dict | None = None
+    best_accuracy: float | None = -1.0
+    resumptions: dict = dataclasses.field(default_factory=dict)
+
+
+def chosen_on(args):
+    """The images that a run's best model is chosen on, in words. args: {dest: value}."""
+    return f"{args['val_size']} validation images" if args.get("val_size") else "the test images"
+
+
+def chosen_by(args):
+    """The arguments that say on which images the best model is chosen."""
+    return ("val_size", "train_size") if args.val_size else ("val_size", "test_size")
+
+
+def changes(before, now):
+    """What a resumed training does otherwise than until now, a text per argument. before, now: {dest: value}."""
+    return [f"{'--' + flag.name} {shown(now[flag.dest])} (until now {shown(before[flag.dest])})" for flag in ALL
+            if flag.scope != "session" and flag.dest in before and before[flag.dest] != now[flag.dest]]
+
+
+def snapshot(model, args, story):
+    """What is written down of a model after the epochs of `story`."""
+    return {"model_state_dict": model.state_dict(), "config": vars(args), **summary(story.history),
+            "best": story.best_accuracy}
+
+
+def resumable_state(story, optimizer, scheduler, generator):
+    """What a checkpoint holds besides `snapshot`, so that training can go on from it. It carries the best model along,
+    so that one file commits all that an epoch changes."""
+    return {"opt": optimizer.state_dict(), "scheduler": scheduler and scheduler.state_dict(),
+            "random_states": training_state.random_states(generator), "best_model": story.best,
+            "resumptions": story.resumptions}
+
+
+def summary(history):
+    """What checkpoints say of a history: themselves, and under the names of the original code."""
+    return {"epoch": len(history), "history": history, "train_acc": [row["train_acc"] for row in history],
+            "test_acc": [row["test_acc"] for row in history], "best": best_of(history)}
+
+
+def best_of(history):
+    """The best accuracy of a history by which models are chosen, in %; -1 before the first epoch."""
+    return max((row.get("val_acc", row["test_acc"]) for row in history), default=-1.0)

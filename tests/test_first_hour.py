@@ -1,0 +1,304 @@
+"""What a researcher meets first: which model is examined, how a run goes on, flags that do nothing, start-up, and a run
+used from Python."""
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, only_run
+
+import main
+import model_utils as mu
+from data_utils import TASKS, Batches, load_split
+from experiment import arguments, checks, timing
+from experiment.flags import ALL, TODOS
+from experiment.health import share_unsettled
+
+TINY = ("--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
+        "--seed 0 --mbs 20 --save")
+
+
+def rows(run):
+    return run.joinpath("metrics.csv").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder to look at."""
+    root = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main.main(TINY.split()) == 0
+    return only_run(root)
+
+
+# ---- whether the equilibrium was reached
+
+
+def test_a_run_says_which_share_has_not_settled(cli):
+    code, out, _ = cli(TINY.replace("--T1 8", "--T1 2"))
+    assert code == 0 and "100 % unsettled" in out and out.count("had not settled after the 2 steps") == 1
+    code, out, _ = cli(TINY.replace("--T1 8", "--T1 200"))
+    assert code == 0 and ", 0 % unsettled" in out and "had not settled" not in out
+
+
+@pytest.mark.parametrize("todo", ["evaluate", "attack --eps-list 0.1 --attack-iters 1 --attack-step 2"])
+def test_what_examines_a_run_says_so_too(ok, trained, todo):
+    out = ok(f"--todo {todo} --device -1 --load-path {trained} --T1 2")
+    assert "20 images unsettled" in out and "had not settled after the 2 steps" in out
+    assert "0 % of 20 images unsettled" in ok(f"--todo {todo} --device -1 --load-path {trained} --T1 200")
+
+
+def test_the_share_is_that_of_single_images(trained):
+    run = mu.load_run(trained, "cpu")
+    images, labels = load_split("digits", "", False, 20)
+    batches = Batches(images, labels, 20, TASKS["digits"], torch.device("cpu"))
+    for T1 in (10, 25, 40):
+        share, n = share_unsettled(run.model, batches, mu.Rule(T1=T1, loss="mse"))
+        x, _ = next(iter(batches))
+        before, after = (run.model(x, T=T) for T in (T1 - 5, T1))
+        moved = [any((b[i] - a[i]).norm() >= 1e-4 * b[i].norm() for a, b in zip(before, after)) for i in range(n)]
+        assert n == 20 and share == pytest.approx(np.mean(moved))
+
+
+# ---- which model is examined
+
+
+def test_the_best_model_is_chosen_on_images_held_out(ok, cli, tmp_path):
+    ok(TINY, "--val-size 10 --epochs 4")
+    run = only_run(tmp_path)
+    header, *table = rows(run)
+    assert header.startswith("epoch,train_acc,test_acc,seconds,val_acc")
+    val = [float(row.split(",")[4]) for row in table]
+    saved = torch.load(run / "model.pt", weights_only=True)
+    assert saved["epoch"] == 1 + val.index(max(val)) and saved["best"] == max(val)
+    out = ok(f"--todo evaluate --device -1 --load-path {run}")
+    assert f"validation accuracy {max(val):.2f} % (10 images)" in out and "(50 images)" in out
+    assert "the best on 10 validation images" in out
+    code, _, err = cli(TINY, "--val-size 60")
+    assert code == 2 and "--val-size: got 60, there are 60 training images" in err
+
+
+def test_images_held_out_are_the_last_ones_and_not_trained_on(ok, monkeypatch):
+    found = {}
+    monkeypatch.setattr(mu, "train", lambda model, optimizer, train, test, args, val_batches, **_:
+                        found.update(train=train, val=val_batches))
+    ok(TINY, "--val-size 10")
+    images = load_split("digits", "", True, 60)[0]
+    assert torch.equal(found["train"].images, images[:50]) and torch.equal(found["val"].images, images[50:])
+
+
+def test_any_file_of_a_run_can_be_examined(ok, cli, trained):
+    for name, chosen in (("model.pt", "the best on the test images"), ("final_model.pt", "the last of its training"),
+                         ("checkpoint.tar", "the latest")):
+        out = ok(f"--todo evaluate --device -1 --load-path {trained / name}")
+        assert f"evaluated {name} (epoch 1, {chosen})" in out
+    code, _, err = cli(f"--todo evaluate --device -1 --load-path {trained / 'metrics.csv'}")
+    assert code == 2 and err.count("\n") == 1
+
+
+def test_every_result_says_what_was_examined(ok, trained):
+    ok(f"--todo attack --device -1 --load-path {trained} --eps-list 0.1 --attack-iters 1 --attack-step 2")
+    ok(f"--todo characteristic --device -1 --load-path {trained}")
+    for file in ("Adversarial_Accuracy.txt", "Characteristic_Time.txt"):
+        assert "model.pt (epoch 1, the best on the test images)" in (trained / file).read_text()
+
+
+# ---- a resumed run
+
+
+def test_arguments_that_differ_are_told_one_by_one(ok, tmp_path):
+    ok(TINY)
+    run = only_run(tmp_path)
+    out = ok(f"--device -1 --load-path {run} --T1 9 --mbs 30")
+    assert "note: --T1 9 (until now 8)" in out and "note: --mbs 30 (until now 20)" in out
+    assert torch.load(run / "checkpoint.tar", weights_only=True)["resumptions"] == {
+        2: "--mbs 30 (until now 20); --T1 9 (until now 8)"}
+
+
+def test_accuracies_on_other_images_do_not_replace_the_best_model(ok, tmp_path, monkeypatch):
+    """Of four images all may be right by chance: that is no better model."""
+    ok(TINY, "--epochs 3")
+    run = only_run(tmp_path)
+    best = torch.load(run / "model.pt", weights_only=True)["model_state_dict"]
+    model = mu.load_run(run / "model.pt", "cpu")
+    images, labels = load_split("digits", "", False, 4)
+    right = 100 * (model.predict(images) == labels).double().mean().item()
+    ok(f"--device -1 --load-path {run} --test-size 4 --lrs 0 0")
+    after = torch.load(run / "checkpoint.tar", weights_only=True)
+    assert after["best"] == max(right, after["history"][-1]["test_acc"])
+    kept = torch.load(run / "model.pt", weights_only=True)
+    assert (kept["epoch"] == 4) == (after["history"][-1]["test_acc"] > right)
+    if kept["epoch"] < 4:
+        assert all(torch.equal(best[name], weight) for name, weight in kept["model_state_dict"].items())
+
+
+def test_without_save_a_line_says_that_nothing_is_kept(ok):
+    assert "nothing of this training is kept" in ok(TINY.replace("--save", ""))
+
+
+# ---- flags that do nothing
+
+
+def given(flag):
+    """Words that give a flag another value than its default."""
+    value = flag.choices[-1] if flag.choices else {int: "2", float: "0.5", str: "i", bool: ""}[flag.kind]
+    value = f"0 {value}" if flag.many and flag.kind is float else value  # as many as the run has layers
+    return f"--{flag.name} {value}"
+
+
+@pytest.mark.parametrize("todo", [todo for todo in TODOS if todo != "corruptions"])
+def test_a_flag_without_effect_changes_nothing_and_says_so(cli, trained, todo):
+    idle = [flag for flag in ALL if flag.todos and todo not in flag.todos
+            and flag.name not in ("dropouts", "compile", "precision")]  # another program's; a GPU's
+    start = f"--todo {todo} --device -1 --load-path {trained} --test-size 20" if todo != "train" else TINY.replace(
+        "--save", "")
+    small = {"attack": "--eps-list 0.1 --attack-iters 1 --attack-step 2 --seed 1", "gducheck": ""}.get(todo, "")
+    plain = cli(start, small)
+    for file in trained.glob("Adversarial_Accuracy.*"):
+        file.unlink()
+    code, out, err = cli(start, small, *map(given, idle))
+    assert code == plain[0] == 0, err
+    for flag in idle:
+        assert f"--{flag.name} has no effect on {todo}" in err, flag.name
+    timeless = [re.sub(r"[\d.]+ s|[\d.]+ images/s|\(\d+ %\)|_\d+", "", text) for text in (plain[1], out)]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("model, other", [("MLP", "CNN"), ("VFMLP", "VFCNN"), ("CNN", "MLP"), ("VFCNN", "VFMLP")])
+def test_flags_of_another_model_say_so(model, other):
+    words = ["--task", "digits", "--model", model, "--save"]
+    for flag in ALL:
+        if flag.models and flag.name != "dropouts":
+            values = arguments.parse([*words, *given(flag).split()], main.FLAGS)
+            notes = list(checks.notes(arguments.resolve(values), values))
+            said = any(f"--{flag.name} has no effect on {model}" in note for note in notes)
+            assert said == (model not in flag.models)
+
+
+def test_no_flag_that_has_an_effect_is_said_to_have_none():
+    for todo in TODOS:
+        for flag in ALL:
+            if (not flag.todos or todo in flag.todos) and not flag.models and flag.name not in (
+                    "dropouts", "load-path", "todo", "random-sign", "thirdphase"):
+                words = ["--todo", todo, "--save", *given(flag).split()]
+                values = {**arguments.parse(words[:2], main.FLAGS), **arguments.parse(words[2:], main.FLAGS)}
+                args = arguments.resolve(values)
+                args.alg, args.optim, args.schedule, args.attack = "EP", "sgd", "sync", "pgd"
+                values.pop("save", None) if flag.name != "save" else None
+                args.task = "CIFAR10"
+                assert not [note for note in checks.notes(args, values) if f"--{flag.name} " in note], (todo, flag.name)
+
+
+def test_an_unknown_flag_names_the_nearest(cli):
+    code, _, err = cli("--learning-rates 1 --epoch 3")
+    assert code == 2 and "unrecognized" in err
+    code, _, err = cli("--epoch 3")
+    assert code == 2 and "nearest: --epochs" in err
+    assert "nearest" not in cli("--zzzzzz")[2]
+
+
+@pytest.mark.parametrize("text, value", [("8/255", 8 / 255), ("1/2", 0.5), ("0.25", 0.25)])
+def test_eps_can_be_fractions(text, value):
+    assert arguments.parse(["--eps-list", text], main.FLAGS) == {"eps_list": [value]}
+
+
+@pytest.mark.parametrize("text", ["8/0", "1/2/3", "/2", "a/b"])
+def test_what_is_no_fraction_is_refused(cli, text):
+    code, _, err = cli("--eps-list", text)
+    assert code == 2 and f"--eps-list: got '{text}'" in err
+
+
+@pytest.mark.parametrize("task, first, last", [("CIFAR10", 3072, 10), ("CIFAR100", 3072, 100), ("MNIST", 784, 10)])
+def test_sizes_come_from_the_task_where_no_flag_says_them(task, first, last):
+    args = arguments.resolve({"task": task})
+    assert args.archi == [first, 512, last] and args.fc == [last]
+    checks.check(args)
+
+
+@pytest.mark.parametrize("name", ["square", "hopskipjump"])
+def test_attacks_without_a_gradient_have_no_gradient_in_their_rows(ok, trained, name):
+    out = ok(f"--todo attack --device -1 --load-path {trained} --attack {name} --eps-list 0.5 --attack-iters 1 "
+             "--test-size 4 --attack-grad bptt ep")
+    assert "bptt" not in out.split("results go to")[1] and "gradients through" not in out
+    table = (trained / f"Adversarial_Accuracy_{name}_2.csv").read_text()
+    assert table.splitlines()[1].split(",")[1] == name and len(table.splitlines()) == 2
+
+
+def test_bars_leave_no_fragments_in_a_log_file(monkeypatch, capsys):
+    monkeypatch.setattr(timing, "LOG_SECONDS", 0.0)
+    for _ in timing.progress(range(3), "evaluating"):
+        pass
+    text = capsys.readouterr().err
+    assert "\r" not in text and all(line.startswith("evaluating") for line in text.splitlines())
+    assert text.count("\n") >= 1 and text.endswith("\n")
+
+
+# ---- start-up
+
+
+COUNT = """
+import sys
+sys.path.insert(0, {root!r})
+import main
+try:
+    code = main.main({words!r})
+except SystemExit as e:
+    code = e.code
+slow = {{"torch", "torchvision", "matplotlib", "art", "sklearn"}}
+print(*sorted({{name.split(".")[0] for name in sys.modules}} & slow), code)
+"""
+
+
+@pytest.mark.parametrize("words, loaded", [
+    (["--help"], "0"), (["--epoch", "3"], "2"), (["--T1", "x"], "2"), (["--lrs", "1"], "2"),
+    (["--todo", "evaluate"], "2"),
+    (["--load-path", "missing", "--device", "-1"], "torch 2"),
+])
+def test_what_a_command_loads(tmp_path, words, loaded):
+    code = COUNT.format(root=str(ROOT), words=words)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == loaded, done.stderr
+
+
+def test_a_training_on_digits_without_save_loads_no_figures(tmp_path):
+    words = TINY.replace("--save", "").split()
+    done = subprocess.run([sys.executable, "-c", COUNT.format(root=str(ROOT), words=words)], capture_output=True,
+                          text=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "sklearn torch 0", done.stderr
+
+
+# ---- from Python
+
+
+def test_a_run_predicts_from_python(ok, trained):
+    run = mu.load_run(trained, "cpu")
+    images, labels = load_split("digits", "", False, 20)
+    accuracy = float(re.search(r"test accuracy (\S+) %", ok(f"--todo evaluate --device -1 --load-path {trained}"))[1])
+    found = run.predict(images)
+    assert found.dtype == torch.int64 and 100 * (found == labels).double().mean().item() == pytest.approx(accuracy)
+    for same in (images.float() / 255, images.numpy(), images.numpy() / 255):
+        assert torch.equal(run.predict(same), found)
+    assert run.predict(images[:0]).shape == (0,) and run.args.T1 == 8 and "model.pt" in run.source
+    for wrong, word in ((images.float(), "0, 1"), (images[:, 0], "expected"), (images.int(), "uint8")):
+        with pytest.raises(ValueError, match=word):
+            run.predict(wrong)
+
+
+def test_a_run_gives_arts_classifier(trained):
+    from art.attacks.evasion import DeepFool
+    run = mu.load_run(trained, "cpu")
+    images, _ = load_split("digits", "", False, 6)
+    x = (images.float() / 255).numpy()
+    classifier = run.classifier()
+    assert (classifier.predict(x).argmax(1) == run.predict(images).numpy()).all() and classifier.T1 == 8
+    assert run.classifier(T1=3, grad="smooth").T1 == 3
+    moved = DeepFool(classifier, max_iter=5, verbose=False).generate(x)
+    assert moved.shape == x.shape and 0 <= moved.min() and moved.max() <= 1 and (moved != x).any()
+
+
+def test_a_model_asks_for_its_number_of_steps(trained):
+    with pytest.raises(ValueError, match="T, the number of time steps, is needed"):
+        mu.load_run(trained, "cpu").model(torch.zeros(1, 1, 28, 28))
