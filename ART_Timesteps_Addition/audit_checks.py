@@ -98,15 +98,15 @@ def verdict(result, norm, eps):
     for name, check in result["checks"].items():
         lines.append(f"  {'passed' if check['passed'] else 'FAILED'} {name:17} {check['value']:7.4g} "
                      f"{check['limit']:6.4g}" + ("" if check["passed"] else f"  {check['why']}"))
-    lines += ["", "attacks (broken, standing after it, masked, seconds):"]
+    lines += ["", "attacks (broken, standing after it, masked, time):"]
     lines += [f"  {a['stage']} {a['name']:52} {a['broken']:5} {a['standing']:5} {100 * a['masked']:5.1f} % "
-              f"{a['seconds']:7.1f}" for a in result["attacks"]]
+              f"{a['seconds']:7.1f} s" for a in result["attacks"]]
     early, curve = result["early"], result["curve"]
     return lines + [
         "", "accuracy over eps, by the strongest gradient alone: "
         + ", ".join(f"{e:.3g}: {100 * share:.0f} %" for e, share in curve),
         f"read out early, at t = {early['t']}, {100 * early['robust']:.1f} % of the attacked images are right",
-        "seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in result["seconds"].items())]
+        "time by stage: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items())]
 
 
 def conduct(model, args, data, files, surrogate=None, tol_is_told=False):
