@@ -261,7 +261,7 @@ def default_eps(norm):
 def attack(job):
     """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
-    from experiment.report import Sweep
+    from experiment.report import Sweep, attack_line
     from experiment.timing import write
     args, workers, data, steps = job.args, job.workers, job.batches("test"), job.args.predict_step or job.args.T1
     run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
@@ -284,7 +284,7 @@ def attack(job):
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
-                write(_attack_line(args, eps, grad, result))
+                write(attack_line(args, eps, grad, result))
     if sweep:
         sweep.plot()
     if sweep and args.save and results:
@@ -306,17 +306,6 @@ def _attack_settings(job, steps, images):
     settings.update({"tol": args.tol} if args.tol else {})
     settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
     return {**settings, "predict_step": steps, "images": images, "weights": fingerprint(job.saved.weights)}
-
-
-def _attack_line(args, eps, grad, result):
-    through = "" if grad == args.attack else f"{grad}: "
-    line = (f"eps {eps:g}, {through}adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm "
-            f"{result['mean_norm']:.3g}")
-    if result["masked"] > 0.01 and args.attack not in WITHOUT_GRADIENT:
-        line += (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not "
-                 "finite: this number is only an upper bound of the robust accuracy; try --attack-grad smooth ep, "
-                 "--attack-start equilibrium, --attack square")
-    return line
 
 
 def audit(job):

@@ -7,6 +7,7 @@ import numpy as np
 from data_utils import TASKS
 from experiment import figures, figures_checks
 from experiment.files import TEXT, replacing
+from experiment.flags import WITHOUT_GRADIENT
 
 HEADER = "# settings: "
 
@@ -51,6 +52,18 @@ def gdu_table(rows):
         lines.append(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %"
                      f"  {row['cosine']:7.4f}  {row['distance']:8.2e}{images}")
     return lines
+
+
+def attack_line(args, eps, grad, result):
+    """A result of `model_utils.attack` as the log says it."""
+    through = "" if grad == args.attack else f"{grad}: "
+    line = (f"eps {eps:g}, {through}adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm "
+            f"{result['mean_norm']:.3g}")
+    if result["masked"] > 0.01 and args.attack not in WITHOUT_GRADIENT:
+        line += (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not "
+                 "finite: this number is only an upper bound of the robust accuracy; try --attack-grad smooth ep, "
+                 "--attack-start equilibrium, --attack square")
+    return line
 
 
 class Sweep:
