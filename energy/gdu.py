@@ -252,9 +252,12 @@ def verdict(comparison, rule, enough=0.99):
     found = f"the smallest cosine is {worst['cosine']:.4f} ({worst['name']})"
     far = f"{100 * unsettled:.0f} % of the images have not settled within T1 = {rule.T1}: a longer --T1"
     if worst["cosine"] > enough:
-        return f"EP agrees with BPTT: {found}" + (f"; but not at an equilibrium, {far}" if unsettled > 0.05 else "")
-    if unsettled > 0.05:
+        return f"EP agrees with BPTT: {found}" + (f"; but not at an equilibrium, {far}" if unsettled > 0.051 else "")
+    if unsettled > 0.051:
         advice = far
+    elif worst.get("cosine_median", 0) > enough:
+        advice = (f"most images agree, and beta = {rule.betas[1]:g} takes some to another state (other winners of a "
+                  "max-pooling, say): a smaller beta (--betas)")
     elif not rule.thirdphase:
         advice = "the one-sided estimate has an error of first order in beta: --thirdphase, or a smaller beta (--betas)"
     else:
