@@ -162,3 +162,26 @@ def attacked_images(images, labels, clean, result, title, shown=6):
                                                                   else ""), shrink=0.9)
     figure.supxlabel(how, fontsize=8)
     return figure
+
+
+@style()
+def audit(result, title):
+    """Images that stand after each attack of an audit, and accuracy over eps. result: as `audit.AuditFiles` writes
+    it."""
+    verdict = "trusted" if result["trusted"] else "not trusted, an upper bound"
+    figure = new_figure(f"{title}: {100 * result['robust']:.1f} %, {verdict}", 9, 4.6)
+    left, right = figure.subplots(1, 2)
+    names = ["clean", *(f"{attack['stage']} {attack['name']}" for attack in result["attacks"])]
+    counts = [round(result["clean"] * result["images"]), *(attack["standing"] for attack in result["attacks"])]
+    left.step(range(len(names)), counts, where="post", markersize=3)
+    left.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    left.set(ylabel="images that stand", ylim=(0, None))
+    eps, shares = zip(*result["curve"])
+    right.plot(eps, [100 * share for share in shares], label="strongest gradient alone")
+    low, high = (100 * bound for bound in result["interval"])
+    right.axhline(100 * result["robust"], color="C1", linestyle="--", marker="", label="robust, of all attacks")
+    right.axhspan(low, high, color="C1", alpha=0.15, linewidth=0)
+    right.set_xscale("symlog", linthresh=max(eps[1], 1e-9) if len(eps) > 1 else 1.0)
+    right.set(xlabel="eps", ylabel="accuracy (%)", ylim=(-2, 102))
+    legend_below(figure)
+    return figure
