@@ -295,17 +295,8 @@ def _attack_settings(job, steps, images):
     """What a sweep's rows depend on: rows of the same settings are one sweep."""
     from ART_Timesteps_Addition import attacks
     from experiment.run_folder import fingerprint
-    args, plan = job.args, attacks.Plan.of(job.args, 1.0)
-    names = ("task", "attack", "attack_norm", "attack_step", "attack_grad", "attack_start", "no_clip", "seed", "mbs")
-    settings = {**{name: getattr(args, name) for name in names}, "attack_iters": plan.iters}
-    if len(args.attack_step) == 1:
-        settings["attack_step"], = args.attack_step
-    settings.update({f"attack_{name}": getattr(plan, name) for name in ("queries", "restarts") if getattr(plan, name)})
-    settings.update({"budget": plan.words()} if args.attack != "pgd" else {})
-    settings.update({"smooth": attacks.words_for_smooth(args.loss)} if "smooth" in args.attack_grad else {})
-    settings.update({"tol": args.tol} if args.tol else {})
-    settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
-    return {**settings, "predict_step": steps, "images": images, "weights": fingerprint(job.saved.weights)}
+    return {**attacks.settings_of(job.args), "predict_step": steps,
+            "images": images, "weights": fingerprint(job.saved.weights)}
 
 
 def audit(job):

@@ -2,18 +2,17 @@
 import functools
 import math
 
+from scipy.stats import binomtest
+
 from ART_Timesteps_Addition.audit import Audit
 from ART_Timesteps_Addition.audit_subject import BUDGETS, ENDS_EARLY, Subject
-
-Z = 1.959964  # of a normal distribution, for 95 %
 
 
 def interval(share, n):
     """The 95 % interval of a share of n images (Wilson)."""
     if not n:
         return [0.0, 1.0]
-    middle, width = share + Z * Z / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-    return [max(0.0, (middle - width) / (1 + Z * Z / n)), min(1.0, (middle + width) / (1 + Z * Z / n))]
+    return [float(bound) for bound in binomtest(round(share * n), n).proportion_ci(method="wilson")]
 
 
 # name: (why, what to try)

@@ -4,8 +4,8 @@ import zipfile
 
 import numpy as np
 
-from data_utils import TASKS, UserError
-from experiment import arguments, checkpoints
+from data_utils import UserError
+from experiment import arguments, checkpoints, figures_checks
 from experiment.files import replacing, write_text
 from experiment.run_folder import fingerprint
 
@@ -35,6 +35,9 @@ class AuditFiles:
         """How to go on after an interruption."""
         return f"the stages that are done are in {self.run.folder}, the same command goes on behind them"
 
+    def _title(self):
+        return f"Audit, {self.args.attack_norm}-norm, eps {self.args.eps:g}, {self.args.budget}"
+
     def _stage(self, name):
         return self.run.folder / f"{self.stem}_{name}.npz"
 
@@ -63,9 +66,7 @@ class AuditFiles:
     def write(self, result, lines, x_adv, labels):
         """The result: a dict; its text: lines; the strongest adversarial images with their labels."""
         self._write(self.run.folder / f"{self.stem}.npz", x_adv=x_adv, labels=labels)
-        from experiment import figures_checks
-        self.run.save_figure(f"{self.stem}.png", figures_checks.audit(
-            result, self.settings["attack_norm"], 1 / TASKS[self.settings["task"]].classes))
+        self.run.save_figure(f"{self.stem}.png", figures_checks.audit(result, self._title()))
         self.run.write_lines(self.text.name, lines)
         write_text(self.run.folder / f"{self.stem}.json", json.dumps(result, indent=1) + "\n")
 

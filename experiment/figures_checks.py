@@ -165,28 +165,23 @@ def attacked_images(images, labels, clean, result, title, shown=6):
 
 
 @style()
-def audit(result, norm, chance=None):
-    """Images that stand after each attack of an audit, and accuracy over eps. result: see
-    `ART_Timesteps_Addition.audit_checks.result_of`; chance: the accuracy of guessing, a fraction."""
-    verdict = "trusted" if result["trusted"] else "not trusted: an upper bound"
-    names = ["clean", *(f"{attack['stage']} {attack['name']}" for attack in result["attacks"])]
-    figure = new_figure(f"Audit: {100 * result['robust']:.1f} % of {result['images']} images stand, {verdict}",
-                        width=11, height=2.6 + 0.16 * len(names))
+def audit(result, title):
+    """Images that stand after each attack of an audit, and accuracy over eps. result: as `audit.AuditFiles` writes
+    it."""
+    verdict = "trusted" if result["trusted"] else "not trusted, an upper bound"
+    figure = new_figure(f"{title}: {100 * result['robust']:.1f} %, {verdict}", 9, 4.6)
     left, right = figure.subplots(1, 2)
+    names = ["clean", *(f"{attack['stage']} {attack['name']}" for attack in result["attacks"])]
     counts = [round(result["clean"] * result["images"]), *(attack["standing"] for attack in result["attacks"])]
-    left.plot(counts, range(len(names)), drawstyle="steps-mid", marker="o")
-    left.set_yticks(range(len(names)), names, fontsize=7)
-    left.invert_yaxis()
-    left.set(xlabel="images that stand, after each attack in turn", xlim=(0, result["images"]))
-    curve = [(eps, share) for eps, share in result["curve"] if eps > 0]
-    if curve:
-        eps, shares = zip(*curve)
-        right.plot(eps, [100 * share for share in shares], marker="o", label="strongest gradient alone")
-        right.set_xscale("log")
-        ticks_at(right, eps, [eps_name(value, norm) for value in eps])
+    left.step(range(len(names)), counts, where="post", markersize=3)
+    left.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    left.set(ylabel="images that stand", ylim=(0, None))
+    eps, shares = zip(*result["curve"])
+    right.plot(eps, [100 * share for share in shares], label="strongest gradient alone")
+    low, high = (100 * bound for bound in result["interval"])
     right.axhline(100 * result["robust"], color="C1", linestyle="--", marker="", label="robust, of all attacks")
-    if chance is not None:
-        right.axhline(100 * chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="", label="chance")
-    right.set(xlabel=f"eps ({norm}-norm, images in [0, 1])", ylabel="accuracy (%)", ylim=(-2, 102))
-    legend_below(figure, 3)
+    right.axhspan(low, high, color="C1", alpha=0.15, linewidth=0)
+    right.set_xscale("symlog", linthresh=max(eps[1], 1e-9) if len(eps) > 1 else 1.0)
+    right.set(xlabel="eps", ylabel="accuracy (%)", ylim=(-2, 102))
+    legend_below(figure)
     return figure

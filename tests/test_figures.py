@@ -14,6 +14,9 @@ ROWS = [{"epoch": n, "train_acc": 50.0 + n, "test_acc": 49.0 + n, "val_acc": 48.
 SETTINGS = {"attack": "pgd", "attack_norm": "inf", "images": 40, "task": "digits"}
 SWEEP = [{"eps": repr(eps), "grad": grad, "adversarial": f"{share}", "masked": "0.5"}
          for eps, share in ((0.0, 0.9), (0.01, 0.8), (8 / 255, 0.4), (0.1, 0.0)) for grad in ("bptt", "ep", "worst")]
+AUDITED = {"robust": 0.25, "clean": 0.75, "images": 4, "trusted": False, "interval": [0.05, 0.7],
+           "curve": [(0.0, 1.0), (0.5, 0.6), (1.0, 0.3)],
+           "attacks": [{"name": "pgd", "stage": "b", "standing": 2}, {"name": "fab", "stage": "c", "standing": 1}]}
 
 
 def gdu():
@@ -48,6 +51,7 @@ def all_figures():
         "gdu_layers": figures_checks.gdu_layers(bptt, ep, seed),
         "gdu_overview": figures_checks.gdu_overview(list(bptt), gdu_rows),
         "sweep": figures_checks.sweep(SWEEP, SETTINGS, 0.9, 0.1),
+        "audit": figures_checks.audit(AUDITED, "Audit, 2-norm, eps 1"),
         "sweep at 0": figures_checks.sweep(SWEEP[:1], SETTINGS, 0.9),
         "attacked_images": figures_checks.attacked_images(*attacked()),
         "attacked_images, one in colour": figures_checks.attacked_images(*[
