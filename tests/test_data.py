@@ -94,8 +94,7 @@ def test_a_run_folder_holds_what_the_readme_promises(ok, tmp_path):
     run = only_run(tmp_path)
     assert run.parts[-4:-2] == ("EP", "mse") and run.name.endswith("_cpu")
     names = {"hyperparameters.txt", "metrics.csv", "train-test_acc.png", "neural_activity.png", "model.pt",
-             "checkpoint.tar",
-             "final_model.pt", "final_checkpoint.tar"}
+             "checkpoint.tar", "config.json", "final_model.pt", "final_checkpoint.tar"}
     assert {p.name for p in run.iterdir()} == names and all(p.stat().st_size for p in run.iterdir())
     rows = list(csv.DictReader(open(run / "metrics.csv")))
     assert list(rows[0])[:4] == ["epoch", "train_acc", "test_acc", "seconds"] and [r["epoch"] for r in rows] == ["1",

@@ -12,7 +12,8 @@ from conftest import MODELS, criterion_of, grads, rule
 from counting import Counting, moved, on_pretended_gpu
 
 import model_utils as mu
-from ART_Timesteps_Addition.pytorch import Unrolled, by_equilibrium_propagation
+from ART_Timesteps_Addition.gradients import by_equilibrium_propagation
+from ART_Timesteps_Addition.pytorch import Unrolled
 from data_utils import TASKS, Batches
 from energy import fast
 from energy.poolings import MaxPool
