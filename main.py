@@ -13,6 +13,7 @@ if __name__ == "__main__":  # while libraries load there is nothing to save and 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
+import functools
 import os
 import pathlib
 import shlex
@@ -31,7 +32,8 @@ PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers ca
 @dataclasses.dataclass
 class Job:
     """What a --todo works with. saved: the run of --load-path, or None; program: the words of the command line in front
-    of the program's own, and command: all of them."""
+    of the program's own, and command: all of them; given: the flags among them, judged; folders: the RunFolders that
+    were opened."""
 
     args: Any
     model: Any
@@ -41,6 +43,8 @@ class Job:
     saved: Any
     program: list
     command: list
+    given: dict
+    folders: list = dataclasses.field(default_factory=list)
 
     def batches(self, split, generator=None):
         """The mini-batches of a split, `train`, `test`, or `val`: the last args.val_size of the training images, which
@@ -70,6 +74,7 @@ class Job:
         from experiment.run_folder import RunFolder
         run = RunFolder(self.saved.path.parent, self.args.figures, f"{self.args.model} on {self.args.task}")
         run.check_writable()
+        self.folders.append(run)
         return run
 
 
@@ -81,7 +86,7 @@ def train(job):
     import torch
 
     import model_utils
-    from experiment import checkpoints
+    from experiment import checkpoints, resuming
     from experiment.story import Story, changes, resumable_state, snapshot
     args, workers, saved = job.args, job.workers, job.saved
     run = _training_folder(job)
@@ -91,12 +96,13 @@ def train(job):
         optimizer, scheduler = model_utils.make_optimizer(job.model, args)
         story = checkpoints.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
         first, folder = len(story.history), saved and str(saved.path.parent)
-        job.interruption.advice = lambda: _how_to_go_on(job, folder, len(story.history), first)
+        job.interruption.advice = lambda: resuming.how_to_go_on(job, folder, first)
         for change in changes(saved.args, vars(args)) if saved else ():
             print(f"note: {change}")
         if run and saved:
             run.restore(story.history, story.best)
-            run.note_resumption(shlex.join(job.command), job.device, first + 1, saved.args, vars(args))
+            run.at_commit = functools.partial(run.note_resumption, shlex.join(job.command), job.device, first + 1,
+                                              saved.args, vars(args))
         elif workers.rank == 0 and args.save:
             state = snapshot(job.model, args, story)
             run = _new_folder(job, {**state, **resumable_state(story, optimizer, scheduler, generator)})
@@ -115,12 +121,14 @@ def _training_folder(job):
     """The folder that a training goes on in, locked; None where it begins, and for workers that do not write."""
     if not job.saved:
         return None
+    from experiment import resuming
     run = None
     if job.workers.rank == 0:
         run = job.run_folder()
         run.lock()
     stamps = job.workers.gather(job.saved.stamp)
     try:
+        resuming.refuse_to_undo(job.saved)
         if set(stamps) != {job.saved.path.stat().st_mtime_ns if exists(job.saved.path) else None}:
             raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start "
                             "again")
@@ -136,20 +144,6 @@ def _training_folder(job):
 def _new_folder(job, checkpoint):
     from experiment.run_folder import RunFolder
     return RunFolder.create(job.args, job.device, shlex.join(job.command), job.model, checkpoint)
-
-
-def _how_to_go_on(job, folder, done, first):
-    """What is saved of a training after `done` epochs, and the shortest command that goes on with it."""
-    if not folder:
-        return "nothing was saved, for want of --save"
-    if not pathlib.Path(folder, "checkpoint.tar").exists():
-        return f"nothing is left to resume in {folder}"
-    words = [*job.program, "--load-path", folder, "--epochs", str(job.args.epochs - (done - first))]
-    session = {"--device": job.args.device, "--precision": job.args.precision}  # which a run does not remember
-    words[len(job.program):len(job.program)] = [
-        *(word for name, value in session.items() if name in job.command for word in (name, str(value))),
-        *["--compile"] * job.args.compile]
-    return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(words)}"
 
 
 # ------------------------------------------------------------------------------------- examine a run
@@ -201,7 +195,7 @@ def characteristic(job):
     args, run, data, source = job.args, job.run_folder(), job.batches("test"), job.saved.source
     eps = args.tol or SETTLED
     accuracy, settled = model_utils.characteristic(job.model, data, job.rule, eps)
-    reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
+    reached = next(t for t, share in enumerate(accuracy, 1) if abs(share - accuracy[-1]) < 0.001 + 1e-9)  # rounding
     x = next(iter(data))[0]
     moving = (*model_utils.relaxation(job.model, x, job.rule), len(x))
     records.write_characteristic(run, job.saved, (accuracy, settled), moving, eps, data.samples)
@@ -302,12 +296,14 @@ def _attack_settings(job, steps, images):
 def audit(job):
     """How robust the model is within one bound, and whether that number can be believed."""
     import model_utils
-    from ART_Timesteps_Addition.audit_checks import conduct
+    from ART_Timesteps_Addition.audit_checks import ENDS_EARLY, conduct
     from experiment.audit import AuditFiles, open_surrogate
-    args, data, files = job.args, job.batches("test"), AuditFiles(job.run_folder(), job.args, job.saved.weights)
-    job.interruption.advice = files.advice
+    args, data = job.args, job.batches("test")
+    ends_early = args.tol if args.tol or "tol" in job.given else ENDS_EARLY
     surrogate = args.surrogate and open_surrogate(args, model_utils.build)
-    conduct(job.model, args, (data.images, data.labels), files, surrogate, args.tol or "--tol" in job.command)
+    files = AuditFiles(job.run_folder(), args, job.saved.weights, surrogate, ends_early)
+    job.interruption.advice = files.advice
+    conduct(job.model, args, (data.images, data.labels), files, surrogate, ends_early)
 
 
 # ------------------------------------------------------------------------------------------ gducheck
@@ -371,6 +367,8 @@ def prepare(given, program, argv, interruption, workers):
     if workers.size > 1 and args.todo not in PARALLEL:
         raise UserError(f"--todo {args.todo} is the work of one process: start it with python instead of torchrun")
     checks.check(args)
+    if saved and args.todo in ("train", "evaluate"):
+        checks.check_held_out(args, saved.args)
     for note in checks.notes(args, given):
         print(f"note: {note}", file=sys.stderr)
     device = pick_device(args.device, workers)
@@ -385,7 +383,7 @@ def prepare(given, program, argv, interruption, workers):
     model.compiled = args.compile
     if args.precision == "bf16" and args.todo not in ("train", "gducheck"):
         model.to(torch.bfloat16)
-    return Job(args, model, device, workers, interruption, saved, program, [*program, *argv])
+    return Job(args, model, device, workers, interruption, saved, program, [*program, *argv], given)
 
 
 def work(given, program, argv, name):
@@ -397,7 +395,11 @@ def work(given, program, argv, name):
         try:
             with workers.only_rank_zero_prints():
                 job = prepare(given, program, argv, interruption, workers)
-                TODOS[job.args.todo](job)
+                try:
+                    TODOS[job.args.todo](job)
+                finally:
+                    for run in job.folders:
+                        run.release()
             workers.disconnect()
         except BaseException as e:
             interruption.ignore()  # torchrun interrupts all others as soon as one has ended
@@ -426,6 +428,7 @@ def main(argv=None, flags=FLAGS, name="main.py"):
                     raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with "
                                     "--load-path")
                 checks.check(arguments.resolve(given))
+            checks.check_bounds(given)
         except UserError as e:
             if os.environ.get("RANK", "0") == "0":  # of torchrun's workers one says it for all
                 print(f"{name}: error: {e}", file=sys.stderr)

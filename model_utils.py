@@ -26,6 +26,7 @@ from energy.precision import exactly, set_precision  # noqa: F401
 from experiment import records
 from experiment.arguments import resolve
 from experiment.checkpoints import load_weights, open_saved
+from experiment.checks import check
 from experiment.health import Health, log_theorem, report_precision
 from experiment.prediction import (  # noqa: F401
     characteristic,
@@ -645,6 +646,7 @@ class Run:
 
     def __init__(self, saved, device):
         self.args, self.source, self.device = resolve({"todo": "evaluate"}, saved.args), saved.source, device
+        check(self.args)
         self.model = build(self.args)
         load_weights(self.model, saved)
         self.model.to(device)

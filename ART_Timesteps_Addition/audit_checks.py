@@ -108,21 +108,20 @@ def verdict(result, norm, eps):
         "time by stage: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items())]
 
 
-def conduct(model, args, data, files, surrogate=None, tol_is_told=False):
+def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
     """Audits a model, writes the result and prints the verdict; returns the result, see `result_of`.
 
     args: see `audit.Subject`, and budget; data: (images uint8 (n, C, H, W), labels), tensors; files: what `Audit.run`
-    needs of a store, and settings, text and write; surrogate: (model, args) or None; tol_is_told: whether args.tol also
-    says where the predictions that attacks ask for end early."""
+    needs of a store, and settings, text and write; surrogate: (model, args) or None; ends_early: how far images have
+    settled where the predictions that attacks ask for stop, see `relax_until_settled`."""
     x, y = (data[0].float() / 255).cpu().numpy(), data[1].cpu().numpy()
-    fast_tol = args.tol if tol_is_told else ENDS_EARLY
     other = Subject(surrogate[0].to(next(model.parameters()).device), surrogate[1], x, y) if surrogate else None
-    subject = Subject(model, args, x, y, BUDGETS[args.budget], fast_tol, other)
+    subject = Subject(model, args, x, y, BUDGETS[args.budget], ends_early, other)
     print(f"audit, {args.attack_norm}-norm, eps {args.eps:g}, {len(y)} images, budget {args.budget}, predictions after "
           f"{subject.T1} steps, gradients through {' '.join(map(str, subject.steps))}; results go to {files.text}",
           flush=True)
     state = Audit(subject, functools.partial(print, flush=True)).run(files)
-    result = result_of(state, subject, {**files.settings, "ends_early": fast_tol})
+    result = result_of(state, subject, {**files.settings, "ends_early": ends_early})
     lines = verdict(result, args.attack_norm, args.eps)
     files.write(result, lines, state.x_adv, y)
     print("\n".join(lines))

@@ -18,8 +18,10 @@ class _Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
             known = [word for word in self._option_string_actions if word.startswith("--")]
+            other = [flag.name for flag in ALL if f"--{flag.name}" == unknown[1]]
+            message += " (a flag of main_dropout.py)" if other else ""
             near = difflib.get_close_matches(unknown[1], known, 1)
-            message += f" (nearest: {near[0]})" if near else ""
+            message += f" (nearest: {near[0]})" if near and not other else ""
         raise UserError(message)
 
 
@@ -144,7 +146,8 @@ def resolve(given, saved=None):
 
     given: of `parse`; saved: the arguments of the run that it knows, judged; None where there is no run. Says on
     standard error which given ones the run overrules, and what neither says of the model."""
-    args, overruled, known = argparse.Namespace(), [], saved or {}
+    # a run that does not say --val-size has held nothing out
+    args, overruled, known = argparse.Namespace(), [], {} if saved is None else {"val_size": None, **saved}
     fixed = {"architecture", "training"} if given.get("todo", "train") == "train" else {"architecture"}
     for flag in ALL:
         value = given.get(flag.dest, flag.default)

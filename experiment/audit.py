@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 
 from data_utils import UserError
-from experiment import arguments, checkpoints, figures_checks
+from experiment import arguments, checkpoints, checks, figures_checks
 from experiment.files import replacing, write_text
 from experiment.run_folder import fingerprint
 
@@ -20,12 +20,18 @@ class AuditFiles:
 
     settings: all that the numbers depend on, a dict that JSON can say."""
 
-    def __init__(self, run, args, weights):
-        """run: the RunFolder; args: of the command line; weights: of the model. Raises UserError without a bound."""
+    def __init__(self, run, args, weights, surrogate=None, ends_early=None):
+        """run: the RunFolder; args: of the command line; weights: of the model; surrogate: of `open_surrogate`;
+        ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`. Raises UserError without a bound, and where
+        another process writes this audit."""
         if not args.eps:
             raise UserError(f"argument --eps: got {args.eps}, --todo audit needs a bound above 0")
         self.run, self.args, self.stem = run, args, f"Audit_{args.attack_norm}_{args.eps:g}"
-        self.settings = {**{name: getattr(args, name) for name in NAMES}, "weights": fingerprint(weights)}
+        self.settings = {**{name: getattr(args, name) for name in NAMES}, "weights": fingerprint(weights),
+                         "ends_early": ends_early}
+        if surrogate:
+            self.settings["surrogate"] = [fingerprint(surrogate[0].state_dict()), surrogate[1].T1, surrogate[1].loss]
+        run.lock(self.stem)
 
     @property
     def text(self):
@@ -80,6 +86,10 @@ def open_surrogate(args, build):
     own.attack_norm, own.eps, own.no_clip = args.attack_norm, args.eps, args.no_clip
     if own.task != args.task:
         raise UserError(f"argument --surrogate: its task is {own.task}, that of the audited run {args.task}")
+    try:
+        checks.check(own)
+    except UserError as e:
+        raise UserError(f"argument --surrogate: {e}") from None
     model = build(own)
     checkpoints.load_weights(model, saved)
     return model, own

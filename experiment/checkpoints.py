@@ -64,6 +64,8 @@ def _read(path):
         reason = "".join(letter if letter.isprintable() else "?" for letter in reason)  # it can quote the file
         if refused:
             reason = f"it asks for {refused[1]}, which could run code; nothing of it was run"
+        if pathlib.Path(path).suffix in (".csv", ".txt", ".json", ".png", ".pdf", ".npz"):
+            reason = "it is no checkpoint; name the run folder, or its model.pt or checkpoint.tar"
         raise UserError(f"{named(path)} cannot be loaded: {'it is empty' if empty else reason}") from None
     if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
         raise UserError(f"{named(path)} is no checkpoint of a model: it holds no model_state_dict")

@@ -27,6 +27,25 @@ def check(args):
     _check_rule(args)
 
 
+def check_bounds(given):
+    """Raises UserError where a bound of attacks is given by the flag of another --todo, or an audit has none. given:
+    the flags, judged."""
+    todo, takes = given.get("todo"), {"attack": ("eps", "--eps-list"), "audit": ("eps_list", "--eps")}
+    if todo in takes and takes[todo][0] in given:
+        wrong, right = takes[todo]
+        raise UserError(f"argument --{wrong.replace('_', '-')}: is not of --todo {todo}, which takes {right} "
+                        f"{shown(given[wrong])}")
+    if todo == "audit" and not given.get("eps"):
+        raise UserError("--todo audit needs a bound above 0: --eps 8/255, for example")
+
+
+def check_held_out(args, saved):
+    """Raises UserError where images that a run held out would not be those that it did. saved: its arguments."""
+    if args.val_size and args.train_size != saved.get("train_size"):
+        raise UserError(f"argument --train-size: got {args.train_size}, this run holds out the last {args.val_size} of "
+                        f"{saved.get('train_size') or 'all'} training images")
+
+
 def _check_model(args):
     """Checks what describes the model and returns the number of its layers."""
     task = TASKS[args.task]

@@ -23,11 +23,16 @@ def new_figure(title, width=COLUMN, height=3.8):
     return figure
 
 
+def plain(text):
+    """A text from outside, in which Matplotlib sees no formula."""
+    return text.replace("$", r"\$")
+
+
 def run_title(folder, about):
     """Which run a figure is of, in words. folder: its path; about: model and task."""
     parts = folder.resolve().parts
     name = "/".join(parts[parts.index("results") + 1:] if "results" in parts else parts[-1:])
-    return f"{about}, {name}" if about else name
+    return plain(f"{about}, {name}" if about else name)
 
 
 def grid(figure, panels, columns, **options):

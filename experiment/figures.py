@@ -2,7 +2,7 @@
 `figures_checks`."""
 import numpy as np
 
-from experiment.drawing import curve_options, grid, legend_below, new_figure, style, vertical, whole_ticks
+from experiment.drawing import curve_options, grid, legend_below, new_figure, plain, style, vertical, whole_ticks
 
 LABELLED = 5  # resumptions that are described in the legend, the latest ones
 SATURATED = 0.01  # of the range of an activation: neurons so near an end are counted as saturated
@@ -28,7 +28,7 @@ def accuracy(rows, picked=None, resumptions=None, chance=None):
             axes.plot(picked, row[chosen_on], "*", color="black", fillstyle="none", markersize=12, zorder=5,
                       label=f"model.pt: epoch {picked} ({row[chosen_on]:.2f})")
     for n, (epoch, text) in enumerate(resumptions, LABELLED - len(resumptions)):
-        label = f"resumed before epoch {epoch}" + (f": {text}" if text else "")
+        label = f"resumed before epoch {epoch}" + (f": {plain(text)}" if text else "")
         vertical(axes, epoch - 0.5, (label if len(label) <= 90 else label[:87] + "...") if n >= 0 else None, ":")
     if chance is not None:
         axes.axhline(chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="", label=f"chance ({chance:g})")

@@ -78,22 +78,24 @@ def left_behind(path):
 
 
 class Lock:
-    """Holds a folder for one training: a lock on its file .lock that the system takes back when the process ends,
-    however it does."""
+    """Holds a folder for one training, or one table in it: a lock on its file .lock, or .TABLE.lock, that the system
+    takes back when the process ends, however it does."""
 
-    def __init__(self, folder):
-        """Raises UserError where another process trains in `folder`. On a file system without locks there is a note
-        instead."""
-        self.path, self._file = pathlib.Path(folder, ".lock"), None
+    def __init__(self, folder, table=""):
+        """Raises UserError where another process has it. On a file system without locks there is a note instead."""
+        self.path, self._file = pathlib.Path(folder, f".{table}.lock" if table else ".lock"), None
+        busy, alone = (f"{table} in {folder} is being written", "this table takes one process") if table else (
+            f"{folder} is being trained", "a run takes one training")
         try:
             while not self._acquired():
                 pass
         except BlockingIOError:
-            raise UserError(f"{folder} is being trained already, by "
-                            f"{self.path.read_text(**TEXT).strip() or 'another process'}; "
-                            "a run takes one training at a time") from None
+            holder = ""
+            with contextlib.suppress(OSError):  # it may end just now
+                holder = self.path.read_text(**TEXT).strip()
+            raise UserError(f"{busy} already, by {holder or 'another process'}; {alone} at a time") from None
         except OSError as e:
-            print(f"note: {folder} cannot be locked ({why(e)}): start no second training in it", file=sys.stderr)
+            print(f"note: {folder} cannot be locked ({why(e)}): let no second process write there", file=sys.stderr)
 
     def _acquired(self):
         if fcntl is None:

@@ -31,6 +31,12 @@ class Flag(NamedTuple):
         return self.name.replace("-", "_")
 
 
+def typed(flag, value):
+    """The words that give a flag a value."""
+    values = value if isinstance(value, list) else [] if flag.kind is bool else [value]
+    return [f"--{flag.name}", *map(str, values)]
+
+
 A, T, S = "architecture", "training", "session"
 TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions", "audit")
 TRAIN, ATTACK, AUDIT, ROBUST = ("train",), ("attack",), ("audit",), ("attack", "audit")
@@ -69,7 +75,7 @@ FLAGS = {
         Flag("train-size", int, None, "use the first N training images", low=1,
              todos=("train", "evaluate", "gducheck")),
         Flag("val-size", int, None, "hold out the last N of them, to choose the model that is kept by (default: it is "
-             "the best on the test images)", low=1, todos=("train", "evaluate")),
+             "the best on the test images)", A, low=1, todos=TRAIN),
         Flag("test-size", int, None, "use the first N test images", low=1, todos=NOT_GDU),
         Flag("mbs", int, 20, "images in a mini-batch", low=1, todos=NOT_GDU),
     ],

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 
-from data_utils import TASKS
+from data_utils import TASKS, UserError
 from experiment import figures, figures_checks
+from experiment.arguments import described
 from experiment.files import TEXT, replacing
 from experiment.flags import WITHOUT_GRADIENT
 
@@ -83,11 +84,12 @@ class Sweep:
         self.run, self.settings, self.clean, self.source = run, settings, clean, source
         name = (settings["attack"], settings["attack_norm"])
         plain = "Adversarial_Accuracy" + ("" if name == ("pgd", "2") else "_{}_{}".format(*name))
+        run.lock(plain)
         run.finish_move(plain, self.ENDS)
         self.stem = self._found(plain) or plain
         self.rows = []
         if self._found(plain):
-            self.rows = [row for row in run.read_csv(f"{self.stem}.csv") if row.get("eps") and row.get("grad")]
+            self.rows = self._judged(run.read_csv(f"{self.stem}.csv"))
         elif self.text.exists():
             run.move_aside(plain, self.ENDS)
         self.write()
@@ -95,6 +97,19 @@ class Sweep:
     @property
     def text(self):
         return self.run.folder / f"{self.stem}.txt"
+
+    def _judged(self, rows):
+        """The rows of the table as it was found. Raises UserError where they are not as `add` writes them."""
+        numbers = ("eps", "clean", "adversarial", "masked", "unmoved", "mean_norm")
+        for row in rows:
+            try:
+                sound = bool(row["grad"]) and np.isfinite([float(row[name]) for name in numbers]).all()
+            except (KeyError, TypeError, ValueError):
+                sound = False
+            if not sound:
+                raise UserError(f"{self.run.folder / self.stem}.csv is damaged: a row says {described(row)}; move it "
+                                "away to begin anew")
+        return rows
 
     def _found(self, plain):
         """The name of the sweep that was made with these settings; None if there is none."""
@@ -160,6 +175,7 @@ class CorruptionTable:
 
     def __init__(self, run, settings, names, severities, source):
         self.run, self.settings, self.names, self.text = run, settings, names, run.folder / "Corruption_Accuracy.txt"
+        run.lock("Corruption_Accuracy")
         self.rows, self.source, ends = {}, source, (".png", ".pdf", ".txt")
         if settings_of(self.text) == json.loads(json.dumps(settings)):
             words = [line.split() for line in self.text.read_text(**TEXT).splitlines()]

@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, folder, figures="png", about=""):
         self.folder, self.figures, self.about = pathlib.Path(folder), figures, about
-        self._lock = self._board = None
+        self._locks, self._board, self.at_commit = [], None, None  # called once, after the first commit
 
     @classmethod
     def create(cls, args, device, command_line, model, checkpoint, root="results"):
@@ -63,18 +63,18 @@ class RunFolder:
             if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # not that another run was first
                 raise
             return
-        self.folder, self._lock.path = folder, folder / ".lock"
+        self.folder, self._locks[0].path = folder, folder / ".lock"
 
-    def lock(self):
-        """Holds the folder for this process's training until `release`. Raises UserError where another one trains in
+    def lock(self, table=""):
+        """Holds the folder, or a table in it, for this process until `release`. Raises UserError where another one has
         it."""
-        self._lock = Lock(self.folder)
+        self._locks.append(Lock(self.folder, table))
 
     def release(self):
         if self._board:
             self._board.close()
-        if self._lock:
-            self._lock.release()
+        while self._locks:
+            self._locks.pop().release()
 
     def clean_up(self):
         """Removes what killed processes left half-written. For the training that holds the lock."""
@@ -138,12 +138,14 @@ class RunFolder:
             writer.writerows(rows)
 
     def read_csv(self, name):
-        """The rows of a table as dicts of texts; [] where there is none."""
+        """The rows of a table as dicts of texts; [] where there is none. Raises UserError where it cannot be read."""
         try:
             with open(self.folder / name, newline="", **TEXT) as file:
                 return list(csv.DictReader(file))
-        except (OSError, csv.Error):
+        except FileNotFoundError:
             return []
+        except (OSError, csv.Error) as e:
+            raise UserError(f"{self.folder / name} cannot be read: {one_line(e)}") from None
 
     def append_csv(self, name, rows):
         self.write_csv(name, self.read_csv(name) + rows)
@@ -161,6 +163,9 @@ class RunFolder:
         if state["config"].get("tensorboard"):
             self._board = records.write_scalars(self._board, self.folder, state["history"][-1])
         self.save("checkpoint.tar", {**state, **resumable})
+        told, self.at_commit = self.at_commit, None
+        if told:
+            told()
 
     def restore(self, history, best):
         """Makes the log, the table and model.pt those of the epochs in `history`: a killed process may have written of
@@ -175,7 +180,7 @@ class RunFolder:
     def _forget_after(self, epoch):
         rows = self.read_csv("gducheck.csv")
         if rows:
-            self.write_csv("gducheck.csv", [row for row in rows if not (row.get("epoch") or "").isdigit()
+            self.write_csv("gducheck.csv", [row for row in rows if not (row.get("epoch") or "").isdecimal()
                                             or int(row["epoch"]) <= epoch])
 
     def write_lines(self, name, lines):

@@ -106,6 +106,8 @@ def history(saved):
         expect(is_number(row.get("epoch"), n, n, True), f"the number of {what}", row.get("epoch"))
         for name in ("train_acc", "test_acc"):
             expect(is_number(row.get(name), 0, 100), f"{name} of {what}", row.get(name))
+        if "val_acc" in row:
+            expect(is_number(row["val_acc"], 0, 100), f"val_acc of {what}", row["val_acc"])
         seconds = row.get("seconds", "")
         expect(isinstance(seconds, str) and not seconds or is_number(seconds, 0), f"seconds of {what}", seconds)
         for name, value in row.items():

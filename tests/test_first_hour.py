@@ -152,7 +152,7 @@ def given(flag):
 @pytest.mark.parametrize("todo", [todo for todo in TODOS if todo != "corruptions"])
 def test_a_flag_without_effect_changes_nothing_and_says_so(cli, trained, todo):
     idle = [flag for flag in ALL if flag.todos and todo not in flag.todos
-            and flag.name not in ("dropouts", "compile", "precision")]  # another program's; a GPU's
+            and flag.name not in ("dropouts", "compile", "precision", "eps")]  # another program's; a GPU's; refused
     start = f"--todo {todo} --device -1 --load-path {trained} --test-size 20" if todo != "train" else TINY.replace(
         "--save", "")
     small = {"attack": "--eps-list 0.1 --attack-iters 1 --attack-step 2 --seed 1", "gducheck": "",
@@ -303,3 +303,14 @@ def test_a_run_gives_arts_classifier(trained):
 def test_a_model_asks_for_its_number_of_steps(trained):
     with pytest.raises(ValueError, match="T, the number of time steps, is needed"):
         mu.load_run(trained, "cpu").model(torch.zeros(1, 1, 28, 28))
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--todo attack --load-path x --eps 8/255", "--eps: is not of --todo attack, which takes --eps-list 0.0313"),
+    ("--todo audit --load-path x --eps-list 0.5 1", "--eps-list: is not of --todo audit, which takes --eps 0.5 1.0"),
+    ("--todo audit --load-path x", "--todo audit needs a bound above 0"),
+    ("--dropouts 1 1", "a flag of main_dropout.py"),
+])
+def test_slips_are_answered_before_any_work(cli, words, said):
+    code, _, err = cli(words)
+    assert code == 2 and err.count("\n") == 1 and said in err

@@ -1,0 +1,154 @@
+"""What an enemy's reading found: resumed sessions, tables that two processes write, files that are not what they
+say."""
+import pathlib
+import shutil
+import types
+
+import pytest
+import torch
+from conftest import only_run
+
+import model_utils as mu
+from data_utils import UserError
+from experiment import drawing, figures, resuming
+from experiment.audit import AuditFiles
+from experiment.flags import ALL
+from experiment.report import Sweep
+from experiment.run_folder import RunFolder
+
+TINY = ("--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
+        "--seed 0 --mbs 20 --save")
+SETTINGS = {"attack": "pgd", "attack_norm": "2", "images": 20, "task": "digits"}
+
+
+def result(share=0.5):
+    import numpy as np
+    return {"bptt": {"correct": np.array([share]), "masked": 0.0, "unmoved": 0.0, "mean_norm": 1.0}}
+
+
+def test_the_resume_line_has_what_no_epoch_has_yet(ok, tmp_path):
+    ok(TINY)
+    run = only_run(tmp_path)
+    given = {"device": -1, "T1": 9, "betas": [0.0, 0.5], "epochs": 3, "precision": "fp32"}
+    job = types.SimpleNamespace(args=types.SimpleNamespace(epochs=3), given=given, saved=True, program=["main.py"])
+    line = resuming.how_to_go_on(job, str(run), 1)
+    for words in ("--T1 9", "--betas 0.0 0.5", "--device -1", "--precision fp32", "--epochs 3"):
+        assert words in line
+    line = resuming.how_to_go_on(job, str(run), 0)  # one epoch of the session is there
+    assert "--T1" not in line and "--device -1" in line and "--epochs 2" in line
+    job.args.epochs = 1
+    assert "resume with" not in resuming.how_to_go_on(job, str(run), 0)
+
+
+def test_a_resumption_without_an_epoch_leaves_no_trace(ok, cli, tmp_path, monkeypatch):
+    ok(TINY)
+    run = only_run(tmp_path)
+    before = [(run / name).read_text() for name in ("hyperparameters.txt", "config.json")]
+    with monkeypatch.context() as patch:
+        patch.setattr(mu, "train", lambda *_, **__: None)
+        ok(f"--device -1 --load-path {run} --T1 9")
+    assert before == [(run / name).read_text() for name in ("hyperparameters.txt", "config.json")]
+    ok(f"--device -1 --load-path {run} --T1 9")
+    assert "T1: 9  # before: 8" in (run / "hyperparameters.txt").read_text()
+    assert '"T1": 9' in (run / "config.json").read_text()
+
+
+def test_two_sweeps_do_not_write_one_table(tmp_path):
+    first = RunFolder(tmp_path)
+    sweep = Sweep(first, SETTINGS, 0.9, "model.pt")
+    sweep.add(0.1, result())
+    for settings in (SETTINGS, {**SETTINGS, "images": 10}):
+        with pytest.raises(UserError, match="Adversarial_Accuracy in .* is being written already"):
+            Sweep(RunFolder(tmp_path), settings, 0.9, "model.pt")
+    other = RunFolder(tmp_path)
+    Sweep(other, {**SETTINGS, "attack": "fgsm"}, 0.9, "model.pt")
+    other.release(), first.release()
+    again = RunFolder(tmp_path)
+    assert len(Sweep(again, SETTINGS, 0.9, "model.pt").rows) == 1 and not list(tmp_path.glob(".*2.lock"))
+    again.release()
+
+
+@pytest.mark.parametrize("old, new", [("0.1,bptt", "0.1x,bptt"), ("adversarial", "other"), ("0.500000", "nan")])
+def test_a_damaged_table_is_one_line(tmp_path, old, new):
+    run = RunFolder(tmp_path)
+    Sweep(run, SETTINGS, 0.9, "model.pt").add(0.1, result())
+    run.release()
+    table = tmp_path / "Adversarial_Accuracy.csv"
+    table.write_text(table.read_text().replace(old, new))
+    kept = table.read_bytes()
+    with pytest.raises(UserError, match="is damaged"):
+        Sweep(run, SETTINGS, 0.9, "model.pt")
+    run.release()
+    assert table.read_bytes() == kept
+
+
+def test_audits_with_another_surrogate_or_end_are_other_audits(tmp_path):
+    args = types.SimpleNamespace(**{flag.dest: flag.default for flag in ALL}, )
+    args.eps = 0.1
+    models = [torch.nn.Linear(2, 2) for _ in range(2)]
+    settings = []
+    for surrogate, ends_early in ((None, 1e-3), (None, 0.0), (models[0], 1e-3), (models[1], 1e-3)):
+        run = RunFolder(tmp_path)
+        other = surrogate and (surrogate, types.SimpleNamespace(T1=3, loss="mse"))
+        files = AuditFiles(run, args, {}, other, ends_early)
+        assert files.settings not in settings
+        settings.append(files.settings)
+        run.release()
+
+
+def test_what_a_run_held_out_stays_held_out(ok, cli, tmp_path):
+    ok(TINY)
+    run = only_run(tmp_path)
+    _, out, err = cli(f"--todo evaluate --device -1 --load-path {run} --val-size 20")
+    assert "validation" not in out and "the saved run decides --val-size" in err
+    ok(f"--device -1 --load-path {run} --val-size 20")
+    assert "val_acc" not in (run / "metrics.csv").read_text()
+    shutil.rmtree(tmp_path / "results")
+    ok(TINY, "--val-size 20")
+    run = only_run(tmp_path)
+    for todo in ("train", "evaluate"):
+        code, _, err = cli(f"--todo {todo} --device -1 --load-path {run} --train-size 40")
+        assert code == 2 and "--train-size: got 40, this run holds out the last 20 of 60" in err
+
+
+@pytest.mark.parametrize("value", ["abc", float("nan"), 101.0, None])
+def test_a_crafted_validation_accuracy_is_one_line(ok, cli, tmp_path, value):
+    ok(TINY, "--val-size 20")
+    run = only_run(tmp_path)
+    state = torch.load(run / "checkpoint.tar", weights_only=True)
+    state["history"][0]["val_acc"] = value
+    torch.save(state, run / "checkpoint.tar")
+    for words in (f"--load-path {run}", f"--todo evaluate --load-path {run / 'checkpoint.tar'}"):
+        code, _, err = cli("--device -1", words)
+        assert code == 2 and err.count("\n") == 1 and "val_acc of epoch 1" in err
+
+
+def test_no_file_undoes_the_epochs_of_its_run(ok, cli, tmp_path):
+    ok(TINY)
+    run = only_run(tmp_path)
+    shutil.copy(run / "checkpoint.tar", run / "early.tar")
+    ok(f"--device -1 --load-path {run}")
+    kept = (run / "checkpoint.tar").read_bytes()
+    code, _, err = cli(f"--device -1 --load-path {run / 'early.tar'}")
+    assert code == 2 and "would undo" in err and (run / "checkpoint.tar").read_bytes() == kept
+    assert not list(run.glob(".*lock"))
+    ok(f"--device -1 --load-path {run / 'final_checkpoint.tar'}")  # which is the latest
+
+
+def test_a_crafted_run_is_refused_from_python(ok, tmp_path):
+    ok(TINY)
+    run = only_run(tmp_path)
+    state = torch.load(run / "model.pt", weights_only=True)
+    state["config"]["archi"] = [100, 8, 10]
+    torch.save(state, run / "model.pt")
+    with pytest.raises(UserError, match="--archi"):
+        mu.load_run(run)
+
+
+def test_no_text_from_outside_is_a_formula(tmp_path):
+    rows = [{"epoch": 1, "train_acc": 1.0, "test_acc": 1.0}]
+    figure = figures.accuracy(rows, 1, {1: "--data-dir $\\foo$ (until now ./data)"})
+    with drawing.style():
+        figure.savefig(tmp_path / "a.png")
+        figure.suptitle(drawing.run_title(pathlib.Path("results/$\\foo$"), "MLP"))
+        figure.savefig(tmp_path / "b.png")
