@@ -152,7 +152,8 @@ def given(flag):
 @pytest.mark.parametrize("todo", [todo for todo in TODOS if todo != "corruptions"])
 def test_a_flag_without_effect_changes_nothing_and_says_so(cli, trained, todo):
     idle = [flag for flag in ALL if flag.todos and todo not in flag.todos
-            and flag.name not in ("dropouts", "compile", "precision", "eps")]  # another program's; a GPU's; refused
+            # another program's; a GPU's; refused
+            and flag.name not in ("dropouts", "compile", "precision", "eps", "eps-list")]
     start = f"--todo {todo} --device -1 --load-path {trained} --test-size 20" if todo != "train" else TINY.replace(
         "--save", "")
     small = {"attack": "--eps-list 0.1 --attack-iters 1 --attack-step 2 --seed 1", "gducheck": "",
