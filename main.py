@@ -24,7 +24,7 @@ from experiment import arguments, checks
 from experiment.files import exists
 from experiment.flags import FLAGS, WITHOUT_GRADIENT
 
-NEED_A_RUN = ("evaluate", "attack", "characteristic", "corruptions")
+NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
 
 
@@ -269,12 +269,12 @@ def attack(job):
     clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers) == labels
     eps_list, sweep, results = sorted(set(args.eps_list or default_eps(args.attack_norm))), None, None
     if run:
-        sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item(),
-                      job.saved.source)
+        sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item(), job.saved.source)
         job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
                                            "behind them")
         precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
-        gradients = f", gradients through {args.attack_step}{precision[1]}" * (args.attack not in WITHOUT_GRADIENT)
+        gradients = (f", gradients through {arguments.shown(args.attack_step)}{precision[1]}"
+                     * (args.attack not in WITHOUT_GRADIENT))
         settled = "" if args.tol else f" ({_unsettled(job, data, steps)})"
         print(f"{job.saved.source}: {args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after "
               f"{steps} steps{settled}{precision[0]}{gradients}; clean accuracy {100 * sweep.clean:.2f} %\n"
@@ -293,11 +293,16 @@ def attack(job):
 
 def _attack_settings(job, steps, images):
     """What a sweep's rows depend on: rows of the same settings are one sweep."""
+    from ART_Timesteps_Addition import attacks
     from experiment.run_folder import fingerprint
-    args = job.args
-    names = ("task", "attack", "attack_norm", "attack_iters", "attack_step", "attack_grad", "attack_start", "no_clip",
-             "seed", "mbs")
-    settings = {name: getattr(args, name) for name in names}
+    args, plan = job.args, attacks.Plan.of(job.args, 1.0)
+    names = ("task", "attack", "attack_norm", "attack_step", "attack_grad", "attack_start", "no_clip", "seed", "mbs")
+    settings = {**{name: getattr(args, name) for name in names}, "attack_iters": plan.iters}
+    if len(args.attack_step) == 1:
+        settings["attack_step"], = args.attack_step
+    settings.update({f"attack_{name}": getattr(plan, name) for name in ("queries", "restarts") if getattr(plan, name)})
+    settings.update({"budget": plan.words()} if args.attack != "pgd" else {})
+    settings.update({"smooth": attacks.words_for_smooth(args.loss)} if "smooth" in args.attack_grad else {})
     settings.update({"tol": args.tol} if args.tol else {})
     settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
     return {**settings, "predict_step": steps, "images": images, "weights": fingerprint(job.saved.weights)}
@@ -309,10 +314,20 @@ def _attack_line(args, eps, grad, result):
             f"{result['mean_norm']:.3g}")
     if result["masked"] > 0.01 and args.attack not in WITHOUT_GRADIENT:
         line += (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not "
-                 "finite: this number is only "
-                 "an upper bound of the robust accuracy; try --attack-grad smooth ep, --attack-start equilibrium, "
-                 "--attack square")
+                 "finite: this number is only an upper bound of the robust accuracy; try --attack-grad smooth ep, "
+                 "--attack-start equilibrium, --attack square")
     return line
+
+
+def audit(job):
+    """How robust the model is within one bound, and whether that number can be believed."""
+    import model_utils
+    from ART_Timesteps_Addition.audit_checks import conduct
+    from experiment.audit import AuditFiles, open_surrogate
+    args, data, files = job.args, job.batches("test"), AuditFiles(job.run_folder(), job.args, job.saved.weights)
+    job.interruption.advice = files.advice
+    surrogate = args.surrogate and open_surrogate(args, model_utils.build)
+    conduct(job.model, args, (data.images, data.labels), files, surrogate, args.tol or "--tol" in job.command)
 
 
 # ------------------------------------------------------------------------------------------ gducheck
@@ -360,7 +375,7 @@ def _save_gdu(run, comparison):
 # ---------------------------------------------------------------------------------- the command line
 
 TODOS = {"train": train, "evaluate": evaluate, "attack": attack, "gducheck": gducheck, "characteristic": characteristic,
-         "corruptions": corruptions}
+         "corruptions": corruptions, "audit": audit}
 
 
 def prepare(given, program, argv, interruption, workers):

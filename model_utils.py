@@ -26,7 +26,6 @@ from energy.precision import exactly, set_precision  # noqa: F401
 from experiment import records
 from experiment.arguments import resolve
 from experiment.checkpoints import load_weights, open_saved
-from experiment.flags import WITHOUT_GRADIENT
 from experiment.health import Health, log_theorem, report_precision
 from experiment.prediction import (  # noqa: F401
     characteristic,
@@ -616,7 +615,8 @@ def train(model, optimizer, train_batches, test_batches, args, val_batches=None,
 
 
 def attack(model, images, labels, args, eps, description="", workers=Workers()):
-    """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad.
+    """Attacks every image (uint8 (n, C, H, W) and labels, tensors) at one eps, with each of args.attack_grad through
+    each of args.attack_step.
 
     Returns {gradient: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.summary`; `worst`, which takes
     for each image the strongest of all, is left out where there is one gradient. An attack that asks for none has one
@@ -626,18 +626,16 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     for every eps and gradient, for any number of workers, and wherever a sweep goes on.
     """
     from ART_Timesteps_Addition import attacks
-    x, y, results = (images.float() / 255).numpy(), labels.numpy(), {}
-    predict = functools.partial(predicting_neurons, model,
-                                rule=Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol))
-    for grad in [args.attack] if args.attack in WITHOUT_GRADIENT else args.attack_grad:
-        classifier = attacks.make_classifier(model, make_criterion(args.loss), args, eps,
-                                             "bptt" if grad == args.attack else grad, TASKS[args.task], predict)
-        starts = workers.strided(progress(range(0, max(len(x), 1), args.mbs), f"{description}, {grad}"))
-        parts = [attacks.attack_batch(classifier, x[i:i + args.mbs], y[i:i + args.mbs], args, eps, (args.seed, i))
-                 for i in starts]
-        results[grad] = attacks.summary(workers.gather_strided(parts), x, y, args.attack_norm)
+    x, results, plan = (images.float() / 255).numpy(), {}, attacks.Plan.of(args, eps)
+    rule = Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol)
+    for label, classifier in attacks.classifiers(model, args, eps, TASKS[args.task], x,
+                                                 functools.partial(predicting_neurons, model, rule=rule)).items():
+        starts = workers.strided(progress(range(0, max(len(x), 1), args.mbs), f"{description}, {label}"))
+        parts = [attacks.attack_batch(classifier, x[i:i + args.mbs], labels[i:i + args.mbs].numpy(), plan,
+                                      (args.seed, i)) for i in starts]
+        results[label] = attacks.summary(workers.gather_strided(parts), x, plan.norm)
     if len(results) > 1:
-        results["worst"] = attacks.worst_of(list(results.values()), x, y, args.attack_norm)
+        results["worst"] = attacks.worst_of(list(results.values()), x, plan.norm)
     return results
 
 

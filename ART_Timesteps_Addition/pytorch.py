@@ -4,8 +4,7 @@ ART calls a model as `model(x)`. `Unrolled` gives it such a model: it passes (x,
 check_thm) on to the energy model and chooses T, by whether ART asks for a gradient. All that ART builds from
 `classifier.model` (the loss variants of Auto-PGD, AutoAttack) therefore keeps T1 and T2, and no file of ART is changed.
 
-Nothing here changes the energy model. Gradients are taken in fp32, with exact products, whatever predictions are made
-in: attacks add up small differences, of images here and, for EP, of states.
+Nothing here changes the energy model. How gradients are got is in `gradients`.
 """
 import dataclasses
 import functools
@@ -14,147 +13,8 @@ import typing
 import torch
 from art.estimators.classification import PyTorchClassifier as ArtClassifier
 
-from energy import fast
-from energy.activations import ctrd_hard_sig, hard_sigmoid, my_hard_sig
-from energy.dynamics import Phase
+from ART_Timesteps_Addition.gradients import GRADIENTS, STARTS, STATES, WAYS, published_layout  # noqa: F401
 from energy.precision import exactly
-
-GRADIENTS = ("bptt", "smooth", "ep")
-STARTS = ("zero", "equilibrium")
-
-# ----------------------------------------------------------------------------------------- other weights, other slopes
-
-
-class _Holder(torch.nn.Module):
-    """A model and a function to call on it. `torch.func.functional_call` puts the parameters of a module that it finds
-    in two places back as plain tensors, so that the model must be in no other attribute of what is called."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, function, *args):
-        return function(self.model, *args)
-
-
-def with_parameters(model, parameters, function, *args):
-    """function(model, *args) with other tensors, {name: tensor}, in place of the model's parameters meanwhile."""
-    inside = {f"model.{name}": tensor for name, tensor in parameters.items()}
-    return torch.func.functional_call(_Holder(model), inside, (function, *args), tie_weights=False)
-
-
-def fp32_parameters(model):
-    """The model's parameters without a graph, {name: tensor}: copies in fp32, or, in fp32 and fp64, the same memory."""
-    return {name: p.detach().to(torch.promote_types(p.dtype, torch.float32)) for name, p in model.named_parameters()}
-
-
-def published_layout(parameters):
-    """The parameters in the layout in which gradients come out as in the published attacks, bit by bit.
-
-    Perturbations are multiples of one step, so that exact ties in a max-pooling are common, and the rounding of the
-    convolution decides who wins. A CPU's kernels for AVX-512 sum in the same order everywhere, whatever the layout;
-    those for AVX2 do not, and the published images, made with them in PyTorch's default layout, are got again only in
-    it. It costs a few per cent. Other devices do not give the published bits in any layout: their weights stay."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        return parameters
-    return {name: p.contiguous() if p.device.type == "cpu" else p for name, p in parameters.items()}
-
-
-# The interval in which a hard activation has a slope, and its steepest slope there.
-CORNERS = {hard_sigmoid: (0.0, 1.0, 1.0), my_hard_sig: (0.0, 2.0, 0.5), ctrd_hard_sig: (-0.5, 0.5, 1.0)}
-
-
-class _Smooth(torch.autograd.Function):
-    """A hard activation whose backward pass has, on the flat parts, the slope of an arctangent that leaves the corner
-    with the activation's own slope: it falls with the distance but, unlike a sigmoid's, never underflows to zero."""
-
-    @staticmethod
-    def forward(ctx, drive, activation):
-        with torch.enable_grad():
-            leaf = drive.detach().requires_grad_()
-            out = activation(leaf)
-            slope, = torch.autograd.grad(out.sum(), leaf)
-        low, high, steepest = CORNERS[activation]
-        outside = torch.maximum(low - drive, drive - high).clamp(min=0)
-        ctx.save_for_backward(torch.where(slope == 0, steepest / (1 + (16 * outside / (high - low)) ** 2), slope))
-        return out.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        slope, = ctx.saved_tensors
-        return grad * slope, None
-
-
-def smoothed(chain):
-    """The chain with the same states, and with backward slopes that do not vanish (see `_Smooth`)."""
-    hard = chain.activation
-    if hard not in CORNERS:
-        return chain
-    return dataclasses.replace(chain, activation=lambda drive: _Smooth.apply(drive, hard))
-
-
-# -------------------------------------------------------------------------------------------------- ways to a gradient
-# Each takes (unrolled, x) and gives the read-out, (mbs, classes), and its pullback: dL/d(read-out) -> dL/dx.
-
-
-def through_time(unrolled, x):
-    """The read-out after T2 steps; back through them. With `smooth` by slopes that do not vanish."""
-    model, u = unrolled.model, unrolled
-    parameters, neurons = fp32_parameters(model), None
-
-    def steps(model, x, neurons, T, output_in):
-        chain = smoothed(model.chain(u.loss)) if u.options.grad == "smooth" else model.chain(u.loss)
-        neurons = fast.relax(chain, Phase(chain.input_drive(x)), neurons, T, output_in)
-        return neurons if output_in else u.output(chain, neurons)
-
-    if u.options.start == "equilibrium" and u.T1 > u.T2:
-        with torch.no_grad():
-            neurons = with_parameters(model, parameters, steps, x, None, u.T1 - u.T2, u.T2)
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        out = with_parameters(model, published_layout(parameters), steps, leaf, neurons, u.T2, 0)
-
-    def pullback(grad):
-        if not out.requires_grad:  # fewer steps than layers: x has no effect
-            return torch.zeros_like(leaf)
-        return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]  # ART asks for a gradient per class
-
-    return out.detach(), pullback
-
-
-def by_equilibrium_propagation(unrolled, x):
-    """The read-out at the free equilibrium, and dL/dx by EP for any loss L on it: with g = dL/d(read-out), the states
-    nudged by +beta and -beta along g give dL/dx ~ -[dPhi/dx(s_+) - dPhi/dx(s_-)] / (2 beta). Nothing is kept of the
-    time steps."""
-    model, u, beta = unrolled.model, unrolled, unrolled.options.beta
-    parameters = fp32_parameters(model)
-
-    def relaxed(m):
-        chain = m.chain(u.loss)
-        drive = chain.input_drive(x)
-        free = fast.relax(chain, Phase(drive), None, u.T1)
-        return drive, free, chain.read(free).clone()
-
-    with torch.no_grad():
-        drive, free, out = with_parameters(model, parameters, relaxed)
-
-    @torch.no_grad()
-    def contrast(m, direction):
-        chain = m.chain(u.loss)
-        plus, minus = fast.relax_both_signs(chain, Phase(drive, direction, beta, "linear"), free, u.T2)
-        first = chain.connections[0]
-        return first.down(minus[0] - plus[0], first.route(x), torch.zeros_like(x))
-
-    def pullback(grad):
-        norm = grad.norm(dim=1, keepdim=True)  # every image is nudged alike, however confident it is
-        direction = grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)
-        scale = (norm / (2 * beta)).view(-1, *[1] * (x.dim() - 1))
-        return with_parameters(model, parameters, contrast, direction) * scale
-
-    return out, pullback
-
-
-WAYS = {"bptt": through_time, "smooth": through_time, "ep": by_equilibrium_propagation}
 
 
 class _Differentiable(torch.autograd.Function):
@@ -163,7 +23,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, way, watch):
-        ctx.watch = watch
+        ctx.watch, ctx.x = watch, x.detach()
         with exactly():
             out, ctx.pullback = way(x)
         return out
@@ -174,7 +34,7 @@ class _Differentiable(torch.autograd.Function):
         with exactly():
             grad = ctx.pullback(grad)
         if ctx.watch is not None:
-            ctx.watch(grad)
+            ctx.watch(grad, ctx.x)
         return grad, None, None
 
 
@@ -186,19 +46,29 @@ class Options:
     """How `Unrolled` answers, and how its gradients are got.
 
     grad        `bptt` through the time steps, `smooth` the same with slopes that do not vanish, `ep` by Equilibrium
-                Propagation
+                Propagation, `soft` as `smooth` through a twin whose neurons do not saturate
+    softness    how much `soft` softens each layer, see `gradients.softness`
     start       whether the T2 steps begin from `zero` neurons or, with `equilibrium`, after T1 - T2 steps without a
                 graph
+    states      whether attacks see the read-out after the `last` of the T2 steps, or the mean over `all` of them of the
+                logarithm of its softmax, whose negative log-likelihood is the mean cross-entropy of all states
+    exact       whether what comes with a gradient is the read-out of a prediction, so that an attack which looks there
+                for its success sees what counts, instead of that of the steps that the gradient goes through
+    tol         of the steps without a graph: stop an image once it has settled to this, see `relax_until_settled`
     beta        how far `ep` nudges
     gain, shift     what attacks see is gain * read-out + shift; output neurons within [0, 1] are neither logits (a gap
                 of 1 is little to a softmax, which then attends to every class alike) nor, though they look it,
                 probabilities
     predict     x -> the neurons that a prediction is read out of, where not those after T1 steps from zero
-    watch       called with the gradient with respect to x whenever one is computed
+    watch       called with the gradient with respect to x, and x, whenever one is computed
     """
 
     grad: str = "bptt"
+    softness: tuple = ()
     start: str = "zero"
+    states: str = "last"
+    exact: bool = False
+    tol: float = 0.0
     beta: float = 0.1
     gain: float = 1.0
     shift: float = 0.0
@@ -206,9 +76,19 @@ class Options:
     watch: typing.Callable | None = None
 
     def __post_init__(self):
-        for name, allowed in (("grad", GRADIENTS), ("start", STARTS)):
+        for name, allowed in (("grad", GRADIENTS), ("start", STARTS), ("states", STATES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+
+
+SATURATED = 14.0  # a gap between two logits beyond which a softmax in fp32 knows little but the first
+
+
+def desaturated(out):
+    """Logits, (mbs, classes), scaled for each image so that the first is at most SATURATED above the second: the
+    cross-entropy of them has a slope. The factors are constants to a gradient."""
+    first, second = out.detach().topk(2, 1).values.unbind(1)
+    return out * (SATURATED / (first - second).clamp(min=SATURATED)).unsqueeze(1)
 
 
 class Unrolled(torch.nn.Module):
@@ -234,6 +114,11 @@ class Unrolled(torch.nn.Module):
     def model(self):
         return self._out_of_sight[0]
 
+    def with_options(self, **changes):
+        """The same with other options."""
+        options = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)}
+        return Unrolled(self.model, self.T1, self.T2, self.criterion, self.last_layer, **{**options, **changes})
+
     def state_dict(self, *args, **kwargs):
         return self.model.state_dict(*args, **kwargs)
 
@@ -241,16 +126,30 @@ class Unrolled(torch.nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
     def forward(self, x):
-        dtype = torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
-        if torch.is_grad_enabled() and x.requires_grad:
-            way = functools.partial(WAYS[self.options.grad], self)
-            out = _Differentiable.apply(x.to(dtype), way, self.options.watch)  # some attacks count in float64
-        else:
+        dtype, options = torch.promote_types(next(self.model.parameters()).dtype, torch.float32), self.options
+        if not (torch.is_grad_enabled() and x.requires_grad):
             with torch.no_grad():
-                out = self.output(self.model.chain(self.loss), self.predict(x)).to(dtype)
-        return self.options.gain * out + self.options.shift
+                return options.gain * self.predicted(x, dtype) + options.shift
+        x = x.to(dtype)  # some attacks count in float64
+        out = options.gain * _Differentiable.apply(x, functools.partial(self._way, dtype), options.watch)
+        return (desaturated(out) if options.grad in ("smooth", "soft") else out) + options.shift
+
+    def _way(self, dtype, x):
+        """The read-out that attacks see, and its pullback."""
+        out, pullback = WAYS[self.options.grad](self, x)
+        predicts = self.options.grad != "soft" and (self.options.grad == "ep" or self.T1 == self.T2 or (
+            self.options.start == "equilibrium" and self.T1 > self.T2))
+        if self.options.exact and not predicts:
+            with torch.no_grad():
+                out = self.predicted(x, dtype)
+        return out, pullback
+
+    def predicted(self, x, dtype):
+        """The read-out of a prediction, (mbs, classes)."""
+        return self.output(self.model.chain(self.loss), self.predict(x)).to(dtype)
 
     def predict(self, x):
+        """The neurons that a prediction is read out of."""
         if self.options.predict is not None:
             return self.options.predict(x)
         return self.model(x, None, None, self.T1, 0.0, self.criterion, output_in=0)

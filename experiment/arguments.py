@@ -128,9 +128,9 @@ def judge_saved(flag, value, path):
             return value
     else:
         kinds = {int: (int,), float: (int, float), str: (str,)}[flag.kind]
-        values = value if flag.many else [value]
-        if isinstance(values, (list, tuple)) and values and all(isinstance(v, kinds) and not isinstance(v, bool)
-                                                                for v in values):
+        # one, too, of what may be several by now
+        values = value if flag.many and isinstance(value, (list, tuple)) else [value]
+        if values and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values):
             try:
                 values = [judge(flag, str(v)) for v in values]
                 return values if flag.many else values[0]

@@ -168,3 +168,25 @@ def corruptions(shares, names, means, images):
     axes.axhline(14.5, color="white", linewidth=3, linestyle="-", marker="")  # the four extra ones are below
     figure.colorbar(picture, label="accuracy (%)", shrink=0.6)
     return figure
+
+
+def audit(result, title):
+    """Images that stand after each attack of an audit, and accuracy over eps. result: see `audit_checks.result_of`."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure.suptitle(f"{title}: {100 * result['robust']:.1f} %, " + ("trusted" if result["trusted"]
+                                                                     else "not trusted, an upper bound"))
+    left, right = figure.subplots(1, 2)
+    names = ["clean", *(f"{attack['stage']} {attack['name']}" for attack in result["attacks"])]
+    counts = [round(result["clean"] * result["images"]), *(attack["standing"] for attack in result["attacks"])]
+    left.step(range(len(names)), counts, where="post", marker="o", markersize=3)
+    left.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    left.set(ylabel="images that stand", ylim=(0, None))
+    eps, shares = zip(*result["curve"])
+    right.plot(eps, [100 * share for share in shares], marker="o", markersize=3, label="strongest gradient alone")
+    right.axhline(100 * result["robust"], linestyle="--", color="C1", label="robust, of all attacks")
+    right.set_xscale("symlog", linthresh=max(eps[1], 1e-9) if len(eps) > 1 else 1.0)
+    right.set(xlabel="eps", ylabel="accuracy (%)", ylim=(-2, 102))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    return figure

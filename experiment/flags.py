@@ -32,8 +32,8 @@ class Flag(NamedTuple):
 
 
 A, T, S = "architecture", "training", "session"
-TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions")
-TRAIN, ATTACK = ("train",), ("attack",)
+TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions", "audit")
+TRAIN, ATTACK, AUDIT, ROBUST = ("train",), ("attack",), ("audit",), ("attack", "audit")
 LEARN = ("train", "gducheck")  # what takes gradients of the weights
 NOT_GDU = tuple(todo for todo in TODOS if todo != "gducheck")  # which takes every step in fp32, of one mini-batch
 DENSE, CONVOLUTIONAL, SEPARATE = ("MLP", "VFMLP"), ("CNN", "VFCNN"), ("VFMLP", "VFCNN")
@@ -56,7 +56,7 @@ FLAGS = {
              "gradients stay fp32", S, ("fp32", "tf32", "bf16"), todos=NOT_GDU),
         Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)", S, todos=NOT_GDU),
         Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", T, low=0,
-             high=2 ** 63 - 1, todos=("train", "attack", "gducheck")),
+             high=2 ** 63 - 1, todos=("train", "attack", "gducheck", "audit")),
         Flag("deterministic", bool, False, "ask torch for kernels that always sum in the same order: a run repeats bit "
              "for bit"),
     ],
@@ -120,20 +120,33 @@ FLAGS = {
         Flag("epochs", int, 1, "epochs to train; of a resumed run, the further ones", S, low=1, todos=TRAIN),
     ],
     "attack": [
-        Flag("attack", str, "pgd", "the attack", choices=("pgd", "fgsm", "apgd-ce", "apgd-dlr", "square", "hopskipjump",
-                                                          "autoattack"), todos=ATTACK),
-        Flag("attack-norm", str, "2", "norm that bounds the perturbation", choices=("2", "inf"), todos=ATTACK),
+        Flag("attack", str, "pgd", "the attack", choices=(
+            "pgd", "fgsm", "apgd-ce", "apgd-dlr", "apgd-t", "fab", "square", "hopskipjump", "deepfool", "cw",
+            "autoattack", "art-autoattack"), todos=ATTACK),
+        Flag("attack-norm", str, "2", "norm that bounds the perturbation", choices=("2", "inf"), todos=ROBUST),
         Flag("eps-list", float, None, "bounds to attack with, images in [0, 1], also as fractions such as 8/255 "
              "(default: a grid for the norm)", low=0, many=True, todos=ATTACK),
-        Flag("attack-iters", int, 20, "iterations of the attack", low=1, todos=ATTACK),
-        Flag("attack-step", int, 29, "time steps that the attack's gradient goes through", low=1, todos=ATTACK),
-        Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1, todos=ATTACK),
+        Flag("attack-iters", int, None, "iterations of the attack (default: 20; of an ensemble 100)", S, low=1,
+             todos=ATTACK),
+        Flag("attack-queries", int, None, "predictions for each image, of Square and HopSkipJump (default: 5000; with "
+             "--attack-iters as many as these, in an ensemble 50 times as many)", S, low=1, todos=ATTACK),
+        Flag("attack-restarts", int, 0, "further runs of the attack, from random points in the ball", S, low=0,
+             todos=ATTACK),
+        Flag("attack-step", int, [29], "time steps that the attack's gradient goes through; of several, the worst "
+             "counts", low=1, many=True, todos=ROBUST),
+        Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1, todos=ROBUST),
         Flag("attack-grad", str, ["bptt"], "how gradients are got: through the time steps (bptt), the same with slopes "
-             "that do not vanish (smooth), by Equilibrium Propagation (ep); of several, the worst counts",
-             choices=("bptt", "smooth", "ep"), many=True, todos=ATTACK),
+             "that do not vanish (smooth), by Equilibrium Propagation (ep), as smooth through a twin whose neurons do "
+             "not saturate (soft); of several, the worst counts", choices=("bptt", "smooth", "ep", "soft"), many=True,
+             todos=ATTACK),
         Flag("attack-start", str, "zero", "where the gradient's time steps begin: at zero neurons, or near the "
              "equilibrium", choices=("zero", "equilibrium"), todos=ATTACK),
-        Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did", todos=ATTACK),
+        Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did", todos=ROBUST),
+        Flag("eps", float, None, "the bound of the audit, images in [0, 1], also as a fraction such as 8/255", S,
+             low=0, todos=AUDIT),
+        Flag("budget", str, "standard", "how much the attacks of the audit may take", S, ("standard", "quick"),
+             todos=AUDIT),
+        Flag("surrogate", str, None, "a run whose adversarial images are tried on the audited one", S, todos=AUDIT),
     ],
 }
 

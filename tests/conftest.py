@@ -16,7 +16,8 @@ from energy import fast  # noqa: E402
 
 # Processes that have loaded the libraries already, so that what they run begins at once.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["main", "model_utils", "torchvision", "sklearn.datasets", "sklearn.model_selection"])
+context.set_forkserver_preload(["main", "model_utils", "torchvision", "sklearn.datasets", "sklearn.model_selection",
+                                "ART_Timesteps_Addition.audit_checks"])
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -24,7 +24,8 @@ import model_utils  # noqa: E402, F401
 from data_utils import CORRUPTIONS  # noqa: E402
 
 # what main.py loads where it needs it
-LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "digits": "sklearn.model_selection"}
+LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "audit": "ART_Timesteps_Addition.audit_checks",
+             "digits": "sklearn.model_selection"}
 
 write_cifar("data")
 write_corruptions("data", CORRUPTIONS)

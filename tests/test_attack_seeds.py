@@ -12,7 +12,7 @@ from ART_Timesteps_Addition import attacks
 from data_utils import load_split
 from experiment.workers import Workers
 
-RANDOM = set(attacks.NAMES) - {"pgd", "fgsm"}
+RANDOM = set(attacks.NAMES) - {"pgd", "fgsm", "fab", "deepfool", "cw"}
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def test_the_first_failure_ends_a_script(tmp_path):
 
 @pytest.mark.parametrize("name, said", [("train_cifar10", "ep-symmetric-cel\n"), ("evaluate", "RUN"),
                                         ("corruptions", "2.9 GB"),
-                                        ("attack_sweep", "RUN")])
+                                        ("attack_sweep", "RUN"), ("audit", "RUN")])
 def test_without_arguments_scripts_say_what_they_need(tmp_path, name, said):
     """Also in a copy without .venv: before they set anything up."""
     shutil.copytree(ROOT / "check", tmp_path / "check")

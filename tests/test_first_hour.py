@@ -155,9 +155,10 @@ def test_a_flag_without_effect_changes_nothing_and_says_so(cli, trained, todo):
             and flag.name not in ("dropouts", "compile", "precision")]  # another program's; a GPU's
     start = f"--todo {todo} --device -1 --load-path {trained} --test-size 20" if todo != "train" else TINY.replace(
         "--save", "")
-    small = {"attack": "--eps-list 0.1 --attack-iters 1 --attack-step 2 --seed 1", "gducheck": ""}.get(todo, "")
+    small = {"attack": "--eps-list 0.1 --attack-iters 1 --attack-step 2 --seed 1", "gducheck": "",
+             "audit": "--eps 0.5 --budget quick --test-size 2 --attack-step 2 --seed 1"}.get(todo, "")
     plain = cli(start, small)
-    for file in trained.glob("Adversarial_Accuracy.*"):
+    for file in [*trained.glob("Adversarial_Accuracy.*"), *trained.glob("Audit_*")]:
         file.unlink()
     code, out, err = cli(start, small, *map(given, idle))
     assert code == plain[0] == 0, err

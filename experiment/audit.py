@@ -1,0 +1,82 @@
+"""The files of an audit in a run folder: one for each stage that is done, and the result."""
+import json
+import zipfile
+
+import numpy as np
+
+from data_utils import UserError
+from experiment import arguments, checkpoints, figures
+from experiment.files import replacing, write_text
+from experiment.run_folder import fingerprint
+
+# of the arguments, what an audit's numbers depend on
+NAMES = ("task", "attack_norm", "eps", "attack_step", "predict_step", "T1", "no_clip", "seed", "mbs", "tol",
+         "precision", "surrogate", "budget", "test_size")
+
+
+class AuditFiles:
+    """Audit_<norm>_<eps>.json, .txt, .png and .npz of a run folder, and Audit_<norm>_<eps>_<stage>.npz of each stage,
+    which an audit that was stopped goes on from. Files of other settings are replaced.
+
+    settings: all that the numbers depend on, a dict that JSON can say."""
+
+    def __init__(self, run, args, weights):
+        """run: the RunFolder; args: of the command line; weights: of the model. Raises UserError without a bound."""
+        if not args.eps:
+            raise UserError(f"argument --eps: got {args.eps}, --todo audit needs a bound above 0")
+        self.run, self.args, self.stem = run, args, f"Audit_{args.attack_norm}_{args.eps:g}"
+        self.settings = {**{name: getattr(args, name) for name in NAMES}, "weights": fingerprint(weights)}
+
+    @property
+    def text(self):
+        return self.run.folder / f"{self.stem}.txt"
+
+    def advice(self):
+        """How to go on after an interruption."""
+        return f"the stages that are done are in {self.run.folder}, the same command goes on behind them"
+
+    def _stage(self, name):
+        return self.run.folder / f"{self.stem}_{name}.npz"
+
+    def load(self, name):
+        """(arrays, record) of a stage as `save` got them; None where there is none of these settings."""
+        try:
+            with np.load(self._stage(name), allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            if json.loads(str(arrays.pop("settings"))) != json.loads(json.dumps(self.settings)):
+                return None
+            return arrays, json.loads(str(arrays.pop("record")))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def save(self, name, arrays, record):
+        """Writes a stage; those after it, of another audit maybe, are removed."""
+        for path in self.run.folder.glob(f"{self.stem}_[a-z].npz"):
+            if path.name > self._stage(name).name:
+                path.unlink(missing_ok=True)
+        self._write(self._stage(name), **arrays, record=json.dumps(record), settings=json.dumps(self.settings))
+
+    def _write(self, path, **arrays):
+        with replacing(path) as beside, open(beside, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    def write(self, result, lines, x_adv, labels):
+        """The result: a dict; its text: lines; the strongest adversarial images with their labels."""
+        self._write(self.run.folder / f"{self.stem}.npz", x_adv=x_adv, labels=labels)
+        self.run.save_figure(f"{self.stem}.png", figures.audit(result, self.stem))
+        self.run.write_lines(self.text.name, lines)
+        write_text(self.run.folder / f"{self.stem}.json", json.dumps(result, indent=1) + "\n")
+
+
+def open_surrogate(args, build):
+    """(model, its arguments) of --surrogate, with those of the attack from `args`. build: arguments -> model. Raises
+    UserError."""
+    saved = checkpoints.open_saved(args.surrogate, "audit")
+    own = arguments.resolve({"todo": "audit", "attack_step": args.attack_step, "mbs": args.mbs, "tol": args.tol},
+                            saved.args)
+    own.attack_norm, own.eps, own.no_clip = args.attack_norm, args.eps, args.no_clip
+    if own.task != args.task:
+        raise UserError(f"argument --surrogate: its task is {own.task}, that of the audited run {args.task}")
+    model = build(own)
+    checkpoints.load_weights(model, saved)
+    return model, own

@@ -1,0 +1,171 @@
+"""--todo audit: what it writes, that it goes on after a kill, and what its checks say."""
+import argparse
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import context, only_run
+
+import main
+from ART_Timesteps_Addition import attacks, audit, audit_checks, audit_subject
+from data_utils import load_split
+from experiment.audit import NAMES, AuditFiles
+from experiment.run_folder import RunFolder
+
+TINY = audit_subject.Budget(3, 1, 10, 30, 3, 1, 4)
+LINE = "--todo audit --device -1 --test-size 6 --eps 1 --budget quick --attack-step 8"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of a small MLP that has learnt the digits."""
+    folder, before = tmp_path_factory.mktemp("audited"), os.getcwd()
+    os.chdir(folder)
+    line = ("--task digits --device -1 --archi 784 32 10 --betas 0 0.2 --lrs 2e-3 2e-3 --T1 12 --T2 5 --thirdphase "
+            "--optim adam --epochs 3 --seed 0 --save --mbs 20")
+    assert main.main(line.split()) == 0
+    os.chdir(before)
+    return only_run(folder)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(audit_subject.BUDGETS, "quick", TINY)
+
+
+@pytest.fixture(scope="module")
+def audited(trained, tmp_path_factory):
+    """The same run folder once it has been audited."""
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("audit") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(audit_subject.BUDGETS, "quick", TINY)
+        assert main.main(f"{LINE} --load-path {run}".split()) == 0
+    return run
+
+
+def result_of(run, stem="Audit_2_1"):
+    """The result without what takes other times each time."""
+    result = json.loads((run / f"{stem}.json").read_text())
+    del result["seconds"]
+    return {**result, "attacks": [{k: v for k, v in a.items() if k != "seconds"} for a in result["attacks"]]}
+
+
+@pytest.mark.parametrize("norm, eps", [("2", 1), ("inf", 0.1)])
+def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
+    run = shutil.copytree(trained, tmp_path / "run")
+    out = ok(LINE, f"--load-path {run} --attack-norm {norm} --eps {eps} --surrogate {trained}")
+    stem = f"Audit_{norm}_{eps}"
+    result = result_of(run, stem)
+    assert result["images"] == 6 and result["interval"][0] <= result["robust"] <= result["interval"][1]
+    assert result["trusted"] == all(check["passed"] for check in result["checks"].values())
+    assert all({"passed", "value", "limit", "why"} == set(check) for check in result["checks"].values())
+    names = [a["name"] for a in result["attacks"]]
+    for part in ("pgd bptt@8 from zero", "pgd ep@8 from zero", "pgd smooth@8 from equilibrium", "restarts",
+                 "twice the iterations", "apgd-ce", "apgd-t", "fab", "square", "hopskipjump", "random draws",
+                 "transfer", "all states"):
+        assert any(part in name for name in names), part
+    standing = [round(6 * result["clean"]), *(a["standing"] for a in result["attacks"])]
+    assert all(b == a - attack["broken"] for a, b, attack in zip(standing, standing[1:], result["attacks"]))
+    assert standing[-1] == round(6 * result["robust"])
+    text = (run / f"{stem}.txt").read_text()
+    assert text.startswith("TRUSTED" if result["trusted"] else "NOT TRUSTED") and text in out
+    with np.load(run / f"{stem}.npz") as file:
+        x_adv = file["x_adv"]
+    x = (load_split("digits", "", False, 6)[0].float() / 255).numpy()
+    assert attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5) and 0 <= x_adv.min() and x_adv.max() <= 1
+    assert (run / f"{stem}.png").stat().st_size
+
+
+def test_nothing_is_computed_twice(ok, tiny, audited, tmp_path, monkeypatch):
+    run = shutil.copytree(audited, tmp_path / "run")
+    first = (run / "Audit_2_1.json").read_text()
+    monkeypatch.setattr(audit.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
+    ok(LINE, f"--load-path {run}")
+    assert (run / "Audit_2_1.json").read_text() == first
+
+
+def killed_in(folder, words, stage):
+    """main.py in a process that is killed when it has computed a stage, before that is written."""
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    audit_subject.BUDGETS["quick"], save = TINY, AuditFiles.save
+
+    def save_or_die(self, name, arrays, record):
+        if name == stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, name, arrays, record)
+    AuditFiles.save = save_or_die
+    sys.exit(main.main(words))
+
+
+def test_an_audit_that_is_killed_in_every_stage_goes_on(ok, tiny, trained, audited, tmp_path):
+    often = shutil.copytree(trained, tmp_path / "often")
+    for stage in "abcdef":
+        words = f"{LINE} --load-path {often}".split()
+        process = context.Process(target=killed_in, args=(str(tmp_path), words, stage))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (often / f"Audit_2_1_{stage}.npz").exists()
+        assert stage == "a" or (often / f"Audit_2_1_{chr(ord(stage) - 1)}.npz").exists()
+    ok(LINE, f"--load-path {often}")
+    assert result_of(often) == result_of(audited)
+
+
+def test_stages_of_other_settings_are_not_taken(audited, tmp_path):
+    run, weights = RunFolder(shutil.copytree(audited, tmp_path / "run")), {"w": torch.zeros(2)}
+
+    def files(**changes):
+        arguments = {**dict.fromkeys(NAMES), "attack_norm": "2", "eps": 1.0, **changes}
+        return AuditFiles(run, argparse.Namespace(**arguments), weights)
+    assert files().load("a") is None
+    files().save("a", {"x": np.ones(3)}, {"facts": [1]})
+    arrays, record = files().load("a")
+    assert arrays["x"].tolist() == [1, 1, 1] and record == {"facts": [1]}
+    assert files(tol=0.1).load("a") is None and not (run.folder / "Audit_2_1_b.npz").exists()
+    (run.folder / "Audit_2_1_a.npz").write_bytes(b"PK half of a file")
+    assert files().load("a") is None
+
+
+@pytest.mark.parametrize("words, said", [("", "--eps"), ("--eps 0", "--eps"), ("--eps 1 --budget huge", "--budget"),
+                                         ("--eps 1 --surrogate nowhere", "nowhere")])
+def test_wrong_flags(cli, trained, words, said):
+    code, _, err = cli(f"--todo audit --device -1 --test-size 3 --load-path {trained} {words}")
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_an_audit_leaves_no_more_images_than_a_sweep(ok, audited, tmp_path):
+    run = shutil.copytree(audited, tmp_path / "run")
+    ok("--todo attack --device -1 --test-size 6 --eps-list 1 --attack-step 8 --attack-iters 3 --attack-grad bptt "
+       f"smooth ep --load-path {run}")
+    rows = list(csv.DictReader(open(run / "Adversarial_Accuracy.csv")))
+    assert result_of(run)["robust"] <= min(float(row["adversarial"]) for row in rows)
+
+
+def test_wilson():
+    assert audit_checks.interval(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)
+    assert audit_checks.interval(0.0, 20) == pytest.approx([0, 0.1611], abs=1e-4)
+    assert audit_checks.interval(1.0, 20)[1] == 1 and audit_checks.interval(0, 0) == [0.0, 1.0]
+
+
+GOOD = {"changed_again": 0, "responds": 1.0, "settled": 1.0, "changed_later": 0, "layers": 2, "masked": 0.0,
+        "blind_breaks": 0, "more_breaks": 0, "unbounded": 0, "rise": 0, "iterative": 3, "single": 5, "loss_rises": 1.0,
+        "attacked_settled": 1.0, "recovered": 0, "fallen": 10}
+
+
+@pytest.mark.parametrize("fact, value, check", [
+    ("changed_again", 1, "deterministic"), ("responds", 0.1, "responds"), ("settled", 0.5, "settled"),
+    ("changed_later", 9, "time_steps"), ("layers", 20, "attack_steps"), ("masked", 0.3, "gradients"),
+    ("blind_breaks", 9, "blind_attacks"), ("more_breaks", 30, "budget"), ("unbounded", 1, "unbounded"),
+    ("rise", 9, "more_eps"), ("single", 0, "iterations"), ("loss_rises", 0.2, "loss_rises"),
+    ("attacked_settled", 0.1, "attacked_settled"), ("recovered", 9, "attacked_later")])
+def test_every_check_fails_by_its_fact(fact, value, check):
+    assert all(found["passed"] for found in audit_checks.checks(GOOD, 100, [8], 30).values())
+    found = audit_checks.checks({**GOOD, fact: value}, 100, [8], 30)
+    assert [name for name, result in found.items() if not result["passed"]] == [check]

@@ -1,0 +1,143 @@
+"""Models that look robust and are not are exposed by an audit: broken down to what their honest twin withstands, or not
+trusted, for a reason that names it. Honest models are trusted."""
+import argparse
+import copy
+import dataclasses
+import os
+
+import pytest
+import torch
+from conftest import only_run
+
+import main
+import model_utils as mu
+from ART_Timesteps_Addition import audit, audit_checks, audit_subject
+from data_utils import load_split
+from energy.dynamics import Chain
+
+IMAGES = 12
+TINY = audit_subject.Budget(8, 3, 60, 150, 5, 1, IMAGES)
+COMMON = "--task digits --device -1 --epochs 3 --seed 0 --save --mbs 20 --optim adam --T1 20 --T2 6 "
+LINES = {
+    "mysig": "--archi 784 32 10 --betas 0 0.2 --thirdphase --lrs 2e-3 2e-3",
+    "tanh": "--archi 784 32 10 --act tanh --alg BPTT --lrs 2e-3 2e-3",
+    "softmax": "--archi 784 32 10 --act my_hard_sig --loss cel --softmax --betas 0 1 --thirdphase --lrs 5e-3 5e-3",
+    "CNN": "--model VFCNN --channels 4 6 --kernels 5 5 --strides 2 2 --pools ii --paddings 0 0 --act my_hard_sig "
+           "--loss cel --softmax --betas 0 1 --thirdphase --lrs 5e-3 5e-3 5e-3",
+}
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    """name -> (model, args, result of its audit), each trained and audited once."""
+    known = {}
+
+    def get(name):
+        if name not in known:
+            folder, before = tmp_path_factory.mktemp(name), os.getcwd()
+            os.chdir(folder)
+            assert main.main((COMMON + LINES[name]).split()) == 0
+            os.chdir(before)
+            state = torch.load(only_run(folder) / "model.pt", weights_only=True)
+            args = argparse.Namespace(**{**state["config"], "attack_step": [12], "predict_step": None,
+                                         "attack_norm": "2", "eps": 1.0})
+            model = mu.make_model(args)
+            model.load_state_dict(state["model_state_dict"])
+            known[name] = model, args, audited(model, args)
+        return known[name]
+    return get
+
+
+class Nowhere(dict):
+    """A store that remembers nothing."""
+
+    def load(self, name):
+        return None
+
+    def save(self, name, arrays, record):
+        pass
+
+
+def audited(model, args, **changes):
+    args = argparse.Namespace(**{**vars(args), **changes})
+    images, labels = load_split("digits", "", False, IMAGES)
+    subject = audit_subject.Subject(model, args, (images.float() / 255).numpy(), labels.numpy(), TINY)
+    return audit_checks.result_of(audit.Audit(subject, lambda line: None).run(Nowhere()), subject, {})
+
+
+def failed(result):
+    return {name for name, check in result["checks"].items() if not check["passed"]}
+
+
+def exposed(result, twin, *names):
+    """Whether a fraud is: names are those of checks that name it."""
+    broken = result["robust"] <= twin["robust"] + 2.01 / IMAGES
+    return broken or bool(failed(result) & set(names))
+
+
+def scaled(model, hidden=1.0, readout=1.0):
+    """A copy with other weights: of all layers, and of the read-out."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, synapse in enumerate(model.synapses):
+            factor = readout if model.softmax and n == len(model.synapses) - 1 else hidden
+            synapse.weight.mul_(factor), synapse.bias.mul_(factor)
+    return model
+
+
+def seeing(model, change):
+    """A copy whose input is changed before it drives the first layer."""
+    model = copy.deepcopy(model)
+
+    class Changed(Chain):
+        def input_drive(self, x):
+            return super().input_drive(change(x))
+
+    def chain(self, *args, original=type(model).chain, **more):
+        found = original(self, *args, **more)
+        return Changed(**{field.name: getattr(found, field.name) for field in dataclasses.fields(Chain)})
+    model.__class__ = type("Fraud", (type(model),), {"chain": chain})
+    return model
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_an_honest_model_is_trusted(honest, name):
+    result = honest(name)[2]
+    assert result["clean"] > 0.6 and not failed(result)
+    assert result["robust"] < result["clean"] and result["curve"][-1][1] == 0
+
+
+@pytest.mark.parametrize("name, factor", [("mysig", 20), ("mysig", 60), ("tanh", 20), ("tanh", 60), ("softmax", 60)])
+def test_saturated_neurons(honest, name, factor):
+    model, args, twin = honest(name)
+    result = audited(scaled(model, factor, 10 if factor == 60 else 1), args)
+    assert exposed(result, twin, "unbounded", "blind_attacks", "loss_rises", "gradients", "settled"), result["checks"]
+
+
+def test_a_saturated_softmax_changes_nothing(honest):
+    model, args, twin = honest("softmax")
+    result = audited(scaled(model, readout=1000.0), args)
+    assert result["clean"] == twin["clean"] and abs(result["robust"] - twin["robust"]) <= 1.01 / IMAGES
+
+
+def test_a_rounded_input(honest):
+    model, args, twin = honest("mysig")
+    for levels in (2, 8):
+        assert exposed(audited(seeing(model, lambda x: torch.round(levels * x) / levels), args), twin, "responds")
+
+
+def test_noise(honest):
+    model, args, _ = honest("mysig")
+    assert "deterministic" in failed(audited(seeing(model, lambda x: x + 0.7 * torch.randn_like(x)), args))
+
+
+def test_too_few_time_steps(honest):
+    model, args, _ = honest("mysig")
+    result = audited(model, args, T1=2, attack_step=[2])
+    assert failed(result) & {"settled", "time_steps"}, result["checks"]
+
+
+def test_an_attack_through_one_step(honest):
+    model, args, twin = honest("mysig")
+    result = audited(model, args, attack_step=[1])
+    assert {"attack_steps", "gradients", "unbounded"} <= failed(result)
