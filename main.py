@@ -22,7 +22,7 @@ from typing import Any
 from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments, checks
 from experiment.files import exists
-from experiment.flags import FLAGS, WITHOUT_GRADIENT
+from experiment.flags import FLAGS
 
 NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
@@ -64,6 +64,11 @@ class Job:
         """How the model learns and predicts."""
         import model_utils
         return model_utils.Rule.of(self.args)
+
+    @property
+    def steps(self):
+        """How many time steps a prediction takes, in words."""
+        return f" with T1 = {self.args.T1}" if self.model.moves else ""
 
     def run_folder(self):
         """The folder of --load-path; raises UserError where nothing can be written to it."""
@@ -174,8 +179,8 @@ def evaluate(job):
         stopwatch.settling.gather(job.workers)
         parts.append(f"{names[split]} accuracy {100 * accuracy:.2f} % ({data.samples} "
                      f"images{f', {stopwatch.settling}' if args.tol else ''})")
-    parts += [] if args.tol else [_unsettled(job, data, args.T1)]
-    line = f"evaluated {job.saved.source} with T1 = {args.T1}: " + ", ".join(parts)
+    parts += [] if args.tol or not job.model.moves else [_unsettled(job, data, args.T1)]
+    line = f"evaluated {job.saved.source}{job.steps}: " + ", ".join(parts)
     print(line)
     if job.workers.rank == 0:
         run.append_hyperparameters(line)
@@ -229,7 +234,7 @@ def corruptions(job):
                             job.saved.source)
     job.interruption.advice = lambda: (f"{len(table.rows)} corruptions are in {table.text}, the same command goes on "
                                        "behind them")
-    print(f"{job.saved.source}, {labels.size(1)} images of each severity, T1 = {args.T1}; results go to {table.text}",
+    print(f"{job.saved.source}, {labels.size(1)} images of each severity{job.steps}; results go to {table.text}",
           flush=True)
     for name in data_utils.CORRUPTIONS:
         # popped: what was read of a mapped file leaves the memory with it
@@ -250,73 +255,39 @@ def corruptions(job):
 # ------------------------------------------------------------------------------------------- attacks
 
 
-def default_eps(norm):
-    """The bounds that --eps-list stands for where it is not given: a geometric grid, and the customary one."""
-    import numpy as np
-    if norm == "2":
-        return [*(round(float(e), 4) for e in np.geomspace(0.05, 3, 10)), 1.0]
-    return [*(float(f"{e:.4g}") for e in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]
-
-
 def attack(job):
     """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
+    from ART_Timesteps_Addition import attacks
+    from experiment import sweeps
     from experiment.report import Sweep
+    from experiment.run_folder import fingerprint
     from experiment.timing import write
     args, workers, data, steps = job.args, job.workers, job.batches("test"), job.args.predict_step or job.args.T1
     run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
     images, labels = data.images.cpu(), data.labels.cpu()
     clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers) == labels
-    eps_list, sweep, results = sorted(set(args.eps_list or default_eps(args.attack_norm))), None, None
+    eps_list, sweep, results = sorted(set(args.eps_list or sweeps.default_eps(args.attack_norm))), None, None
     if run:
-        sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item(), job.saved.source)
+        plan, smooth = attacks.Plan.of(args, 1.0), attacks.words_for_smooth(args.loss)
+        settings = sweeps.settings(args, plan, smooth, {"predict_step": steps, "images": len(labels),
+                                                        "weights": fingerprint(job.saved.weights)})
+        sweep = Sweep(run, settings, clean.double().mean().item(), job.saved.source)
         job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
                                            "behind them")
-        precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
-        gradients = (f", gradients through {arguments.shown(args.attack_step)}{precision[1]}"
-                     * (args.attack not in WITHOUT_GRADIENT))
-        settled = "" if args.tol else f" ({_unsettled(job, data, steps)})"
-        print(f"{job.saved.source}: {args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after "
-              f"{steps} steps{settled}{precision[0]}{gradients}; clean accuracy {100 * sweep.clean:.2f} %\n"
-              f"results go to {sweep.text}", flush=True)
+        unsettled = "" if args.tol or not job.model.moves else f" ({_unsettled(job, data, steps)})"
+        print(f"{job.saved.source}: {sweeps.heading(args, len(labels), steps, unsettled)}; clean accuracy "
+              f"{100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
     for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
         results = model_utils.attack(job.model, images, labels, args, eps, f"eps {eps:g}", workers)
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
-                write(_attack_line(args, eps, grad, result))
+                write(sweeps.line(args, eps, grad, result))
     if sweep:
         sweep.plot()
     if sweep and args.save and results:
         sweep.save_images(images, labels, clean, eps, list(results.values())[-1])
-
-
-def _attack_settings(job, steps, images):
-    """What a sweep's rows depend on: rows of the same settings are one sweep."""
-    from ART_Timesteps_Addition import attacks
-    from experiment.run_folder import fingerprint
-    args, plan = job.args, attacks.Plan.of(job.args, 1.0)
-    names = ("task", "attack", "attack_norm", "attack_step", "attack_grad", "attack_start", "no_clip", "seed", "mbs")
-    settings = {**{name: getattr(args, name) for name in names}, "attack_iters": plan.iters}
-    if len(args.attack_step) == 1:
-        settings["attack_step"], = args.attack_step
-    settings.update({f"attack_{name}": getattr(plan, name) for name in ("queries", "restarts") if getattr(plan, name)})
-    settings.update({"budget": plan.words()} if args.attack != "pgd" else {})
-    settings.update({"smooth": attacks.words_for_smooth(args.loss)} if "smooth" in args.attack_grad else {})
-    settings.update({"tol": args.tol} if args.tol else {})
-    settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
-    return {**settings, "predict_step": steps, "images": images, "weights": fingerprint(job.saved.weights)}
-
-
-def _attack_line(args, eps, grad, result):
-    through = "" if grad == args.attack else f"{grad}: "
-    line = (f"eps {eps:g}, {through}adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm "
-            f"{result['mean_norm']:.3g}")
-    if result["masked"] > 0.01 and args.attack not in WITHOUT_GRADIENT:
-        line += (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not "
-                 "finite: this number is only an upper bound of the robust accuracy; try --attack-grad smooth ep, "
-                 "--attack-start equilibrium, --attack square")
-    return line
 
 
 def audit(job):

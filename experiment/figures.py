@@ -170,11 +170,11 @@ def corruptions(shares, names, means, images):
     return figure
 
 
+@style()
 def audit(result, title):
     """Images that stand after each attack of an audit, and accuracy over eps. result: see `audit_checks.result_of`."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    figure.suptitle(f"{title}: {100 * result['robust']:.1f} %, " + ("trusted" if result["trusted"]
-                                                                     else "not trusted, an upper bound"))
+    figure = new_figure(f"{title}: {100 * result['robust']:.1f} %, "
+                        + ("trusted" if result["trusted"] else "not trusted, an upper bound"), 10, 4.5)
     left, right = figure.subplots(1, 2)
     names = ["clean", *(f"{attack['stage']} {attack['name']}" for attack in result["attacks"])]
     counts = [round(result["clean"] * result["images"]), *(attack["standing"] for attack in result["attacks"])]
@@ -186,7 +186,5 @@ def audit(result, title):
     right.axhline(100 * result["robust"], linestyle="--", color="C1", label="robust, of all attacks")
     right.set_xscale("symlog", linthresh=max(eps[1], 1e-9) if len(eps) > 1 else 1.0)
     right.set(xlabel="eps", ylabel="accuracy (%)", ylim=(-2, 102))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
     right.legend(fontsize=8)
     return figure

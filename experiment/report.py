@@ -1,6 +1,7 @@
 """The tables of a run folder that fill row by row and go on after a kill: attack sweeps and corruptions."""
 import itertools
 import json
+import math
 
 import numpy as np
 
@@ -22,10 +23,12 @@ def epoch_row(epoch, accuracies, seconds, settling, angles):
 
 def epoch_line(row, rate, settling, unsettled):
     """A row of metrics.csv as the log says it. rate: training images a second; settling: a `SettlingCount`; unsettled:
-    the share of the images of one mini-batch that had not settled after T1, said where `settling` counted nothing."""
+    the share of the images of one mini-batch that had not settled after T1, said where `settling` counted nothing; nan
+    where there are no time steps."""
     validation = f"validation {row['val_acc']:.2f} %, " if "val_acc" in row else ""
     line = (f"train {row['train_acc']:.2f} %, {validation}test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
-            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else f", {100 * unsettled:.0f} % unsettled"))
+            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else "" if math.isnan(unsettled)
+                                      else f", {100 * unsettled:.0f} % unsettled"))
     angles = " ".join(f"{value:.1f}" for name, value in row.items() if name.startswith("angle_"))
     return line + (f", angles {angles}" if angles else "")
 
