@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import baselines
+from ART_Timesteps_Addition.adversary import Adversary
 from data_utils import TASKS, UserError, one_line
 from energy import fast
 from energy.activations import ACTIVATIONS, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid  # noqa: F401
@@ -349,7 +350,7 @@ def make_optimizer(model, args):
     else:
         optimizer = torch.optim.Adam(groups, lr=lrs[0], fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, eta_min=1e-5) if args.lr_decay else None
-    if args.lr_step:
+    if getattr(args, "lr_step", None):
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, int(args.lr_step[0]), args.lr_step[1])
     return optimizer, scheduler
 
@@ -399,6 +400,7 @@ class Trainer:
 
     def __post_init__(self):
         self.rule, self.total, self.drawn, self.said = Rule.of(self.args), Stopwatch(), time.monotonic(), set()
+        self.adversary = Adversary.of(self.args)
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
     def fit(self, train_batches, test_batches, val_batches=None):
@@ -406,6 +408,8 @@ class Trainer:
         them on the test images. Raises RunFailed when something is not finite."""
         if self.story.best_accuracy is None:
             self.story.best_accuracy = self._accuracy_of_best(val_batches or test_batches)
+        if self.adversary:
+            print(self.adversary.words(self.model.moves), flush=True)
         if self.args.precision != "fp32":
             report_precision(self, train_batches)
         history, last = self.story.history, len(self.story.history) + self.args.epochs
@@ -457,7 +461,11 @@ class Trainer:
         a share, and p.grad becomes the mean. Returns the neurons of the free phase, how many samples they classify
         correctly (a tensor without dimensions), both of this worker's share, and how many samples that is."""
         n, (part, n_local) = len(y), self.workers.shard(len(y))
+        start = self.adversary and self.adversary.draw(x.shape)[part]  # for any number of workers the same
         x, y, rule, stopwatch = x[part], y[part], self.rule, (stopwatch if n_local else None) or Stopwatch()
+        if self.adversary:
+            with stopwatch.part("attack"):
+                x = self.adversary.attack(self.model, x, y, start)
         masks = draw_masks(self.model, rule.dropouts, n, part) if rule.dropouts else None
         if rule.random_sign and torch.rand(()) < 0.5:
             rule = dataclasses.replace(rule, betas=(rule.betas[0], -rule.betas[1]))

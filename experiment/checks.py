@@ -18,6 +18,9 @@ def check(args):
             raise _length_error(name, getattr(args, name), layers, "one per layer")
     if args.dropouts and 0 in args.dropouts:
         raise UserError(f"argument --dropouts: got {shown(args.dropouts)}, expected numbers above 0 and at most 1")
+    if args.adv_train is not None and not args.adv_train:
+        raise UserError("argument --adv-train: got 0, expected a bound above 0; without the flag images stay as they "
+                        "are")
     if args.lr_step is not None:
         _check_lr_step(args)
     if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
@@ -80,6 +83,9 @@ def _check_network(args):
     if args.alg != "BP":
         raise UserError(f"argument --alg: got {args.alg}, {args.model} is trained by BP; {args.alg} is for "
                         + ", ".join(ENERGY))
+    if args.adv_train and args.adv_grad in OF_STEPS:
+        raise UserError(f"argument --adv-grad: {args.adv_grad} is for {', '.join(ENERGY)}; {args.model} has bptt and "
+                        "smooth")
     if args.todo in ("gducheck", "characteristic"):
         raise UserError(f"--todo {args.todo}: {args.model} has no time steps, of which that would say something")
     if args.dropouts:
@@ -133,6 +139,10 @@ def notes(args, given):
             yield f"--{name.replace('_', '-')} has no effect with --alg {args.alg}"
     if given.get("compile") and args.alg == "BPTT" and args.todo == "train":
         yield "--compile has no effect on steps that gradients go through"
+    if args.todo == "train" and not args.adv_train:
+        for name in ("adv_norm", "adv_iters", "adv_step", "adv_grad"):
+            if name in given:
+                yield f"--{name.replace('_', '-')} has no effect without --adv-train"
     if given.get("mmt") and args.todo == "train" and args.optim != "sgd":
         yield f"--mmt has no effect with --optim {args.optim}"
     if "scale" in given and "load_path" in given:

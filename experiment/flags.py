@@ -42,8 +42,8 @@ TRANSFORMER = ("ViT",)
 
 # What stands for the flags of time steps in a model that has none.
 NO_STEPS = {"T1": 1, "T2": 1, "tol": 0.0, "schedule": "sync", "softmax": False, "random_sign": False,
-            "thirdphase": False, "same_update": False, "check_thm": False, "compile": False, "attack_step": [1],
-            "predict_step": None, "attack_start": "zero"}
+            "thirdphase": False, "same_update": False, "check_thm": False, "compile": False, "adv_step": 1,
+            "attack_step": [1], "predict_step": None, "attack_start": "zero"}
 OF_STEPS = ("ep", "soft")  # of --attack-grad, what needs them
 
 WITHOUT_GRADIENT = ("square", "hopskipjump")  # of --attack
@@ -144,6 +144,15 @@ FLAGS = {
         Flag("lr-step", float, None, "N GAMMA: every N epochs the learning rates become GAMMA times what they were", T,
              low=0, many=True, todos=TRAIN),
         Flag("epochs", int, 1, "epochs to train; of a resumed run, the further ones", S, low=1, todos=TRAIN),
+    ],
+    "adversarial training": [
+        Flag("adv-train", float, None, "train on images attacked by PGD from a random start, within this bound, images "
+             "in [0, 1], also as a fraction such as 8/255", T, low=0, todos=TRAIN),
+        Flag("adv-norm", str, "2", "norm of that bound", T, ("2", "inf"), todos=TRAIN),
+        Flag("adv-iters", int, 20, "iterations of that attack", T, low=1, todos=TRAIN),
+        Flag("adv-step", int, 10, "time steps that its gradient goes through", T, low=1, todos=TRAIN, models=ENERGY),
+        Flag("adv-grad", str, "bptt", "how its gradient is got, see --attack-grad", T, ("bptt", "smooth", "ep"),
+             todos=TRAIN),
     ],
     "attack": [
         Flag("attack", str, "pgd", "the attack", choices=(
