@@ -308,7 +308,7 @@ def gducheck(job):
     """EP against BPTT on one mini-batch: a table and a verdict, and with --save plots and raw data."""
     import data_utils
     from energy import gdu
-    from experiment import report
+    from experiment import records, report
     from experiment.story import Story, snapshot
     args = job.args
     run, source = job.run_folder() if args.save and job.saved else None, job.saved.source if job.saved else "untrained"
@@ -323,24 +323,23 @@ def gducheck(job):
     print(gdu.verdict(comparison, job.rule))
     if args.save:
         run = run or _new_folder(job, snapshot(job.model, args, Story()))
-        _save_gdu(run, comparison)
+        records.save_gdu(run, comparison)
         run.release()
         print(f"plots and data are in {run.folder}")
 
 
-def _save_gdu(run, comparison):
-    """The raw contributions, the table, and the figures of a comparison."""
-    import torch
+# ----------------------------------------------------------------------------------------- compare
 
-    from experiment import figures_checks
-    for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (comparison.BPTT, *comparison.runs)):
-        run.save(file, {name: tensor.cpu() for name, tensor in value.items()})
-    run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in comparison.rows])
-    generator = torch.Generator().manual_seed(0)
-    for name, bptt in comparison.bptt.items():
-        run.save_figure(f"gdu_{name}.png", figures_checks.gdu_entries(name, bptt, comparison.ep[name], generator))
-    run.save_figure("gdu_layers.png", figures_checks.gdu_layers(comparison.bptt, comparison.ep, generator))
-    run.save_figure("gdu_overview.png", figures_checks.gdu_overview(list(comparison.bptt), comparison.rows))
+
+def compare(given, command):
+    """Several runs in one table and figures; without a model, a device or several workers."""
+    from experiment.compare import compare as write_comparison
+    if not given.get("load_path"):
+        raise UserError("--todo compare needs runs: name their folders with --load-path")
+    for note in checks.notes(arguments.resolve({"todo": "compare"}), given):
+        print(f"note: {note}", file=sys.stderr)
+    write_comparison(given["load_path"], given.get("labels"), given.get("published"), given.get("figures", "png"),
+                     shlex.join(command))
 
 
 # ---------------------------------------------------------------------------------- the command line
@@ -379,6 +378,14 @@ def prepare(given, program, argv, interruption, workers):
     return Job(args, model, device, workers, interruption, saved, program, [*program, *argv])
 
 
+def _one_run(given):
+    """Makes the path of --load-path the only one. Raises UserError."""
+    if len(given.get("load_path", " ")) != 1:
+        raise UserError(f"argument --load-path: got {len(given['load_path'])} runs, only --todo compare takes several")
+    if "load_path" in given:
+        given["load_path"], = given["load_path"]
+
+
 def work(given, program, argv, name):
     """Does what the command line asks for, and returns the exit code."""
     from experiment.console import Interruption, out_of_memory
@@ -387,8 +394,11 @@ def work(given, program, argv, name):
     with Interruption(workers) as interruption:
         try:
             with workers.only_rank_zero_prints():
-                job = prepare(given, program, argv, interruption, workers)
-                TODOS[job.args.todo](job)
+                if given.get("todo") == "compare":
+                    compare(given, [*program, *argv])
+                else:
+                    job = prepare(given, program, argv, interruption, workers)
+                    TODOS[job.args.todo](job)
             workers.disconnect()
         except BaseException as e:
             interruption.ignore()  # torchrun interrupts all others as soon as one has ended
@@ -412,7 +422,9 @@ def main(argv=None, flags=FLAGS, name="main.py"):
         program, words = command_words(argv, name), sys.argv[1:] if argv is None else argv
         try:
             given = arguments.parse(words, flags, __doc__)
-            if "load_path" not in given:
+            if given.get("todo") != "compare":
+                _one_run(given)
+            if "load_path" not in given and given.get("todo") != "compare":
                 if given.get("todo") in NEED_A_RUN:
                     raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with "
                                     "--load-path")

@@ -407,7 +407,7 @@ class Trainer:
         """Trains for args.epochs epochs after those of the story. The best model is chosen on `val_batches`, or without
         them on the test images. Raises RunFailed when something is not finite."""
         if self.story.best_accuracy is None:
-            self.story.best_accuracy = self._accuracy_of_best(val_batches or test_batches)
+            self.story.best_accuracy = _accuracy_of_best(self, val_batches or test_batches)
         if self.adversary:
             print(self.adversary.words(self.model.moves), flush=True)
         if self.args.precision != "fp32":
@@ -483,14 +483,6 @@ class Trainer:
                 average()
         return neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local
 
-    def _accuracy_of_best(self, batches):
-        """That of the best model until now, in %, on other images than it was chosen on; -1 where it is not known."""
-        if self.story.best is None:
-            return -1.0
-        best = copy.deepcopy(self.model)
-        best.load_state_dict(self.story.best["model_state_dict"])
-        return round(100 * evaluate(best, batches, self.rule, workers=self.workers), 4)
-
     def _commit(self, row, neurons, final, generator):
         """Appends an epoch to the history, and writes it to the run folder."""
         story, accuracy = self.story, row.get("val_acc", row["test_acc"])
@@ -505,6 +497,15 @@ class Trainer:
                 self.drawn = time.monotonic()
             self.run.commit(state, resumable, improved, final)
         story.history.append(row)
+
+
+def _accuracy_of_best(trainer, batches):
+    """That of the best model until now, in %, on other images than it was chosen on; -1 where it is not known."""
+    if trainer.story.best is None:
+        return -1.0
+    best = copy.deepcopy(trainer.model)
+    best.load_state_dict(trainer.story.best["model_state_dict"])
+    return round(100 * evaluate(best, batches, trainer.rule, workers=trainer.workers), 4)
 
 
 def train(model, optimizer, train_batches, test_batches, args, val_batches=None, **more):

@@ -32,10 +32,11 @@ class Flag(NamedTuple):
 
 
 A, T, S = "architecture", "training", "session"
-TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions", "audit")
-TRAIN, ATTACK, AUDIT, ROBUST = ("train",), ("attack",), ("audit",), ("attack", "audit")
+TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions", "audit", "compare")
+TRAIN, COMPARE, ATTACK, AUDIT, ROBUST = ("train",), ("compare",), ("attack",), ("audit",), ("attack", "audit")
 LEARN = ("train", "gducheck")  # what takes gradients of the weights
-NOT_GDU = tuple(todo for todo in TODOS if todo != "gducheck")  # which takes every step in fp32, of one mini-batch
+# gducheck takes every step in fp32, of one mini-batch
+NOT_GDU = tuple(todo for todo in TODOS if todo not in ("gducheck", "compare"))
 ENERGY, FEED_FORWARD = ("MLP", "VFMLP", "CNN", "VFCNN"), ("FFMLP", "FFCNN", "ViT")
 DENSE, CONVOLUTIONAL, SEPARATE = ("MLP", "VFMLP", "FFMLP"), ("CNN", "VFCNN", "FFCNN"), ("VFMLP", "VFCNN")
 TRANSFORMER = ("ViT",)
@@ -51,7 +52,12 @@ WITHOUT_GRADIENT = ("square", "hopskipjump")  # of --attack
 FLAGS = {
     "what to do": [
         Flag("todo", str, "train", "what to do", S, TODOS),
-        Flag("load-path", str, None, "a run folder, or a file in one: to go on training it, or to examine it", S),
+        Flag("load-path", str, None, "a run folder, or a file in one: to go on training it, or to examine it; for "
+             "compare several", S, many=True),
+        Flag("labels", str, None, "a name for each group of runs whose arguments differ in the seed alone", S,
+             many=True, todos=COMPARE),
+        Flag("published", str, None, "tables of published accuracies to draw in, such as those of check/published", S,
+             many=True, todos=COMPARE),
         Flag("save", bool, False,
              "train: write a run folder results/ALG/LOSS/date/time (a resumed run always writes to "
              "its own); elsewhere: keep images, predictions or plots", S, todos=("train", "evaluate", "attack",

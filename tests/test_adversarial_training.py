@@ -94,14 +94,14 @@ def test_resumed_it_is_as_if_it_had_not_stopped(ok, tmp_path, monkeypatch):
 
 def test_it_makes_robust(ok, tmp_path, monkeypatch):
     accuracy = {}
-    for name, more in (("plain", ""), ("trained", "--adv-train 1 --adv-iters 4")):
+    for name, more in (("plain", ""), ("trained", "--adv-train 2 --adv-iters 4")):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         ok("--task digits --device -1 --seed 1 --train-size 800 --test-size 200 --mbs 20 --loss cel --model FFMLP "
-           "--archi 784 60 10 --optim adam --lrs 2e-3 2e-3 --epochs 6 --save", more)
-        ok("--todo attack --device -1 --attack-iters 10 --eps-list 1 --load-path", only_run("."))
+           "--archi 784 60 10 --optim adam --lrs 3e-3 3e-3 --epochs 8 --save", more)
+        ok("--todo attack --device -1 --attack-iters 10 --eps-list 2 --load-path", only_run("."))
         accuracy[name] = np.loadtxt(only_run(".") / "Adversarial_Accuracy.txt").reshape(-1, 3)[-1, 1:]
-    assert accuracy["trained"][0] > 0.85 and accuracy["trained"][1] > accuracy["plain"][1] + 0.1, accuracy
+    assert accuracy["trained"][0] > 0.6 and accuracy["trained"][1] > accuracy["plain"][1] + 0.1, accuracy
 
 
 @pytest.mark.parametrize("line, message", [
