@@ -429,6 +429,9 @@ def main(argv=None, flags=FLAGS, name="main.py"):
                     raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with "
                                     "--load-path")
                 checks.check(arguments.resolve(given))
+            if "seeds" in given and given.get("todo", "train") == "train":
+                from experiment.seeds import train_each
+                return train_each(given, words, lambda one, argv: work(one, program, argv, name))
         except UserError as e:
             if os.environ.get("RANK", "0") == "0":  # of torchrun's workers one says it for all
                 print(f"{name}: error: {e}", file=sys.stderr)

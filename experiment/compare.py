@@ -11,12 +11,9 @@ from data_utils import UserError
 from experiment import figures_compare
 from experiment.arguments import shown
 from experiment.files import WriteFailed, why, write_text
-from experiment.flags import ALL
-from experiment.measured import Key, read_published, read_run
+from experiment.measured import Key, of_training, read_published, read_run
 from experiment.run_folder import RunFolder
 
-PLACES = ("seed", "data_dir", "corruptions_dir", "deterministic")  # arguments that runs of one group may differ in
-NOT_OF_TRAINING = ("attack", "audit")  # of --todo: flags of these alone say nothing of how a run was trained
 COLUMNS = ("group", *Key._fields, "mean", "std", "n")
 
 
@@ -47,10 +44,7 @@ def pooled(values):
 
 def _identity(run):
     """What a run shares with those of its group."""
-    trained = {flag.dest: run.args.get(flag.dest) for flag in ALL
-               if flag.scope != "session" and flag.dest not in PLACES
-               and not (flag.todos and set(flag.todos) <= set(NOT_OF_TRAINING))}
-    return {**trained, "epochs": len(run.epochs)}
+    return {**of_training(run.args), "epochs": len(run.epochs)}
 
 
 def grouped(runs, labels=None):

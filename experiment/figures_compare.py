@@ -4,7 +4,7 @@ import statistics
 
 import numpy as np
 
-from experiment.drawing import COLUMN, grid, legend_below, new_figure, style, whole_ticks
+from experiment.drawing import COLUMN, eps_name, grid, legend_below, new_figure, style, ticks_at, whole_ticks
 
 ACCURACY = "accuracy (%)"
 
@@ -90,6 +90,9 @@ def robustness(groups, norm):
             if curve:
                 _band(axes, n, curve, group)
         axes.set(title=attack, xlabel="eps, images in [0, 1]", ylabel=ACCURACY, xscale="log", ylim=(-2, 102))
+        bounds = sorted({eps for line in axes.get_lines() for eps in line.get_xdata()})
+        if bounds:
+            ticks_at(axes, bounds, [eps_name(eps, norm) for eps in bounds])
     legend_below(figure, 1 if len(groups) > 6 else 2)
     return figure
 

@@ -72,6 +72,8 @@ FLAGS = {
              models=ENERGY),
         Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", T, low=0,
              high=2 ** 63 - 1, todos=("train", "attack", "gducheck", "audit")),
+        Flag("seeds", int, None, "train with each of these seeds, one after another; what an earlier call has finished "
+             "is left, what it began goes on", S, low=0, high=2 ** 63 - 1, many=True, todos=TRAIN),
         Flag("deterministic", bool, False, "ask torch for kernels that always sum in the same order: a run repeats bit "
              "for bit"),
     ],

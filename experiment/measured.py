@@ -9,8 +9,19 @@ from data_utils import UserError
 from experiment import checkpoints
 from experiment.arguments import named, shown
 from experiment.files import TEXT
+from experiment.flags import ALL
 from experiment.report import settings_of
 from experiment.run_folder import RunFolder
+
+PLACES = ("seed", "data_dir", "corruptions_dir", "deterministic")  # arguments that runs of one group may differ in
+NOT_OF_TRAINING = {"attack", "audit"}  # of --todo: flags of these alone say nothing of how a run was trained
+
+
+def of_training(args):
+    """{dest: value} of the arguments that say how a run was trained, but for its seed. args: {dest: value}."""
+    return {flag.dest: args.get(flag.dest, flag.default) for flag in ALL
+            if flag.scope != "session" and flag.dest not in PLACES
+            and not (flag.todos and set(flag.todos) <= NOT_OF_TRAINING)}
 
 
 class Key(NamedTuple):
