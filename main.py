@@ -23,7 +23,7 @@ from typing import Any
 from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments, checks
 from experiment.files import exists
-from experiment.flags import FLAGS, WITHOUT_GRADIENT
+from experiment.flags import FLAGS
 
 NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
@@ -68,6 +68,11 @@ class Job:
         """How the model learns and predicts."""
         import model_utils
         return model_utils.Rule.of(self.args)
+
+    @property
+    def steps(self):
+        """How many time steps a prediction takes, in words."""
+        return f" with T1 = {self.args.T1}" if self.model.moves else ""
 
     def run_folder(self):
         """The folder of --load-path; raises UserError where nothing can be written to it."""
@@ -168,8 +173,8 @@ def evaluate(job):
         stopwatch.settling.gather(job.workers)
         parts.append(f"{names[split]} accuracy {100 * accuracy:.2f} % ({data.samples} "
                      f"images{f', {stopwatch.settling}' if args.tol else ''})")
-    parts += [] if args.tol else [_unsettled(job, data, args.T1)]
-    line = f"evaluated {job.saved.source} with T1 = {args.T1}: " + ", ".join(parts)
+    parts += [] if args.tol or not job.model.moves else [_unsettled(job, data, args.T1)]
+    line = f"evaluated {job.saved.source}{job.steps}: " + ", ".join(parts)
     print(line)
     if job.workers.rank == 0:
         run.append_hyperparameters(line)
@@ -223,7 +228,7 @@ def corruptions(job):
                             job.saved.source)
     job.interruption.advice = lambda: (f"{len(table.rows)} corruptions are in {table.text}, the same command goes on "
                                        "behind them")
-    print(f"{job.saved.source}, {labels.size(1)} images of each severity, T1 = {args.T1}; results go to {table.text}",
+    print(f"{job.saved.source}, {labels.size(1)} images of each severity{job.steps}; results go to {table.text}",
           flush=True)
     for name in data_utils.CORRUPTIONS:
         # popped: what was read of a mapped file leaves the memory with it
@@ -244,53 +249,39 @@ def corruptions(job):
 # ------------------------------------------------------------------------------------------- attacks
 
 
-def default_eps(norm):
-    """The bounds that --eps-list stands for where it is not given: a geometric grid, and the customary one."""
-    import numpy as np
-    if norm == "2":
-        return [*(round(float(e), 4) for e in np.geomspace(0.05, 3, 10)), 1.0]
-    return [*(float(f"{e:.4g}") for e in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]
-
-
 def attack(job):
     """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
-    from experiment.report import Sweep, attack_line
+    from ART_Timesteps_Addition import attacks
+    from experiment import sweeps
+    from experiment.report import Sweep
+    from experiment.run_folder import fingerprint
     from experiment.timing import write
     args, workers, data, steps = job.args, job.workers, job.batches("test"), job.args.predict_step or job.args.T1
     run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
     images, labels = data.images.cpu(), data.labels.cpu()
     clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers) == labels
-    eps_list, sweep, results = sorted(set(args.eps_list or default_eps(args.attack_norm))), None, None
+    eps_list, sweep, results = sorted(set(args.eps_list or sweeps.default_eps(args.attack_norm))), None, None
     if run:
-        sweep = Sweep(run, _attack_settings(job, steps, len(labels)), clean.double().mean().item(), job.saved.source)
+        plan, smooth = attacks.Plan.of(args, 1.0), attacks.words_for_smooth(args.loss)
+        settings = sweeps.settings(args, plan, smooth, {"predict_step": steps, "images": len(labels),
+                                                        "weights": fingerprint(job.saved.weights)})
+        sweep = Sweep(run, settings, clean.double().mean().item(), job.saved.source)
         job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
                                            "behind them")
-        precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
-        gradients = (f", gradients through {arguments.shown(args.attack_step)}{precision[1]}"
-                     * (args.attack not in WITHOUT_GRADIENT))
-        settled = "" if args.tol else f" ({_unsettled(job, data, steps)})"
-        print(f"{job.saved.source}: {args.attack}, {args.attack_norm}-norm, {len(labels)} images, predictions after "
-              f"{steps} steps{settled}{precision[0]}{gradients}; clean accuracy {100 * sweep.clean:.2f} %\n"
-              f"results go to {sweep.text}", flush=True)
+        unsettled = "" if args.tol or not job.model.moves else f" ({_unsettled(job, data, steps)})"
+        print(f"{job.saved.source}: {sweeps.heading(args, len(labels), steps, unsettled)}; clean accuracy "
+              f"{100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
     for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
         results = model_utils.attack(job.model, images, labels, args, eps, f"eps {eps:g}", workers)
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
-                write(attack_line(args, eps, grad, result))
+                write(sweeps.line(args, eps, grad, result))
     if sweep:
         sweep.plot()
     if sweep and args.save and results:
         sweep.save_images(images, labels, clean, eps, list(results.values())[-1])
-
-
-def _attack_settings(job, steps, images):
-    """What a sweep's rows depend on: rows of the same settings are one sweep."""
-    from ART_Timesteps_Addition import attacks
-    from experiment.run_folder import fingerprint
-    return {**attacks.settings_of(job.args), "predict_step": steps,
-            "images": images, "weights": fingerprint(job.saved.weights)}
 
 
 def audit(job):
@@ -313,7 +304,7 @@ def gducheck(job):
     """EP against BPTT on one mini-batch: a table and a verdict, and with --save plots and raw data."""
     import data_utils
     from energy import gdu
-    from experiment import report
+    from experiment import records, report
     from experiment.story import Story, snapshot
     args = job.args
     run, source = job.run_folder() if args.save and job.saved else None, job.saved.source if job.saved else "untrained"
@@ -328,24 +319,23 @@ def gducheck(job):
     print(gdu.verdict(comparison, job.rule))
     if args.save:
         run = run or _new_folder(job, snapshot(job.model, args, Story()))
-        _save_gdu(run, comparison)
+        records.save_gdu(run, comparison)
         run.release()
         print(f"plots and data are in {run.folder}")
 
 
-def _save_gdu(run, comparison):
-    """The raw contributions, the table, and the figures of a comparison."""
-    import torch
+# ----------------------------------------------------------------------------------------- compare
 
-    from experiment import figures_checks
-    for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (comparison.BPTT, *comparison.runs)):
-        run.save(file, {name: tensor.cpu() for name, tensor in value.items()})
-    run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in comparison.rows])
-    generator = torch.Generator().manual_seed(0)
-    for name, bptt in comparison.bptt.items():
-        run.save_figure(f"gdu_{name}.png", figures_checks.gdu_entries(name, bptt, comparison.ep[name], generator))
-    run.save_figure("gdu_layers.png", figures_checks.gdu_layers(comparison.bptt, comparison.ep, generator))
-    run.save_figure("gdu_overview.png", figures_checks.gdu_overview(list(comparison.bptt), comparison.rows))
+
+def compare(given, command):
+    """Several runs in one table and figures; without a model, a device or several workers."""
+    from experiment.compare import compare as write_comparison
+    if not given.get("load_path"):
+        raise UserError("--todo compare needs runs: name their folders with --load-path")
+    for note in checks.notes(arguments.resolve({"todo": "compare"}), given):
+        print(f"note: {note}", file=sys.stderr)
+    write_comparison(given["load_path"], given.get("labels"), given.get("published"), given.get("figures", "png"),
+                     shlex.join(command))
 
 
 # ---------------------------------------------------------------------------------- the command line
@@ -386,6 +376,14 @@ def prepare(given, program, argv, interruption, workers):
     return Job(args, model, device, workers, interruption, saved, program, [*program, *argv], given)
 
 
+def _one_run(given):
+    """Makes the path of --load-path the only one. Raises UserError."""
+    if len(given.get("load_path", " ")) != 1:
+        raise UserError(f"argument --load-path: got {len(given['load_path'])} runs, only --todo compare takes several")
+    if "load_path" in given:
+        given["load_path"], = given["load_path"]
+
+
 def work(given, program, argv, name):
     """Does what the command line asks for, and returns the exit code."""
     from experiment.console import Interruption, out_of_memory
@@ -394,12 +392,15 @@ def work(given, program, argv, name):
     with Interruption(workers) as interruption:
         try:
             with workers.only_rank_zero_prints():
-                job = prepare(given, program, argv, interruption, workers)
-                try:
-                    TODOS[job.args.todo](job)
-                finally:
-                    for run in job.folders:
-                        run.release()
+                if given.get("todo") == "compare":
+                    compare(given, [*program, *argv])
+                else:
+                    job = prepare(given, program, argv, interruption, workers)
+                    try:
+                        TODOS[job.args.todo](job)
+                    finally:
+                        for run in job.folders:
+                            run.release()
             workers.disconnect()
         except BaseException as e:
             interruption.ignore()  # torchrun interrupts all others as soon as one has ended
@@ -423,12 +424,17 @@ def main(argv=None, flags=FLAGS, name="main.py"):
         program, words = command_words(argv, name), sys.argv[1:] if argv is None else argv
         try:
             given = arguments.parse(words, flags, __doc__)
-            if "load_path" not in given:
+            if given.get("todo") != "compare":
+                _one_run(given)
+            if "load_path" not in given and given.get("todo") != "compare":
                 if given.get("todo") in NEED_A_RUN:
                     raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with "
                                     "--load-path")
                 checks.check(arguments.resolve(given))
             checks.check_bounds(given)
+            if "seeds" in given and given.get("todo", "train") == "train":
+                from experiment.seeds import train_each
+                return train_each(given, words, lambda one, argv: work(one, program, argv, name))
         except UserError as e:
             if os.environ.get("RANK", "0") == "0":  # of torchrun's workers one says it for all
                 print(f"{name}: error: {e}", file=sys.stderr)

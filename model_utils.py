@@ -1,8 +1,7 @@
 """Energy models, the rules they learn by, and the loops over a data set.
 
 A model is a chain of connections (`energy.connections`) with one dynamics (`energy.dynamics`) and one local update; the
-four public classes only assemble it. Learning rules: Equilibrium Propagation, its continual form, and back-propagation
-through time.
+four public classes only assemble it. The rules are in `learning`, feed-forward networks in `baselines`.
 """
 import copy
 import dataclasses
@@ -15,6 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import baselines
+from ART_Timesteps_Addition.adversary import Adversary
 from data_utils import TASKS, UserError, brought, one_line
 from energy import fast
 from energy.activations import ACTIVATIONS, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid  # noqa: F401
@@ -22,7 +23,7 @@ from energy.connections import Dense, convolution, set_grad
 from energy.dynamics import Chain, Phase, relative_change  # noqa: F401
 from energy.gdu import check_gdu, compare_gdu, gdu_report  # noqa: F401
 from energy.poolings import POOLS, make_pools  # noqa: F401
-from energy.precision import exactly, set_precision  # noqa: F401
+from energy.precision import set_precision  # noqa: F401
 from experiment import records
 from experiment.arguments import resolve
 from experiment.checkpoints import load_weights, open_saved
@@ -42,8 +43,18 @@ from experiment.report import epoch_line, epoch_row
 from experiment.story import Story, resumable_state, snapshot
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
-
-EMPTY = "the mini-batch is empty: it has no gradient"
+from learning import (  # noqa: F401
+    EMPTY,
+    LEARN,
+    Rule,
+    bp_gradients,
+    bptt_gradients,
+    cep_updates,
+    ep_gradients,
+    gradient_step,
+    loss_name,
+    readout_loss,
+)
 
 # -------------------------------------------------------------------------------------------- models
 
@@ -58,7 +69,10 @@ class EnergyModel(nn.Module):
     softmax       whether the output is read out of s_N by a linear layer, with the cross-entropy acting on its logits
     same_update   vector-field models: whether both weights of a connection take the mean of their two gradients
     schedule, compiled   see `energy.dynamics.Chain`
+    moves         that there are time steps: a feed-forward network of `baselines` has none
     """
+
+    moves = True
 
     def __init__(self, synapses, B_syn, connections, activation, *, softmax=False, same_update=False, pools=(),
                  schedule="sync"):
@@ -182,6 +196,11 @@ class EnergyModel(nn.Module):
 
     # ---- reading
 
+    def rated(self):
+        """[(the number of the layer whose rates count, parameters)], see `make_optimizer`."""
+        modules = [*enumerate(self.synapses), *enumerate(self.B_syn, 1)]
+        return [(n, list(module.parameters())) for n, module in modules]
+
     @torch.no_grad()
     def angles(self):
         """Degrees between the forward and the backward weights of each connection that has both."""
@@ -196,19 +215,6 @@ def _contrast(learn, below, above, scale):
         return learn(below[0], (above[1] - above[0]) * scale)
     minus, plus = learn(below[0], above[0] * -scale), learn(below[1], above[1] * scale)
     return [a.add_(b) for a, b in zip(plus, minus)]
-
-
-def loss_name(criterion):
-    """`mse` or `cel` for a loss of PyTorch (or for such a name)."""
-    return criterion if isinstance(criterion, str) else "mse" if isinstance(criterion, nn.MSELoss) else "cel"
-
-
-def readout_loss(out, y, loss):
-    """L of each sample, (mbs,): 0.5 * ||read-out - onehot(y)||^2 for `mse`, the cross-entropy of the read-out for
-    `cel`. y: (mbs,)."""
-    if loss == "mse":
-        return 0.5 * (out - F.one_hot(y, out.size(1)).to(out.dtype)).square().sum(1)
-    return F.cross_entropy(out, y, reduction="none")
 
 
 def _dense_chain(archi, feedback):
@@ -298,7 +304,9 @@ def make_model(args):
     task, act, options = TASKS[args.task], ACTIVATIONS[args.act], {"softmax": args.softmax, "schedule": args.schedule}
     if args.model.startswith("VF"):
         options["same_update"] = args.same_update
-    if args.model in ("MLP", "VFMLP"):
+    if args.model in baselines.KINDS:
+        model = baselines.make_network(args)
+    elif args.model in ("MLP", "VFMLP"):
         model = {"MLP": P_MLP, "VFMLP": VF_MLP}[args.model](args.archi, act, **options)
     else:
         geometry = (task.size, [task.channels, *args.channels], args.kernels, args.strides, args.fc,
@@ -333,133 +341,19 @@ def make_criterion(loss):
 
 def make_optimizer(model, args):
     """The optimizer, with a parameter group per layer (backward weights take the rates of their forward twin), and the
-    scheduler, or None. args: optim, lrs, wds, mmt, lr_decay."""
-    layers = len(model.synapses)
-    lrs = args.lrs or [0.01 if args.optim == "sgd" else 5e-4] * layers
-    wds = args.wds or [0.0] * layers
-    modules = [*zip(model.synapses, lrs, wds), *zip(model.B_syn, lrs[1:], wds[1:])]
-    groups = [{"params": list(m.parameters()), "lr": lr, "weight_decay": wd} for m, lr, wd in modules]
+    scheduler, or None. args: optim, lrs, wds, mmt, lr_decay, lr_step."""
+    layers = model.rated()
+    lrs = args.lrs or [0.01 if args.optim == "sgd" else 5e-4] * len(layers)
+    wds = args.wds or [0.0] * len(layers)
+    groups = [{"params": parameters, "lr": lrs[n], "weight_decay": wds[n]} for n, parameters in layers]
     if args.optim == "sgd":
         optimizer = torch.optim.SGD(groups, lr=lrs[0], momentum=args.mmt, fused=True)
     else:
         optimizer = torch.optim.Adam(groups, lr=lrs[0], fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, eta_min=1e-5) if args.lr_decay else None
+    if getattr(args, "lr_step", None):
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, int(args.lr_step[0]), args.lr_step[1])
     return optimizer, scheduler
-
-
-# ------------------------------------------------------------------------------------ learning rules
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How a model learns: the arguments of the same names (see `--help`)."""
-
-    alg: str = "EP"
-    T1: int = 20
-    T2: int = 4
-    betas: tuple = (0.0, 0.01)
-    loss: str = "mse"
-    thirdphase: bool = False
-    random_sign: bool = False
-    tol: float = 0.0
-    dropouts: tuple | None = None
-
-    @classmethod
-    def of(cls, args):
-        """That of the command line's arguments."""
-        return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
-
-
-# Of all learning rules: x: (mbs, ...), y: class indices (mbs,). masks: of dropout, see `draw_masks`. twin: a copy of
-# the model in lower precision that the time steps are left to. stopwatch: where the time goes, and how many steps free
-# phases take.
-
-
-@torch.no_grad()
-def ep_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
-    """Equilibrium Propagation on one mini-batch: fills p.grad and returns the free neurons.
-
-    A free phase of T1 steps at betas[0] from zero neurons; from there a nudged phase of T2 steps at betas[1], and with
-    `thirdphase` a second one at -betas[1], whose contrast has no error of first order in beta.
-    """
-    stopwatch, moving, (beta_1, beta_2) = stopwatch or Stopwatch(), twin or model, rule.betas
-    chain = moving.chain(rule.loss, masks)
-    drive = chain.input_drive(x)
-    free = free_phase(chain, moving.phase(drive, y, beta_1, rule.loss), rule.T1, rule.tol, stopwatch)
-    with stopwatch.part("nudged"):
-        nudging = moving.phase(drive, y, beta_2, rule.loss)
-        if rule.thirdphase:
-            states = [free, *fast.relax_both_signs(chain, nudging, free, rule.T2)]
-        else:
-            states = [free, fast.relax(chain, nudging, free, rule.T2)]
-    with stopwatch.part("update"), exactly():
-        dtype = model.synapses[0].weight.dtype
-        free, nudged, *opposite = ([s.to(dtype) for s in state] for state in states)
-        if rule.thirdphase:
-            model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), rule.loss, neurons_3=opposite[0],
-                                    masks=masks)
-        else:
-            model.compute_syn_grads(x, y, free, nudged, rule.betas, rule.loss, masks=masks)
-    return free
-
-
-def bptt_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
-    """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and returns the neurons, of
-    which the output is as of T1 steps (the layers below it as of a few steps earlier, see `energy.fast`)."""
-    if not len(x):
-        raise ValueError(EMPTY)
-    stopwatch, moving, neurons = stopwatch or Stopwatch(), twin or model, None
-    chain = moving.chain(rule.loss, masks)
-    if rule.T1 > rule.T2:
-        with torch.no_grad():
-            drive = chain.input_drive(x)
-        neurons = free_phase(chain, Phase(drive), rule.T1 - rule.T2, rule.tol, stopwatch, output_in=rule.T2)
-    with stopwatch.part("BPTT"):
-        neurons = fast.relax(chain, Phase(chain.input_drive(x)), neurons, rule.T2, output_in=0)
-        moving.zero_grad()
-        readout_loss(chain.read(neurons), y, rule.loss).mean().backward()
-        for p, q in zip(model.parameters(), moving.parameters()):
-            if q.grad is None:  # T2 steps do not reach it; momentum and weight decay do
-                q.grad = torch.zeros_like(q)
-            if p is not q:
-                p.grad = q.grad.to(p.dtype)
-    return [n.detach().to(p.dtype) for n in neurons]
-
-
-@torch.no_grad()
-def cep_updates(model, x, y, rule, change, masks=None, stopwatch=None):
-    """Continual Equilibrium Propagation on one mini-batch (Ernoult et al., 2020): in the nudged phase every step
-    changes the weights at once, by its own share of the EP update, lr * [dPhi(s(t+1))/dp - dPhi(s(t))/dp] / (beta_2 -
-    beta_1). With `thirdphase` a phase at beta_2 and one at -beta_2, each from the free neurons and each with half of
-    the rate. As the rates go to zero the sum of the changes tends to that of EP. Returns the free neurons.
-
-    change(share): changes the weights by that share of a gradient step along p.grad, see `gradient_step`. p.grad is
-    zero in the end: a step of the optimizer (sgd without momentum) that follows decays the weights and does no more.
-    """
-    stopwatch, (beta_1, beta_2), chain = stopwatch or Stopwatch(), rule.betas, model.chain(rule.loss, masks)
-    free = free_phase(chain, model.phase(chain.input_drive(x), y, beta_1, rule.loss), rule.T1, rule.tol, stopwatch)
-    betas = (beta_2, -beta_2) if rule.thirdphase else (beta_2,)
-    for beta in betas:
-        state = free
-        for t in range(rule.T2):
-            with stopwatch.part("nudged"):
-                phase = model.phase(chain.input_drive(x), y, beta, rule.loss)
-                before, state = state, fast.relax(chain, phase, state, 1)
-            with stopwatch.part("update"):
-                model.compute_syn_grads(x, y, free, before, (beta_1, beta), rule.loss, check_thm=t > 0,
-                                        neurons_3=state, masks=masks)
-                change(1 / len(betas))
-    for p in model.parameters():
-        p.grad.zero_()
-    return free
-
-
-@torch.no_grad()
-def gradient_step(optimizer, share=1.0):
-    """A share of a plain gradient step with the optimizer's rates, whatever else it does."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            p.sub_(p.grad, alpha=group["lr"] * share)
 
 
 def draw_masks(model, keep, mbs, part=slice(None)):
@@ -507,13 +401,16 @@ class Trainer:
 
     def __post_init__(self):
         self.rule, self.total, self.drawn, self.said = Rule.of(self.args), Stopwatch(), time.monotonic(), set()
+        self.adversary = Adversary.of(self.args)
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
     def fit(self, train_batches, test_batches, val_batches=None):
         """Trains for args.epochs epochs after those of the story. The best model is chosen on `val_batches`, or without
         them on the test images. Raises RunFailed when something is not finite."""
         if self.story.best_accuracy is None:
-            self.story.best_accuracy = self._accuracy_of_best(val_batches or test_batches)
+            self.story.best_accuracy = _accuracy_of_best(self, val_batches or test_batches)
+        if self.adversary:
+            print(self.adversary.words(self.model.moves), flush=True)
         if self.args.precision != "fp32":
             report_precision(self, train_batches)
         history, last = self.story.history, len(self.story.history) + self.args.epochs
@@ -522,7 +419,7 @@ class Trainer:
             stopwatch = Stopwatch(next(self.model.parameters()).device)
             health = Health(self.model, self.rule, self.optimizer, epoch)
             train_acc, neurons = self._epoch(train_batches, epoch, stopwatch, health)
-            if self.scheduler is not None and self.scheduler.last_epoch < self.scheduler.T_max:
+            if self.scheduler is not None and self.scheduler.last_epoch < getattr(self.scheduler, "T_max", math.inf):
                 self.scheduler.step()  # beyond T_max the rates would rise again
             spent = time.perf_counter() - start
             with stopwatch.part("evaluation"):
@@ -565,7 +462,11 @@ class Trainer:
         a share, and p.grad becomes the mean. Returns the neurons of the free phase, how many samples they classify
         correctly (a tensor without dimensions), both of this worker's share, and how many samples that is."""
         n, (part, n_local) = len(y), self.workers.shard(len(y))
+        start = self.adversary and self.adversary.draw(x.shape)[part]  # for any number of workers the same
         x, y, rule, stopwatch = x[part], y[part], self.rule, (stopwatch if n_local else None) or Stopwatch()
+        if self.adversary:
+            with stopwatch.part("attack"):
+                x = self.adversary.attack(self.model, x, y, start)
         masks = draw_masks(self.model, rule.dropouts, n, part) if rule.dropouts else None
         if rule.random_sign and torch.rand(()) < 0.5:
             rule = dataclasses.replace(rule, betas=(rule.betas[0], -rule.betas[1]))
@@ -578,19 +479,10 @@ class Trainer:
         if rule.alg == "CEP":
             neurons = cep_updates(self.model, x, y, rule, change, masks, stopwatch)
         else:
-            learn = {"EP": ep_gradients, "BPTT": bptt_gradients}[rule.alg]
-            neurons = learn(self.model, x, y, rule, masks, self.twin, stopwatch)
+            neurons = LEARN[rule.alg](self.model, x, y, rule, masks, self.twin, stopwatch)
             with stopwatch.part("update"):
                 average()
         return neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local
-
-    def _accuracy_of_best(self, batches):
-        """That of the best model until now, in %, on other images than it was chosen on; -1 where it is not known."""
-        if self.story.best is None:
-            return -1.0
-        best = copy.deepcopy(self.model)
-        best.load_state_dict(self.story.best["model_state_dict"])
-        return round(100 * evaluate(best, batches, self.rule, workers=self.workers), 4)
 
     def _commit(self, row, neurons, final, generator):
         """Appends an epoch to the history, and writes it to the run folder."""
@@ -606,6 +498,15 @@ class Trainer:
                 self.drawn = time.monotonic()
             self.run.commit(state, resumable, improved, final)
         story.history.append(row)
+
+
+def _accuracy_of_best(trainer, batches):
+    """That of the best model until now, in %, on other images than it was chosen on; -1 where it is not known."""
+    if trainer.story.best is None:
+        return -1.0
+    best = copy.deepcopy(trainer.model)
+    best.load_state_dict(trainer.story.best["model_state_dict"])
+    return round(100 * evaluate(best, batches, trainer.rule, workers=trainer.workers), 4)
 
 
 def train(model, optimizer, train_batches, test_batches, args, val_batches=None, **more):

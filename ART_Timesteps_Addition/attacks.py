@@ -209,21 +209,6 @@ def words_for_smooth(loss):
                      f"median gap of about 8 between the first two, and of no image above {SATURATED:g}")
 
 
-def settings_of(args):
-    """What the rows of a sweep depend on, of the command line's arguments: a dict that JSON can say."""
-    plan = Plan.of(args, 1.0)
-    names = ("task", "attack", "attack_norm", "attack_step", "attack_grad", "attack_start", "no_clip", "seed", "mbs")
-    settings = {**{name: getattr(args, name) for name in names}, "attack_iters": plan.iters}
-    if len(args.attack_step) == 1:
-        settings["attack_step"], = args.attack_step
-    settings.update({f"attack_{name}": getattr(plan, name) for name in ("queries", "restarts") if getattr(plan, name)})
-    settings.update({"budget": plan.words()} if args.attack != "pgd" else {})
-    settings.update({"smooth": words_for_smooth(args.loss)} if "smooth" in args.attack_grad else {})
-    settings.update({"tol": args.tol} if args.tol else {})
-    settings.update({"precision": args.precision, "gradient_precision": "fp32"} if args.precision != "fp32" else {})
-    return settings
-
-
 def make_classifier(model, args, eps, way, task, predict=None):
     """The classifier that an attack with bound `eps` by the gradient `way` sees: images in [0, 1], normalised as
     `task` says.

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from ART_Timesteps_Addition import attacks, audit_sanity, torch_attacks
-from ART_Timesteps_Addition.audit_subject import GRADS, STILL, State
+from ART_Timesteps_Addition.audit_subject import STILL, State
 from ART_Timesteps_Addition.measures import margins, random_in_ball, seeded, within
 
 
@@ -88,7 +88,7 @@ class Audit:
             "clean": float((predicted == subject.y).mean()), "changed_again": int((predicted != again.argmax(1)).sum()),
             "clean_later": float((later == subject.y).mean()), "changed_later": int((predicted != later).sum()),
             "settled": float((moved < STILL).mean()), "responds": subject.responds(),
-            "layers": len(subject.model.synapses)}
+            "layers": len(subject.model.synapses), "moves": subject.model.moves}
 
     # ---- b: projected gradient descent
 
@@ -97,7 +97,7 @@ class Audit:
         subject, state, reached, found = self.subject, self.state, {}, {}
         for steps in subject.steps:
             for start in ("zero", "equilibrium"):
-                for grad in GRADS:
+                for grad in subject.grads:
                     if start == "equilibrium" and (grad == "ep" or steps >= subject.T1):
                         continue  # where it is the same again
                     way = subject.calibrated(attacks.Way(grad, steps=steps, start=start))
@@ -185,7 +185,7 @@ class Audit:
     def dynamics(self):
         """Gradients of the loss averaged over intermediate states; adversarial images judged at every step."""
         subject, state = self.subject, self.state
-        for grad in ("bptt", "smooth"):
+        for grad in ("bptt", "smooth") if subject.model.moves else ():
             way = subject.calibrated(attacks.Way(grad, steps=min(subject.steps[-1], subject.T1), states="all"))
             self.attempt(f"pgd {grad} over all states", {"iters": self.budget.iters, **_told(way)},
                          self.by(way, iters=self.budget.iters))

@@ -46,6 +46,9 @@ REASONS = {
 }
 
 
+OF_STEPS = ("settled", "time_steps", "attack_steps", "attacked_settled", "attacked_later")  # what a network lacks
+
+
 def checks(facts, n, steps, T1):
     """{name: {passed, value, limit, why}} from the facts of an `audit.State` of n images. steps: the numbers of time
     steps that gradients went through."""
@@ -66,7 +69,8 @@ def checks(facts, n, steps, T1):
         "attacked_settled": (facts["attacked_settled"], 0.75, False),
         "attacked_later": (facts["recovered"] / max(facts["fallen"], 1), 0.1, True)}
     return {name: {"passed": bool(value <= limit if most else value >= limit), "value": value, "limit": limit,
-                   "why": REASONS[name][0]} for name, (value, limit, most) in rows.items()}
+                   "why": REASONS[name][0]} for name, (value, limit, most) in rows.items()
+            if facts.get("moves", True) or name not in OF_STEPS}
 
 
 def result_of(state, subject, settings):

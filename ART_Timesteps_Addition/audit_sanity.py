@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ART_Timesteps_Addition.audit_subject import GRADS, STILL
+from ART_Timesteps_Addition.audit_subject import STILL
 from ART_Timesteps_Addition.measures import margins, norms
 
 
@@ -46,7 +46,7 @@ def _margins(audit, way, name, eps, x, y, iters=None):
 
 def _unbounded(audit, x, y, eps):
     """How many images no gradient breaks within all of [0, 1], with more iterations."""
-    for grad in dict.fromkeys((audit.way.grad, *GRADS)):
+    for grad in dict.fromkeys((audit.way.grad, *audit.subject.grads)):
         way = audit.subject.calibrated(dataclasses.replace(audit.way, grad=grad), eps)
         left = _margins(audit, way, "pgd", eps, x, y, 4 * audit.budget.iters)[0] > 0
         x, y = x[left], y[left]

@@ -64,6 +64,11 @@ class Subject:
         return fast.relax_until_settled(chain, phase, T, tol)[0] if tol else fast.relax(chain, phase, None, T, 0)
 
     @property
+    def grads(self):
+        """Ways to a gradient that this model has."""
+        return GRADS if self.model.moves else ("bptt", "smooth")
+
+    @property
     def T1(self):
         """Time steps of a prediction."""
         return self.args.predict_step or self.args.T1

@@ -9,7 +9,7 @@ import sys
 import unicodedata
 
 from data_utils import TASKS, UserError
-from experiment.flags import ALL, LARGEST
+from experiment.flags import ALL, FEED_FORWARD, LARGEST, NO_STEPS, OF_STEPS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -159,6 +159,8 @@ def resolve(given, saved=None):
         setattr(args, flag.dest, value)
     if saved is None:
         _fit_to_task(args, given)
+    if args.model in FEED_FORWARD:
+        _without_steps(args, given, known)
     if overruled:
         print(f"note: the saved run decides {', '.join(overruled)}", file=sys.stderr)
     guessed = [flag for flag in ALL if flag.dest not in {**known, **given} and _describes_model(flag, args)]
@@ -177,9 +179,17 @@ def _fit_to_task(args, given):
         args.fc = [*args.fc[:-1], task.classes]
 
 
+def _without_steps(args, given, known):
+    """Gives the flags of time steps what stands for them in a model that has none, and --alg, where no one says it, its
+    rule."""
+    for name, value in NO_STEPS.items():
+        setattr(args, name, value)
+    args.attack_grad = [grad for grad in args.attack_grad if grad not in OF_STEPS] or ["bptt"]
+    if "alg" not in {**known, **given}:
+        args.alg = "BP"
+
+
 def _describes_model(flag, args):
     """Whether a flag says something about the model of `args` that every run has known, the original code's too."""
-    dense = args.model.endswith("MLP")
-    without = ("schedule", *(["channels", "kernels", "strides", "paddings", "pools", "fc"] if dense else ["archi"]),
-               *([] if args.model.startswith("VF") else ["same_update"]))
-    return flag.scope == "architecture" and flag.dest not in without
+    return (flag.scope == "architecture" and flag.dest != "schedule"
+            and (flag.models is None or args.model in flag.models))

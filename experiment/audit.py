@@ -7,6 +7,7 @@ import numpy as np
 from data_utils import UserError
 from experiment import arguments, checkpoints, checks, figures_checks
 from experiment.files import replacing, write_text
+from experiment.flags import FEED_FORWARD
 from experiment.run_folder import fingerprint
 
 # of the arguments, what an audit's numbers depend on
@@ -81,8 +82,10 @@ def open_surrogate(args, build):
     """(model, its arguments) of --surrogate, with those of the attack from `args`. build: arguments -> model. Raises
     UserError."""
     saved = checkpoints.open_saved(args.surrogate, "audit")
-    own = arguments.resolve({"todo": "audit", "attack_step": args.attack_step, "mbs": args.mbs, "tol": args.tol},
-                            saved.args)
+    given = {"todo": "audit", "mbs": args.mbs, "tol": args.tol}
+    if args.model not in FEED_FORWARD:
+        given["attack_step"] = args.attack_step
+    own = arguments.resolve(given, saved.args)
     own.attack_norm, own.eps, own.no_clip = args.attack_norm, args.eps, args.no_clip
     if own.task != args.task:
         raise UserError(f"argument --surrogate: its task is {own.task}, that of the audited run {args.task}")

@@ -181,7 +181,7 @@ def _expect_all_for_training(saved):
     """Raises Damaged where a checkpoint of this program lacks what its training needs to go on as if it had not
     stopped."""
     needed = {"opt": saved.optimizer, "random_states": saved.random_states}
-    if saved.args["lr_decay"]:
+    if saved.args["lr_decay"] or saved.args.get("lr_step"):
         needed["scheduler"] = saved.scheduler
     missing = [name for name, value in needed.items() if value is None]
     if missing:

@@ -3,7 +3,7 @@ import importlib.util
 
 from data_utils import TASKS, UserError
 from experiment.arguments import shown
-from experiment.flags import ALL, WITHOUT_GRADIENT
+from experiment.flags import ALL, DENSE, ENERGY, FEED_FORWARD, OF_STEPS, TRANSFORMER, WITHOUT_GRADIENT
 
 
 def _length_error(name, value, expected, what):
@@ -18,6 +18,11 @@ def check(args):
             raise _length_error(name, getattr(args, name), layers, "one per layer")
     if args.dropouts and 0 in args.dropouts:
         raise UserError(f"argument --dropouts: got {shown(args.dropouts)}, expected numbers above 0 and at most 1")
+    if args.adv_train is not None and not args.adv_train:
+        raise UserError("argument --adv-train: got 0, expected a bound above 0; without the flag images stay as they "
+                        "are")
+    if args.lr_step is not None:
+        _check_lr_step(args)
     if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
         raise UserError("--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is "
                         f"{args.task}")
@@ -46,12 +51,22 @@ def check_held_out(args, saved):
                         f"{saved.get('train_size') or 'all'} training images")
 
 
+def _check_lr_step(args):
+    if len(args.lr_step) != 2 or args.lr_step[0] < 1 or args.lr_step[0] % 1 or not 0 < args.lr_step[1] <= 1:
+        raise UserError(f"argument --lr-step: got {shown(args.lr_step)}, expected a whole number of epochs of at least "
+                        "1 and a factor above 0 and at most 1")
+    if args.lr_decay:
+        raise UserError("argument --lr-step: it and --lr-decay are two schedules, give one of them")
+
+
 def _check_model(args):
     """Checks what describes the model and returns the number of its layers."""
     task = TASKS[args.task]
     if args.softmax and args.loss != "cel":
         raise UserError(f"argument --softmax: needs --loss cel, got --loss {args.loss}")
-    if args.model in ("MLP", "VFMLP"):
+    if args.model in TRANSFORMER:
+        return _check_transformer(args, task)
+    if args.model in DENSE:
         if len(args.archi) < 2 + args.softmax:
             raise _length_error("archi", args.archi, f"at least {2 + args.softmax}",
                                 "the input, hidden layers and the classes")
@@ -73,7 +88,36 @@ def _check_model(args):
     return layers
 
 
+def _check_transformer(args, task):
+    if task.size % args.patch:
+        raise UserError(f"argument --patch: got {args.patch}, images of {args.task} are {task.size} x {task.size}, "
+                        "which is no multiple of it")
+    if args.width % args.heads:
+        raise UserError(f"argument --width: got {args.width}, expected a multiple of --heads {args.heads}")
+    return 1
+
+
+def _check_network(args):
+    """What makes no sense of a model without time steps."""
+    if args.alg != "BP":
+        raise UserError(f"argument --alg: got {args.alg}, {args.model} is trained by BP; {args.alg} is for "
+                        + ", ".join(ENERGY))
+    if args.adv_train and args.adv_grad in OF_STEPS:
+        raise UserError(f"argument --adv-grad: {args.adv_grad} is for {', '.join(ENERGY)}; {args.model} has bptt and "
+                        "smooth")
+    if args.todo in ("gducheck", "characteristic"):
+        raise UserError(f"--todo {args.todo}: {args.model} has no time steps, of which that would say something")
+    if args.dropouts:
+        raise UserError(f"argument --dropouts: it is for {', '.join(ENERGY)}, got --model {args.model}")
+    if args.precision == "bf16":
+        raise UserError(f"argument --precision: bf16 is of time steps, {args.model} has none; tf32 and fp32 are left")
+
+
 def _check_rule(args):
+    if args.model in FEED_FORWARD:
+        return _check_network(args)
+    if args.alg == "BP":
+        raise UserError(f"argument --alg: BP trains {', '.join(FEED_FORWARD)}, {args.model} learns by EP, CEP or BPTT")
     if args.T2 > args.T1 and (args.alg == "BPTT" or args.check_thm or args.todo == "gducheck"):
         raise UserError(f"argument --T2: got {args.T2}, BPTT goes back through at most the {args.T1} steps of --T1")
     if args.alg == "CEP" and args.todo == "train" and (args.optim != "sgd" or args.mmt):
@@ -105,11 +149,19 @@ def notes(args, given):
         for name in written.get(args.todo, ()):
             if name in given:
                 yield f"--{name} has no effect without --save"
+    lost = [grad for grad in given.get("attack_grad", ()) if grad in OF_STEPS]
+    if lost and args.model in FEED_FORWARD:
+        yield f"--attack-grad {shown(lost)} has no effect on {args.model}, which has no time steps"
     for name in ("random_sign", "thirdphase", "check_thm"):
-        if given.get(name) and args.todo == "train" and args.alg != "EP" and (args.alg != "CEP" or name == "check_thm"):
+        if (given.get(name) and args.model in ENERGY and args.todo == "train" and args.alg != "EP"
+                and (args.alg != "CEP" or name == "check_thm")):
             yield f"--{name.replace('_', '-')} has no effect with --alg {args.alg}"
     if given.get("compile") and args.alg == "BPTT" and args.todo == "train":
         yield "--compile has no effect on steps that gradients go through"
+    if args.todo == "train" and not args.adv_train:
+        for name in ("adv_norm", "adv_iters", "adv_step", "adv_grad"):
+            if name in given:
+                yield f"--{name.replace('_', '-')} has no effect without --adv-train"
     if given.get("mmt") and args.todo == "train" and args.optim != "sgd":
         yield f"--mmt has no effect with --optim {args.optim}"
     if "scale" in given and "load_path" in given:

@@ -1,7 +1,7 @@
 """The table of all flags in docs/flags.md, made from where they are defined:
 python -m experiment.flag_table > docs/flags.md"""
 from experiment.arguments import shown
-from experiment.flags import DROPOUTS, FLAGS, LARGEST
+from experiment.flags import DROPOUTS, ENERGY, FLAGS, LARGEST
 
 SCOPES = {"architecture": "the saved run's counts, whatever is given",
           "training": "going on with a training, the saved run's counts",
@@ -29,7 +29,7 @@ def row(flag):
     """A line of the table."""
     default = "" if flag.default in (None, False) else f"`{shown(flag.default)}`"
     takes = values(flag) + (", one or several" if flag.many else "")
-    where = ", ".join([*(flag.todos or ()), *(flag.models or ())])
+    where = ", ".join([*(flag.todos or ()), *(["energy models"] if flag.models == ENERGY else flag.models or ())])
     meaning = flag.help + (" (`main_dropout.py`)" if flag is DROPOUTS else "")
     return f"| `--{flag.name}` | {meaning} | {takes} | {default} | {where or 'all'} | {SCOPES[flag.scope]} |"
 

@@ -38,18 +38,32 @@ def typed(flag, value):
 
 
 A, T, S = "architecture", "training", "session"
-TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions", "audit")
-TRAIN, ATTACK, AUDIT, ROBUST = ("train",), ("attack",), ("audit",), ("attack", "audit")
+TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions", "audit", "compare")
+TRAIN, COMPARE, ATTACK, AUDIT, ROBUST = ("train",), ("compare",), ("attack",), ("audit",), ("attack", "audit")
 LEARN = ("train", "gducheck")  # what takes gradients of the weights
-NOT_GDU = tuple(todo for todo in TODOS if todo != "gducheck")  # which takes every step in fp32, of one mini-batch
-DENSE, CONVOLUTIONAL, SEPARATE = ("MLP", "VFMLP"), ("CNN", "VFCNN"), ("VFMLP", "VFCNN")
+# gducheck takes every step in fp32, of one mini-batch
+NOT_GDU = tuple(todo for todo in TODOS if todo not in ("gducheck", "compare"))
+ENERGY, FEED_FORWARD = ("MLP", "VFMLP", "CNN", "VFCNN"), ("FFMLP", "FFCNN", "ViT")
+DENSE, CONVOLUTIONAL, SEPARATE = ("MLP", "VFMLP", "FFMLP"), ("CNN", "VFCNN", "FFCNN"), ("VFMLP", "VFCNN")
+TRANSFORMER = ("ViT",)
+
+# What stands for the flags of time steps in a model that has none.
+NO_STEPS = {"T1": 1, "T2": 1, "tol": 0.0, "schedule": "sync", "softmax": False, "random_sign": False,
+            "thirdphase": False, "same_update": False, "check_thm": False, "compile": False, "adv_step": 1,
+            "attack_step": [1], "predict_step": None, "attack_start": "zero"}
+OF_STEPS = ("ep", "soft")  # of --attack-grad, what needs them
 
 WITHOUT_GRADIENT = ("square", "hopskipjump")  # of --attack
 
 FLAGS = {
     "what to do": [
         Flag("todo", str, "train", "what to do", S, TODOS),
-        Flag("load-path", str, None, "a run folder, or a file in one: to go on training it, or to examine it", S),
+        Flag("load-path", str, None, "a run folder, or a file in one: to go on training it, or to examine it; for "
+             "compare several", S, many=True),
+        Flag("labels", str, None, "a name for each group of runs whose arguments differ in the seed alone", S,
+             many=True, todos=COMPARE),
+        Flag("published", str, None, "tables of published accuracies to draw in, such as those of check/published", S,
+             many=True, todos=COMPARE),
         Flag("save", bool, False,
              "train: write a run folder results/ALG/LOSS/date/time (a resumed run always writes to "
              "its own); elsewhere: keep images, predictions or plots", S, todos=("train", "evaluate", "attack",
@@ -60,9 +74,12 @@ FLAGS = {
         Flag("device", int, 0, "index of the GPU; -1 is the CPU", S, low=-1),
         Flag("precision", str, "fp32", "of the time steps on a CUDA device; weights, EP's contrast and attacks' "
              "gradients stay fp32", S, ("fp32", "tf32", "bf16"), todos=NOT_GDU),
-        Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)", S, todos=NOT_GDU),
+        Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)", S, todos=NOT_GDU,
+             models=ENERGY),
         Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", T, low=0,
              high=2 ** 63 - 1, todos=("train", "attack", "gducheck", "audit")),
+        Flag("seeds", int, None, "train with each of these seeds, one after another; what an earlier call has finished "
+             "is left, what it began goes on", S, low=0, high=2 ** 63 - 1, many=True, todos=TRAIN),
         Flag("deterministic", bool, False, "ask torch for kernels that always sum in the same order: a run repeats bit "
              "for bit"),
     ],
@@ -80,8 +97,9 @@ FLAGS = {
         Flag("mbs", int, 20, "images in a mini-batch", low=1, todos=NOT_GDU),
     ],
     "model": [
-        Flag("model", str, "MLP", "dense or convolutional, with tied weights or (VF) separate backward weights", A,
-             ("MLP", "VFMLP", "CNN", "VFCNN")),
+        Flag("model", str, "MLP", "energy models: dense or convolutional, with tied weights or (VF) separate backward "
+             "weights; networks without time steps to compare with: FFMLP, FFCNN (with batch normalisation and ReLU) "
+             "and a vision transformer", A, (*ENERGY, *FEED_FORWARD)),
         Flag("archi", int, [784, 512, 10], "MLP: sizes of all layers, from the input to the classes (default: one "
                                            "hidden "
              "layer of 512 between what the task has)", A, low=1, many=True, models=DENSE),
@@ -94,27 +112,41 @@ FLAGS = {
              models=CONVOLUTIONAL),
         Flag("fc", int, [10], "CNN: sizes of the dense layers, the last one the number of classes (default: that "
              "alone)", A, low=1, many=True, models=CONVOLUTIONAL),
+        Flag("patch", int, 4, "ViT: height and width of the patches that an image is cut into", A, low=1,
+             models=TRANSFORMER),
+        Flag("depth", int, 6, "ViT: encoder layers", A, low=1, models=TRANSFORMER),
+        Flag("heads", int, 4, "ViT: attention heads", A, low=1, models=TRANSFORMER),
+        Flag("width", int, 128, "ViT: size of a token, a multiple of --heads", A, low=1, models=TRANSFORMER),
+        Flag("mlp-width", int, 256, "ViT: hidden size of the dense part of a layer", A, low=1, models=TRANSFORMER),
         Flag("act", str, "mysig", "activation of the neurons", A,
-             ("mysig", "sigmoid", "tanh", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig")),
+             ("mysig", "sigmoid", "tanh", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig"), models=ENERGY),
         Flag("loss", str, "mse", "what nudges the output: squared error or cross-entropy", A, ("mse", "cel")),
-        Flag("softmax", bool, False, "with cel: the output is a linear read-out of the last hidden layer", A),
+        Flag("softmax", bool, False, "with cel: the output is a linear read-out of the last hidden layer", A,
+             models=ENERGY),
         Flag("scale", float, None, "factor on the initial weights and biases", low=0, todos=LEARN),
     ],
     "dynamics and learning rule": [
-        Flag("alg", str, "EP", "Equilibrium Propagation, its continual form, or back-propagation through time",
-             choices=("EP", "CEP", "BPTT"), todos=LEARN),
-        Flag("T1", int, 20, "time steps of the free phase", low=1),
-        Flag("T2", int, 4, "time steps of a nudged phase; of BPTT", low=1, todos=LEARN),
-        Flag("betas", float, [0.0, 0.01], "nudging of the free and of the nudged phase", many=True, todos=LEARN),
+        Flag("alg", str, "EP", "Equilibrium Propagation, its continual form, or back-propagation through time; BP "
+             "trains networks without time steps, and is their default", choices=("EP", "CEP", "BPTT", "BP"),
+             todos=LEARN),
+        Flag("T1", int, 20, "time steps of the free phase", low=1, models=ENERGY),
+        Flag("T2", int, 4, "time steps of a nudged phase; of BPTT", low=1, todos=LEARN, models=ENERGY),
+        Flag("betas", float, [0.0, 0.01], "nudging of the free and of the nudged phase", many=True, todos=LEARN,
+             models=ENERGY),
         Flag("schedule", str, "sync", "all layers step at once (sync), or odd and even ones in turn (async): half the "
-             "arithmetic for the same progress, to a fixed point that can be another", A, ("sync", "async")),
+             "arithmetic for the same progress, to a fixed point that can be another", A, ("sync", "async"),
+             models=ENERGY),
         Flag("tol", float, 0.0, "free phases and predictions: stop an image once five steps change no layer by more "
-             "than this share of its norm; 0: always take T1 steps", low=0, todos=NOT_GDU),
-        Flag("random-sign", bool, False, "EP: draw the sign of the second beta anew for each batch", todos=TRAIN),
-        Flag("thirdphase", bool, False, "EP: nudge with beta and -beta (symmetric estimate)", todos=LEARN),
+             "than this share of its norm; 0: always take T1 steps", low=0, todos=NOT_GDU,
+             models=ENERGY),
+        Flag("random-sign", bool, False, "EP: draw the sign of the second beta anew for each batch", todos=TRAIN,
+             models=ENERGY),
+        Flag("thirdphase", bool, False, "EP: nudge with beta and -beta (symmetric estimate)", todos=LEARN,
+             models=ENERGY),
         Flag("same-update", bool, False, "VF models: forward and backward weights take the mean of their updates", A,
              models=SEPARATE),
-        Flag("check-thm", bool, False, "EP: compare with BPTT ten times an epoch while training", todos=TRAIN),
+        Flag("check-thm", bool, False, "EP: compare with BPTT ten times an epoch while training", todos=TRAIN,
+             models=ENERGY),
     ],
     "optimizer": [
         Flag("optim", str, "sgd", "optimizer", T, ("sgd", "adam"), todos=TRAIN),
@@ -123,7 +155,18 @@ FLAGS = {
         Flag("wds", float, None, "weight decay of each layer (default: none)", T, low=0, many=True, todos=TRAIN),
         Flag("mmt", float, 0.0, "momentum (sgd)", T, low=0, high=1, todos=TRAIN),
         Flag("lr-decay", bool, False, "cosine annealing of the learning rates to 1e-5 over 100 epochs", T, todos=TRAIN),
+        Flag("lr-step", float, None, "N GAMMA: every N epochs the learning rates become GAMMA times what they were", T,
+             low=0, many=True, todos=TRAIN),
         Flag("epochs", int, 1, "epochs to train; of a resumed run, the further ones", S, low=1, todos=TRAIN),
+    ],
+    "adversarial training": [
+        Flag("adv-train", float, None, "train on images attacked by PGD from a random start, within this bound, images "
+             "in [0, 1], also as a fraction such as 8/255", T, low=0, todos=TRAIN),
+        Flag("adv-norm", str, "2", "norm of that bound", T, ("2", "inf"), todos=TRAIN),
+        Flag("adv-iters", int, 20, "iterations of that attack", T, low=1, todos=TRAIN),
+        Flag("adv-step", int, 10, "time steps that its gradient goes through", T, low=1, todos=TRAIN, models=ENERGY),
+        Flag("adv-grad", str, "bptt", "how its gradient is got, see --attack-grad", T, ("bptt", "smooth", "ep"),
+             todos=TRAIN),
     ],
     "attack": [
         Flag("attack", str, "pgd", "the attack", choices=(
@@ -139,14 +182,15 @@ FLAGS = {
         Flag("attack-restarts", int, 0, "further runs of the attack, from random points in the ball", S, low=0,
              todos=ATTACK),
         Flag("attack-step", int, [29], "time steps that the attack's gradient goes through; of several, the worst "
-             "counts", low=1, many=True, todos=ROBUST),
-        Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1, todos=ROBUST),
+             "counts", low=1, many=True, todos=ROBUST, models=ENERGY),
+        Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1, todos=ROBUST,
+             models=ENERGY),
         Flag("attack-grad", str, ["bptt"], "how gradients are got: through the time steps (bptt), the same with slopes "
              "that do not vanish (smooth), by Equilibrium Propagation (ep), as smooth through a twin whose neurons do "
              "not saturate (soft); of several, the worst counts", choices=("bptt", "smooth", "ep", "soft"), many=True,
              todos=ATTACK),
         Flag("attack-start", str, "zero", "where the gradient's time steps begin: at zero neurons, or near the "
-             "equilibrium", choices=("zero", "equilibrium"), todos=ATTACK),
+             "equilibrium", choices=("zero", "equilibrium"), todos=ATTACK, models=ENERGY),
         Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did", todos=ROBUST),
         Flag("eps", float, None, "the bound of the audit, images in [0, 1], also as a fraction such as 8/255", S,
              low=0, todos=AUDIT),
@@ -158,7 +202,7 @@ FLAGS = {
 
 # A flag of main_dropout.py alone; main.py takes it from a saved run, and so goes on with one.
 DROPOUTS = Flag("dropouts", float, None, "probability of keeping a neuron, for each connection on what it sees below "
-                "(training only)", T, low=0, high=1, many=True, todos=TRAIN)
+                "(training only)", T, low=0, high=1, many=True, todos=TRAIN, models=ENERGY)
 ALL = [*(flag for group in FLAGS.values() for flag in group), DROPOUTS]
 
 # What the checkpoints of every version of this program say; later flags may be missing, and stood at their defaults.

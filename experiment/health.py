@@ -58,7 +58,10 @@ class Health:
     @torch.no_grad()
     def examine(self, x, y):
         """Measures on one mini-batch which share of the images had not settled after T1 free steps, and how far the
-        nudge moves the top layer, in rounding errors of its norm. Changes nothing."""
+        nudge moves the top layer, in rounding errors of its norm. Changes nothing; without time steps there is nothing
+        to measure."""
+        if not self.model.moves:
+            return
         rule, chain = self.rule, self.model.chain(self.rule.loss)
         drive = chain.input_drive(x)
         phase = self.model.phase(drive, y, 0.0 if rule.alg == "BPTT" else rule.betas[0], rule.loss)
@@ -86,9 +89,9 @@ class Health:
         tensors = [*self.model.named_parameters(), *((f"neurons of layer {n}", s) for n, s in enumerate(neurons, 1))]
         broken = [name for name, tensor in tensors if not tensor.isfinite().all()]
         if broken:
-            tiny = self.rule.alg != "BPTT" and abs(self.rule.betas[1] - self.rule.betas[0]) < 1e-5
+            tiny = self.rule.alg not in ("BPTT", "BP") and abs(self.rule.betas[1] - self.rule.betas[0]) < 1e-5
             advice = ("EP divides by the difference of the --betas: a larger beta usually helps, 0.01 to 1" if tiny
-                      else "smaller --lrs usually help, or a smaller --scale or beta")
+                      else "smaller --lrs usually help, or a smaller --scale" + " or beta" * self.model.moves)
             raise RunFailed(f"training diverged in epoch {self.epoch}, batch {first_bad}: no longer finite "
                             f"are {', '.join(broken)}; {advice}")
         self.first_bad = None  # the norm alone overflowed
@@ -118,7 +121,7 @@ class Health:
         if copies:
             yield "copies", (f"all neurons have the same weights in {', '.join(copies)}, and learn the same: they "
                              "started alike, with --scale 0")
-        stuck = [n for n, state in enumerate(neurons[:-1] or neurons, 1) if self._is_stuck(state)]
+        stuck = [n for n, state in enumerate(neurons[:-1] or neurons, 1) if self.model.moves and self._is_stuck(state)]
         if stuck:
             yield "stuck", (f"all neurons of layer {', '.join(map(str, stuck))} sit at an end of their activation, for "
                             "all images: nothing is learnt below; smaller --lrs, or a smaller --scale")

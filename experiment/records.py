@@ -5,7 +5,7 @@ import datetime
 import torch
 
 from data_utils import TASKS
-from experiment import figures
+from experiment import figures, figures_checks
 from experiment.files import WriteFailed, why
 
 PREDICTIONS, CONFUSION = "predictions.csv", "confusion.png"
@@ -85,3 +85,18 @@ def write_characteristic(run, saved, counted, moving, eps, images):
     chance = 100 / TASKS[saved.args["task"]].classes if saved.args.get("task") else None
     run.save_figure("Characteristic_Time.png", figures.characteristic(accuracy, settled, eps, trained, chance))
     run.save_figure("Characteristic_Energy.png", figures.relaxation(residual, energy, trained))
+
+
+# ---- gducheck
+
+
+def save_gdu(run, comparison):
+    """The raw contributions, the table, and the figures of a comparison."""
+    for file, value in zip(("BPTT.tar", "EP.tar", "EP_minus.tar"), (comparison.BPTT, *comparison.runs)):
+        run.save(file, {name: tensor.cpu() for name, tensor in value.items()})
+    run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in comparison.rows])
+    generator = torch.Generator().manual_seed(0)
+    for name, bptt in comparison.bptt.items():
+        run.save_figure(f"gdu_{name}.png", figures_checks.gdu_entries(name, bptt, comparison.ep[name], generator))
+    run.save_figure("gdu_layers.png", figures_checks.gdu_layers(comparison.bptt, comparison.ep, generator))
+    run.save_figure("gdu_overview.png", figures_checks.gdu_overview(list(comparison.bptt), comparison.rows))

@@ -1,6 +1,7 @@
 """The tables of a run folder that fill row by row and go on after a kill: attack sweeps and corruptions."""
 import itertools
 import json
+import math
 
 import numpy as np
 
@@ -8,7 +9,6 @@ from data_utils import TASKS, UserError
 from experiment import figures, figures_checks
 from experiment.arguments import described
 from experiment.files import TEXT, replacing
-from experiment.flags import WITHOUT_GRADIENT
 
 HEADER = "# settings: "
 
@@ -24,10 +24,12 @@ def epoch_row(epoch, accuracies, seconds, settling, angles):
 
 def epoch_line(row, rate, settling, unsettled):
     """A row of metrics.csv as the log says it. rate: training images a second; settling: a `SettlingCount`; unsettled:
-    the share of the images of one mini-batch that had not settled after T1, said where `settling` counted nothing."""
+    the share of the images of one mini-batch that had not settled after T1, said where `settling` counted nothing; nan
+    where there are no time steps."""
     validation = f"validation {row['val_acc']:.2f} %, " if "val_acc" in row else ""
     line = (f"train {row['train_acc']:.2f} %, {validation}test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
-            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else f", {100 * unsettled:.0f} % unsettled"))
+            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else "" if math.isnan(unsettled)
+                                      else f", {100 * unsettled:.0f} % unsettled"))
     angles = " ".join(f"{value:.1f}" for name, value in row.items() if name.startswith("angle_"))
     return line + (f", angles {angles}" if angles else "")
 
@@ -53,18 +55,6 @@ def gdu_table(rows):
         lines.append(f"{row['name']:{width}}  {row['estimate']:10} {row['rmse']:7.4f}  {100 * row['sign_error']:9.2f} %"
                      f"  {row['cosine']:7.4f}  {row['distance']:8.2e}{images}")
     return lines
-
-
-def attack_line(args, eps, grad, result):
-    """A result of `model_utils.attack` as the log says it."""
-    through = "" if grad == args.attack else f"{grad}: "
-    line = (f"eps {eps:g}, {through}adversarial accuracy {100 * result['correct'].mean():.2f} %, mean norm "
-            f"{result['mean_norm']:.3g}")
-    if result["masked"] > 0.01 and args.attack not in WITHOUT_GRADIENT:
-        line += (f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly zero or not "
-                 "finite: this number is only an upper bound of the robust accuracy; try --attack-grad smooth ep, "
-                 "--attack-start equilibrium, --attack square")
-    return line
 
 
 class Sweep:

@@ -57,11 +57,26 @@ def real_tensor(value, what, shape=None):
 
 
 def weights(saved):
-    """{name: float32 tensor} of a model_state_dict."""
+    """{name: float32 tensor} of a model_state_dict; of batch normalisation also whole numbers."""
     expect(isinstance(saved, dict), "model_state_dict", saved)
     for name in saved:
         expect(isinstance(name, str) and len(name) <= 200 and name.isprintable(), "the name of a weight", name)
-    return {name: real_tensor(value, f"the weight {name}") for name, value in saved.items()}
+    return {name: _count(value, name) if name.endswith(".num_batches_tracked") else _weight(value, name)
+            for name, value in saved.items()}
+
+
+def _weight(value, name):
+    value = real_tensor(value, f"the weight {name}")
+    if name.endswith(".running_var") and (value < 0).any():
+        raise Damaged(f"the weight {name} is negative, which no variance is")
+    return value
+
+
+def _count(value, name):
+    """How many mini-batches a batch normalisation has seen."""
+    expect(isinstance(value, torch.Tensor) and value.dtype == torch.int64 and not value.dim() and value.is_cpu
+           and value.layout == torch.strided and value >= 0, f"the count {name}", value)
+    return value.clone()
 
 
 # ------------------------------------------------------------------------------------------------ arguments and history

@@ -12,7 +12,8 @@ from experiment.flags import ALL, DROPOUTS, FLAGS
 
 # floor and most lines of a file; folders: of each file in them. A room imports only rooms on lower floors (files of one
 # folder each other).
-FLOORS = {"main_dropout.py": (5, 20), "main.py": (4, 450), "model_utils.py": (3, 700), "experiment": (2, 250),
+FLOORS = {"main_dropout.py": (5, 20), "main.py": (4, 450), "model_utils.py": (3, 700), "learning.py": (2.5, 350),
+          "baselines.py": (2, 250), "experiment": (2, 250),
           "ART_Timesteps_Addition": (2, 350),
           "data_utils.py": (1, 300), "energy": (1, 350), "data_files.py": (0, 300)}
 FILES = sorted(path for name in FLOORS for path in ([ROOT / name] if name.endswith(".py")

@@ -1,0 +1,152 @@
+"""The figures of a comparison: functions from groups of runs to Matplotlib figures. A curve is a mean over seeds, its
+band the standard deviation; published ones are dashed."""
+import statistics
+
+import numpy as np
+
+from experiment.drawing import COLUMN, eps_name, grid, legend_below, new_figure, style, ticks_at, whole_ticks
+
+ACCURACY = "accuracy (%)"
+
+
+def all_figures(groups):
+    """(file name, figure) of each for which the groups have data. groups: of `compare.Group`."""
+    norms = sorted({key.norm for group in groups if not group.published for key in group.keys() if key.norm})
+    yield from ((f"robustness_{norm}.png", robustness(groups, norm)) for norm in norms)
+    trained = [(group, _by_place([[accuracy for _, accuracy in run.epochs] for run in group.runs])) for group in groups]
+    if any(curve for _, curve in trained):
+        yield "training.png", _over(trained, "Test accuracy over the training", "epoch")
+    settled = [(group, _by_place([run.settling for run in group.runs])) for group in groups]
+    if any(curve for group, curve in settled if not group.published):
+        yield "characteristic.png", _over(settled, "Accuracy over the free steps", "time steps of the free phase")
+    if any(key.measure == "corruptions" for group in groups if not group.published for key in group.keys()):
+        yield "corruptions.png", corruptions(groups)
+    chosen = _attack_of_most_steps(groups)
+    if chosen:
+        yield "attack_steps.png", attack_steps(groups, chosen)
+
+
+def _band(axes, n, curve, group):
+    """Draws [(x, mean, standard deviation)] in the n-th look."""
+    x, mean, std = (np.array(values, dtype=float) for values in zip(*curve))
+    look = {"linestyle": "--", "linewidth": 1, "fillstyle": "none"} if group.published else {"linestyle": "-"}
+    every = max(1, len(x) // 12)
+    axes.plot(x, mean, color=f"C{n % 7}", marker="os^DvPX"[n % 7], label=group.label, **look,
+              markevery=(n % every, every))
+    axes.fill_between(x, mean - std, mean + std, color=f"C{n % 7}", alpha=0.15, linewidth=0)
+
+
+def _by_place(series):
+    """[(1, mean, std), (2, ...), ...] of lists of numbers."""
+    longest = max(map(len, series), default=0)
+    return [(place + 1, *_mean_and_std([values[place] for values in series if place < len(values)]))
+            for place in range(longest)]
+
+
+def _mean_and_std(values):
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _pooled_curve(group, keys, x):
+    """[(x(key), mean, std)] of some keys."""
+    rows = [(x(key), *group.pooled(key)[:2]) for key in keys]
+    return sorted((place, mean, std or 0.0) for place, mean, std in rows)
+
+
+def _steps(key):
+    """The largest number of time steps that a gradient went through; 0 of none."""
+    return max((int(word) for word in key.steps.split() if word.isdigit()), default=0)
+
+
+def _curve_of(group, attack, norm):
+    """Accuracy over eps under one attack: of all its variants the worst over gradients, through the most steps."""
+    variants = {}
+    for key in group.keys():
+        if key.measure == "adversarial" and (key.attack, key.norm) == (attack, norm) and key.eps > 0:
+            variants.setdefault((key.grad, key.steps, key.detail), []).append(key)
+    if not variants:
+        return []
+    best = max(variants, key=lambda variant: (variant[0] == "worst", len(variants[variant]),
+                                              _steps(variants[variant][0])))
+    return _pooled_curve(group, variants[best], lambda key: key.eps)
+
+
+@style()
+def robustness(groups, norm):
+    """Accuracy over eps: a panel for each attack, and one for the audits."""
+    own = [key for group in groups if not group.published for key in group.keys() if key.norm == norm]
+    attacks = sorted({key.attack for key in own if key.measure == "adversarial"})
+    audited = any(key.measure == "audit" for key in own)
+    panels = [*attacks, *(["audit"] if audited else [])]
+    figure = new_figure(f"Accuracy under attack, {'L-infinity' if norm == 'inf' else 'L2'} norm", COLUMN,
+                        2.8 * -(-len(panels) // 2) + 0.15 * len(groups) + 0.6)
+    for axes, attack in zip(grid(figure, len(panels), 2, sharey=True), panels):
+        for n, group in enumerate(groups):
+            if attack == "audit":
+                curve = _pooled_curve(group, [key for key in group.keys() if key.measure == "audit"
+                                              and key.norm == norm], lambda key: key.eps)
+            else:
+                curve = _curve_of(group, attack, norm)
+            if curve:
+                _band(axes, n, curve, group)
+        axes.set(title=attack, xlabel="eps, images in [0, 1]", ylabel=ACCURACY, xscale="log", ylim=(-2, 102))
+        bounds = sorted({eps for line in axes.get_lines() for eps in line.get_xdata()})
+        if bounds:
+            ticks_at(axes, bounds, [eps_name(eps, norm) for eps in bounds])
+    legend_below(figure, 1 if len(groups) > 6 else 2)
+    return figure
+
+
+@style()
+def _over(curves, title, xlabel):
+    figure = new_figure(title, height=3.6 + 0.1 * len(curves))
+    axes = figure.add_subplot(xlabel=xlabel, ylabel="test " + ACCURACY)
+    for n, (group, curve) in enumerate(curves):
+        if curve:
+            _band(axes, n, curve, group)
+    whole_ticks(axes.xaxis)
+    legend_below(figure)
+    return figure
+
+
+@style()
+def corruptions(groups):
+    """Accuracy over the severity of corruptions, means over all of them."""
+    figure = new_figure("Accuracy under corruption, mean over the corruptions", height=3.6 + 0.1 * len(groups))
+    axes = figure.add_subplot(xlabel="severity", ylabel=ACCURACY)
+    for n, group in enumerate(groups):
+        keys = [key for key in group.keys() if key.measure == "corruptions" and key.eps]
+        if keys:
+            _band(axes, n, _pooled_curve(group, keys, lambda key: key.eps), group)
+    axes.set_xticks(range(1, 6))
+    legend_below(figure)
+    return figure
+
+
+def _attack_of_most_steps(groups):
+    """(attack, norm, grad, eps) that the groups were attacked with through the most numbers of steps; None where it is
+    one number."""
+    found = {}
+    for group in groups:
+        for key in group.keys():
+            if key.measure == "adversarial" and key.steps.isdigit() and not group.published and key.grad != "worst":
+                found.setdefault((key.attack, key.norm, key.grad, key.eps), set()).add(key.steps)
+    best = max(found, key=lambda name: len(found[name]), default=None)
+    return best if best and len(found[best]) > 1 else None
+
+
+@style()
+def attack_steps(groups, chosen):
+    """Accuracy over the time steps that the attack's gradient goes through. chosen: (attack, norm, grad, eps)."""
+    attack, norm, grad, eps = chosen
+    figure = new_figure(f"Accuracy over the steps attacked through: {attack}, {grad}, "
+                        f"{'L-infinity' if norm == 'inf' else 'L2'} eps {eps:g}", height=3.6 + 0.1 * len(groups))
+    axes = figure.add_subplot(xlabel="time steps of the attack's gradient", ylabel=ACCURACY)
+    for n, group in enumerate(groups):
+        keys = [key for key in group.keys() if (key.measure, key.attack, key.norm, key.eps) == (
+            "adversarial", attack, norm, eps) and key.steps.isdigit() and key.grad in (grad, "")]
+        if keys:
+            _band(axes, n, _pooled_curve(group, keys, _steps), group)
+    whole_ticks(axes.xaxis)
+    legend_below(figure)
+    return figure

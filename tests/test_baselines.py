@@ -1,0 +1,172 @@
+"""Feed-forward networks: the same commands as for energy models, and the same numbers as plain PyTorch."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import only_run
+from make_cifar import write_corruptions
+from test_resume import final_weights
+
+import baselines
+import model_utils as mu
+from data_utils import CORRUPTIONS
+from experiment import arguments, untrusted
+from experiment.flags import FLAGS
+
+TINY = "--task digits --device -1 --seed 5 --train-size 60 --test-size 40 --mbs 16 --loss cel --save"
+NETWORKS = {
+    "FFMLP": "--model FFMLP --archi 784 12 10 --lrs 0.05 0.05 --mmt 0.9",
+    "FFCNN": "--model FFCNN --channels 3 4 --kernels 5 3 --pools ma --lrs 0.03 0.03 0.03 --mmt 0.9",
+    "ViT": "--model ViT --patch 7 --depth 2 --heads 2 --width 16 --mlp-width 24 --optim adam --lrs 0.002",
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    return f"{TINY} {NETWORKS[request.param]}"
+
+
+def args_of(line):
+    return arguments.resolve(arguments.parse(line.split(), FLAGS))
+
+
+def plain_cnn():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 5), torch.nn.BatchNorm2d(3), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.AvgPool2d(2),
+        torch.nn.Flatten(), torch.nn.Linear(100, 10))
+
+
+def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
+    args = args_of(f"{TINY} {NETWORKS['FFCNN']} --lr-step 1 0.3")
+    torch.manual_seed(3)
+    model = mu.build(args)
+    torch.manual_seed(3)
+    mu.build(args)  # `build` draws nothing besides the weights
+    torch.manual_seed(3)
+    plain = plain_cnn()
+    ours, _ = mu.make_optimizer(model, args)
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.03, momentum=0.9, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x, y = torch.rand(16, 1, 28, 28, generator=generator), torch.randint(10, (16,), generator=generator)
+        neurons = mu.bp_gradients(model, x, y, mu.Rule.of(args))
+        ours.step()
+        theirs.zero_grad()
+        logits = plain(x)
+        torch.nn.functional.cross_entropy(logits, y).backward()
+        theirs.step()
+        assert torch.equal(neurons[-1], logits)
+    for ours, theirs in zip(model.net.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    plain.eval()
+    assert torch.equal(mu.predicting_neurons(model, x, mu.Rule.of(args))[-1], plain(x))
+
+
+def test_every_command_works_with_a_network(ok, tmp_path, network):
+    out = ok(network, "--epochs 2")
+    assert "unsettled" not in out and "warning" not in out
+    run = only_run(tmp_path)
+    assert run.relative_to(tmp_path).parts[:3] == ("results", "BP", "cel")
+    load = f"--device -1 --load-path {run}"
+    out = ok(load, "--todo evaluate --save")
+    assert "T1" not in out and "unsettled" not in out and (run / "predictions.csv").exists()
+    out = ok(load, "--todo attack --attack-grad bptt smooth --eps-list 0.5 --attack-iters 3 --test-size 12")
+    assert "steps" not in out and "worst" in out
+    for attack in ("square", "apgd-ce"):
+        ok(load, f"--todo attack --attack {attack} --attack-iters 3 --eps-list 0.5 --test-size 8")
+
+
+def test_a_network_is_audited_without_the_checks_of_time_steps(ok, tmp_path):
+    ok(TINY, NETWORKS["FFMLP"])
+    run = only_run(tmp_path)
+    ok("--todo audit --budget quick --eps 0.5 --attack-norm 2 --test-size 8 --device -1 --load-path", run)
+    result = json.loads((run / "Audit_2_0.5.json").read_text())
+    assert "settled" not in result["checks"] and "blind_attacks" in result["checks"]
+    assert not any(" ep@" in a["name"] or " soft@" in a["name"] or "all states" in a["name"] for a in result["attacks"])
+
+
+def test_a_resumed_network_is_as_if_it_had_not_stopped(ok, tmp_path, network, monkeypatch):
+    lines = [network + " --lr-step 2 0.5"] * 2
+    for name, line, epochs in zip(("whole", "parts"), lines, (3, 1)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        ok(line, f"--epochs {epochs}")
+    ok("--device -1 --epochs 2 --load-path", only_run(tmp_path / "parts"))
+    whole, parts = (final_weights(only_run(tmp_path / name)) for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
+def test_corruptions_of_a_network(ok, tmp_path, cifar):
+    write_corruptions(tmp_path / "data", CORRUPTIONS)
+    ok(f"--task CIFAR10 --data-dir {cifar} --device -1 --train-size 20 --test-size 8 --save --loss cel",
+       NETWORKS["FFCNN"])
+    ok("--todo corruptions --corruptions-dir", next((tmp_path / "data").glob("*-C")), "--device -1 --test-size 4 "
+       "--load-path", only_run(tmp_path))
+    assert "mean over all" in (only_run(tmp_path) / "Corruption_Accuracy.txt").read_text()
+
+
+@pytest.mark.parametrize("line, message", [
+    ("--model FFMLP --alg EP", "FFMLP is trained by BP"),
+    ("--model MLP --alg BP", "MLP learns by EP, CEP or BPTT"),
+    ("--model FFMLP --todo gducheck", "has no time steps"),
+    ("--model ViT --patch 5", "is no multiple"),
+    ("--model ViT --heads 3", "a multiple of --heads 3"),
+    ("--model ViT --lrs 0.1 0.2", "expected 1"),
+    ("--model FFCNN --channels 4 --kernels 40 --pools m --strides 1 --paddings 0", "nothing is left"),
+    ("--lr-step 0 0.3", "argument --lr-step"),
+    ("--lr-step 8", "argument --lr-step"),
+    ("--lr-step 8 0.3 --lr-decay", "two schedules"),
+])
+def test_what_makes_no_sense_is_refused_in_a_line(cli, line, message):
+    code, _, err = cli(f"--task digits --device -1 {line}")
+    assert code == 2 and message in err and len(err.splitlines()) == 1 + err.count("note:")
+
+
+def test_flags_without_an_effect_are_noted(cli, tmp_path):
+    code, _, err = cli(TINY, NETWORKS["FFMLP"], "--T1 30 --betas 0 1 --act tanh")
+    assert code == 0 and all(f"--{name} has no effect on FFMLP" in err for name in ("T1", "betas", "act")), err
+    code, out, err = cli("--todo attack --device -1 --attack-grad ep --eps-list 0.5 --attack-iters 2 --test-size 4 "
+                         "--load-path", only_run(tmp_path))
+    assert code == 0 and "--attack-grad ep has no effect on FFMLP" in err and "bptt" in out
+    code, _, err = cli("--todo characteristic --device -1 --load-path", only_run(tmp_path))
+    assert code == 2 and "no time steps" in err
+
+
+def test_lr_step_lowers_the_rates_every_n_epochs(ok, tmp_path):
+    ok(TINY, NETWORKS["FFMLP"], "--lr-step 2 0.5 --epochs 5")
+    state = torch.load(only_run(tmp_path) / "checkpoint.tar", weights_only=True)
+    assert [group["lr"] for group in state["opt"]["param_groups"]] == pytest.approx([0.0125] * 2)
+
+
+@pytest.mark.parametrize("name, value", [("net.1.num_batches_tracked", torch.tensor(-1)),
+                                         ("net.1.num_batches_tracked", torch.tensor([1, 2])),
+                                         ("net.1.running_var", -torch.ones(3))])
+def test_a_damaged_batch_normalisation_is_refused(ok, cli, tmp_path, name, value):
+    ok(TINY, NETWORKS["FFCNN"])
+    path = only_run(tmp_path) / "checkpoint.tar"
+    state = torch.load(path, weights_only=True)
+    state["model_state_dict"][name] = value
+    torch.save(state, path)
+    code, _, err = cli("--device -1 --load-path", only_run(tmp_path))
+    assert code == 2 and name in err and len(err.splitlines()) == 1
+
+
+def test_a_network_is_used_from_python(ok, tmp_path):
+    ok(TINY, NETWORKS["FFCNN"])
+    run = mu.load_run(only_run(tmp_path), "cpu")
+    images = np.random.default_rng(0).random((3, 1, 28, 28), dtype=np.float32)
+    assert run.classifier().predict(images).argmax(1).tolist() == run.predict(images).tolist()
+
+
+def test_a_map_of_one_value_has_no_variance():
+    norm = baselines.BatchNorm(3).train()
+    assert torch.isfinite(norm(torch.rand(1, 3, 1, 1))).all() and norm.num_batches_tracked == 0
+
+
+def test_safe_loading_takes_counts_alone_for_whole_numbers():
+    loaded = untrusted.weights(baselines.make_network(args_of(f"{TINY} {NETWORKS['FFCNN']}")).state_dict())
+    assert loaded["net.1.num_batches_tracked"].dtype == torch.int64
+    with pytest.raises(untrusted.Damaged):
+        untrusted.weights({"net.0.weight": torch.zeros(2, dtype=torch.int64)})

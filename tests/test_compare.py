@@ -1,0 +1,183 @@
+"""--todo compare: groups of seeds, numbers as computed by hand, figures, published tables."""
+import csv
+import json
+import pathlib
+import shutil
+import statistics
+
+import pytest
+from conftest import ROOT, only_run
+
+from experiment import compare, measured
+
+TINY = "--task digits --device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 "\
+       "--epochs 2 --save"
+
+
+def dress(run, clean, seed):
+    """Writes the tables of attacks and other commands into a run folder, with numbers that follow from the seed."""
+    for attack, name, steps, grads in (("pgd", "Adversarial_Accuracy", [4, 8], ("bptt@4", "bptt@8", "worst")),
+                                       ("square", "Adversarial_Accuracy_square_inf", [4], ("square",))):
+        told = {"attack": attack, "attack_norm": "inf" if attack == "square" else "2", "attack_step": steps,
+                "attack_iters": 3, "seed": seed, "weights": f"{seed}"}
+        (run / f"{name}.txt").write_text("# settings: " + json.dumps(told) + "\n")
+        rows = [f"{eps},{grad},{clean},{(0.9 - 0.1 * seed) / (1 + n) / eps * 0.5:.6f},0,0,0.1"
+                for eps in (0.5, 1.0) for n, grad in enumerate(grads)]
+        head = "eps,grad,clean,adversarial,masked,unmoved,mean_norm"
+        (run / f"{name}.csv").write_text("\n".join([head, *rows, ""]))
+    (run / "Audit_2_0.5.json").write_text(json.dumps({"robust": 0.4 + 0.01 * seed, "trusted": seed != 2,
+                                                      "settings": {"budget": "quick"}}))
+    (run / "Corruption_Accuracy.txt").write_text("# settings: {}\n" + "\n".join(
+        f"{name} " + " ".join(f"{0.9 - 0.1 * s - 0.01 * seed:.6f}" for s in range(5)) for name in ("fog", "snow")))
+    (run / "Characteristic_Time.txt").write_text("# t accuracy\n" + "".join(
+        f"{t} {0.1 * t:.6f} 0.5 1e-3 1\n" for t in range(1, 9)))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Six run folders: two groups of three seeds, the last of the second without any attack, made of two trainings."""
+    import main
+    root = tmp_path_factory.mktemp("runs")
+    monkeypatch = pytest.MonkeyPatch()
+    found = {}
+    for name, more in (("EP", ""), ("BPTT", "--alg BPTT")):
+        (root / name).mkdir()
+        monkeypatch.chdir(root / name)
+        assert main.main(f"{TINY} --seed 1 {more}".split()) == 0
+        first, found[name] = only_run(root / name), []
+        for seed in (1, 2, 3):
+            run = root / f"{name}_{seed}"
+            shutil.copytree(first, run)
+            reseed(run, seed)
+            if (name, seed) != ("BPTT", 3):
+                dress(run, 0.9, seed)
+            found[name].append(run)
+    monkeypatch.undo()
+    return found
+
+
+def reseed(run, seed):
+    """Makes the copy of a run one of another seed, with other accuracies."""
+    import torch
+    for name in ("model.pt", "checkpoint.tar"):
+        if (run / name).exists():
+            state = torch.load(run / name, weights_only=True)
+            state["config"]["seed"] = seed
+            for row in state["history"]:
+                row["test_acc"] = 10.0 * seed + row["epoch"]
+            torch.save(state, run / name)
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().split()]
+    for row in rows[1:]:
+        row[2:4] = [str(10.0 * seed + int(row[0])), str(seed)]
+    (run / "metrics.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+
+
+@pytest.fixture
+def comparison(ok, runs, tmp_path):
+    out = ok("--todo compare --labels EP BPTT --published", ROOT / "tests/published_digits.csv",
+             "--load-path", *runs["EP"], *runs["BPTT"])
+    folder, = (tmp_path / "results" / "compare").glob("*/*")
+    assert str(folder.relative_to(tmp_path)) in out
+    return folder
+
+
+def test_the_numbers_are_those_computed_by_hand(comparison):
+    with open(comparison / "comparison.csv") as file:
+        rows = list(csv.DictReader(file))
+
+    def numbers(group, **wanted):
+        row, = (row for row in rows if row["group"] == group and all(row[k] == v for k, v in wanted.items()))
+        return float(row["mean"]), float(row["std"]), int(row["n"])
+
+    def by_hand(values):
+        return pytest.approx(statistics.fmean(values), abs=1e-3), pytest.approx(statistics.stdev(values), abs=1e-3)
+
+    last = numbers("EP", measure="clean")
+    assert last[1:] == (pytest.approx(10.0), 3) and last[0] in (21.0, 22.0)
+    assert numbers("EP", measure="seconds") == (4.0, 2.0, 3)
+    worst = [100 * (0.9 - 0.1 * seed) / 3 * 0.5 for seed in (1, 2, 3)]
+    assert numbers("EP", measure="adversarial", grad="worst", eps="1", norm="2") == (*by_hand(worst), 3)
+    assert numbers("BPTT", measure="adversarial", grad="worst", eps="1", norm="2") == (*by_hand(worst[:2]), 2)
+    first = [100 * (0.9 - 0.1 * seed) / 0.5 * 0.5 for seed in (1, 2, 3)]
+    assert numbers("EP", measure="adversarial", steps="4", attack="pgd", eps="0.5") == (*by_hand(first), 3)
+    assert numbers("EP", measure="audit") == (*by_hand([41, 42, 43]), 3)
+    assert numbers("EP", measure="audit trusted")[0] == pytest.approx(66.6667, abs=1e-3)
+    assert numbers("EP", measure="corruptions", eps="2") == (*by_hand([79, 78, 77]), 3)
+    assert numbers("EP", measure="corruptions", eps="") == (*by_hand([69, 68, 67]), 3)
+    text = (comparison / "comparison.md").read_text()
+    assert "| audit, robust at L2 0.5 (%) | 42.00 ± 1.00 (3) | 41.50 ± 0.71 (2) |" in text
+
+
+def test_a_figure_for_all_that_runs_have(comparison):
+    names = {path.name for path in comparison.iterdir()}
+    assert names == {"comparison.md", "comparison.csv", "robustness_2.png", "robustness_inf.png", "training.png",
+                     "characteristic.png", "corruptions.png", "attack_steps.png"}
+    assert all(path.stat().st_size > 5000 for path in comparison.glob("*.png"))
+
+
+def test_runs_without_anything_leave_gaps(ok, runs, tmp_path):
+    ok("--todo compare --figures pdf --load-path", runs["BPTT"][2], runs["BPTT"][1] / "checkpoint.tar")
+    folder, = (tmp_path / "results" / "compare").glob("*/*")
+    assert (folder / "training.pdf").exists() and "MLP BPTT" in (folder / "comparison.csv").read_text()
+
+
+def test_labels_say_what_differs(runs):
+    groups = compare.grouped([measured.read_run(run) for run in (*runs["EP"], *runs["BPTT"])])
+    assert [(group.label, len(group.runs)) for group in groups] == [("MLP EP", 3), ("MLP BPTT", 3)]
+    other = measured.read_run(runs["EP"][0])
+    other.args["T1"] = 9
+    groups = compare.grouped([measured.read_run(runs["EP"][0]), other])
+    assert [group.label for group in groups] == ["MLP EP, T1 4", "MLP EP, T1 9"]
+
+
+def test_the_published_tables_are_read():
+    tables = {}
+    for path in (ROOT / "check/published").glob("*.csv"):
+        for label, found in measured.read_published(path, {"CIFAR10"}).items():
+            tables.setdefault(label, []).extend(found)
+    groups = [compare.Group(label, found, True) for label, found in tables.items()]
+    ep = next(group for group in groups if group.label == "published: EP-CNN")
+    assert any(len(run.settling) > 50 for run in ep.runs)
+    key = next(key for key in ep.keys() if key.attack == "pgd" and key.norm == "2")
+    assert ep.pooled(key)[2] == 5 and 0 <= ep.pooled(key)[0] <= 100
+    assert any("adversarially trained" in label for label in tables) and "published: ViT" in tables
+    assert ep.pooled(measured.Key("corruptions", eps=3))[2] >= 5
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--todo compare", "needs runs"),
+    ("--todo compare --load-path nowhere", "is no folder"),
+    ("--todo evaluate --load-path a b", "only --todo compare takes several"),
+    ("--load-path a b", "only --todo compare takes several"),
+])
+def test_what_cannot_be_compared_is_said_in_a_line(cli, words, message):
+    code, _, err = cli(words)
+    assert code == 2 and message in err and len(err.splitlines()) == 1
+    assert not pathlib.Path("results").exists()
+
+
+def test_flags_without_an_effect_are_noted(cli, runs):
+    code, _, err = cli("--todo compare --epochs 3 --eps 1 --load-path", *runs["EP"])
+    assert code == 0 and "--epochs has no effect on compare" in err and "--eps has no effect on compare" in err
+
+
+def test_wrong_labels_and_tables_are_refused(cli, runs, tmp_path):
+    code, _, err = cli("--todo compare --labels a b --load-path", *runs["EP"])
+    assert code == 2 and "expected 1" in err
+    (tmp_path / "table.csv").write_text("x,y\n1,2\n")
+    code, _, err = cli("--todo compare --published table.csv --load-path", *runs["EP"])
+    assert code == 2 and "has nothing of digits" in err and len(err.splitlines()) == 1
+    code, _, err = cli("--todo compare --published none.csv --load-path", *runs["EP"])
+    assert code == 2 and "none.csv cannot be read" in err
+
+
+def test_damaged_tables_of_a_run_are_gaps(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs["EP"][0], run)
+    (run / "Audit_2_0.5.json").write_text("{")
+    (run / "Adversarial_Accuracy.csv").write_text("eps,grad,adversarial\nx,bptt,1\n,,\n1\n")
+    (run / "Characteristic_Time.txt").write_text("1\nnan x\n")
+    (run / "Corruption_Accuracy.txt").write_bytes(b"fog \xff 0.5\n")
+    found = measured.read_run(run)
+    assert not any(key.measure.startswith("audit") or key.attack == "pgd" for key in found.values)
+    assert found.settling == []
