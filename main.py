@@ -43,7 +43,7 @@ class Job:
     saved: Any
     program: list
     command: list
-    given: dict
+    given: dict = dataclasses.field(default_factory=dict)
     folders: list = dataclasses.field(default_factory=list)
 
     def batches(self, split, generator=None):
@@ -200,7 +200,7 @@ def characteristic(job):
     args, run, data, source = job.args, job.run_folder(), job.batches("test"), job.saved.source
     eps = args.tol or SETTLED
     accuracy, settled = model_utils.characteristic(job.model, data, job.rule, eps)
-    reached = next(t for t, share in enumerate(accuracy, 1) if abs(share - accuracy[-1]) < 0.001 + 1e-9)  # rounding
+    reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
     x = next(iter(data))[0]
     moving = (*model_utils.relaxation(job.model, x, job.rule), len(x))
     records.write_characteristic(run, job.saved, (accuracy, settled), moving, eps, data.samples)

@@ -23,7 +23,7 @@ from energy.connections import Dense, convolution, set_grad
 from energy.dynamics import Chain, Phase, relative_change  # noqa: F401
 from energy.gdu import check_gdu, compare_gdu, gdu_report  # noqa: F401
 from energy.poolings import POOLS, make_pools  # noqa: F401
-from energy.precision import set_precision  # noqa: F401
+from energy.precision import exactly, set_precision  # noqa: F401
 from experiment import records
 from experiment.arguments import resolve
 from experiment.checkpoints import load_weights, open_saved

@@ -35,11 +35,11 @@ def check(args):
 def check_bounds(given):
     """Raises UserError where a bound of attacks is given by the flag of another --todo, or an audit has none. given:
     the flags, judged."""
-    todo, takes = given.get("todo"), {"attack": ("eps", "--eps-list"), "audit": ("eps_list", "--eps")}
-    if todo in takes and takes[todo][0] in given:
-        wrong, right = takes[todo]
-        raise UserError(f"argument --{wrong.replace('_', '-')}: is not of --todo {todo}, which takes {right} "
-                        f"{shown(given[wrong])}")
+    todo, takes = given.get("todo"), {"attack": ("eps", "eps_list"), "audit": ("eps_list", "eps")}
+    if todo in takes and takes[todo][0] in given and takes[todo][1] not in given:
+        wrong, right = (name.replace("_", "-") for name in takes[todo])
+        raise UserError(f"argument --{wrong}: is not of --todo {todo}, which takes --{right} "
+                        f"{shown(given[takes[todo][0]])}")
     if todo == "audit" and not given.get("eps"):
         raise UserError("--todo audit needs a bound above 0: --eps 8/255, for example")
 

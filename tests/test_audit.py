@@ -122,6 +122,7 @@ def test_stages_of_other_settings_are_not_taken(audited, tmp_path):
     run, weights = RunFolder(shutil.copytree(audited, tmp_path / "run")), {"w": torch.zeros(2)}
 
     def files(**changes):
+        run.release()
         arguments = {**dict.fromkeys(NAMES), "attack_norm": "2", "eps": 1.0, **changes}
         return AuditFiles(run, argparse.Namespace(**arguments), weights)
     assert files().load("a") is None

@@ -178,6 +178,7 @@ def test_a_sweep_that_is_moved_aside_takes_its_pdf_along(tmp_path):
     sweep.rows = SWEEP
     sweep.plot()
     assert (tmp_path / "Adversarial_Accuracy.pdf").exists()
+    sweep.run.release()
     Sweep(RunFolder(tmp_path, "pdf"), {**settings, "images": 41}, 0.9, "model.pt")
     assert (tmp_path / "Adversarial_Accuracy_1.pdf").exists() and not (tmp_path / "Adversarial_Accuracy.pdf").exists()
 
