@@ -21,7 +21,7 @@ def check(args):
     if args.adv_train is not None and not args.adv_train:
         raise UserError("argument --adv-train: got 0, expected a bound above 0; without the flag images stay as they "
                         "are")
-    if args.lr_step is not None:
+    if args.lr_step and args.todo == "train":
         _check_lr_step(args)
     if args.todo == "corruptions" and args.task not in ("CIFAR10", "CIFAR100"):
         raise UserError("--todo corruptions: there are corrupted images of CIFAR10 and CIFAR100, this run's task is "

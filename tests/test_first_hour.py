@@ -146,7 +146,7 @@ def given(flag):
     """Words that give a flag another value than its default."""
     value = flag.choices[-1] if flag.choices else {int: "2", float: "0.5", str: "i", bool: ""}[flag.kind]
     value = f"0 {value}" if flag.many and flag.kind is float else value  # as many as the run has layers
-    value = "1 0.5" if flag.name == "lr-step" else value
+    value = {"lr-step": "1 0.5", "alg": "BPTT"}.get(flag.name, value)
     return f"--{flag.name} {value}"
 
 
