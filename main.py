@@ -33,7 +33,7 @@ PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers ca
 class Job:
     """What a --todo works with. saved: the run of --load-path, or None; program: the words of the command line in front
     of the program's own, and command: all of them; given: the flags among them, judged; folders: the RunFolders that
-    were opened."""
+    were opened, whose locks `work` gives back."""
 
     args: Any
     model: Any
@@ -95,31 +95,27 @@ def train(job):
     from experiment.story import Story, changes, resumable_state, snapshot
     args, workers, saved = job.args, job.workers, job.saved
     run = _training_folder(job)
-    try:
-        generator = torch.Generator().manual_seed(args.seed)
-        train_batches, test_batches = job.batches("train", generator), job.batches("test")
-        optimizer, scheduler = model_utils.make_optimizer(job.model, args)
-        story = checkpoints.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
-        first, folder = len(story.history), saved and str(saved.path.parent)
-        job.interruption.advice = lambda: resuming.how_to_go_on(job, folder, first)
-        for change in changes(saved.args, vars(args)) if saved else ():
-            print(f"note: {change}")
-        if run and saved:
-            run.restore(story.history, story.best)
-            run.at_commit = functools.partial(run.note_resumption, shlex.join(job.command), job.device, first + 1,
-                                              saved.args, vars(args))
-        elif workers.rank == 0 and args.save:
-            state = snapshot(job.model, args, story)
-            run = _new_folder(job, {**state, **resumable_state(story, optimizer, scheduler, generator)})
-        print((f"results go to {run.folder}" if run else "nothing of this training is kept, for want of --save")
-              + (f", from epoch {first + 1} on" if saved else ""), flush=True)
-        folder = workers.broadcast(run and str(run.folder))
-        model_utils.train(job.model, optimizer, train_batches, test_batches, args,
-                          val_batches=job.batches("val") if args.val_size else None, scheduler=scheduler, run=run,
-                          story=story, workers=workers)
-    finally:
-        if run:
-            run.release()
+    generator = torch.Generator().manual_seed(args.seed)
+    train_batches, test_batches = job.batches("train", generator), job.batches("test")
+    optimizer, scheduler = model_utils.make_optimizer(job.model, args)
+    story = checkpoints.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
+    first, folder = len(story.history), saved and str(saved.path.parent)
+    job.interruption.advice = lambda: resuming.how_to_go_on(job, folder, first)
+    for change in changes(saved.args, vars(args)) if saved else ():
+        print(f"note: {change}")
+    if run and saved:
+        run.restore(story.history, story.best)
+        run.at_commit = functools.partial(run.note_resumption, shlex.join(job.command), job.device, first + 1,
+                                          saved.args, vars(args))
+    elif workers.rank == 0 and args.save:
+        state = snapshot(job.model, args, story)
+        run = _new_folder(job, {**state, **resumable_state(story, optimizer, scheduler, generator)})
+    print((f"results go to {run.folder}" if run else "nothing of this training is kept, for want of --save")
+          + (f", from epoch {first + 1} on" if saved else ""), flush=True)
+    folder = workers.broadcast(run and str(run.folder))
+    model_utils.train(job.model, optimizer, train_batches, test_batches, args,
+                      val_batches=job.batches("val") if args.val_size else None, scheduler=scheduler, run=run,
+                      story=story, workers=workers)
 
 
 def _training_folder(job):
@@ -132,23 +128,19 @@ def _training_folder(job):
         run = job.run_folder()
         run.lock()
     stamps = job.workers.gather(job.saved.stamp)
-    try:
-        resuming.refuse_to_undo(job.saved)
-        if set(stamps) != {job.saved.path.stat().st_mtime_ns if exists(job.saved.path) else None}:
-            raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start "
-                            "again")
-        if run:
-            run.clean_up()
-    except BaseException:
-        if run:
-            run.release()
-        raise
+    resuming.refuse_to_undo(job.saved)
+    if set(stamps) != {job.saved.path.stat().st_mtime_ns if exists(job.saved.path) else None}:
+        raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start again")
+    if run:
+        run.clean_up()
     return run
 
 
 def _new_folder(job, checkpoint):
     from experiment.run_folder import RunFolder
-    return RunFolder.create(job.args, job.device, shlex.join(job.command), job.model, checkpoint)
+    run = RunFolder.create(job.args, job.device, shlex.join(job.command), job.model, checkpoint)
+    job.folders.append(run)
+    return run
 
 
 # ------------------------------------------------------------------------------------- examine a run
@@ -320,7 +312,6 @@ def gducheck(job):
     if args.save:
         run = run or _new_folder(job, snapshot(job.model, args, Story()))
         records.save_gdu(run, comparison)
-        run.release()
         print(f"plots and data are in {run.folder}")
 
 
@@ -378,10 +369,11 @@ def prepare(given, program, argv, interruption, workers):
 
 def _one_run(given):
     """Makes the path of --load-path the only one. Raises UserError."""
-    if len(given.get("load_path", " ")) != 1:
+    if "load_path" not in given:
+        return
+    if len(given["load_path"]) != 1:
         raise UserError(f"argument --load-path: got {len(given['load_path'])} runs, only --todo compare takes several")
-    if "load_path" in given:
-        given["load_path"], = given["load_path"]
+    given["load_path"], = given["load_path"]
 
 
 def work(given, program, argv, name):
