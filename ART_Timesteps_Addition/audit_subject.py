@@ -60,8 +60,7 @@ class Subject:
         """The neurons that a prediction of x, (mbs, ...) as the model sees it, is read out of, after T steps; with
         `tol` after at most so many."""
         chain = self.model.chain(self.args.loss)
-        phase = Phase(chain.input_drive(x))
-        return fast.relax_until_settled(chain, phase, T, tol)[0] if tol else fast.relax(chain, phase, None, T, 0)
+        return fast.from_zero(chain, Phase(chain.input_drive(x)), T, tol, output_in=0)[0]
 
     @property
     def grads(self):
@@ -93,15 +92,17 @@ class Subject:
             parts = [judge.predict(x[i:i + size], batch_size=size) for i in range(0, len(x), size)]
         return np.concatenate(parts) if parts else np.zeros((0, self.task.classes), dtype=np.float32)
 
+    def _drive(self, chain, x):
+        """What images, (mbs, ...) in [0, 1], drive the first layer with."""
+        seen, _ = self.classifier()._apply_preprocessing(x, y=None, fit=False)
+        return chain.input_drive(torch.from_numpy(seen).to(next(self.model.parameters()).device))
+
     @torch.no_grad()
     def trajectory(self, x):
         """(predictions after 1 ... T1 steps, (T1, n); how far the last step moved each image, (n,))."""
-        classes, moved = [], []
+        classes, moved, chain = [], [], self.model.chain(self.args.loss)
         for i in range(0, len(x), self.args.mbs):
-            seen, _ = self.classifier()._apply_preprocessing(x[i:i + self.args.mbs], y=None, fit=False)
-            chain = self.model.chain(self.args.loss)
-            device = next(self.model.parameters()).device
-            phase = Phase(chain.input_drive(torch.from_numpy(seen).to(device, chain.dtype)))
+            phase = Phase(self._drive(chain, x[i:i + self.args.mbs]))
             neurons, found = chain.zeros(phase.drive), []
             for t in range(self.T1):
                 before, neurons = neurons, fast.relax(chain, phase, neurons if t else None, 1)
@@ -121,9 +122,7 @@ class Subject:
             for i in range(0, len(self.x), self.args.mbs):
                 rows, states = slice(i, i + self.args.mbs), []
                 for x in (self.x[rows], np.where(self.x[rows] > 0.5, -1, 1) * noise[rows] + self.x[rows]):
-                    seen, _ = self.classifier()._apply_preprocessing(x.astype(np.float32), y=None, fit=False)
-                    seen = torch.from_numpy(seen).to(next(self.model.parameters()).device)
-                    states.append(chain.input_drive(seen).flatten(1))
+                    states.append(self._drive(chain, x.astype(np.float32)).flatten(1))
                 noticed += (states[0] != states[1]).any(1).tolist()
         return float(np.mean(noticed))
 

@@ -84,6 +84,14 @@ def relax_until_settled(chain, phase, T, tol, every=dynamics.WINDOW):
     return dynamics.relax_until_settled(steps.chain, steps.phase, T, tol, every, advance)
 
 
+def from_zero(chain, phase, T, tol=0.0, output_in=None):
+    """(the neurons after T steps from zero, None); with `tol` what `relax_until_settled` gives, after at most T. Then
+    output_in, see `relax`, plays no part."""
+    if tol:
+        return relax_until_settled(chain, phase, T, tol)
+    return relax(chain, phase, None, T, output_in), None
+
+
 def relax_both_signs(chain, phase, neurons, T):
     """The neurons after T steps nudged by phase.beta, and after T steps nudged by -phase.beta, each from `neurons`."""
     if "both signs" in TABLE and TABLE["both signs"].applies(Steps(chain, phase)):

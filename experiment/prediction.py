@@ -18,10 +18,9 @@ def free_phase(chain, phase, T, tol=0.0, stopwatch=None, output_in=None):
     `energy.fast`."""
     stopwatch = stopwatch or Stopwatch()
     with torch.no_grad(), stopwatch.part("free"):
-        if not tol:
-            return fast.relax(chain, phase, None, T, output_in)
-        neurons, settling = fast.relax_until_settled(chain, phase, T, tol)
-        stopwatch.settling.add(*settling)
+        neurons, settling = fast.from_zero(chain, phase, T, tol, output_in)
+        if settling:
+            stopwatch.settling.add(*settling)
         return neurons
 
 
@@ -103,13 +102,10 @@ def judgements(model, batches, rule, description="evaluating", stopwatch=None, w
     get all."""
     stopwatch, own, chain = stopwatch or Stopwatch(), [], model.chain(rule.loss)
     for x, y in workers.strided(progress(batches, description)):
-        phase, steps = Phase(chain.input_drive(x)), torch.full((len(y),), rule.T1)
-        if rule.tol:
-            neurons, settling = fast.relax_until_settled(chain, phase, rule.T1, rule.tol)
+        neurons, settling = fast.from_zero(chain, Phase(chain.input_drive(x)), rule.T1, rule.tol, output_in=0)
+        if settling:
             stopwatch.settling.add(*settling)
-            steps = settling.steps.cpu()
-        else:
-            neurons = fast.relax(chain, phase, None, rule.T1, 0)
+        steps = settling.steps.cpu() if settling else torch.full((len(y),), rule.T1)
         out = chain.read(neurons)
         certain = out.float().softmax(1) if rule.loss == "cel" else out.float()
         classes = out.argmax(1)
