@@ -125,7 +125,7 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
           f"{subject.T1} steps, gradients through {' '.join(map(str, subject.steps))}; results go to {files.text}",
           flush=True)
     state = Audit(subject, functools.partial(print, flush=True)).run(files)
-    result = result_of(state, subject, {**files.settings, "ends_early": ends_early})
+    result = result_of(state, subject, files.settings)
     lines = verdict(result, args.attack_norm, args.eps)
     files.write(result, lines, state.x_adv, y)
     print("\n".join(lines))

@@ -23,10 +23,8 @@ class AuditFiles:
 
     def __init__(self, run, args, weights, surrogate=None, ends_early=None):
         """run: the RunFolder; args: of the command line; weights: of the model; surrogate: of `open_surrogate`;
-        ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`. Raises UserError without a bound, and where
-        another process writes this audit."""
-        if not args.eps:
-            raise UserError(f"argument --eps: got {args.eps}, --todo audit needs a bound above 0")
+        ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`. Raises UserError where another process writes
+        this audit."""
         self.run, self.args, self.stem = run, args, f"Audit_{args.attack_norm}_{args.eps:g}"
         self.settings = {**{name: getattr(args, name) for name in NAMES}, "weights": fingerprint(weights),
                          "ends_early": ends_early}

@@ -79,10 +79,15 @@ def _labels(identities):
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
+def _keys(groups):
+    """All that any group has, in the order of the tables."""
+    return sorted(dict.fromkeys(key for group in groups for key in group.keys()), key=_order)
+
+
 def rows_of(groups):
     """The rows of comparison.csv, dicts of COLUMNS; accuracies in %, seconds in s."""
     rows = []
-    for key in sorted(dict.fromkeys(key for group in groups for key in group.keys()), key=_order):
+    for key in _keys(groups):
         for group in groups:
             numbers = group.pooled(key)
             if numbers:
@@ -114,12 +119,11 @@ def _words(key):
 
 def markdown(groups, command):
     """The table as Markdown: a row for each number, a column for each group."""
-    keys = sorted(dict.fromkeys(key for group in groups for key in group.keys()), key=_order)
     lines = [f"# Comparison of {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "", f"    {command}", "",
              "Mean ± standard deviation over seeds (number of runs).", "",
              "| | " + " | ".join(group.label.replace("|", "\\|") for group in groups) + " |",
              "| --- |" + " --- |" * len(groups)]
-    for key in keys:
+    for key in _keys(groups):
         cells = []
         for group in groups:
             numbers = group.pooled(key)

@@ -76,9 +76,9 @@ class Sweep:
         plain = "Adversarial_Accuracy" + ("" if name == ("pgd", "2") else "_{}_{}".format(*name))
         run.lock(plain)
         run.finish_move(plain, self.ENDS)
-        self.stem = self._found(plain) or plain
-        self.rows = []
-        if self._found(plain):
+        found, self.rows = self._found(plain), []
+        self.stem = found or plain
+        if found:
             self.rows = self._judged(run.read_csv(f"{self.stem}.csv"))
         elif self.text.exists():
             run.move_aside(plain, self.ENDS)

@@ -11,7 +11,7 @@ import sys
 from data_utils import UserError
 from experiment import arguments, checkpoints, checks, compare, measured
 from experiment.files import Lock
-from experiment.flags import ALL
+from experiment.flags import ALL, typed
 from experiment.workers import Workers
 
 SESSION = [flag for flag in ALL if flag.scope == "session"]
@@ -86,8 +86,7 @@ def _command(one, words, folder, epochs):
     if folder is None:
         return one, [*_without(words, "--seeds"), "--seed", str(one["seed"])]
     kept = {flag.dest: one[flag.dest] for flag in SESSION if flag.dest in one and flag.dest != "epochs"}
-    options = [word for flag in SESSION if flag.dest in kept
-               for word in (f"--{flag.name}", *([] if flag.kind is bool else [arguments.shown(kept[flag.dest])]))]
+    options = [word for flag in SESSION if flag.dest in kept for word in typed(flag, kept[flag.dest])]
     return ({**kept, "load_path": str(folder), "epochs": epochs},
             ["--load-path", str(folder), "--epochs", str(epochs), *options])
 

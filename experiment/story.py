@@ -31,7 +31,7 @@ def chosen_by(args):
 
 def changes(before, now):
     """What a resumed training does otherwise than until now, a text per argument. before, now: {dest: value}."""
-    return [f"{'--' + flag.name} {shown(now[flag.dest])} (until now {shown(before[flag.dest])})" for flag in ALL
+    return [f"--{flag.name} {shown(now[flag.dest])} (until now {shown(before[flag.dest])})" for flag in ALL
             if flag.scope != "session" and flag.dest in before and before[flag.dest] != now[flag.dest]]
 
 
