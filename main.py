@@ -26,7 +26,6 @@ from experiment.files import exists
 from experiment.flags import FLAGS
 
 NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
-PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
 
 
 @dataclasses.dataclass
@@ -342,11 +341,10 @@ def prepare(given, program, argv, interruption, workers):
 
     import model_utils
     from experiment import checkpoints
-    from experiment.workers import check_device, pick_device, seed_everything
+    from experiment.workers import check_device, check_parallel, pick_device, seed_everything
     saved = checkpoints.open_saved(given["load_path"], given.get("todo", "train")) if "load_path" in given else None
     args = arguments.resolve(given, saved and saved.args)
-    if workers.size > 1 and args.todo not in PARALLEL:
-        raise UserError(f"--todo {args.todo} is the work of one process: start it with python instead of torchrun")
+    check_parallel(args, workers)
     checks.check(args)
     if saved and args.todo in ("train", "evaluate"):
         checks.check_held_out(args, saved.args)

@@ -167,6 +167,19 @@ class Workers:
         return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
 
 
+PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
+
+
+def check_parallel(args, workers):
+    """What the arguments (todo, model) demand of the number of workers. Raises UserError."""
+    if workers.size > 1 and args.todo not in PARALLEL:
+        raise UserError(f"--todo {args.todo} is the work of one process: start it with python instead of torchrun")
+    if workers.size > 1 and args.todo == "train" and args.model == "FFCNN":
+        # each worker would normalise by its own share of a mini-batch, and its updates would be others
+        raise UserError("--model FFCNN: batch normalisation takes the statistics of whole mini-batches: train it with "
+                        "python instead of torchrun")
+
+
 def pick_device(index, workers):
     """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun the one of the
     worker's place on the machine. Raises UserError."""

@@ -10,9 +10,10 @@ from test_resume import final_weights
 
 import baselines
 import model_utils as mu
-from data_utils import CORRUPTIONS
+from data_utils import CORRUPTIONS, UserError
 from experiment import arguments, untrusted
 from experiment.flags import FLAGS
+from experiment.workers import Workers, check_parallel
 
 TINY = "--task digits --device -1 --seed 5 --train-size 60 --test-size 40 --mbs 16 --loss cel --save"
 NETWORKS = {
@@ -122,6 +123,17 @@ def test_corruptions_of_a_network(ok, tmp_path, cifar):
 def test_what_makes_no_sense_is_refused_in_a_line(cli, line, message):
     code, _, err = cli(f"--task digits --device -1 {line}")
     assert code == 2 and message in err and len(err.splitlines()) == 1 + err.count("note:")
+
+
+def test_batch_normalisation_is_not_shared_among_workers():
+    """Each would normalise by its own part of a mini-batch, and no update would be that of one process."""
+    args = args_of(f"{TINY} {NETWORKS['FFCNN']}")
+    check_parallel(args, Workers())
+    with pytest.raises(UserError, match="batch normalisation"):
+        check_parallel(args, Workers(0, 2))
+    check_parallel(args_of(f"{TINY} {NETWORKS['ViT']}"), Workers(0, 2))
+    args.todo = "evaluate"
+    check_parallel(args, Workers(0, 2))
 
 
 def test_flags_without_an_effect_are_noted(cli, tmp_path):
