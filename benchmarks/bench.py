@@ -11,6 +11,7 @@ after; `of the floor` is our time over it. The second table is of our side alone
 batch, T1 and depth. `--write` appends the tables to benchmarks/RESULTS.md.
 """
 import argparse
+import ctypes
 import datetime
 import pathlib
 import platform
@@ -247,20 +248,22 @@ def resident():
 
 
 def memory_of(name, side, device):
-    """`peak_memory`, in a process of its own."""
+    """`peak_of` one side of a case, in a process of its own."""
     command = [sys.executable, __file__, "--device", str(device_index(device)), "--memory-of", name, str(side)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def peak_memory(name, side, device):
-    """Bytes that one update needs at most above what was held before it, in this process."""
-    call = sides(name, device)[side]
+def peak_of(call, device):
+    """Bytes that a call needs at most above what was held before it. A first call is not measured: with it the process
+    loads code that stays."""
+    call()
     if device.type == "cuda":
-        call()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # or else the second call would take what the first has given back
     before, peak, done = resident(), [0], threading.Event()
 
     def watch():
@@ -327,7 +330,7 @@ def main():
     args = parser.parse_args()
     device = chosen(args.device)
     if args.memory_of:
-        print(peak_memory(args.memory_of[0], int(args.memory_of[1]), device))
+        print(peak_of(sides(args.memory_of[0], device)[int(args.memory_of[1])], device))
         return
     model_utils.set_precision(args.precision)
     rate = statistics.median(matrix_rates(device, args.matrix))

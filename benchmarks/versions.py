@@ -13,6 +13,7 @@ import datetime
 import importlib
 import pathlib
 import statistics
+import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -28,8 +29,14 @@ def load_bench(root):
         del sys.path[:2]
         for name in set(sys.modules) - before:
             file = getattr(sys.modules[name], "__file__", None) or ""
-            if pathlib.Path(file).is_relative_to(root):
+            if pathlib.Path(file).is_relative_to(root) and "site-packages" not in file:
                 del sys.modules[name]  # so that the other checkout's are found
+
+
+def memory_of(name, root, device):
+    """Peak memory of one case of a checkout, see `bench.peak_of`, in a process of its own."""
+    command = [sys.executable, __file__, str(root), "--device", str(device), "--memory-of", name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main():
@@ -39,9 +46,17 @@ def main():
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose names contain one of these words")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    theirs, ours = (load_bench(root) for root in (args.other.resolve(), HERE.parent))
+    other, own = args.other.resolve(), HERE.parent
+    theirs = load_bench(other) if other != own else None
+    ours = load_bench(own)
     device = ours.chosen(args.device)
+    if args.memory_of:  # both measured by this version's means
+        print(ours.peak_of((theirs or ours).sides(args.memory_of, device)[0], device))
+        return
+    if theirs is None:
+        parser.error("the other version is this one")
     lines = [f"## {datetime.date.today()}, this version against the one before, {ours.machine(device)}", "",
              f"`{ours.command_of(sys.argv)}`", "",
              "| case | before, ms (range) | now, ms (range) | ratio | before, MiB | now, MiB | memory |",
@@ -54,7 +69,7 @@ def main():
                 call()
             pairs = [[bench.clock(call, device) for bench, call in zip((theirs, ours), calls)]
                      for _ in range(args.repeats)]
-            memory = [bench.memory_of(name, 0, device) / 2 ** 20 for bench in (theirs, ours)]
+            memory = [memory_of(name, root, args.device) / 2 ** 20 for root in (other, own)]
             cells = [f"{1e3 * statistics.median(times):.2f} ({1e3 * min(times):.2f} to {1e3 * max(times):.2f})"
                      for times in zip(*pairs)]
             ratio = statistics.median(before / now for before, now in pairs)
