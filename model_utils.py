@@ -493,11 +493,11 @@ class Trainer:
             state = snapshot(self.model, self.args, dataclasses.replace(story, history=committed))
             story.best = copy.deepcopy(state) if improved else story.best
             resumable = resumable_state(story, self.optimizer, self.scheduler, generator)
-            if final or time.monotonic() - self.drawn > self.DRAW:
-                records.draw_training(self.run, self.model, state, story, neurons)
-                self.drawn = time.monotonic()
             self.run.commit(state, resumable, improved, final)
         story.history.append(row)
+        if self.run and (final or time.monotonic() - self.drawn > self.DRAW):
+            records.draw_training(self.run, self.model, state, story, neurons)  # a figure that fails costs no epoch
+            self.drawn = time.monotonic()
 
 
 def _accuracy_of_best(trainer, batches):
