@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import pytest
+import quick_figures
 import torch
 from make_cifar import write_cifar
 
@@ -17,7 +18,8 @@ from energy import fast  # noqa: E402
 # Processes that have loaded the libraries already, so that what they run begins at once.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["main", "model_utils", "torchvision", "sklearn.datasets", "sklearn.model_selection",
-                                "ART_Timesteps_Addition.audit_checks"])
+                                "ART_Timesteps_Addition.audit_checks", "matplotlib.backends.backend_agg",
+                                "experiment.records", "torch.fx.experimental.symbolic_shapes"])
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -43,6 +45,12 @@ def ok(cli):
         assert code == 0, err
         return out
     return run
+
+
+@pytest.fixture
+def full_figures(monkeypatch):
+    """Figures as users get them, see quick_figures."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", quick_figures.IN_FULL)
 
 
 def only_run(folder):

@@ -12,16 +12,19 @@ import runpy
 import shlex
 import sys
 
+import quick_figures  # noqa: F401
 from make_cifar import write_cifar, write_corruptions
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch.fx.experimental.symbolic_shapes  # noqa: E402, F401
 import torchvision  # noqa: E402, F401
 
 import main  # noqa: E402, F401
 import model_utils  # noqa: E402, F401
 from data_utils import CORRUPTIONS  # noqa: E402
+from experiment import records  # noqa: E402, F401
 
 # what main.py loads where it needs it
 LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "audit": "ART_Timesteps_Addition.audit_checks",

@@ -108,6 +108,7 @@ def test_the_numbers_are_those_computed_by_hand(comparison):
     assert "| audit, robust at L2 0.5 (%) | 42.00 ± 1.00 (3) | 41.50 ± 0.71 (2) |" in text
 
 
+@pytest.mark.usefixtures("full_figures")
 def test_a_figure_for_all_that_runs_have(comparison):
     names = {path.name for path in comparison.iterdir()}
     assert names == {"comparison.md", "comparison.csv", "robustness_2.png", "robustness_inf.png", "training.png",

@@ -10,6 +10,7 @@ from experiment import drawing, figures, figures_checks
 from experiment.report import Sweep
 from experiment.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("full_figures")
 ROWS = [{"epoch": n, "train_acc": 50.0 + n, "test_acc": 49.0 + n, "val_acc": 48.0 + n} for n in range(1, 6)]
 SETTINGS = {"attack": "pgd", "attack_norm": "inf", "images": 40, "task": "digits"}
 SWEEP = [{"eps": repr(eps), "grad": grad, "adversarial": f"{share}", "masked": "0.5"}

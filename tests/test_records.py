@@ -68,6 +68,7 @@ def test_the_training_plot_is_told_of_the_model_and_the_resumptions(ok, tmp_path
     assert list(resumptions) == [3] and "--mbs 40 (until now 30)" in resumptions[3]
 
 
+@pytest.mark.usefixtures("full_figures")
 @pytest.mark.parametrize("more", ["", "--tol 0.001"])
 def test_predictions_agree_with_the_printed_accuracy(ok, trained, more):
     out = ok(f"--todo evaluate --device -1 --save --load-path {trained} --test-size 90", more)
@@ -93,6 +94,7 @@ def test_without_save_evaluate_keeps_no_predictions(ok, trained):
     assert not (trained / "predictions.csv").exists()
 
 
+@pytest.mark.usefixtures("full_figures")
 def test_characteristic_has_the_residual_and_where_there_is_one_the_energy(ok, trained):
     ok(f"--todo characteristic --device -1 --load-path {trained} --test-size 40 --mbs 30 --T1 60")
     found, model = columns(trained / "Characteristic_Time.txt"), saved_config(trained)["model"]

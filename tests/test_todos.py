@@ -32,6 +32,7 @@ def table(path):
     return np.array([line.split() for line in path.read_text().splitlines() if not line.startswith("#")], dtype=float)
 
 
+@pytest.mark.usefixtures("full_figures")
 @pytest.mark.parametrize("model", MODELS)
 def test_characteristic_agrees_with_evaluate(ok, tmp_path, model):
     ok("--task digits --device -1 --train-size 600 --T1 12 --T2 4 --thirdphase --optim adam --seed 0 --save",
@@ -115,6 +116,7 @@ def entries(path):
     return {name: list(map(float, shares)) for name, *shares in rows}
 
 
+@pytest.mark.usefixtures("full_figures")
 def test_corruptions_are_counted_right(ok, corrupted):
     run, folder = corrupted
     # labels as the model predicts them for one corruption: all right at severity 1, of the others as many as are told
