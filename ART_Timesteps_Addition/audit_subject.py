@@ -28,7 +28,7 @@ class Budget:
     sample: int = 50
 
 
-BUDGETS = {"standard": Budget(), "quick": Budget(10, 10, 250, 250, 50, 1, 20)}
+BUDGETS = {"standard": Budget(), "quick": Budget(10, 5, 150, 100, 50, 1, 20)}
 GRADS, CALIBRATED = ("bptt", "smooth", "ep", "soft"), ("smooth", "ep", "soft")
 ENDS_EARLY = 1e-3  # of predictions within attacks, where nothing else is asked for, see `relax_until_settled`
 TINY = 1e-4
