@@ -44,7 +44,7 @@ def fresh(run, tmp_path):
 
 
 # iterations of attacks that take long for each
-FEWER = {"hopskipjump": "4", "cw": "2", "fab": "2", "apgd-t": "2", "art-autoattack": "2 --attack-queries 10",
+FEWER = {"hopskipjump": "1", "cw": "2", "fab": "2", "apgd-t": "2", "art-autoattack": "2 --attack-queries 10",
          "autoattack": "8 --attack-queries 20"}
 COMMON = "--todo attack --device -1 --test-size 20 --mbs 20 --attack-step 10"
 
