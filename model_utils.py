@@ -452,10 +452,12 @@ class Trainer:
                 if self.twin:
                     refresh(self.twin, self.model)
                 health.watch(neurons, batch)
+                if batch == len(batches):
+                    hits, seen = self.workers.sum(hits), batches.samples
                 if batch % self.EVERY == 0 or batch == len(batches):
                     right = health.check(neurons, hits)
                     bar.set_postfix_str(f"train {100 * right / max(seen, 1):.2f} %", refresh=False)
-        return int(self.workers.sum(hits)) / batches.samples, neurons
+        return right / batches.samples, neurons
 
     def gradients(self, x, y, stopwatch=None):
         """Fills p.grad from one mini-batch by the rule; CEP changes the weights as well. Of several workers each takes

@@ -1,4 +1,5 @@
 """Every script of check/ runs, with SMOKE=1, from anywhere, and leaves nothing behind."""
+import fcntl
 import os
 import shutil
 import subprocess
@@ -59,3 +60,28 @@ def test_without_arguments_scripts_say_what_they_need(tmp_path, name, said):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_first_lines_say_what_it_needs(name):
     assert any("Needs: " in line for line in (ROOT / f"check/{name}.sh").read_text().splitlines()[1:5])
+
+
+def test_side_by_side_a_command_that_fails_stops_no_other(tmp_path):
+    """What each says begins with its number; words in quotes are one; the whole fails where one has."""
+    lines = "--task digits --archi 784 4 10 --data-dir 'a b' \n--act relu\n--task digits --archi 784 5 10\n"
+    script = f'source {ROOT}/check/common.sh mnist; cd "$1"; GPUS=0 processes=2; printf %s "$2" | side_by_side'
+    done = subprocess.run(["bash", "-c", script, "bash", str(tmp_path), lines], capture_output=True, text=True)
+    assert done.returncode == 123 and "[2] main.py: error: argument --act" in done.stdout
+    assert all(f"[{n}] epoch 1/1: train" in done.stdout for n in (1, 3)) and "[1] main.py --task digits" in done.stdout
+
+
+@pytest.mark.parametrize("environment, words, said", [
+    ({"GPUS": "two"}, (), "GPUS=two is no number"), ({"ONLY": "trian"}, (), "ONLY=trian: there are the stages train"),
+    ({"ONLY": "attack"}, (), "no training has ended in"), ({"DATA": "it's"}, (), "quotes, backslashes"),
+    ({"ONLY": "attack", "before": "--seed 1"}, ("--precision", "tf32"), "begun with the further flags '--seed 1'"),
+    ({"ONLY": "attack", "locked": "1"}, (), "another copy")])
+def test_the_paper_refuses_what_would_spoil_it(tmp_path, environment, words, said):
+    if "before" in environment:
+        (tmp_path / ".flags").write_text(environment["before"] + "\n")
+    with open(tmp_path / ".lock", "w") as lock:
+        if "locked" in environment:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(["bash", ROOT / "check/paper_cifar10.sh", *words], capture_output=True, text=True,
+                              env={**os.environ, "PAPER": str(tmp_path), **environment})
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
