@@ -530,7 +530,7 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     for every eps and gradient, for any number of workers, and wherever a sweep goes on.
     """
     from ART_Timesteps_Addition import attacks
-    x, results, plan = (images.float() / 255).numpy(), {}, attacks.Plan.of(args, eps)
+    x, labels, results, plan = (images.float() / 255).cpu().numpy(), labels.cpu(), {}, attacks.Plan.of(args, eps)
     rule = Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol)
     for label, classifier in attacks.classifiers(model, args, eps, TASKS[args.task], x,
                                                  functools.partial(predicting_neurons, model, rule=rule)).items():
@@ -560,7 +560,7 @@ class Run:
     def predict(self, images):
         """The class of each image, int64 (n,), on the CPU, after the run's T1 steps. images: (n, C, H, W), a tensor or
         an array, uint8 or numbers in [0, 1]; the normalisation is part of this. Raises ValueError for others."""
-        images = torch.as_tensor(images)
+        images = torch.as_tensor(images).cpu()
         if images.shape[1:] != self._shape:
             raise ValueError(f"images are {tuple(images.shape)}, expected (n, {str(self._shape)[1:]}")
         if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -582,8 +582,9 @@ class Run:
                    "T2": steps[0] if isinstance(steps, list) else steps, "input_shape": self._shape,
                    "nb_classes": self._classes, "clip_values": (0.0, 1.0),
                    "preprocessing": (self._mean.numpy(), self._std.numpy()),
-                   "device_type": "cpu" if torch.device(self.device).type == "cpu" else "gpu"}
-        return PyTorchClassifier(self.model, **{**options, **overrides})
+                   "device_type": "cpu" if self.device.type == "cpu" else "gpu"}
+        with torch.cuda.device_of(next(self.model.parameters())):  # or else ART moves the model to the current GPU
+            return PyTorchClassifier(self.model, **{**options, **overrides})
 
 
 def load_run(path, device=None):

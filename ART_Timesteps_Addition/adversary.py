@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ART_Timesteps_Addition.gradients import WAYS
-from data_utils import TASKS
+from data_utils import TASKS, brought
 from energy.precision import exactly
 
 
@@ -84,17 +84,21 @@ class Adversary:
     def attack(self, model, x, y, start):
         """The attacked images of x, (mbs, C, H, W), normalised as the model sees them, with labels y, (mbs,); start: of
         `draw`."""
-        mean, std = self.mean.to(x), self.std.to(x)
+        mean, std, start = (brought(t.to(x.dtype), x.device) for t in (self.mean, self.std, start))
         way = _Way(model, self.loss, self.T1, self.steps, self.grad, self.tol)
         images = (x * std + mean).clamp(0, 1)
-        found = (images + start.to(x)).clamp(0, 1)
+        found = (images + start).clamp(0, 1)
         for _ in range(self.iters):
-            with exactly():
-                out, pullback = WAYS[self.grad](way, (found - mean) / std)
-                gradient = pullback(self._slope(out, y)) / std
+            gradient = self._gradient(way, (found - mean) / std, y) / std
             step = gradient.sign() if self.norm == "inf" else _scaled(gradient, 1.0)
             found = self._within(found + 2.5 * self.eps / self.iters * step, images)
         return (found - mean) / std
+
+    def _gradient(self, way, x, y):
+        """That of the loss with respect to x. With its end the graph is gone, before the next one is made."""
+        with exactly():
+            out, pullback = WAYS[self.grad](way, x)
+            return pullback(self._slope(out, y))
 
     def _slope(self, out, y):
         """d cross-entropy / d(read-out), at length 1: an image that is classified with certainty is attacked alike."""

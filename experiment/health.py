@@ -157,17 +157,19 @@ def log_theorem(trainer, x, y, epoch, batch):
 
 
 def report_precision(trainer, batches):
-    """Prints how far the gradients of a mini-batch in args.precision are from those in fp32. Leaves random numbers as
-    they are."""
+    """Prints how far the gradients of a mini-batch in args.precision are from those in fp32. Leaves random numbers and
+    the statistics of a batch normalisation as they are."""
     images, labels = (t[:batches.mbs] for t in (batches.images, batches.labels))
     x, found, twin, precision = batches.normalise(images.float() / 255), [], trainer.twin, trainer.args.precision
-    state = torch.get_rng_state()
+    state, buffers = torch.get_rng_state(), [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
     for name, trainer.twin in (("fp32", None), (precision, twin)):
         set_precision(name)
         torch.set_rng_state(state)
         trainer.gradients(x, labels)
         found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
     torch.set_rng_state(state)
+    for buffer, before in buffers:
+        buffer.copy_(before)
     cosines = {name: cosine(a, found[1][name]) for name, a in found[0].items()}
     worst = min(cosines, key=cosines.get)
     print(f"{precision} against fp32 at beta {trainer.rule.betas[1]:g}: gradient cosine at least {cosines[worst]:.4f} "

@@ -12,6 +12,7 @@ from conftest import MODELS, criterion_of, grads, rule
 from counting import Counting, moved, on_pretended_gpu
 
 import model_utils as mu
+from ART_Timesteps_Addition.adversary import Adversary
 from ART_Timesteps_Addition.gradients import by_equilibrium_propagation
 from ART_Timesteps_Addition.pytorch import Unrolled
 from data_utils import TASKS, Batches
@@ -20,7 +21,7 @@ from energy.poolings import MaxPool
 from energy.precision import _tell, _told
 from experiment import arguments
 from experiment.flags import FLAGS
-from experiment.health import Health
+from experiment.health import Health, report_precision
 from experiment.timing import Stopwatch
 
 
@@ -192,3 +193,28 @@ def test_precision_is_the_same_to_whoever_asks(name):
         assert asked() == told
     finally:
         _tell(before)
+
+
+def test_attacking_a_mini_batch_does_not_wait_for_the_device():
+    words = "--task digits --adv-train 0.5 --adv-norm inf --adv-iters 3 --adv-step 3 --adv-grad ep --thirdphase --T1 6"
+    args = arguments.resolve(arguments.parse([*words.split(), "--archi", "784", "8", "10"], FLAGS))
+    model = mu.make_model(args)
+    with pretended(model) as (x, y):
+        adversary = Adversary.of(args)
+        start = adversary.draw((4, 1, 28, 28))
+        with Counting() as counted:
+            adversary.attack(model, x.view(4, 1, 28, 28), y, start)
+    assert not counted.names(lambda o: o.waits)
+
+
+def test_comparing_precisions_leaves_the_statistics_of_a_batch_normalisation(monkeypatch):
+    words = "--model FFCNN --alg BP --task digits --channels 4 4 --precision tf32"
+    args = arguments.resolve(arguments.parse(words.split(), FLAGS))
+    model = mu.make_model(args)
+    trainer = mu.Trainer(model, mu.make_optimizer(model, args)[0], args)
+    images, labels = torch.randint(0, 255, (8, 1, 28, 28), dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    batches = Batches(images, labels, 4, TASKS["digits"], torch.device("cpu"), torch.Generator())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report_precision(trainer, batches)
+    mu.set_precision("fp32")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
