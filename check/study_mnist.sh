@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole study on MNIST: small CNNs trained by EP, by BPTT, by EP alone on attacked images, and feed-forward ones plainly and on attacked
 # images, three seeds each; PGD over eps, audits at two eps, and all of it compared in a table and figures:  bash check/study_mnist.sh
-# Needs: two CPU cores and about two hours. Started again it goes on where it was. Everything is in results/study_mnist (STUDY=... names
+# Needs: two CPU cores and an hour and a half. Started again it goes on where it was. Everything is in results/study_mnist (STUDY=... names
 # another folder); DATA=... names MNIST's folder, PROCESSES=... how many of one thread run side by side (2).
 source "$(dirname "$0")/common.sh" mnist
 GPUS=0 processes=${PROCESSES:-2}
