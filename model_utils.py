@@ -401,7 +401,7 @@ class Trainer:
 
     def __post_init__(self):
         self.rule, self.total, self.drawn, self.said = Rule.of(self.args), Stopwatch(), time.monotonic(), set()
-        self.adversary = Adversary.of(self.args)
+        self.adversary = Adversary.of(self.args, next(self.model.parameters()).device)
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
     def fit(self, train_batches, test_batches, val_batches=None):
@@ -452,9 +452,10 @@ class Trainer:
                 if self.twin:
                     refresh(self.twin, self.model)
                 health.watch(neurons, batch)
-                if batch == len(batches):
+                last = batch == len(batches)
+                if last:
                     hits, seen = self.workers.sum(hits), batches.samples
-                if batch % self.EVERY == 0 or batch == len(batches):
+                if last or batch % self.EVERY == 0:
                     right = health.check(neurons, hits)
                     bar.set_postfix_str(f"train {100 * right / max(seen, 1):.2f} %", refresh=False)
         return right / batches.samples, neurons

@@ -56,12 +56,13 @@ class Adversary:
     std: torch.Tensor
 
     @classmethod
-    def of(cls, args):
-        """That of the command line's arguments; None where they ask for none."""
+    def of(cls, args, device=None):
+        """That of the command line's arguments, for mini-batches on that device; None where they ask for none."""
         if not getattr(args, "adv_train", None):
             return None
         task = TASKS[args.task]
-        mean, std = (torch.tensor(value, dtype=torch.float32).view(-1, 1, 1) for value in (task.mean, task.std))
+        mean, std = (torch.tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
+                     for value in (task.mean, task.std))
         return cls(args.adv_train, args.adv_norm, args.adv_iters, args.adv_step, args.adv_grad, args.T1, args.tol,
                    args.loss, mean, std)
 
@@ -84,7 +85,7 @@ class Adversary:
     def attack(self, model, x, y, start):
         """The attacked images of x, (mbs, C, H, W), normalised as the model sees them, with labels y, (mbs,); start: of
         `draw`."""
-        mean, std, start = (brought(t.to(x.dtype), x.device) for t in (self.mean, self.std, start))
+        mean, std, start = self.mean.to(x), self.std.to(x), brought(start, x.device).to(x)
         way = _Way(model, self.loss, self.T1, self.steps, self.grad, self.tol)
         images = (x * std + mean).clamp(0, 1)
         found = (images + start).clamp(0, 1)

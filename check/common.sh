@@ -41,9 +41,10 @@ runs() {
     done
 }
 numbered() { # a command's number, its flags
+    local device=-1
+    [ "$GPUS" -eq 0 ] || device=$slot
     echo "[$1] main.py ${*:2}"
-    [ "$GPUS" -gt 0 ] && set -- "$@" --device "${slot:-0}" || set -- "$@" --device -1
-    "$python" "$root/main.py" "${@:2}" 2>&1 | (trap '' INT && while IFS= read -r line; do echo "[$1] $line"; done)
+    "$python" "$root/main.py" "${@:2}" --device "$device" 2>&1 | (trap '' INT && while IFS= read -r line; do echo "[$1] $line"; done)
 }
 if [ "${SMOKE:-}" != 1 ]; then
     side_by_side() {

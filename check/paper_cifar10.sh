@@ -14,6 +14,7 @@ processes=$((GPUS > 0 ? GPUS : 1)) only=${ONLY:-$stages}
 for name in $only; do
     [[ " $stages " == *" $name "* ]] || complain "ONLY=$name: there are the stages $stages"
 done
+stage() { [[ " $only " == *" $1 "* ]]; }
 seeds="11 13 17 19 31" strengths="0.05 0.5 0.75 1" norms="2 inf" small="" budget=standard
 if [ "${SMOKE:-}" = 1 ]; then
     seeds=0 strengths=1 norms=2 CORRUPTIONS=data/CIFAR-10-C small="--depth 1 --width 8 --mlp-width 8" budget=quick
@@ -21,10 +22,12 @@ else
     data=$(absolute "$data")
     CORRUPTIONS=$(absolute "${CORRUPTIONS:-$data/CIFAR-10-C}")
     enter "$(absolute "${PAPER:-results/paper_cifar10}")" "$*" "$data" "$CORRUPTIONS"
-    [ -d "$CORRUPTIONS" ] || echo "corruptions are left out: $CORRUPTIONS is not there" >&2
+    if stage corruptions && [ ! -d "$CORRUPTIONS" ]; then
+        echo "corruptions are left out: $CORRUPTIONS is not there" >&2
+        only=${only/corruptions/}
+    fi
 fi
 further=$([ $# = 0 ] || printf "'%s' " "$@")
-stage() { [[ " $only " == *" $1 "* ]]; }
 each() { # the flags in the arguments, of every run of a model
     local run
     for run in $(runs "$1"); do
@@ -72,11 +75,9 @@ if stage audit; then
     done | side_by_side
 fi
 if stage corruptions; then
-    if [ -d "$CORRUPTIONS" ]; then
-        for model in CNN FFCNN ViT; do
-            each $model --todo corruptions --corruptions-dir "'$CORRUPTIONS'"
-        done | side_by_side
-    fi
+    for model in CNN FFCNN ViT; do
+        each $model --todo corruptions --corruptions-dir "'$CORRUPTIONS'"
+    done | side_by_side
 fi
 if stage characteristic; then
     each CNN --todo characteristic --T1 250 | side_by_side

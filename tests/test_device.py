@@ -200,14 +200,14 @@ def test_attacking_a_mini_batch_does_not_wait_for_the_device():
     args = arguments.resolve(arguments.parse([*words.split(), "--archi", "784", "8", "10"], FLAGS))
     model = mu.make_model(args)
     with pretended(model) as (x, y):
-        adversary = Adversary.of(args)
+        adversary = Adversary.of(args, x.device)
         start = adversary.draw((4, 1, 28, 28))
         with Counting() as counted:
             adversary.attack(model, x.view(4, 1, 28, 28), y, start)
     assert not counted.names(lambda o: o.waits)
 
 
-def test_comparing_precisions_leaves_the_statistics_of_a_batch_normalisation(monkeypatch):
+def test_comparing_precisions_leaves_the_statistics_of_a_batch_normalisation():
     words = "--model FFCNN --alg BP --task digits --channels 4 4 --precision tf32"
     args = arguments.resolve(arguments.parse(words.split(), FLAGS))
     model = mu.make_model(args)

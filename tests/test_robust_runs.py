@@ -42,7 +42,7 @@ def without_figures(folder, words):
 
 
 def test_looking_at_a_run_does_not_kill_it(ok, tmp_path):
-    words = (TINY + " --epochs 300").split()
+    words = (TINY + " --epochs 600").split()
     process = context.Process(target=without_figures, args=(str(tmp_path), words))
     process.start()
     while not list(tmp_path.glob("results/*/*/*/[!.]*/metrics.csv")):
@@ -56,7 +56,7 @@ def test_looking_at_a_run_does_not_kill_it(ok, tmp_path):
     process.join()
     assert process.exitcode == 0 and looks >= 3
     whole(run)
-    assert len(metrics(run)) == 300 and torch.load(run / "final_checkpoint.tar", weights_only=True)["epoch"] == 300
+    assert len(metrics(run)) == 600 and torch.load(run / "final_checkpoint.tar", weights_only=True)["epoch"] == 600
     assert (run / "hyperparameters.txt").read_text().count("evaluated") == -(-looks // 3)
 
 
