@@ -62,7 +62,7 @@ def activity(neurons, ends=None, linear_output=False):
         low, high = own or (float(values.min()), float(values.max()))
         margin = 0.02 * (high - low) if high - low > 1e-3 else 0.5  # saturated layers can hold one value only
         shares = np.full(len(values), 100 / max(len(values), 1))
-        axes.hist(values.numpy(), bins=52, range=(low - margin, high + margin), weights=shares)
+        axes.hist(values.numpy(), bins=52, range=(low - margin, high + margin), weights=shares, histtype="stepfilled")
         # zero is the foot of every bar, and yet a peak at an end does not hide the rest
         axes.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
         axes.set_ylim(bottom=0)

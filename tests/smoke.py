@@ -1,9 +1,9 @@
 """Runs command lines of the suite one after another, each in a fork of this process, which has loaded the libraries for
 all of them.
 
-Writes 0 to file descriptor 4 once it is ready. Reads `PROGRAM FLAGS`, a line each, from standard input, and writes the
-exit code of each. Started by check/common.sh with SMOKE=1, in an empty folder, where it first writes random images in
-the formats of CIFAR-10 and CIFAR-10-C to data/.
+First it reads a folder from standard input, goes there, writes random images in the formats of CIFAR-10 and CIFAR-10-C
+to data/, and then 0 to file descriptor 4. It reads `PROGRAM FLAGS`, a line each, and writes the exit code of each.
+Started by check/common.sh with SMOKE=1.
 """
 import importlib
 import os
@@ -30,23 +30,40 @@ from experiment import records  # noqa: E402, F401
 LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "audit": "ART_Timesteps_Addition.audit_checks",
              "digits": "sklearn.model_selection"}
 
-write_cifar("data")
-write_corruptions("data", CORRUPTIONS)
-os.write(4, b"0\n")
-for line in sys.stdin:
-    program, *words = shlex.split(line)
-    for word, libraries in LIBRARIES.items():
-        if word in words:
-            importlib.import_module(libraries)
-    child = os.fork()
-    if child == 0:
-        sys.argv = [program, *words]
-        try:
-            runpy.run_path(str(ROOT / program), run_name="__main__")
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)  # tidying up all that the parent has loaded takes a second
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.write(4, b"%d\n" % (code if code >= 0 else 128 - code))
+
+def serve(commands, codes):
+    """commands: the file that it reads from; codes: the file descriptor that it writes to."""
+    os.chdir(commands.readline().rstrip("\n"))
+    os.environ["TMPDIR"] = os.getcwd()
+    write_cifar("data")
+    write_corruptions("data", CORRUPTIONS)
+    os.write(codes, b"0\n")
+    for line in commands:
+        program, *words = shlex.split(line)
+        for word, libraries in LIBRARIES.items():
+            if word in words:
+                importlib.import_module(libraries)
+        child = os.fork()
+        if child == 0:
+            sys.argv = [program, *words]
+            try:
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)  # tidying up all that the parent has loaded takes a second
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.write(codes, b"%d\n" % (code if code >= 0 else 128 - code))
+
+
+def serve_pipes(folder, said):
+    """`serve` through the named pipes `commands` and `codes` of a folder; what the commands say goes to the file
+    `said`, behind what is there."""
+    with open(said, "a") as file, open(f"{folder}/commands") as commands, open(f"{folder}/codes", "w") as codes:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        serve(commands, codes.fileno())
+
+
+if __name__ == "__main__":
+    serve(sys.stdin, 4)

@@ -7,7 +7,8 @@ import tempfile
 
 import gpu_report
 import pytest
-from conftest import ROOT  # which makes benchmarks/ known
+import smoke
+from conftest import ROOT, context  # which makes benchmarks/ known
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "check").glob("*.sh") if path.stem not in ("setup", "test", "common"))
 
@@ -16,19 +17,38 @@ def listing(tmp):
     return [sorted(os.listdir(folder)) for folder in (ROOT, ROOT / "results", tmp)]
 
 
-def bash(script, tmp, smoke, *words):
-    environment = {**os.environ, "TMPDIR": str(tmp)}
+def bash(script, tmp, small, *words, **options):
+    environment = {**os.environ, "TMPDIR": str(tmp), **options.pop("env", {})}
     environment.pop("SMOKE", None)
-    return subprocess.run(["bash", str(script), *words], cwd=tempfile.gettempdir(), capture_output=True, text=True,
-                          env={**environment, **({"SMOKE": "1"} if smoke else {})})
+    return subprocess.run(["bash", str(script), *words], cwd=tempfile.gettempdir(), text=True,
+                          env={**environment, **({"SMOKE": "1"} if small else {})},
+                          **(options or {"capture_output": True}))
+
+
+@pytest.fixture
+def server(tmp_path_factory):
+    """A folder with the pipes of a `smoke` process that has loaded the libraries already, and the file of what it
+    says."""
+    folder = tmp_path_factory.mktemp("server")
+    for name in ("commands", "codes"):
+        os.mkfifo(folder / name)
+    said = folder / "said"
+    said.touch()
+    process = context.Process(target=smoke.serve_pipes, args=(str(folder), str(said)))
+    process.start()
+    yield folder, said
+    process.kill()  # it waits, where a script has not come as far as to its pipes
+    process.join()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_script(tmp_path, name):
-    before = listing(tmp_path)
-    done = bash(ROOT / f"check/{name}.sh", tmp_path, True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout and listing(tmp_path) == before
+def test_script(tmp_path, server, name):
+    before, (folder, said) = listing(tmp_path), server
+    with open(said, "a") as out:
+        done = bash(ROOT / f"check/{name}.sh", tmp_path, True, env={"SMOKE_SERVER": str(folder)}, stdout=out,
+                    stderr=out)
+    assert done.returncode == 0, said.read_text()
+    assert said.read_text() and listing(tmp_path) == before
 
 
 def test_without_a_gpu_its_report_says_what_would_run(tmp_path):
