@@ -116,13 +116,37 @@ def ff_cnn(args, task):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """PyTorch's, which of a single value a map, that has no variance, takes the statistics of the training."""
+    """PyTorch's, which of a single value a map, that has no variance, takes the statistics of the training; and which
+    normalises a share of a mini-batch by the statistics of the whole, see `share_statistics`."""
+
+    whole = None
+
+    def share_statistics(self, mean, samples):
+        """From here on mini-batches are shares of ones of so many samples; mean(value): the mean over the whole of what
+        is `value` on average over the share."""
+        self.whole = mean, samples
 
     def forward(self, x):
-        if self.training and x.numel() == x.size(1):
+        if not self.training:
+            return super().forward(x)
+        mean, samples = self.whole or (None, len(x))
+        values = samples * x[0, 0].numel()
+        if values == 1:
             return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0,
                                             self.eps)
-        return super().forward(x)
+        return super().forward(x) if mean is None else self._of_whole(x, mean, values)
+
+    def _of_whole(self, x, mean_of, values):
+        """The same on a share. values: how many of the whole a map has."""
+        mean = mean_of(x.mean((0, 2, 3)))
+        centred = x - mean.view(-1, 1, 1)
+        variance = mean_of(centred.square().mean((0, 2, 3)))
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (values / (values - 1)), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 def vit(args, task):

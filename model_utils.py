@@ -417,7 +417,7 @@ class Trainer:
         while len(history) < last:
             epoch, start = len(history) + 1, time.perf_counter()
             stopwatch = Stopwatch(next(self.model.parameters()).device)
-            health = Health(self.model, self.rule, self.optimizer, epoch)
+            health = Health(self.model, self.rule, self.optimizer, epoch, self.twin)
             train_acc, neurons = self._epoch(train_batches, epoch, stopwatch, health)
             if self.scheduler is not None and self.scheduler.last_epoch < getattr(self.scheduler, "T_max", math.inf):
                 self.scheduler.step()  # beyond T_max the rates would rise again
@@ -452,10 +452,9 @@ class Trainer:
                 if self.twin:
                     refresh(self.twin, self.model)
                 health.watch(neurons, batch)
-                last = batch == len(batches)
-                if last:
+                if batch == len(batches):
                     hits, seen = self.workers.sum(hits), batches.samples
-                if last or batch % self.EVERY == 0:
+                if batch % self.EVERY == 0 or batch == len(batches):
                     right = health.check(neurons, hits)
                     bar.set_postfix_str(f"train {100 * right / max(seen, 1):.2f} %", refresh=False)
         return right / batches.samples, neurons
@@ -474,6 +473,7 @@ class Trainer:
         if rule.random_sign and torch.rand(()) < 0.5:
             rule = dataclasses.replace(rule, betas=(rule.betas[0], -rule.betas[1]))
         average = functools.partial(self.workers.average_gradients, self.model, n_local, n)
+        self.workers.share_statistics(self.model, n_local, n)
 
         def change(share):
             average()

@@ -40,10 +40,11 @@ class Health:
     """Watches an epoch for numbers that are no longer finite, weights that do not change, a nudge that drowns in
     rounding, and layers that are stuck at the ends of their activation.
 
-    model: an EnergyModel; rule: the `Rule` that it learns by; optimizer: its parameter groups are the model's."""
+    model: an EnergyModel; rule: the `Rule` that it learns by; optimizer: its parameter groups are the model's; twin:
+    of the model, which takes the time steps in a lower precision, or None."""
 
-    def __init__(self, model, rule, optimizer, epoch):
-        self.model, self.rule, self.epoch = model, rule, epoch
+    def __init__(self, model, rule, optimizer, epoch, twin=None):
+        self.model, self.rule, self.epoch, self.twin = model, rule, epoch, twin
         moving = {id(p) for group in optimizer.param_groups for p in group["params"] if group["lr"] > 0}
         weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
         self.weights = {name: p for name, p in weights.items() if id(p) in moving} or weights
@@ -62,15 +63,25 @@ class Health:
         to measure."""
         if not self.model.moves:
             return
-        rule, chain = self.rule, self.model.chain(self.rule.loss)
-        drive = chain.input_drive(x)
-        phase = self.model.phase(drive, y, 0.0 if rule.alg == "BPTT" else rule.betas[0], rule.loss)
-        free, self.unsettled = _free_state(chain, phase, rule.T1)
-        if rule.alg == "BPTT":
+        beta = 0.0 if self.rule.alg == "BPTT" else self.rule.betas[0]
+        free, self.unsettled = self._free(self.model, x, y, beta)
+        if self.rule.alg == "BPTT":
             return
-        with_nudge, without = (fast.relax(chain, self.model.phase(drive, y, beta, rule.loss), free, rule.T2)[-1]
-                               for beta in rule.betas[::-1])
-        self.contrast = (with_nudge - without).norm() / without.norm().clamp(min=1e-30) / torch.finfo(without.dtype).eps
+        moving = self.twin or self.model
+        if self.twin:  # which never settles as closely, and whose own rounding it is that the nudge is held against
+            free, _ = self._free(moving, x, y, beta)
+        chain = moving.chain(self.rule.loss)
+        drive = chain.input_drive(x)
+        with_nudge, without = (fast.relax(chain, moving.phase(drive, y, beta, self.rule.loss), free, self.rule.T2)[-1]
+                               for beta in self.rule.betas[::-1])
+        counted = torch.promote_types(without.dtype, torch.float32)
+        size = without.to(counted).norm().clamp(min=1e-30) * torch.finfo(without.dtype).eps
+        self.contrast = (with_nudge.to(counted) - without.to(counted)).norm() / size
+
+    def _free(self, model, x, y, beta):
+        """See `_free_state`."""
+        chain = model.chain(self.rule.loss)
+        return _free_state(chain, model.phase(chain.input_drive(x), y, beta, self.rule.loss), self.rule.T1)
 
     def watch(self, neurons, batch):
         """Remembers the first mini-batch after which something was not finite, without waiting for the device."""

@@ -2,6 +2,7 @@
 share."""
 import contextlib
 import datetime
+import functools
 import itertools
 import os
 import random
@@ -25,8 +26,9 @@ class Workers:
     """The processes that torchrun started; one, for which nothing here does anything, without it.
 
     rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on its machine. What
-    exchanges (`sum`, `average_gradients`, `gather`, `gather_strided`, `broadcast`, `rank_zero_first`) is to be called
-    by all, in the same order, and raises LostWorker if one of them does not come.
+    exchanges (`sum`, `average_gradients`, a mini-batch after `share_statistics`, `gather`, `gather_strided`,
+    `broadcast`, `rank_zero_first`) is to be called by all, in the same order, and raises LostWorker if one of them does
+    not come.
     """
 
     PATIENCE = datetime.timedelta(minutes=10)  # longer than a download of a data set, which the others wait for
@@ -93,6 +95,16 @@ class Workers:
             dist.all_reduce(together)
         for grad, mean in zip(grads, together.split([grad.numel() for grad in grads])):
             grad.copy_(mean.view_as(grad))
+
+    def share_statistics(self, model, n_local, n_global):
+        """Has the model's batch normalisations, modules with a method of this name, take the statistics of all n_global
+        samples of the next mini-batch, of which n_local are this worker's. What a gradient gets through them is what
+        `average_gradients` expects."""
+        if self.size > 1:
+            mean = functools.partial(_Mean.apply, n_local / n_global, self)
+            for module in model.modules():
+                if hasattr(module, "share_statistics"):
+                    module.share_statistics(mean, n_global)
 
     def sum(self, value):
         """The sum over the workers of a number or tensor, as a tensor."""
@@ -167,17 +179,27 @@ class Workers:
         return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
 
 
+class _Mean(torch.autograd.Function):
+    """The mean over a mini-batch, from the mean of each worker's share of it. As each worker's loss is a mean over its
+    share as well, slopes average as values do."""
+
+    @staticmethod
+    def forward(ctx, share, workers, value):
+        ctx.share, ctx.workers = share, workers
+        return workers.sum(value * share)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return None, None, ctx.workers.sum(slope * ctx.share)
+
+
 PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
 
 
 def check_parallel(args, workers):
-    """What the arguments (todo, model) demand of the number of workers. Raises UserError."""
+    """What the argument todo demands of the number of workers. Raises UserError."""
     if workers.size > 1 and args.todo not in PARALLEL:
         raise UserError(f"--todo {args.todo} is the work of one process: start it with python instead of torchrun")
-    if workers.size > 1 and args.todo == "train" and args.model == "FFCNN":
-        # each worker would normalise by its own share of a mini-batch, and its updates would be others
-        raise UserError("--model FFCNN: batch normalisation takes the statistics of whole mini-batches: train it with "
-                        "python instead of torchrun")
 
 
 def pick_device(index, workers):

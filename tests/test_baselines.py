@@ -1,5 +1,7 @@
 """Feed-forward networks: the same commands as for energy models, and the same numbers as plain PyTorch."""
+import concurrent.futures
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -10,10 +12,10 @@ from test_resume import final_weights
 
 import baselines
 import model_utils as mu
-from data_utils import CORRUPTIONS, UserError
+from data_utils import CORRUPTIONS
 from experiment import arguments, untrusted
 from experiment.flags import FLAGS
-from experiment.workers import Workers, check_parallel
+from experiment.workers import Workers
 
 TINY = "--task digits --device -1 --seed 5 --train-size 60 --test-size 40 --mbs 16 --loss cel --save"
 NETWORKS = {
@@ -125,15 +127,52 @@ def test_what_makes_no_sense_is_refused_in_a_line(cli, line, message):
     assert code == 2 and message in err and len(err.splitlines()) == 1 + err.count("note:")
 
 
-def test_batch_normalisation_is_not_shared_among_workers():
-    """Each would normalise by its own part of a mini-batch, and no update would be that of one process."""
-    args = args_of(f"{TINY} {NETWORKS['FFCNN']}")
-    check_parallel(args, Workers())
-    with pytest.raises(UserError, match="batch normalisation"):
-        check_parallel(args, Workers(0, 2))
-    check_parallel(args_of(f"{TINY} {NETWORKS['ViT']}"), Workers(0, 2))
-    args.todo = "evaluate"
-    check_parallel(args, Workers(0, 2))
+def shares_of_one_process(counts):
+    """Workers, as threads of this process, that meet in every mean; each has so many samples of the whole."""
+    meeting, values = threading.Barrier(len(counts)), {}
+
+    class Shared(Workers):
+        def sum(self, value):
+            values[self.rank] = value
+            meeting.wait(20)
+            total = sum(values[rank] for rank in range(self.size))
+            meeting.wait(20)
+            return total
+    return [Shared(rank, len(counts)) for rank in range(len(counts))]
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (1, 0), (4, 4, 3)])
+def test_shares_are_normalised_by_the_statistics_of_the_whole(counts):
+    """Outputs, gradients and running statistics are those of the whole mini-batch at once, whose share of no sample
+    computes along on another's."""
+    torch.manual_seed(0)
+    n, slope = sum(counts), torch.randn(3, 4, 4).double()
+    x = torch.randn(n, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    whole, norms = baselines.BatchNorm(3).double().train(), []
+    out = whole(x)
+    (out * slope).sum((1, 2, 3)).square().mean().backward()
+    parts = [slice(sum(counts[:r]), sum(counts[:r + 1])) if count else slice(0, 1) for r, count in enumerate(counts)]
+
+    def work(workers, part, count):
+        norm = baselines.BatchNorm(3).double().train()
+        workers.share_statistics(norm, count, n)
+        norms.append((norm, count))
+        own = x[part].detach().requires_grad_()
+        found = norm(own)
+        torch.testing.assert_close(found.detach(), out[part].detach())
+        (found * slope).sum((1, 2, 3)).square().mean().backward()
+        if count:
+            torch.testing.assert_close(own.grad * count / n, x.grad[part])
+
+    with concurrent.futures.ThreadPoolExecutor(len(counts)) as pool:
+        for done in [pool.submit(work, *job) for job in zip(shares_of_one_process(counts), parts, counts)]:
+            done.result()
+    for name, p in whole.named_parameters():
+        torch.testing.assert_close(sum(dict(norm.named_parameters())[name].grad * count / n for norm, count in norms),
+                                   p.grad)
+    for norm, _ in norms:
+        for name, buffer in whole.named_buffers():
+            torch.testing.assert_close(dict(norm.named_buffers())[name], buffer)
 
 
 def test_flags_without_an_effect_are_noted(cli, tmp_path):

@@ -10,6 +10,7 @@ from conftest import criterion_of, grads, only_run, rule, sample, settle
 
 import model_utils as mu
 from energy import dynamics, fast, gdu
+from experiment.health import Health
 from experiment.timing import Stopwatch
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
@@ -136,6 +137,21 @@ def test_lower_precision_keeps_weights_and_gradients_whole(model, alg):
         model.synapses[0].weight.add_(1)
     mu.refresh(twin, model)
     assert torch.equal(twin.synapses[0].weight, model.synapses[0].weight.bfloat16())
+
+
+def test_the_nudge_is_held_against_the_rounding_of_the_steps_that_are_taken(model):
+    model.float()
+    x, y = sample(model)
+    args = argparse.Namespace(alg="EP", T1=30, T2=8, betas=(0.0, 1e-3), random_sign=False, thirdphase=True, tol=0.0,
+                              dropouts=None, loss="cel" if model.softmax else "mse", precision="fp32")
+    optimizer, trainer = torch.optim.SGD(model.parameters(), 0.1), mu.Trainer(model, None, args)
+    noisy, unsettled = [], []
+    for twin in (None, mu.lowered(model, torch.bfloat16)):
+        health = Health(model, trainer.rule, optimizer, 1, twin)
+        health.examine(x, y)
+        unsettled.append(health.unsettled)
+        noisy.append(float(health.contrast) < 4)
+    assert noisy == [False, True] and unsettled[0] == unsettled[1]
 
 
 def test_an_asynchronous_step_is_two_synchronous_ones_of_one_trajectory(model):

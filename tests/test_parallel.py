@@ -24,6 +24,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--lo
 MLP = ("--task digits --device -1 --seed 5 --save --test-size 40 --mbs 16 --archi 784 12 10 --T1 6 --T2 3 --betas 0 "
        "0.5 --lrs 0.1 0.1 --mmt 0.9")
 CNN = MLP + " --model CNN --channels 3 4 --lrs 0.03 0.03 0.03"
+BP = "--task digits --device -1 --seed 5 --save --test-size 40 --mbs 16 --loss cel"
 TRAINED = {  # 50 images leave two for the last mini-batch, 49 one: nothing for the second worker
     "MLP EP symmetric, account of steps": MLP + " --train-size 50 --thirdphase --tol 0.03 --check-thm --epochs 2",
     "MLP EP random sign": MLP + " --train-size 49 --random-sign --lr-decay --epochs 2",
@@ -31,6 +32,9 @@ TRAINED = {  # 50 images leave two for the last mini-batch, 49 one: nothing for 
     "MLP BPTT, mini-batches of one": MLP + " --train-size 5 --mbs 1 --alg BPTT",
     "CNN BPTT": CNN + " --train-size 50 --alg BPTT --loss cel --softmax --epochs 2",
     "VFCNN EP, augmented": CNN + " --task CIFAR10 --data-aug --train-size 33 --model VFCNN --thirdphase",
+    "FFMLP": BP + " --model FFMLP --archi 784 12 10 --train-size 50 --lr-step 1 0.5 --epochs 2",
+    "FFCNN, attacked": BP + " --model FFCNN --channels 3 4 --train-size 49 --epochs 2 --adv-train 0.5 --adv-iters 2",
+    "ViT": BP + " --model ViT --patch 7 --depth 1 --heads 2 --width 8 --mlp-width 12 --train-size 50 --optim adam",
 }
 RESUMED = "MLP EP random sign"
 EXAMINED = {

@@ -21,6 +21,8 @@ from experiment import arguments, checkpoints
 MLP = ("--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save "
        "--archi 784 12 10")
 CNN = MLP + " --model CNN --channels 3 4"
+BP = "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --seed 5 --save --loss cel"
+FFCNN = BP + " --model FFCNN --channels 3 4 --mmt 0.9"
 EXACT = {
     "MLP EP random sign, momentum, decay": MLP + " --random-sign --mmt 0.9 --lr-decay --lrs 0.1 0.1",
     "MLP BPTT Adam": MLP + " --alg BPTT --optim adam --lr-decay",
@@ -28,8 +30,10 @@ EXACT = {
     "CNN BPTT momentum": CNN + " --alg BPTT --mmt 0.9 --lr-decay",
     "VFCNN EP symmetric, augmented": CNN + " --task CIFAR10 --data-aug --model VFCNN --thirdphase --optim adam "
                                            "--lr-decay",
+    "FFMLP attacked": BP + " --model FFMLP --archi 784 12 10 --mmt 0.9 --lr-step 2 0.5 --adv-train 0.5 --adv-iters 2",
+    "FFCNN momentum": FFCNN + " --lr-decay",
+    "ViT Adam": BP + " --model ViT --patch 7 --depth 1 --heads 2 --width 8 --mlp-width 12 --optim adam --lr-decay",
 }
-
 
 
 def enter(folder, words):
@@ -75,14 +79,15 @@ def test_two_and_two_epochs_are_four(ok, tmp_path, cifar, name):
     assert torch.load(run / "checkpoint.tar", weights_only=True)["epoch"] == 5
 
 
-def test_killed_at_twenty_moments_a_run_always_resumes_and_ends_the_same(ok, tmp_path):
-    line, epochs, rng = CNN + " --random-sign --mmt 0.9", 8, random.Random(0)
+@pytest.mark.parametrize("line, moments", [(CNN + " --random-sign --mmt 0.9", 20), (FFCNN, 5)])
+def test_killed_at_many_moments_a_run_always_resumes_and_ends_the_same(ok, tmp_path, line, moments):
+    epochs, rng = 8, random.Random(0)
     once = tmp_path / "once"
     once.mkdir()
     os.chdir(once)
     ok(line, f"--epochs {epochs}")
     kills = ended = 0
-    while kills < 20 or not ended:
+    while kills < moments or not ended:
         folder = tmp_path / f"killed-{ended}"
         folder.mkdir(exist_ok=True)
         while True:
@@ -90,7 +95,7 @@ def test_killed_at_twenty_moments_a_run_always_resumes_and_ends_the_same(ok, tmp
             done = torch.load(runs[0] / "checkpoint.tar", weights_only=True)["epoch"] if runs else 0
             resume = f" --load-path {runs[0]}" if runs else ""
             process = start(folder, f"{line} --epochs {epochs - done}{resume}")
-            process.join(rng.uniform(0.1, 1.2) if kills < 20 else None)
+            process.join(rng.uniform(0.1, 1.2) if kills < moments else None)
             if process.exitcode is None:
                 process.kill()
                 process.join()
@@ -166,16 +171,29 @@ BROKEN = {
 }
 
 
+def assert_refused(cli, run, how, todo, tmp_path):
+    for name in ("model.pt", "checkpoint.tar"):
+        BROKEN[how](run / name)
+    before = digest(run)
+    code, out, err = cli(f"--todo {todo} --device -1 --load-path {run}")
+    assert code == 2 and err.count("\n") == 1 and str(run) in err and "Traceback" not in err, err
+    assert digest(run) == before
+    assert not list(tmp_path.rglob("breached")) and not os.path.exists("breached")
+
+
 @pytest.mark.parametrize("todo", ["train", "evaluate", "attack", "gducheck"])
 @pytest.mark.parametrize("how", BROKEN)
 def test_files_that_are_no_checkpoints_are_refused(cli, trained, how, todo, tmp_path):
-    for name in ("model.pt", "checkpoint.tar"):
-        BROKEN[how](trained / name)
-    before = digest(trained)
-    code, out, err = cli(f"--todo {todo} --device -1 --load-path {trained}")
-    assert code == 2 and err.count("\n") == 1 and str(trained) in err and "Traceback" not in err, err
-    assert digest(trained) == before
-    assert not list(tmp_path.rglob("breached")) and not os.path.exists("breached")
+    assert_refused(cli, trained, how, todo, tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, line in EXACT.items() if line.startswith(BP)])
+def test_files_that_are_no_networks_are_refused(ok, cli, name, tmp_path):
+    ok(EXACT[name])
+    for how in BROKEN:
+        for todo in ("train", "evaluate"):
+            run = shutil.copytree(only_run(tmp_path), tmp_path / "copies" / f"{how} {todo}".replace(" ", "-"))
+            assert_refused(cli, run, how, todo, tmp_path)
 
 
 @pytest.mark.parametrize("damage", [{"opt": {"state": 3}}, {"random_states": {"python": None}}, {"history": [3]}])
