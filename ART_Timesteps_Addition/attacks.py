@@ -72,8 +72,9 @@ def build(name, classifier, norm, eps, iters, batch_size, queries=None):
     iterations: an object whose generate(x, labels) gives images, as ART's attacks have it.
 
     PGD from the image itself in steps of 2.5 eps / iters; FGSM in one step; Auto-PGD from one random start. Square with
-    `queries` rounds, HopSkipJump with so many iterations as take `queries` predictions; both with `iters` where that is
-    None. The attack of Carlini and Wagner is ART's in the 2-norm, in the other PGD on its loss, the margin."""
+    `queries` rounds, HopSkipJump, from an image of another class, with so many iterations as take `queries`
+    predictions; both with `iters` where that is None. The attack of Carlini and Wagner is ART's in the 2-norm, in the
+    other PGD on its loss, the margin."""
     order = np.inf if norm == "inf" else 2
     shared = {"norm": order, "batch_size": batch_size, "verbose": False}
     auto = {**shared, "eps": eps, "eps_step": 2 * eps, "max_iter": iters, "nb_random_init": 1}
@@ -275,12 +276,25 @@ def _attempt(classifier, x, y, plan, seed, from_random_point):
                 attack.set_params(num_random_init=1)
             elif from_random_point and isinstance(attack, (evasion.DeepFool, evasion.CarliniL2Method)):
                 x_adv = plan.bounded(x + random_in_ball(x.shape, plan.norm, plan.eps), x)
+            start = {"x_adv_init": _nearest_of_another_class(x, y)} if plan.name == "hopskipjump" else {}
             with np.errstate(divide="ignore", invalid="ignore"):
-                x_adv = attack.generate(x_adv, labels)
-            if plan.name in MINIMAL:  # what takes more than eps is no success within eps
-                x_adv = np.where((norms(x_adv - x, plan.norm) <= plan.eps).reshape(-1, 1, 1, 1), x_adv, x)
+                x_adv = attack.generate(x_adv, labels, **start)
+            if plan.name in MINIMAL:  # what takes more than eps is no success within eps; and they go away from the
+                # prediction, which of an image that is misclassified can be towards its label
+                right = classifier.predict(x, batch_size=len(x)).argmax(1) == y
+                found = right & (norms(x_adv - x, plan.norm) <= plan.eps)
+                x_adv = np.where(found.reshape(-1, 1, 1, 1), x_adv, x)
             x_adv = plan.bounded(x_adv, x)
         return x_adv, classifier.predict(x_adv, batch_size=max(len(x), 1))
+
+
+def _nearest_of_another_class(x, y):
+    """For each image the nearest one with another label, or itself: where HopSkipJump begins. Of noise, with which ART
+    would, a model can make the image's own class, and it is further away."""
+    flat, labels = torch.from_numpy(x).flatten(1), torch.from_numpy(y)
+    distances = torch.cdist(flat, flat).masked_fill_(labels[:, None] == labels, math.inf)
+    distances.fill_diagonal_(torch.finfo(distances.dtype).max)
+    return x[distances.argmin(1).numpy()]
 
 
 def summary(parts, x, norm):

@@ -125,6 +125,43 @@ def test_vanishing_gradients_are_reported_and_smooth_ones_attack(capsys):
     assert smooth["correct"].mean() < bptt["correct"].mean()
 
 
+def untrained(n):
+    """(a network, images of the digits, and what it takes them for)."""
+    torch.manual_seed(0)
+    model = mu.P_MLP([784, 16, 10], torch.tanh, softmax=True)
+    with torch.no_grad():
+        model.synapses[0].weight.mul_(8)
+    images, _ = load_split("digits", "", False, n)
+    read = model.readout(model(images.float() / 255, None, None, 10, criterion=mu.make_criterion("cel")))
+    return model, images, read
+
+
+@pytest.mark.parametrize("attack", attacks.MINIMAL)
+def test_an_image_that_is_misclassified_is_not_made_right(attack):
+    """Attacks for the smallest perturbation go away from the prediction, which can be towards the true label."""
+    model, images, read = untrained(8)
+    second = read.topk(2, 1).indices[:, 1]  # the nearest other class, more or less
+    args = arguments(T1=10, attack=attack, attack_iters=2, attack_grad=["bptt"])
+    for result in mu.attack(model, images, second, args, 20.0).values():
+        assert not result["correct"].any()
+
+
+def test_hopskipjump_starts_from_an_image_of_another_class(monkeypatch):
+    model, images, read = untrained(8)
+    labels, drawn = read.argmax(1), []
+    assert len(labels.unique()) > 1
+    monkeypatch.setattr(attacks.evasion.HopSkipJump, "_init_sample",
+                        lambda self, x, y, y_p, init_pred, adv_init, *more: drawn.append((x, y_p, init_pred, adv_init)))
+    mu.attack(model, images, labels, arguments(T1=10, attack="hopskipjump", attack_iters=1), 1.0)
+    x = images.float() / 255
+    for one, own, other, begin in drawn:
+        distances = (x[labels != own] - torch.from_numpy(one)).flatten(1).norm(dim=1)
+        assert other != own and np.linalg.norm(begin - one) == pytest.approx(float(distances.min()))
+    drawn.clear()
+    mu.attack(model, images[:1], labels[:1], arguments(T1=10, attack="hopskipjump", attack_iters=1), 1.0)
+    assert drawn[0][1] == drawn[0][2]  # there is none: ART looks for a start of its own
+
+
 def test_the_warning(ok, tmp_path, trained):
     model, images, labels = saturated()
     run = fresh(trained, tmp_path)
