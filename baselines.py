@@ -115,38 +115,49 @@ def ff_cnn(args, task):
     return _joined([*layers, [nn.Flatten(), *first], *rest], (task.channels, task.size, task.size), task.classes)
 
 
+class _Mean(torch.autograd.Function):
+    """The mean over a mini-batch, from the mean over each worker's share of it, a number of 0 to 1. As each worker's
+    loss is a mean over its share as well, slopes average as values do."""
+
+    @staticmethod
+    def forward(ctx, share, workers, value):
+        ctx.share, ctx.workers = share, workers
+        return workers.sum(value * share)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return None, None, ctx.workers.sum(slope * ctx.share)
+
+
 class BatchNorm(nn.BatchNorm2d):
     """PyTorch's, which of a single value a map, that has no variance, takes the statistics of the training; and which
-    normalises a share of a mini-batch by the statistics of the whole, see `share_statistics`."""
+    normalises a share of a mini-batch by the statistics of the whole.
+
+    whole: None, or where a mini-batch is a share of one: (workers, share, samples of the whole), see
+    `experiment.workers.Workers.sharing_statistics`."""
 
     whole = None
-
-    def share_statistics(self, mean, samples):
-        """From here on mini-batches are shares of ones of so many samples; mean(value): the mean over the whole of what
-        is `value` on average over the share."""
-        self.whole = mean, samples
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        mean, samples = self.whole or (None, len(x))
-        values = samples * x[0, 0].numel()
+        values = (self.whole[2] if self.whole else len(x)) * x[0, 0].numel()
         if values == 1:
             return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0,
                                             self.eps)
-        return super().forward(x) if mean is None else self._of_whole(x, mean, values)
+        return self._of_whole(x, *self.whole[:2], values) if self.whole else super().forward(x)
 
-    def _of_whole(self, x, mean_of, values):
+    def _of_whole(self, x, workers, share, values):
         """The same on a share. values: how many of the whole a map has."""
-        mean = mean_of(x.mean((0, 2, 3)))
+        mean = _Mean.apply(share, workers, x.mean((0, 2, 3)))
         centred = x - mean.view(-1, 1, 1)
-        variance = mean_of(centred.square().mean((0, 2, 3)))
+        variance = _Mean.apply(share, workers, centred.square().mean((0, 2, 3)))
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (values / (values - 1)), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
+        return torch.addcmul(self.bias.view(-1, 1, 1), centred, scale.view(-1, 1, 1))
 
 
 def vit(args, task):

@@ -417,7 +417,7 @@ class Trainer:
         while len(history) < last:
             epoch, start = len(history) + 1, time.perf_counter()
             stopwatch = Stopwatch(next(self.model.parameters()).device)
-            health = Health(self.model, self.rule, self.optimizer, epoch, self.twin)
+            health = Health(self.model, self.rule, self.optimizer, epoch, self.twin, self.args.precision)
             train_acc, neurons = self._epoch(train_batches, epoch, stopwatch, health)
             if self.scheduler is not None and self.scheduler.last_epoch < getattr(self.scheduler, "T_max", math.inf):
                 self.scheduler.step()  # beyond T_max the rates would rise again
@@ -473,7 +473,6 @@ class Trainer:
         if rule.random_sign and torch.rand(()) < 0.5:
             rule = dataclasses.replace(rule, betas=(rule.betas[0], -rule.betas[1]))
         average = functools.partial(self.workers.average_gradients, self.model, n_local, n)
-        self.workers.share_statistics(self.model, n_local, n)
 
         def change(share):
             average()
@@ -482,7 +481,8 @@ class Trainer:
         if rule.alg == "CEP":
             neurons = cep_updates(self.model, x, y, rule, change, masks, stopwatch)
         else:
-            neurons = LEARN[rule.alg](self.model, x, y, rule, masks, self.twin, stopwatch)
+            with self.workers.sharing_statistics(self.model, n_local, n):
+                neurons = LEARN[rule.alg](self.model, x, y, rule, masks, self.twin, stopwatch)
             with stopwatch.part("update"):
                 average()
         return neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local

@@ -2,7 +2,6 @@
 share."""
 import contextlib
 import datetime
-import functools
 import itertools
 import os
 import random
@@ -26,7 +25,7 @@ class Workers:
     """The processes that torchrun started; one, for which nothing here does anything, without it.
 
     rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on its machine. What
-    exchanges (`sum`, `average_gradients`, a mini-batch after `share_statistics`, `gather`, `gather_strided`,
+    exchanges (`sum`, `average_gradients`, a mini-batch within `sharing_statistics`, `gather`, `gather_strided`,
     `broadcast`, `rank_zero_first`) is to be called by all, in the same order, and raises LostWorker if one of them does
     not come.
     """
@@ -96,15 +95,19 @@ class Workers:
         for grad, mean in zip(grads, together.split([grad.numel() for grad in grads])):
             grad.copy_(mean.view_as(grad))
 
-    def share_statistics(self, model, n_local, n_global):
-        """Has the model's batch normalisations, modules with a method of this name, take the statistics of all n_global
-        samples of the next mini-batch, of which n_local are this worker's. What a gradient gets through them is what
+    @contextlib.contextmanager
+    def sharing_statistics(self, model, n_local, n_global):
+        """Within the block the model's batch normalisations, modules with a `whole`, take the statistics of all
+        n_global samples of a mini-batch, of which n_local are this worker's. What a gradient gets through them is what
         `average_gradients` expects."""
-        if self.size > 1:
-            mean = functools.partial(_Mean.apply, n_local / n_global, self)
-            for module in model.modules():
-                if hasattr(module, "share_statistics"):
-                    module.share_statistics(mean, n_global)
+        norms = [module for module in model.modules() if hasattr(module, "whole")] if self.size > 1 else []
+        for module in norms:
+            module.whole = self, n_local / n_global, n_global
+        try:
+            yield
+        finally:
+            for module in norms:
+                module.whole = None
 
     def sum(self, value):
         """The sum over the workers of a number or tensor, as a tensor."""
@@ -177,20 +180,6 @@ class Workers:
         address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT",
                                                                 "TORCHELASTIC_RESTART_COUNT"))
         return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
-
-
-class _Mean(torch.autograd.Function):
-    """The mean over a mini-batch, from the mean of each worker's share of it. As each worker's loss is a mean over its
-    share as well, slopes average as values do."""
-
-    @staticmethod
-    def forward(ctx, share, workers, value):
-        ctx.share, ctx.workers = share, workers
-        return workers.sum(value * share)
-
-    @staticmethod
-    def backward(ctx, slope):
-        return None, None, ctx.workers.sum(slope * ctx.share)
 
 
 PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share

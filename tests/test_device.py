@@ -11,6 +11,7 @@ import torch
 from conftest import MODELS, criterion_of, grads, rule
 from counting import Counting, moved, on_pretended_gpu
 
+import baselines
 import model_utils as mu
 from ART_Timesteps_Addition.adversary import Adversary
 from ART_Timesteps_Addition.gradients import by_equilibrium_propagation
@@ -23,6 +24,7 @@ from experiment import arguments
 from experiment.flags import FLAGS
 from experiment.health import Health, report_precision
 from experiment.timing import Stopwatch
+from experiment.workers import Workers
 
 
 @contextlib.contextmanager
@@ -205,6 +207,52 @@ def test_attacking_a_mini_batch_does_not_wait_for_the_device():
         with Counting() as counted:
             adversary.attack(model, x.view(4, 1, 28, 28), y, start)
     assert not counted.names(lambda o: o.waits)
+
+
+@pytest.mark.parametrize("kind", ["twin", "tf32"])
+def test_the_noise_is_measured_on_the_device_with_one_wait(kind):
+    model = mu.P_MLP([784, 8, 10], torch.tanh)
+    twin = mu.lowered(model, torch.bfloat16) if kind == "twin" else None
+    rule = mu.Rule(T1=6, T2=3, betas=(0.0, 0.1))
+    with pretended(model, *([twin] if twin else [])) as (x, y), Counting(read=0.0) as counted:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        health = Health(model, rule, optimizer, 1, twin, "fp32" if twin else "tf32")
+        health.examine(x[:2], y[:2])
+        assert health.contrast.device == x.device
+    assert len(counted.names(lambda o: o.waits)) == 1
+
+
+def test_a_shared_normalisation_stays_on_the_device():
+    class Two(Workers):
+        def sum(self, value):
+            return value.clone()
+    norm = baselines.BatchNorm(4).train()
+    with on_pretended_gpu() as device, torch.no_grad(), Counting() as counted:
+        moved(norm, device)
+        x = torch.rand(3, 4, 6, 6, device=device).contiguous(memory_format=torch.channels_last)
+        with Two(0, 2).sharing_statistics(norm, 3, 5):
+            out = norm(x)
+        assert out.device == device and out.is_contiguous(memory_format=torch.channels_last)
+    assert not counted.names(lambda o: o.waits)
+
+
+def test_a_direction_of_rounding_alone_is_not_compared(capsys, monkeypatch):
+    """A bias in front of a normalisation has no gradient but rounding."""
+    words = "--model FFCNN --alg BP --task digits --channels 4 4 --precision tf32"
+    args = arguments.resolve(arguments.parse(words.split(), FLAGS))
+    model = mu.make_model(args)
+    trainer = mu.Trainer(model, mu.make_optimizer(model, args)[0], args)
+    images, labels = torch.randint(0, 255, (8, 1, 28, 28), dtype=torch.uint8), torch.arange(8)
+    gradients, calls = mu.Trainer.gradients, []
+
+    def rounded(self, x, y, *more):
+        calls.append(x)
+        return gradients(self, x if len(calls) < 2 else x * (1 + 1e-3), y, *more)
+    monkeypatch.setattr(mu.Trainer, "gradients", rounded)
+    report_precision(trainer, Batches(images, labels, 8, TASKS["digits"], torch.device("cpu"), torch.Generator()))
+    mu.set_precision("fp32")
+    said = capsys.readouterr().out
+    assert "beta" not in said and float(said.split("at least ")[1].split()[0]) > 0.9, said
 
 
 def test_comparing_precisions_leaves_the_statistics_of_a_batch_normalisation():
