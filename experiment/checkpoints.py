@@ -167,7 +167,7 @@ def open_saved(path, todo):
         random_states = training_state.checked_random_states(state.get("random_states"))
         history = untrusted.history(state)
         story = Story(history, best, untrusted.accuracy(state.get("best"), best_of(history)),
-                      untrusted.resumptions(state.get("resumptions", {})))
+                      untrusted.resumptions(state.get("resumptions", {})), untrusted.asked(state.get("asked", 0)))
         saved = SavedRun(path, weights, _arguments(state, path), stamp, story, random_states, state.get("opt"),
                          state.get("scheduler"))
         if todo == "train" and "config" in state:
@@ -236,7 +236,7 @@ def _continued(saved, args):
     resumptions = {**story.resumptions, len(story.history) + 1: "".join(c if c.isprintable() else "?" for c in text)}
     if all(now[name] == saved.args.get(name) for name in chosen_by(args)):
         return dataclasses.replace(story, resumptions=resumptions)
-    return Story(story.history, story.best or _best_beside(saved), None, resumptions)
+    return Story(story.history, story.best or _best_beside(saved), None, resumptions, story.asked)
 
 
 def _best_beside(saved):

@@ -114,13 +114,15 @@ def _words(key):
     if key.measure == "adversarial":
         through = f"{key.grad}{f'@{key.steps}' if key.steps else ''}" * (key.grad != key.attack)
         return f"{key.attack} {bound}, " + f"{through}, " * bool(through) + f"{key.detail} (%)"
-    return f"audit, robust at {bound} (%)" if key.measure == "audit" else f"audit at {bound}: runs trusted (%)"
+    return (f"audit, robust at {bound}, {key.detail} (%)" if key.measure == "audit"
+            else f"audit at {bound}, {key.detail}: runs trusted (%)")
 
 
 def markdown(groups, command):
     """The table as Markdown: a row for each number, a column for each group."""
     lines = [f"# Comparison of {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "", f"    {command}", "",
-             "Mean ± standard deviation over seeds (number of runs).", "",
+             "Mean ± standard deviation over seeds (number of runs). Rows on other images or of another budget do not "
+             "compare.", "",
              "| | " + " | ".join(group.label.replace("|", "\\|") for group in groups) + " |",
              "| --- |" + " --- |" * len(groups)]
     for key in _keys(groups):
@@ -161,8 +163,12 @@ def compare(paths, labels, published, figures, command, root="results"):
     for name, figure in figures_compare.all_figures(everything):
         run.save_figure(name, figure)
     print("\n".join(lines[6:]))
-    print(f"{len(paths)} runs in {len(groups)} groups; results are in {folder}")
+    print(f"{_count(len(paths), 'run')} in {_count(len(groups), 'group')}; results are in {folder}")
     return folder
+
+
+def _count(n, what):
+    return f"{n} {what}" + "s" * (n != 1)
 
 
 def _new_folder(root):

@@ -26,31 +26,33 @@ def all_figures(groups):
         yield "attack_steps.png", attack_steps(groups, chosen)
 
 
-def _band(axes, n, curve, group):
-    """Draws [(x, mean, standard deviation)] in the n-th look."""
-    x, mean, std = (np.array(values, dtype=float) for values in zip(*curve))
-    look = {"linestyle": "--", "linewidth": 1, "fillstyle": "none"} if group.published else {"linestyle": "-"}
+def _band(axes, n, curve, group, label=None):
+    """Draws [(x, mean, standard deviation, number of runs)] in the n-th look; hollow where there are fewer runs than
+    elsewhere, without a line to them, which would be a trend of other runs."""
+    most, look = max(runs for *_, runs in curve), {"color": f"C{n % 7}", "marker": "os^DvPX"[n % 7]}
+    whole = [point[:3] for point in curve if point[3] == most]
+    x, mean, std = (np.array(values, dtype=float) for values in zip(*whole))
     every = max(1, len(x) // 12)
-    axes.plot(x, mean, color=f"C{n % 7}", marker="os^DvPX"[n % 7], label=group.label, **look,
-              markevery=(n % every, every))
-    axes.fill_between(x, mean - std, mean + std, color=f"C{n % 7}", alpha=0.15, linewidth=0)
+    style = {"linestyle": "--", "linewidth": 1, "fillstyle": "none"} if group.published else {"linestyle": "-"}
+    axes.plot(x, mean, **look, label=label or group.label, markevery=(n % every, every), **style)
+    axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
+    few = [point[:2] for point in curve if point[3] < most]
+    if few:
+        axes.plot(*zip(*few), **look, linestyle="", fillstyle="none")
 
 
 def _by_place(series):
-    """[(1, mean, std), (2, ...), ...] of lists of numbers."""
+    """[(1, mean, std, number of lists), (2, ...), ...] of lists of numbers."""
     longest = max(map(len, series), default=0)
-    return [(place + 1, *_mean_and_std([values[place] for values in series if place < len(values)]))
-            for place in range(longest)]
-
-
-def _mean_and_std(values):
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    columns = [[values[place] for values in series if place < len(values)] for place in range(longest)]
+    return [(place, statistics.fmean(column), statistics.stdev(column) if len(column) > 1 else 0.0, len(column))
+            for place, column in enumerate(columns, 1)]
 
 
 def _pooled_curve(group, keys, x):
-    """[(x(key), mean, std)] of some keys."""
-    rows = [(x(key), *group.pooled(key)[:2]) for key in keys]
-    return sorted((place, mean, std or 0.0) for place, mean, std in rows)
+    """[(x(key), mean, std, number of runs)] of some keys."""
+    rows = [(x(key), *group.pooled(key)) for key in keys]
+    return sorted((place, mean, std or 0.0, runs) for place, mean, std, runs in rows)
 
 
 def _steps(key):
@@ -58,17 +60,34 @@ def _steps(key):
     return max((int(word) for word in key.steps.split() if word.isdigit()), default=0)
 
 
-def _curve_of(group, attack, norm):
-    """Accuracy over eps under one attack: of all its variants the worst over gradients, through the most steps."""
-    variants = {}
+def _variants(group, attack, norm):
+    """{(gradient, steps, detail): keys} of the variants of one attack, or of the audit, that a group has."""
+    found, measure = {}, "audit" if attack == "audit" else "adversarial"
     for key in group.keys():
-        if key.measure == "adversarial" and (key.attack, key.norm) == (attack, norm) and key.eps > 0:
-            variants.setdefault((key.grad, key.steps, key.detail), []).append(key)
-    if not variants:
-        return []
-    best = max(variants, key=lambda variant: (variant[0] == "worst", len(variants[variant]),
-                                              _steps(variants[variant][0])))
-    return _pooled_curve(group, variants[best], lambda key: key.eps)
+        if (key.measure, key.attack, key.norm) == (measure, attack, norm) and key.eps > 0:
+            found.setdefault((key.grad, key.steps, key.detail), []).append(key)
+    return found
+
+
+def _curves(groups, attack, norm):
+    """[(group, variant, accuracy over eps)] under one attack: by the variant that all groups have, where there is one,
+    else by each one's own; of several by the worst over gradients, at most eps, through the most steps."""
+    own = [(group, _variants(group, attack, norm)) for group in groups]
+    shared = set.intersection(*[set(found) for group, found in own if found and not group.published] or [set()])
+    curves = []
+    for group, found in own:
+        among = {variant: keys for variant, keys in found.items() if variant in shared} or found
+        best = max(among, default=None, key=lambda variant: (variant[0] == "worst", len(among[variant]),
+                                                             _steps(among[variant][0])))
+        curves.append((group, best, _pooled_curve(group, among[best], lambda key: key.eps) if best else []))
+    return curves
+
+
+def _said(variant, attack):
+    """A variant of an attack in words."""
+    grad, steps, detail = variant
+    through = f"{grad}{f'@{steps}' if steps else ''}" * (grad not in ("", attack))
+    return ", ".join(filter(None, (through, detail)))
 
 
 @style()
@@ -76,20 +95,20 @@ def robustness(groups, norm):
     """Accuracy over eps: a panel for each attack, and one for the audits."""
     own = [key for group in groups if not group.published for key in group.keys() if key.norm == norm]
     attacks = sorted({key.attack for key in own if key.measure == "adversarial"})
-    audited = any(key.measure == "audit" for key in own)
-    panels = [*attacks, *(["audit"] if audited else [])]
-    figure = new_figure(f"Accuracy under attack, {'L-infinity' if norm == 'inf' else 'L2'} norm", COLUMN,
-                        2.8 * -(-len(panels) // 2) + 0.15 * len(groups) + 0.6)
+    panels = [*attacks, *(["audit"] if any(key.measure == "audit" for key in own) else [])]
+    figure = new_figure(f"Accuracy under attack, {'L-infinity' if norm == 'inf' else 'L2'} norm\nmean and standard "
+                        "deviation over runs (hollow: of fewer runs)", COLUMN,
+                        3 * -(-len(panels) // 2) + 0.15 * len(groups) + 0.8)
     for axes, attack in zip(grid(figure, len(panels), 2, sharey=True), panels):
-        for n, group in enumerate(groups):
-            if attack == "audit":
-                curve = _pooled_curve(group, [key for key in group.keys() if key.measure == "audit"
-                                              and key.norm == norm], lambda key: key.eps)
-            else:
-                curve = _curve_of(group, attack, norm)
+        curves = _curves(groups, attack, norm)
+        for n, (group, _, curve) in enumerate(curves):
             if curve:
                 _band(axes, n, curve, group)
-        axes.set(title=attack, xlabel="eps, images in [0, 1]", ylabel=ACCURACY, xscale="log", ylim=(-2, 102))
+        variants = list(dict.fromkeys(_said(variant, attack) for group, variant, curve in curves
+                                      if curve and not group.published))
+        axes.set(xlabel="eps, images in [0, 1]", ylabel=ACCURACY, xscale="log", ylim=(-2, 102))
+        axes.set_title("\n".join([attack, *["not the same for all:"] * (len(variants) > 1), *filter(None, variants)]),
+                       fontsize=8)
         bounds = sorted({eps for line in axes.get_lines() for eps in line.get_xdata()})
         if bounds:
             ticks_at(axes, bounds, [eps_name(eps, norm) for eps in bounds])

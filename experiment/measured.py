@@ -83,7 +83,8 @@ def _sweep(run, path):
     budget = told.get("budget") or f"{told.get('attack_iters', '?')} iterations"
     if told.get("attack_start", "zero") != "zero":
         budget += f", from {told['attack_start']}"
-    detail = str(budget) + ", not clipped" * bool(told.get("no_clip"))
+    images = f", {told['images']} images" if "images" in told else ""
+    detail = f"{budget}{images}" + ", not clipped" * bool(told.get("no_clip"))
     for row in run.read_csv(f"{path.stem}.csv"):
         eps, adversarial = _number(row.get("eps")), _number(row.get("adversarial"))
         if None not in (eps, adversarial):
@@ -99,7 +100,8 @@ def _audit(path):
     try:
         result = json.loads(path.read_text(**TEXT))
         _, norm, eps = path.stem.split("_")
-        key = Key("audit", "audit", norm, eps=float(eps), detail=str(result["settings"]["budget"]))
+        images = f", {result['images']} images" if "images" in result else ""
+        key = Key("audit", "audit", norm, eps=float(eps), detail=f"{result['settings']['budget']}{images}")
         return {key: 100 * float(result["robust"]),
                 key._replace(measure="audit trusted"): 100.0 * bool(result["trusted"])}
     except (OSError, ValueError, KeyError, TypeError):

@@ -18,6 +18,11 @@ def refuse_to_undo(saved):
                             "copy the file to a folder of its own")
 
 
+def epochs_left(saved):
+    """How many epochs a run lacks of those that it was last asked for; 0 where it has them all."""
+    return max(0, saved.story.asked - len(saved.story.history))
+
+
 def how_to_go_on(job, folder, first):
     """What is saved of a training that began after `first` epochs, and the shortest command that goes on with it.
 

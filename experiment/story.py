@@ -11,12 +11,13 @@ class Story:
     """What a training has gone through. history: the rows of metrics.csv; best: the best model until now, as `snapshot`
     made it, None where it is not known; best_accuracy: its accuracy in % on the images that models are chosen on, -1
     before the first epoch, None where it was measured on others; resumptions: {epoch: which arguments changed before
-    it}."""
+    it}; asked: how many epochs it was last asked to have in the end, 0 where that is not known."""
 
     history: list = dataclasses.field(default_factory=list)
     best: dict | None = None
     best_accuracy: float | None = -1.0
     resumptions: dict = dataclasses.field(default_factory=dict)
+    asked: int = 0
 
 
 def chosen_on(args):
@@ -46,7 +47,7 @@ def resumable_state(story, optimizer, scheduler, generator):
     so that one file commits all that an epoch changes."""
     return {"opt": optimizer.state_dict(), "scheduler": scheduler and scheduler.state_dict(),
             "random_states": training_state.random_states(generator), "best_model": story.best,
-            "resumptions": story.resumptions}
+            "resumptions": story.resumptions, "asked": story.asked}
 
 
 def summary(history):

@@ -152,6 +152,12 @@ def resumptions(saved):
     return dict(saved)
 
 
+def asked(saved):
+    """How many epochs a checkpoint was asked to have in the end."""
+    expect(is_number(saved, 0, LARGEST, True), "asked", saved)
+    return saved
+
+
 def accuracy(saved, otherwise):
     """The accuracy of the best model, in %, or -1; `otherwise` where the file does not say it."""
     if saved is None:

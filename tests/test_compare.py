@@ -8,7 +8,7 @@ import statistics
 import pytest
 from conftest import ROOT, only_run
 
-from experiment import compare, measured
+from experiment import compare, figures_compare, measured
 
 TINY = "--task digits --device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 "\
        "--epochs 2 --save"
@@ -25,7 +25,7 @@ def dress(run, clean, seed):
                 for eps in (0.5, 1.0) for n, grad in enumerate(grads)]
         head = "eps,grad,clean,adversarial,masked,unmoved,mean_norm"
         (run / f"{name}.csv").write_text("\n".join([head, *rows, ""]))
-    (run / "Audit_2_0.5.json").write_text(json.dumps({"robust": 0.4 + 0.01 * seed, "trusted": seed != 2,
+    (run / "Audit_2_0.5.json").write_text(json.dumps({"robust": 0.4 + 0.01 * seed, "trusted": seed != 2, "images": 50,
                                                       "settings": {"budget": "quick"}}))
     (run / "Corruption_Accuracy.txt").write_text("# settings: {}\n" + "\n".join(
         f"{name} " + " ".join(f"{0.9 - 0.1 * s - 0.01 * seed:.6f}" for s in range(5)) for name in ("fog", "snow")))
@@ -105,7 +105,7 @@ def test_the_numbers_are_those_computed_by_hand(comparison):
     assert numbers("EP", measure="corruptions", eps="2") == (*by_hand([79, 78, 77]), 3)
     assert numbers("EP", measure="corruptions", eps="") == (*by_hand([69, 68, 67]), 3)
     text = (comparison / "comparison.md").read_text()
-    assert "| audit, robust at L2 0.5 (%) | 42.00 ± 1.00 (3) | 41.50 ± 0.71 (2) |" in text
+    assert "| audit, robust at L2 0.5, quick, 50 images (%) | 42.00 ± 1.00 (3) | 41.50 ± 0.71 (2) |" in text
 
 
 @pytest.mark.usefixtures("full_figures")
@@ -120,6 +120,28 @@ def test_runs_without_anything_leave_gaps(ok, runs, tmp_path):
     ok("--todo compare --figures pdf --load-path", runs["BPTT"][2], runs["BPTT"][1] / "checkpoint.tar")
     folder, = (tmp_path / "results" / "compare").glob("*/*")
     assert (folder / "training.pdf").exists() and "MLP BPTT" in (folder / "comparison.csv").read_text()
+
+
+def attacked(label, rows):
+    """A group of as many runs as there are lists of rows, (gradient, eps, accuracy)."""
+    keys = [[measured.Key("adversarial", "pgd", "2", grad, "29", eps, "20 iterations") for grad, eps, _ in row]
+            for row in rows]
+    return compare.Group(label, [measured.Measured({}, dict(zip(k, (value for *_, value in row))))
+                                 for k, row in zip(keys, rows)])
+
+
+def test_curves_are_of_one_attack_and_of_all_runs():
+    """A mean of fewer runs is no part of the curve, and what was attacked otherwise is compared by what all have."""
+    both = attacked("both", [[("smooth", 1, 60), ("worst", 1, 50), ("smooth", 2, 30)],
+                             [("smooth", 1, 70), ("worst", 1, 40)]])
+    one = attacked("one", [[("smooth", 1, 65)]])
+    axes, = figures_compare.robustness([both, one], "2").axes
+    lines = {(line.get_linestyle(), line.get_fillstyle()): line.get_xydata().tolist() for line in axes.get_lines()
+             if line.get_color() == "C0"}
+    assert lines == {("-", "full"): [[1, 65]], ("None", "none"): [[2, 30]]}
+    assert axes.get_title() == "pgd\nsmooth@29, 20 iterations"
+    axes, = figures_compare.robustness([attacked("other", [[("bptt", 1, 65)]]), one], "2").axes
+    assert "not the same for all" in axes.get_title() and "bptt@29" in axes.get_title()
 
 
 def test_labels_say_what_differs(runs):

@@ -112,6 +112,31 @@ def test_killed_at_many_moments_a_run_always_resumes_and_ends_the_same(ok, tmp_p
         ended += 1
 
 
+def killed_after(tmp_path, line, least):
+    """(its run, how many epochs it has) of a training that was killed after at least so many."""
+    process, done = start(tmp_path, line), 0
+    while done < least:
+        time.sleep(0.01)
+        for path in tmp_path.glob("results/*/*/*/[!.]*/checkpoint.tar"):
+            done = torch.load(path, weights_only=True)["epoch"]
+    process.kill()
+    process.join()
+    run = only_run(tmp_path)
+    return run, torch.load(run / "checkpoint.tar", weights_only=True)["epoch"]
+
+
+def test_after_a_kill_the_run_alone_knows_how_many_epochs_are_left(ok, tmp_path):
+    run, done = killed_after(tmp_path, MLP + " --epochs 100", 1)
+    assert f"epoch {done + 2}/{done + 2}" in ok(f"--device -1 --load-path {run} --epochs 2")  # as many as one says
+    asked = done + 2 + 60
+    run, done = killed_after(tmp_path, f"--device -1 --load-path {run} --epochs 60", done + 3)
+    assert done < asked
+    out = ok(f"--device -1 --load-path {run}")  # what is left of what was asked for last
+    assert f"epoch {asked}/{asked}" in out and f"note: --epochs {asked - done}," in out
+    assert "note: --epochs" not in ok(f"--device -1 --load-path {run}")  # nothing is left: one more
+    assert torch.load(run / "checkpoint.tar", weights_only=True)["epoch"] == asked + 1
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupts_say_how_to_go_on(tmp_path, number, code):
     words = (MLP + " --train-size 1437 --T1 200 --epochs 500").split()
@@ -196,7 +221,8 @@ def test_files_that_are_no_networks_are_refused(ok, cli, name, tmp_path):
             assert_refused(cli, run, how, todo, tmp_path)
 
 
-@pytest.mark.parametrize("damage", [{"opt": {"state": 3}}, {"random_states": {"python": None}}, {"history": [3]}])
+@pytest.mark.parametrize("damage", [{"opt": {"state": 3}}, {"random_states": {"python": None}}, {"history": [3]},
+                                    {"asked": -1}])
 def test_a_checkpoint_with_damaged_parts_is_refused(cli, trained, damage):
     path = trained / "checkpoint.tar"
     torch.save({**torch.load(path, weights_only=True), **damage}, path)
