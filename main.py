@@ -287,7 +287,7 @@ def audit(job):
     args, data = job.args, job.batches("test")
     ends_early = args.tol if args.tol or "tol" in job.given else ENDS_EARLY
     surrogate = args.surrogate and open_surrogate(args, model_utils.build)
-    files = AuditFiles(job.run_folder(), args, job.saved.weights, surrogate, ends_early)
+    files = AuditFiles(job.run_folder(), args, job.saved, surrogate, ends_early)
     job.interruption.advice = files.advice
     conduct(job.model, args, (data.images, data.labels), files, surrogate, ends_early)
 

@@ -81,7 +81,8 @@ def result_of(state, subject, settings):
     robust = int(state.standing.sum()) / max(n, 1)
     return {"clean": facts["clean"], "robust": robust, "interval": interval(robust, n), "images": n,
             "trusted": all(check["passed"] for check in found.values()), "checks": found, "attacks": state.attacks,
-            "strongest": facts["strongest"], "curve": facts["curve"], "early": facts["early"],
+            "strongest": facts["strongest"], "curve": facts["curve"], "sample": facts["sample"],
+            "early": facts["early"],
             "seconds": facts["seconds"], "settings": settings}
 
 
@@ -106,7 +107,8 @@ def verdict(result, norm, eps):
               f"{a['seconds']:7.1f} s" for a in result["attacks"]]
     early, curve = result["early"], result["curve"]
     return lines + [
-        "", "accuracy over eps, by the strongest gradient alone: "
+        "", f"over eps, by PGD with the strongest gradient alone, of the first {result['sample']} images that are "
+        "classified correctly stand: "
         + ", ".join(f"{e:.3g}: {100 * share:.0f} %" for e, share in curve),
         f"read out early, at t = {early['t']}, {100 * early['robust']:.1f} % of the attacked images are right",
         "time by stage: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result["seconds"].items())]
@@ -116,8 +118,8 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
     """Audits a model, writes the result and prints the verdict; returns the result, see `result_of`.
 
     args: see `audit.Subject`, and budget; data: (images uint8 (n, C, H, W), labels), tensors; files: what `Audit.run`
-    needs of a store, and settings, text and write; surrogate: (model, args) or None; ends_early: how far images have
-    settled where the predictions that attacks ask for stop, see `relax_until_settled`."""
+    needs of a store, and source, settings, text and write; surrogate: (model, args) or None; ends_early: how far images
+    have settled where the predictions that attacks ask for stop, see `relax_until_settled`."""
     x, y = (data[0].float() / 255).cpu().numpy(), data[1].cpu().numpy()
     other = Subject(surrogate[0].to(next(model.parameters()).device), surrogate[1], x, y) if surrogate else None
     subject = Subject(model, args, x, y, BUDGETS[args.budget], ends_early, other)
@@ -126,7 +128,9 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
           flush=True)
     state = Audit(subject, functools.partial(print, flush=True)).run(files)
     result = result_of(state, subject, files.settings)
+    result["model"] = files.source
     lines = verdict(result, args.attack_norm, args.eps)
+    lines.insert(2, f"model: {files.source}")
     files.write(result, lines, state.x_adv, y)
     print("\n".join(lines))
     return result

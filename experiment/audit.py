@@ -6,7 +6,7 @@ import numpy as np
 
 from data_utils import UserError
 from experiment import arguments, checkpoints, checks, figures_checks
-from experiment.files import replacing, write_text
+from experiment.files import TEXT, replacing, write_text
 from experiment.flags import FEED_FORWARD
 from experiment.run_folder import fingerprint
 
@@ -17,16 +17,17 @@ NAMES = ("task", "attack_norm", "eps", "attack_step", "predict_step", "T1", "no_
 
 class AuditFiles:
     """Audit_<norm>_<eps>.json, .txt, .png and .npz of a run folder, and Audit_<norm>_<eps>_<stage>.npz of each stage,
-    which an audit that was stopped goes on from. Files of other settings are replaced.
+    which an audit that was stopped goes on from. Stages of other settings are replaced, results moved aside.
 
-    settings: all that the numbers depend on, a dict that JSON can say."""
+    settings: all that the numbers depend on, a dict that JSON can say; source: what is audited, in words."""
 
-    def __init__(self, run, args, weights, surrogate=None, ends_early=None):
-        """run: the RunFolder; args: of the command line; weights: of the model; surrogate: of `open_surrogate`;
-        ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`. Raises UserError where another process writes
-        this audit."""
+    def __init__(self, run, args, saved, surrogate=None, ends_early=None):
+        """run: the RunFolder; args: of the command line; saved: the SavedRun that is audited; surrogate: of
+        `open_surrogate`; ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`. Raises UserError where another
+        process writes this audit."""
         self.run, self.args, self.stem = run, args, f"Audit_{args.attack_norm}_{args.eps:g}"
-        self.settings = {**{name: getattr(args, name) for name in NAMES}, "weights": fingerprint(weights),
+        self.source = saved.source
+        self.settings = {**{name: getattr(args, name) for name in NAMES}, "weights": fingerprint(saved.weights),
                          "ends_early": ends_early}
         if surrogate:
             self.settings["surrogate"] = [fingerprint(surrogate[0].state_dict()), surrogate[1].T1, surrogate[1].loss]
@@ -69,11 +70,24 @@ class AuditFiles:
             np.savez_compressed(file, **arrays)
 
     def write(self, result, lines, x_adv, labels):
-        """The result: a dict; its text: lines; the strongest adversarial images with their labels."""
+        """The result: a dict; its text: lines; the strongest adversarial images with their labels. That of another
+        audit of this bound is kept, with a number behind its name."""
+        if self._settings_of_result() not in (None, json.loads(json.dumps(self.settings))):
+            number = self.run.next_number(self.stem)
+            for path in [path for path in self.run.folder.glob(f"{self.stem}.*") if path.suffix != ".lock"]:
+                path.rename(path.with_name(f"{self.stem}_{number}{path.suffix}"))
         self._write(self.run.folder / f"{self.stem}.npz", x_adv=x_adv, labels=labels)
         self.run.save_figure(f"{self.stem}.png", figures_checks.audit(result, self._title()))
         self.run.write_lines(self.text.name, lines)
         write_text(self.run.folder / f"{self.stem}.json", json.dumps(result, indent=1) + "\n")
+
+
+    def _settings_of_result(self):
+        """Those of the result that is there; None where there is none."""
+        try:
+            return json.loads((self.run.folder / f"{self.stem}.json").read_text(**TEXT))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 def open_surrogate(args, build):

@@ -169,19 +169,25 @@ def audit(result, title):
     """Images that stand after each attack of an audit, and accuracy over eps. result: as `audit.AuditFiles` writes
     it."""
     verdict = "trusted" if result["trusted"] else "not trusted, an upper bound"
-    figure = new_figure(f"{title}: {100 * result['robust']:.1f} %, {verdict}", 9, 4.6)
+    figure = new_figure(f"{title}: {100 * result['robust']:.1f} %, {verdict}", 9,
+                        max(3.8, 1.6 + 0.16 * len(result["attacks"])))
     left, right = figure.subplots(1, 2)
     names = ["clean", *(f"{attack['stage']} {attack['name']}" for attack in result["attacks"])]
     counts = [round(result["clean"] * result["images"]), *(attack["standing"] for attack in result["attacks"])]
-    left.step(range(len(names)), counts, where="post", markersize=3)
-    left.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-    left.set(ylabel="images that stand", ylim=(0, None))
+    left.barh(range(len(names)), counts, height=0.7)
+    left.set_yticks(range(len(names)), names, fontsize=7)
+    left.set(xlabel=f"of {result['images']} images stand after it", xlim=(0, max(result["images"], 1)))
+    left.invert_yaxis()
     eps, shares = zip(*result["curve"])
-    right.plot(eps, [100 * share for share in shares], label="strongest gradient alone")
-    low, high = (100 * bound for bound in result["interval"])
-    right.axhline(100 * result["robust"], color="C1", linestyle="--", marker="", label="robust, of all attacks")
-    right.axhspan(low, high, color="C1", alpha=0.15, linewidth=0)
+    right.plot(eps, [100 * share for share in shares], clip_on=False,
+               label=f"PGD, strongest gradient, {result['sample']} images")
+    bound, robust = float(result["settings"]["eps"]), 100 * result["robust"]
+    low, high = (100 * share for share in result["interval"])
+    right.errorbar(bound, robust, [[robust - low], [high - robust]], color="C1", linestyle="", marker="D", capsize=3,
+                   label=f"all attacks, {result['images']} images, 95 %")
     right.set_xscale("symlog", linthresh=max(eps[1], 1e-9) if len(eps) > 1 else 1.0)
-    right.set(xlabel="eps", ylabel="accuracy (%)", ylim=(-2, 102))
+    right.set_xticks(eps, [eps_name(e, result["settings"]["attack_norm"]) if e else "0" for e in eps], rotation=45)
+    right.minorticks_off()
+    right.set(xlabel="eps, images in [0, 1]", ylabel="accuracy (%)", ylim=(-2, 104), xlim=(0, None))
     legend_below(figure)
     return figure

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import context, only_run
 import main
 from ART_Timesteps_Addition import attacks, audit, audit_checks, audit_subject
 from data_utils import load_split
+from experiment import measured
 from experiment.audit import NAMES, AuditFiles
 from experiment.run_folder import RunFolder
 
@@ -119,12 +121,13 @@ def test_an_audit_that_is_killed_in_every_stage_goes_on(ok, tiny, trained, audit
 
 
 def test_stages_of_other_settings_are_not_taken(audited, tmp_path):
-    run, weights = RunFolder(shutil.copytree(audited, tmp_path / "run")), {"w": torch.zeros(2)}
+    run = RunFolder(shutil.copytree(audited, tmp_path / "run"))
+    saved = types.SimpleNamespace(weights={"w": torch.zeros(2)}, source="model.pt")
 
     def files(**changes):
         run.release()
         arguments = {**dict.fromkeys(NAMES), "attack_norm": "2", "eps": 1.0, **changes}
-        return AuditFiles(run, argparse.Namespace(**arguments), weights)
+        return AuditFiles(run, argparse.Namespace(**arguments), saved)
     assert files().load("a") is None
     files().save("a", {"x": np.ones(3)}, {"facts": [1]})
     arrays, record = files().load("a")
@@ -132,6 +135,23 @@ def test_stages_of_other_settings_are_not_taken(audited, tmp_path):
     assert files(tol=0.1).load("a") is None and not (run.folder / "Audit_2_1_b.npz").exists()
     (run.folder / "Audit_2_1_a.npz").write_bytes(b"PK half of a file")
     assert files().load("a") is None
+
+
+def test_the_result_of_other_settings_is_moved_aside(ok, audited, tmp_path):
+    run = shutil.copytree(audited, tmp_path / "run")
+    before = result_of(run)
+    ok(LINE, f"--load-path {run}")
+    assert not list(run.glob("Audit_2_1_1.*"))  # the same again
+    ok(LINE, f"--load-path {run} --test-size 4")
+    assert result_of(run, "Audit_2_1_1") == before and result_of(run)["images"] == 4
+    assert {path.suffix for path in run.glob("Audit_2_1_1.*")} == {".json", ".txt", ".png", ".npz"}
+    keys = [key for key in measured.read_run(run).values if key.measure == "audit"]
+    assert [key.detail for key in keys] == ["quick, 4 images"]
+
+
+def test_an_audit_says_what_was_examined(audited):
+    assert result_of(audited)["model"].startswith("model.pt (epoch ")
+    assert "model: model.pt (epoch " in (audited / "Audit_2_1.txt").read_text()
 
 
 @pytest.mark.parametrize("words, said", [("", "--eps"), ("--eps 0", "--eps"), ("--eps 1 --budget huge", "--budget"),

@@ -90,7 +90,7 @@ def test_audits_with_another_surrogate_or_end_are_other_audits(tmp_path):
     for surrogate, ends_early in ((None, 1e-3), (None, 0.0), (models[0], 1e-3), (models[1], 1e-3)):
         run = RunFolder(tmp_path)
         other = surrogate and (surrogate, types.SimpleNamespace(T1=3, loss="mse"))
-        files = AuditFiles(run, args, {}, other, ends_early)
+        files = AuditFiles(run, args, types.SimpleNamespace(weights={}, source="model.pt"), other, ends_early)
         assert files.settings not in settings
         settings.append(files.settings)
         run.release()

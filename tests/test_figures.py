@@ -16,7 +16,7 @@ SETTINGS = {"attack": "pgd", "attack_norm": "inf", "images": 40, "task": "digits
 SWEEP = [{"eps": repr(eps), "grad": grad, "adversarial": f"{share}", "masked": "0.5"}
          for eps, share in ((0.0, 0.9), (0.01, 0.8), (8 / 255, 0.4), (0.1, 0.0)) for grad in ("bptt", "ep", "worst")]
 AUDITED = {"robust": 0.25, "clean": 0.75, "images": 4, "trusted": False, "interval": [0.05, 0.7],
-           "curve": [(0.0, 1.0), (0.5, 0.6), (1.0, 0.3)],
+           "curve": [(0.0, 1.0), (0.5, 0.6), (1.0, 0.3)], "sample": 3, "settings": {"eps": 1.0, "attack_norm": "2"},
            "attacks": [{"name": "pgd", "stage": "b", "standing": 2}, {"name": "fab", "stage": "c", "standing": 1}]}
 
 
