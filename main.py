@@ -1,8 +1,8 @@
 """Train energy models with Equilibrium Propagation or back-propagation through time, and examine them.
 
 Typical use:
-  python main.py --task digits --save                                     train the default MLP on digits that need no
-  download python main.py --model CNN --channels 16 32 --loss cel --softmax ...    train a convolutional model on MNIST
+  python main.py --task digits --save                          train the default MLP on digits that need no download
+  python main.py --model CNN --channels 16 32 --loss cel --softmax ...         train a convolutional model on MNIST
   python main.py --todo evaluate --load-path results/EP/mse/2026-01-31/10-11-12_gpu0
 
 With --load-path, every flag that is not given takes its value from the saved run; the architecture always does.
