@@ -137,7 +137,7 @@ def find_saved(path, todo):
     if stat.S_ISREG(_mode(path)):
         return pathlib.Path(path)
     if not stat.S_ISDIR(_mode(path)):
-        raise UserError(f"argument --load-path: {named(path)} is no folder")
+        raise UserError(f"argument --load-path: {named(path)} is no folder and no file")
     found = next((pathlib.Path(path, name) for name in names if _mode(pathlib.Path(path, name))), None)
     if found is None:
         raise UserError(f"argument --load-path: {named(path)} has no {' or '.join(names)}")
