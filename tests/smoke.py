@@ -6,11 +6,13 @@ to data/, and then 0 to file descriptor 4. It reads `PROGRAM FLAGS`, a line each
 Started by check/common.sh with SMOKE=1.
 """
 import importlib
+import multiprocessing
 import os
 import pathlib
 import runpy
 import shlex
 import sys
+import tempfile
 
 import quick_figures  # noqa: F401
 from make_cifar import write_cifar, write_corruptions
@@ -34,7 +36,7 @@ LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "audit": "ART_Timesteps
 def serve(commands, codes):
     """commands: the file that it reads from; codes: the file descriptor that it writes to."""
     os.chdir(commands.readline().rstrip("\n"))
-    os.environ["TMPDIR"] = os.getcwd()
+    os.environ["TMPDIR"] = tempfile.tempdir = os.getcwd()  # which Python may have looked up already
     write_cifar("data")
     write_corruptions("data", CORRUPTIONS)
     os.write(codes, b"0\n")
@@ -57,11 +59,14 @@ def serve(commands, codes):
         os.write(codes, b"%d\n" % (code if code >= 0 else 128 - code))
 
 
-def serve_pipes(folder, said):
-    """`serve` through the named pipes `commands` and `codes` of a folder; what the commands say goes to the file
-    `said`, behind what is there."""
-    with open(said, "a") as file, open(f"{folder}/commands") as commands, open(f"{folder}/codes", "w") as codes:
-        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+def serve_pipes(folder):
+    """`serve` through the named pipes `commands` and `codes` of a folder; what the commands say goes to its files `out`
+    and `err`, behind what is there."""
+    multiprocessing.set_start_method("fork", force=True)  # so that no lock has a name, which would be left behind
+    for name, descriptor in (("out", 1), ("err", 2)):
+        with open(f"{folder}/{name}", "a") as file:
+            os.dup2(file.fileno(), descriptor)
+    with open(f"{folder}/commands") as commands, open(f"{folder}/codes", "w") as codes:
         serve(commands, codes.fileno())
 
 

@@ -141,13 +141,14 @@ def shares_of_one_process(counts):
     return [Shared(rank, len(counts)) for rank in range(len(counts))]
 
 
-@pytest.mark.parametrize("counts", [(3, 2), (1, 0), (4, 4, 3)])
-def test_shares_are_normalised_by_the_statistics_of_the_whole(counts):
+@pytest.mark.parametrize("size", [4, 1])
+@pytest.mark.parametrize("counts", [(3, 2), (1, 0), (1, 1), (2, 1), (4, 4, 3)])
+def test_shares_are_normalised_by_the_statistics_of_the_whole(counts, size):
     """Outputs, gradients and running statistics are those of the whole mini-batch at once, whose share of no sample
-    computes along on another's."""
+    computes along on another's. A single value a map, which has no variance, is one of the whole."""
     torch.manual_seed(0)
-    n, slope = sum(counts), torch.randn(3, 4, 4).double()
-    x = torch.randn(n, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    n, slope = sum(counts), torch.randn(3, size, size).double()
+    x = torch.randn(n, 3, size, size, dtype=torch.float64, requires_grad=True)
     whole, norms = baselines.BatchNorm(3).double().train(), []
     out = whole(x)
     (out * slope).sum((1, 2, 3)).square().mean().backward()

@@ -22,33 +22,31 @@ def bash(script, tmp, small, *words, **options):
     environment.pop("SMOKE", None)
     return subprocess.run(["bash", str(script), *words], cwd=tempfile.gettempdir(), text=True,
                           env={**environment, **({"SMOKE": "1"} if small else {})},
-                          **(options or {"capture_output": True}))
+                          timeout=400, **(options or {"capture_output": True}))
 
 
 @pytest.fixture
 def server(tmp_path_factory):
-    """A folder with the pipes of a `smoke` process that has loaded the libraries already, and the file of what it
-    says."""
+    """A folder with the pipes of a `smoke` process that has loaded the libraries already, and what it says, `out` and
+    `err`."""
     folder = tmp_path_factory.mktemp("server")
     for name in ("commands", "codes"):
         os.mkfifo(folder / name)
-    said = folder / "said"
-    said.touch()
-    process = context.Process(target=smoke.serve_pipes, args=(str(folder), str(said)))
+    process = context.Process(target=smoke.serve_pipes, args=(str(folder),))
     process.start()
-    yield folder, said
+    yield folder
     process.kill()  # it waits, where a script has not come as far as to its pipes
     process.join()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(tmp_path, server, name):
-    before, (folder, said) = listing(tmp_path), server
-    with open(said, "a") as out:
-        done = bash(ROOT / f"check/{name}.sh", tmp_path, True, env={"SMOKE_SERVER": str(folder)}, stdout=out,
-                    stderr=out)
-    assert done.returncode == 0, said.read_text()
-    assert said.read_text() and listing(tmp_path) == before
+    before, said = listing(tmp_path), [server / "out", server / "err"]
+    with open(said[0], "a") as out, open(said[1], "a") as err:
+        done = bash(ROOT / f"check/{name}.sh", tmp_path, True, env={"SMOKE_SERVER": str(server)}, stdout=out,
+                    stderr=err)
+    assert done.returncode == 0, said[0].read_text() + said[1].read_text()
+    assert said[0].read_text() and listing(tmp_path) == before
 
 
 def test_without_a_gpu_its_report_says_what_would_run(tmp_path):

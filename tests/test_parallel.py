@@ -33,8 +33,8 @@ TRAINED = {  # 50 images leave two for the last mini-batch, 49 one: nothing for 
     "CNN BPTT": CNN + " --train-size 50 --alg BPTT --loss cel --softmax --epochs 2",
     "VFCNN EP, augmented": CNN + " --task CIFAR10 --data-aug --train-size 33 --model VFCNN --thirdphase",
     "FFMLP": BP + " --model FFMLP --archi 784 12 10 --train-size 50 --lr-step 1 0.5 --epochs 2",
-    "FFCNN, attacked": BP + " --model FFCNN --channels 3 4 --train-size 49 --epochs 2 --adv-train 0.5 --adv-iters 2",
-    "ViT": BP + " --model ViT --patch 7 --depth 1 --heads 2 --width 8 --mlp-width 12 --train-size 50 --optim adam",
+    "FFCNN": BP + " --model FFCNN --channels 3 4 --train-size 49 --epochs 2",
+    "ViT": BP + " --model ViT --patch 7 --depth 1 --heads 2 --width 8 --mlp-width 12 --train-size 50",
 }
 RESUMED = "MLP EP random sign"
 EXAMINED = {
