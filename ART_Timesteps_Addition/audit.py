@@ -158,16 +158,20 @@ class Audit:
     def _draws(self, x, y, seed):
         classifier, best = self.subject.classifier(attack="square"), x.copy()
         margin, clip = margins(classifier.predict(x, batch_size=len(x)), y), not self.subject.args.no_clip
+        left = self.budget.draws
         with seeded(*seed):
-            for _ in range(self.budget.draws):
+            while left and (margin > 0).any():
                 rows = np.flatnonzero(margin > 0)
-                if not len(rows):
-                    break
-                found = within(x[rows] + random_in_ball(x[rows].shape, self.norm, self.eps), x[rows], self.norm,
+                several = min(left, max(1, self.subject.args.mbs // len(rows)))  # small mini-batches are slow
+                left, each = left - several, np.tile(rows, several)
+                found = within(x[each] + random_in_ball(x[each].shape, self.norm, self.eps), x[each], self.norm,
                                self.eps, clip)
-                reached = margins(classifier.predict(found, batch_size=len(rows)), y[rows])
-                nearer = reached < margin[rows]
-                best[rows[nearer]], margin[rows[nearer]] = found[nearer], reached[nearer]
+                reached = margins(classifier.predict(found, batch_size=len(each)), y[each]).reshape(several, -1)
+                place = reached.argmin(0)
+                nearest = reached[place, np.arange(len(rows))]
+                found = found.reshape(several, len(rows), *x.shape[1:])[place, np.arange(len(rows))]
+                nearer = nearest < margin[rows]
+                best[rows[nearer]], margin[rows[nearer]] = found[nearer], nearest[nearer]
         return best, np.zeros(len(x))
 
     def _transfer(self, surrogate):

@@ -22,7 +22,7 @@ class Budget:
     iters: int = 20
     ensemble: int = 100
     queries: int = 5000
-    hops: int = 1000
+    hops: int = 500
     draws: int = 1000
     restarts: int = 3
     sample: int = 50
