@@ -93,16 +93,15 @@ def train(job):
     from experiment import checkpoints, resuming
     from experiment.story import Story, changes, resumable_state, snapshot
     args, workers, saved = job.args, job.workers, job.saved
-    if saved and "epochs" not in job.given and resuming.epochs_left(saved):
-        args.epochs = resuming.epochs_left(saved)
-        print(f"note: --epochs {args.epochs}, which the run lacks of those that it was asked for")
     run = _training_folder(job)
+    if saved and "epochs" not in job.given and resuming.epochs_left(saved) > 1:
+        print(f"note: this trains one epoch; --epochs {resuming.epochs_left(saved)} those that the run was asked for")
     generator = torch.Generator().manual_seed(args.seed)
     train_batches, test_batches = job.batches("train", generator), job.batches("test")
     optimizer, scheduler = model_utils.make_optimizer(job.model, args)
     story = checkpoints.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
     first, folder = len(story.history), saved and str(saved.path.parent)
-    story.asked = first + args.epochs
+    story.asked = max(story.asked, first + args.epochs)
     job.interruption.advice = lambda: resuming.how_to_go_on(job, folder, first)
     for change in changes(saved.args, vars(args)) if saved else ():
         print(f"note: {change}")

@@ -157,7 +157,7 @@ FLAGS = {
         Flag("lr-decay", bool, False, "cosine annealing of the learning rates to 1e-5 over 100 epochs", T, todos=TRAIN),
         Flag("lr-step", float, None, "N GAMMA: every N epochs the learning rates become GAMMA times what they were", T,
              low=0, many=True, todos=TRAIN),
-        Flag("epochs", int, 1, "epochs to train; of a resumed run the further ones (default: those that were left)", S,
+        Flag("epochs", int, 1, "epochs to train; of a resumed run the further ones", S,
              low=1, todos=TRAIN),
     ],
     "adversarial training": [
