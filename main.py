@@ -94,8 +94,9 @@ def train(job):
     from experiment.story import Story, changes, resumable_state, snapshot
     args, workers, saved = job.args, job.workers, job.saved
     run = _training_folder(job)
-    if saved and "epochs" not in job.given and resuming.epochs_left(saved) > 1:
-        print(f"note: this trains one epoch; --epochs {resuming.epochs_left(saved)} those that the run was asked for")
+    left = resuming.epochs_left(saved) if saved and "epochs" not in job.given else 0
+    if left > 1:
+        print(f"note: this trains one epoch; --epochs {left} those that the run was asked for")
     generator = torch.Generator().manual_seed(args.seed)
     train_batches, test_batches = job.batches("train", generator), job.batches("test")
     optimizer, scheduler = model_utils.make_optimizer(job.model, args)

@@ -73,17 +73,16 @@ def checks(facts, n, steps, T1):
             if facts.get("moves", True) or name not in OF_STEPS}
 
 
-def result_of(state, subject, settings):
+def result_of(state, subject, settings, source=""):
     """The result of an audit, a dict that JSON can say. state: the last of `audit.Audit`; subject: an `audit.Subject`;
-    settings: what it depended on."""
+    settings: what it depended on; source: the model that was examined, in words."""
     n, facts = len(subject.y), state.facts
     found = checks(facts, n, subject.steps, subject.T1)
     robust = int(state.standing.sum()) / max(n, 1)
     return {"clean": facts["clean"], "robust": robust, "interval": interval(robust, n), "images": n,
             "trusted": all(check["passed"] for check in found.values()), "checks": found, "attacks": state.attacks,
             "strongest": facts["strongest"], "curve": facts["curve"], "sample": facts["sample"],
-            "early": facts["early"],
-            "seconds": facts["seconds"], "settings": settings}
+            "early": facts["early"], "seconds": facts["seconds"], "settings": settings, "model": source}
 
 
 def verdict(result, norm, eps):
@@ -98,7 +97,7 @@ def verdict(result, norm, eps):
         first = (f"TRUSTED: robust accuracy {100 * result['robust']:.1f} % ({low:.1f} to {high:.1f} % with 95 % "
                  "confidence)")
     lines = [first, f"{ball}, {result['images']} images; clean accuracy {100 * result['clean']:.1f} %, strongest "
-             f"gradient {result['strongest']}", "", "checks (value, limit):"]
+             f"gradient {result['strongest']}", f"model: {result['model']}", "", "checks (value, limit):"]
     for name, check in result["checks"].items():
         lines.append(f"  {'passed' if check['passed'] else 'FAILED'} {name:17} {check['value']:7.4g} "
                      f"{check['limit']:6.4g}" + ("" if check["passed"] else f"  {check['why']}"))
@@ -127,10 +126,8 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
           f"{subject.T1} steps, gradients through {' '.join(map(str, subject.steps))}; results go to {files.text}",
           flush=True)
     state = Audit(subject, functools.partial(print, flush=True)).run(files)
-    result = result_of(state, subject, files.settings)
-    result["model"] = files.source
+    result = result_of(state, subject, files.settings, files.source)
     lines = verdict(result, args.attack_norm, args.eps)
-    lines.insert(2, f"model: {files.source}")
     files.write(result, lines, state.x_adv, y)
     print("\n".join(lines))
     return result

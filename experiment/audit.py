@@ -21,6 +21,8 @@ class AuditFiles:
 
     settings: all that the numbers depend on, a dict that JSON can say; source: what is audited, in words."""
 
+    ENDS = (".json", ".png", ".pdf", ".npz", ".txt")  # in the order in which they move aside
+
     def __init__(self, run, args, saved, surrogate=None, ends_early=None):
         """run: the RunFolder; args: of the command line; saved: the SavedRun that is audited; surrogate: of
         `open_surrogate`; ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`. Raises UserError where another
@@ -32,6 +34,7 @@ class AuditFiles:
         if surrogate:
             self.settings["surrogate"] = [fingerprint(surrogate[0].state_dict()), surrogate[1].T1, surrogate[1].loss]
         run.lock(self.stem)
+        run.finish_move(self.stem, self.ENDS)
 
     @property
     def text(self):
@@ -73,14 +76,11 @@ class AuditFiles:
         """The result: a dict; its text: lines; the strongest adversarial images with their labels. That of another
         audit of this bound is kept, with a number behind its name."""
         if self._settings_of_result() not in (None, json.loads(json.dumps(self.settings))):
-            number = self.run.next_number(self.stem)
-            for path in [path for path in self.run.folder.glob(f"{self.stem}.*") if path.suffix != ".lock"]:
-                path.rename(path.with_name(f"{self.stem}_{number}{path.suffix}"))
+            self.run.move_aside(self.stem, self.ENDS)
         self._write(self.run.folder / f"{self.stem}.npz", x_adv=x_adv, labels=labels)
         self.run.save_figure(f"{self.stem}.png", figures_checks.audit(result, self._title()))
         self.run.write_lines(self.text.name, lines)
         write_text(self.run.folder / f"{self.stem}.json", json.dumps(result, indent=1) + "\n")
-
 
     def _settings_of_result(self):
         """Those of the result that is there; None where there is none."""

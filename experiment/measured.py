@@ -76,15 +76,19 @@ def _number(text):
         return None
 
 
+def _of_images(told):
+    """On how many images a number is, in words; nothing where that is not told."""
+    return f", {told['images']} images" if "images" in told else ""
+
+
 def _sweep(run, path):
     """The rows of one attack sweep."""
     told, found = settings_of(path) or {}, {}
     steps, several = told.get("attack_step", ""), isinstance(told.get("attack_step"), list)
-    budget = told.get("budget") or f"{told.get('attack_iters', '?')} iterations"
+    budget = str(told.get("budget") or f"{told.get('attack_iters', '?')} iterations")
     if told.get("attack_start", "zero") != "zero":
         budget += f", from {told['attack_start']}"
-    images = f", {told['images']} images" if "images" in told else ""
-    detail = f"{budget}{images}" + ", not clipped" * bool(told.get("no_clip"))
+    detail = budget + _of_images(told) + ", not clipped" * bool(told.get("no_clip"))
     for row in run.read_csv(f"{path.stem}.csv"):
         eps, adversarial = _number(row.get("eps")), _number(row.get("adversarial"))
         if None not in (eps, adversarial):
@@ -100,8 +104,7 @@ def _audit(path):
     try:
         result = json.loads(path.read_text(**TEXT))
         _, norm, eps = path.stem.split("_")
-        images = f", {result['images']} images" if "images" in result else ""
-        key = Key("audit", "audit", norm, eps=float(eps), detail=f"{result['settings']['budget']}{images}")
+        key = Key("audit", "audit", norm, eps=float(eps), detail=result["settings"]["budget"] + _of_images(result))
         return {key: 100 * float(result["robust"]),
                 key._replace(measure="audit trusted"): 100.0 * bool(result["trusted"])}
     except (OSError, ValueError, KeyError, TypeError):

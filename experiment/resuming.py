@@ -19,7 +19,7 @@ def refuse_to_undo(saved):
 
 
 def epochs_left(saved):
-    """How many epochs a run lacks of those that it was last asked for; 0 where it has them all."""
+    """How many epochs a run lacks of those that it was asked for; 0 where it has them all."""
     return max(0, saved.story.asked - len(saved.story.history))
 
 

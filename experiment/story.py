@@ -11,7 +11,7 @@ class Story:
     """What a training has gone through. history: the rows of metrics.csv; best: the best model until now, as `snapshot`
     made it, None where it is not known; best_accuracy: its accuracy in % on the images that models are chosen on, -1
     before the first epoch, None where it was measured on others; resumptions: {epoch: which arguments changed before
-    it}; asked: how many epochs it was last asked to have in the end, 0 where that is not known."""
+    it}; asked: the most epochs that it was asked to have, 0 where that is not known."""
 
     history: list = dataclasses.field(default_factory=list)
     best: dict | None = None

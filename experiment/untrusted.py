@@ -153,7 +153,7 @@ def resumptions(saved):
 
 
 def asked(saved):
-    """How many epochs a checkpoint was asked to have in the end."""
+    """The most epochs that a checkpoint was asked to have."""
     expect(is_number(saved, 0, LARGEST, True), "asked", saved)
     return saved
 

@@ -149,6 +149,15 @@ def test_the_result_of_other_settings_is_moved_aside(ok, audited, tmp_path):
     assert [key.detail for key in keys] == ["quick, 4 images"]
 
 
+def test_a_kill_while_a_result_moves_aside_leaves_no_half(audited, tmp_path):
+    run = RunFolder(shutil.copytree(audited, tmp_path / "run"))
+    (run.folder / "Audit_2_1.json").rename(run.folder / "Audit_2_1_1.json")
+    arguments = {**dict.fromkeys(NAMES), "attack_norm": "2", "eps": 1.0}
+    AuditFiles(run, argparse.Namespace(**arguments), types.SimpleNamespace(weights={}, source="model.pt"))
+    assert not [path for path in run.folder.glob("Audit_2_1.*") if path.suffix != ".lock"]
+    assert {path.suffix for path in run.folder.glob("Audit_2_1_1.*")} == {".json", ".txt", ".png", ".npz"}
+
+
 def test_an_audit_says_what_was_examined(audited):
     assert result_of(audited)["model"].startswith("model.pt (epoch ")
     assert "model: model.pt (epoch " in (audited / "Audit_2_1.txt").read_text()
