@@ -1,4 +1,4 @@
-"""The rooms of the code, read with `ast`: what may import what, and how large things may be."""
+"""The rooms of the code, read with `ast`: what may import what."""
 import ast
 import re
 import shlex
@@ -10,17 +10,11 @@ from conftest import ROOT
 from experiment import arguments, checks, flag_table
 from experiment.flags import ALL, DROPOUTS, FLAGS
 
-# floor and most lines of a file; folders: of each file in them. A room imports only rooms on lower floors (files of one
-# folder each other).
-FLOORS = {"main_dropout.py": (5, 20), "main.py": (4, 450), "model_utils.py": (3, 700), "learning.py": (2.5, 350),
-          "baselines.py": (2, 250), "experiment": (2, 250),
-          "ART_Timesteps_Addition": (2, 350),
-          "data_utils.py": (1, 300), "energy": (1, 350), "data_files.py": (0, 300)}
+# The floor of each room. A room imports only rooms on lower floors (files of one folder each other).
+FLOORS = {"main_dropout.py": 5, "main.py": 4, "model_utils.py": 3, "learning.py": 2.5, "baselines.py": 2,
+          "experiment": 2, "ART_Timesteps_Addition": 2, "data_utils.py": 1, "energy": 1, "data_files.py": 0}
 FILES = sorted(path for name in FLOORS for path in ([ROOT / name] if name.endswith(".py")
                                                     else (ROOT / name).glob("*.py")))
-# whose arguments INTERFACE fixes; and the constructors of models
-MANY_ARGUMENTS = {"forward", "compute_syn_grads", "check_gdu"}
-MODELS = {"P_CNN", "VF_CNN", "_CNN", "EnergyModel", "PyTorchClassifier"}
 
 
 def room(path):
@@ -40,11 +34,11 @@ def imports(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_room_imports_only_lower_ones(path):
-    floor = FLOORS[room(path)][0]
+    floor = FLOORS[room(path)]
     for name in imports(path):
         top = name.split(".")[0]
         other = top if top in FLOORS else f"{top}.py"
-        assert other == room(path) or FLOORS[other][0] < floor, name
+        assert other == room(path) or FLOORS[other] < floor, name
 
 
 def test_there_are_no_circles():
@@ -64,29 +58,6 @@ def test_there_are_no_circles():
             done.add(module)
     for module in graph:
         visit(module)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_is_too_large_to_read(path):
-    lines = path.read_text().splitlines()
-    assert len(lines) <= FLOORS[room(path)][1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ClassDef):
-            assert node.end_lineno - node.lineno < 200, node.name
-            assert node.name != "Trainer" or node.end_lineno - node.lineno < 120
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 45, node.name
-
-
-def test_no_function_takes_more_than_seven_arguments():
-    for path in FILES:
-        tree = ast.parse(path.read_text())
-        constructors = {f for c in ast.walk(tree) if isinstance(c, ast.ClassDef) and c.name in MODELS for f in c.body}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node not in constructors and node.name not in MANY_ARGUMENTS:
-                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-                         if a.arg not in ("self", "cls")]
-                assert len(names) <= 7, (path.name, node.name, names)
 
 
 def test_lines_have_at_most_120_columns():
@@ -115,8 +86,6 @@ def test_public_functions_say_what_they_do():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path.name}: {node.name}"
-
-
 
 
 def test_the_table_of_flags_is_that_of_the_code():
