@@ -27,7 +27,7 @@ enter() {
     esac
     mkdir -p "$1" && cd "$1"
     if command -v flock >/dev/null; then
-        exec 9>.lock # inherited: it holds until the last command of a script that was killed has ended
+        exec 9>>.lock # empties nothing; inherited: it holds until the last command of a script that was killed has ended
         flock -n 9 || complain "another copy, or a command that one has left behind, is at work in $1"
     fi
     [ ! -e .flags ] || [ "$(cat .flags)" = "$2" ] ||

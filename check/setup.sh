@@ -3,16 +3,29 @@
 # Source of truth for every other script: they call this one first and use .venv/bin/python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cmp -s requirements.txt .venv/.requirements && exit 0
+works() { # MODULE: whether the interpreter of .venv starts, has the version that .venv was built for, and finds the module
+    .venv/bin/python -c 'import importlib.util, os, sys, sysconfig
+sys.exit(not os.path.isdir(sysconfig.get_path("purelib")) or not importlib.util.find_spec(sys.argv[1]))' "$1" 2>/dev/null
+}
+up_to_date() { cmp -s requirements.txt .venv/.requirements && works torch; }
+up_to_date && exit 0
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "setup: $python is $("$python" --version 2>&1); Python 3.10 or newer is needed (PYTHON=... names another)" >&2; exit 2; }
+if command -v flock >/dev/null; then # jobs that start together build once; without locks each builds
+    { exec 9<>requirements.txt; } 2>/dev/null || exec 9<requirements.txt # network file systems lock what can be written to
+    code=0
+    flock -n 9 2>/dev/null || code=$?
+    [ $code -ne 1 ] || { echo "setup: waiting for another process that builds .venv" >&2; flock 9 || true; }
+    up_to_date && exit 0
+fi
 echo "setup: building .venv from requirements.txt (about 6 GB)" >&2
+emptied() { [ ! -e .venv ] || find -H .venv -mindepth 1 -delete; } # half of one, or one whose interpreter is gone
 if command -v uv >/dev/null; then
-    [ -x .venv/bin/python ] || uv venv --quiet --python "$python" .venv
+    works sys || { emptied; uv venv --quiet --python "$python" .venv; }
     uv pip install --quiet --python .venv/bin/python -r requirements.txt
 else
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    works pip || { emptied; "$python" -m venv .venv; }
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 fi
 cp requirements.txt .venv/.requirements # only now is the environment complete

@@ -3,6 +3,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 
 import gpu_report
@@ -103,3 +104,85 @@ def test_the_paper_refuses_what_would_spoil_it(tmp_path, environment, words, sai
         done = subprocess.run(["bash", ROOT / "check/paper_cifar10.sh", *words], capture_output=True, text=True,
                               env={**os.environ, "PAPER": str(tmp_path), **environment})
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- setup.sh, with an interpreter and installers that only write down what they are asked for
+
+INTERPRETER = """#!/bin/bash
+case "$1 $2" in
+    "-m venv") echo venv >>"$LOG"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m pip") echo install >>"$LOG"; sleep 0.3 ;;
+    *) exec "$REAL" "$@" ;;
+esac
+"""
+UV = """#!/bin/bash
+case "$1" in
+    venv) "$4" -m venv "$5" ;;
+    pip) echo install >>"$LOG" ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Starts check/setup.sh of a copy of the project, `tmp_path`/copy; `tmp_path`/log has what it has built."""
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "cmp", "cp", "dirname", "find", "flock", "mkdir", "sleep"):
+        os.symlink(shutil.which(name), tmp_path / "bin" / name)
+    for folder in (tmp_path / "bin", tmp_path / "with-uv"):
+        folder.mkdir(exist_ok=True)
+        (folder / "python3").write_text(INTERPRETER)
+    (tmp_path / "with-uv/uv").write_text(UV)
+    for path in (*tmp_path.glob("*/python3"), tmp_path / "with-uv/uv"):
+        path.chmod(0o755)
+    shutil.copytree(ROOT / "check", tmp_path / "copy/check")
+    shutil.copy(ROOT / "requirements.txt", tmp_path / "copy")
+
+    def start(uv=False):
+        path = f"{tmp_path / 'with-uv'}:{tmp_path / 'bin'}" if uv else str(tmp_path / "bin")
+        environment = {"PATH": path, "LOG": str(tmp_path / "log"), "REAL": sys.executable}
+        return subprocess.Popen(["bash", tmp_path / "copy/check/setup.sh"], env=environment, stderr=subprocess.PIPE,
+                                text=True)
+    return start
+
+
+def test_set_ups_that_start_together_build_once(setup, tmp_path):
+    started = [setup() for _ in range(3)]
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert (tmp_path / "log").read_text().split() == ["venv", "install"]
+    assert sum("waiting for another process" in text for text in said) == 2
+    again = setup()
+    assert again.communicate(timeout=60)[1] == "" and again.returncode == 0
+    assert sorted(os.listdir(tmp_path / "copy")) == [".venv", "check", "requirements.txt"]
+
+
+@pytest.mark.parametrize("uv", [False, True])
+@pytest.mark.parametrize("state", ["gone", "does not start", "another version"])
+def test_an_environment_whose_interpreter_is_gone_is_built_again(setup, tmp_path, uv, state):
+    environment = tmp_path / "copy/.venv"
+    assert setup(uv).wait(60) == 0
+    (environment / "stale").touch()
+    interpreter = environment / "bin/python"
+    interpreter.unlink()
+    if state == "gone":
+        interpreter.symlink_to(tmp_path / "python3.9")
+    elif state == "does not start":
+        interpreter.write_text("#!/bin/bash\nexit 127\n")
+        interpreter.chmod(0o755)
+    else:  # packages of the version before
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+        library = next(environment.glob("lib/python3.*"))
+        library.rename(library.with_name("python3.9"))
+    assert setup(uv).wait(60) == 0
+    assert (tmp_path / "log").read_text().split() == 2 * ["venv", "install"]
+    assert not (environment / "stale").exists()
+
+
+def test_a_script_does_not_empty_the_file_that_a_lock_leads_to(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/.lock").symlink_to(tmp_path / "precious")
+    script = f'source {ROOT}/check/common.sh mnist; enter "$1" ""'
+    subprocess.run(["bash", "-c", script, "bash", str(tmp_path / "folder")], check=True, timeout=60)
+    assert (tmp_path / "precious").read_text() == "precious"
