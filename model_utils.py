@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import time
 
 import torch
@@ -28,6 +27,7 @@ from experiment import records
 from experiment.arguments import resolve
 from experiment.checkpoints import load_weights, open_saved
 from experiment.checks import check
+from experiment.console import memory_limit
 from experiment.health import Health, log_theorem, report_precision
 from experiment.prediction import (  # noqa: F401
     characteristic,
@@ -326,11 +326,11 @@ def build(args):
             weights = sum(p.numel() for p in make_model(args).parameters())
     except (ValueError, RuntimeError, OverflowError, TypeError) as e:  # TypeError: a size beyond 64 bits
         raise UserError(f"the model cannot be built: {one_line(e)[:300]}") from None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    memory = memory_limit()
     if 4 * weights > memory:
         sizes = [f"{size / 2 ** 30:,.1f} GiB" for size in (4 * weights, memory)]
-        raise UserError(f"the model cannot be built: {weights:,} weights take {sizes[0]}, this machine has {sizes[1]}; "
-                        "fewer or smaller layers (--archi, --channels, --fc) need less")
+        raise UserError(f"the model cannot be built: {weights:,} weights take {sizes[0]}, this machine or container "
+                        f"has {sizes[1]}; fewer or smaller layers (--archi, --channels, --fc) need less")
     return make_model(args)
 
 

@@ -1,6 +1,7 @@
 """What the surroundings can do to a long run: streams that break, signals, a launcher that dies; and how the user
 started it."""
 import contextlib
+import math
 import os
 import pathlib
 import re
@@ -87,6 +88,37 @@ def _torchrun_words():
         if pathlib.Path(word).name == "torchrun" or word == "torch.distributed.run" and words[n - 1] == "-m":
             return ["torchrun", *words[n + 1:]]
     return []
+
+
+def memory_limit(root="/"):
+    """Bytes of memory that this process may use: those of the machine, or fewer where its container
+    or batch job (cgroup, version 1 or 2, or one of its parents) has a limit; inf if unknown.
+
+    root: the folder that holds proc/ and sys/."""
+    sizes = [math.inf]
+    if hasattr(os, "sysconf"):
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        groups = pathlib.Path(root, "proc/self/cgroup").read_text(errors="replace").splitlines()
+    except OSError:  # not Linux
+        groups = []
+    mounted = pathlib.Path(root, "sys/fs/cgroup")
+    for group in groups:  # number:controllers:path, in version 2 without controllers
+        _, _, controllers_and_path = group.partition(":")
+        controllers, _, path = controllers_and_path.partition(":")
+        if not controllers:
+            places, name = (mounted, mounted / "unified"), "memory.max"
+        elif "memory" in controllers.split(","):
+            places, name = (mounted / "memory", mounted / controllers), "memory.limit_in_bytes"
+        else:
+            continue
+        # inside a container the path can be the one outside, of which only the root is mounted
+        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
+        for place in places:
+            for depth in range(len(parts) + 1):
+                with contextlib.suppress(OSError, ValueError):  # ValueError: max
+                    sizes.append(int(place.joinpath(*parts[:depth], name).read_text()))
+    return min(size for size in sizes if size > 0)
 
 
 def out_of_memory(error, given):

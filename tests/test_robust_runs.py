@@ -380,6 +380,39 @@ def test_out_of_memory_is_one_line(cli, monkeypatch, error):
 
 
 
+V1, V2 = "4:memory:/slurm/job_7/step_0\n1:cpu,cpuacct:/\n0::/\n", "0::/slurm/job_7/step_0\n"
+
+
+@pytest.mark.parametrize("groups, limits, expected", [
+    (V2, {"": "max", "slurm/job_7/step_0": "max"}, None),
+    (V2, {"slurm/job_7/step_0": "1000"}, 1000),
+    (V2, {"slurm/job_7": "1000", "slurm/job_7/step_0": "2000"}, 1000),
+    (V2, {"": "1000"}, 1000),  # in a container, with the path outside
+    ("0::/../../elsewhere\n", {"": "1000"}, 1000),
+    (V2, {"slurm/job_7": "no number"}, None),
+    (V2, {"slurm/job_7": str(2 ** 62)}, None),
+    (V1, {"memory/slurm/job_7": "1000", "memory/slurm/job_7/step_0": str(2 ** 63 - 4096)}, 1000),
+    (V1, {"memory": "1000"}, 1000),
+    (V1, {"memory": str(2 ** 63 - 4096), "slurm/job_7": "1000"}, None),
+    ("nonsense\n\n:::\n", {}, None),
+    (None, {}, None)])
+def test_memory_is_what_machine_and_container_allow(tmp_path, groups, limits, expected):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    if groups:
+        (tmp_path / "proc/self/cgroup").write_text(groups)
+    for place, limit in limits.items():
+        folder = tmp_path / "sys/fs/cgroup" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ("memory.limit_in_bytes" if place.startswith("memory") else "memory.max")).write_text(limit + "\n")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert console.memory_limit(tmp_path) == (expected or machine)
+
+
+def test_a_model_beyond_the_memory_of_a_container_is_one_line(cli, monkeypatch):
+    monkeypatch.setattr(mu, "memory_limit", lambda: 2 ** 20)
+    code, _, err = cli("--task digits --device -1")
+    assert code == 2 and err.count("\n") == 1 and "take 0.0 GiB" in err and "container has 0.0 GiB" in err
+
 
 def test_deterministic_runs_ask_torch_for_it_and_say_so(ok, tmp_path):
     line = TINY + " --model CNN --channels 3 4 --alg"
