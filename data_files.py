@@ -208,6 +208,12 @@ def _download_folder(data_dir):
                     remove()
 
 
+def _no_link(path, flags):
+    """Opener for `open` that neither follows a symbolic link nor waits for the reader of a FIFO."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return os.open(path, flags, 0o666)
+
+
 def _lock(path, made):
     """Waits for the lock file `path`: (the file, to be removed and then closed; whether it is locked, for not every
     file system can). Notes in `made` the folders that are made for it, the innermost first."""
@@ -216,7 +222,7 @@ def _lock(path, made):
         made.extend(folder for folder in path.parents if not folder.exists())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "wb")
+            file = open(path, "ab", opener=_no_link)
         except FileNotFoundError:
             attempts += 1
             if attempts == 10:

@@ -3,7 +3,10 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
+import secrets
 import socket
+import stat
 import sys
 
 from data_utils import RunFailed, UserError, one_line
@@ -17,10 +20,26 @@ except ImportError:  # not a Unix system
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
+# Errors of flock that mean that the file system has no locks. Any other error leaves open whether
+# another process holds the lock.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+WITHOUT_LOCKS = ", without locks"  # the end of a lock file whose existence is the lock
+
+
 class WriteFailed(RunFailed):
     """A file of a run could not be written."""
 
     resumable = True
+
+
+class Busy(UserError):
+    """Another process holds the folder or the table. holder: which one; delete: what to do where
+    that cannot be found out, "" with locks."""
+
+    def __init__(self, message, holder, delete):
+        super().__init__(message)
+        self.holder = holder
+        self.delete = delete
 
 
 def why(error):
@@ -36,16 +55,67 @@ def exists(path):
         return False
 
 
+def own_file(path, flags):
+    """Opener for `open`: a regular file with one name, in a folder where other users may write.
+
+    A symbolic link is not followed, and a FIFO does not block. Not for modes that truncate. Raises
+    OSError with errno EMLINK if `path` is a link or no regular file."""
+    foreign = OSError(errno.EMLINK, "it is a link or no regular file")
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as e:
+        raise (foreign if e.errno in (errno.ELOOP, errno.ENXIO) else e) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise foreign
+    return descriptor
+
+
+def hidden_name(path):
+    """A new hidden path beside `path`, for a file or folder that is renamed to `path` once it is
+    complete. It contains host and process id, see `owner_is_gone`; a random part makes it unique
+    among containers that share both."""
+    path = pathlib.Path(path)
+    owner = f"{socket.gethostname()}-{os.getpid()}"
+    return path.with_name(f".{path.name}.tmp-{owner}-{secrets.token_hex(4)}")
+
+
+def owner_is_gone(path):
+    """Whether the process in a hidden path's name (of `hidden_name`, or of earlier versions) has
+    ended on this machine. Process ids of several containers on one host cannot be told apart."""
+    owner = rf"(?:{re.escape(socket.gethostname())}-)?(\d{{1,9}})(?:-[0-9a-f]{{8}})?"
+    found = re.fullmatch(rf".*\.(?:tmp-)?{owner}", path.name)
+    if not found or not fcntl:
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's process
+        return False
+    return int(found[1]) == os.getpid()  # left by a process that had our id before
+
+
 @contextlib.contextmanager
 def replacing(path):
-    """A path beside `path` to write to; renamed to `path` when the block ends well, so that no reader ever sees half a
-    file and a failure, a full disk say, leaves the old one. Raises WriteFailed if it cannot be written."""
+    """A new file beside `path` to write to, which is renamed to `path` when the block succeeds.
+
+    No reader ever sees half a file, and a failure, for example a full disk, keeps the old file. The
+    new file is locked until it is renamed, see `left_behind`. Raises WriteFailed."""
     path = pathlib.Path(path)
-    beside = path.with_name(f".{path.name}.tmp-{socket.gethostname()}-{os.getpid()}")
+    beside = hidden_name(path)
+    file = None
     try:
-        yield beside
-        with open(beside, "rb") as file:
+        with open(beside, "xb") as file:
+            if fcntl:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield beside
             os.fsync(file.fileno())
+            if not os.path.samestat(os.fstat(file.fileno()), os.lstat(beside)):
+                raise OSError(errno.EEXIST, "another process has replaced the new file")
         os.replace(beside, path)
     except OSError as e:
         if not exists(path.parent):
@@ -53,8 +123,9 @@ def replacing(path):
         kept = "; what was there before is unchanged" if exists(path) else ""
         raise WriteFailed(f"cannot write {path}: {why(e)}{kept}") from None
     finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+        if file:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -63,57 +134,120 @@ def write_text(path, text):
         beside.write_text(text, **TEXT)
 
 
+def append(path, text):
+    """Append `text` in one write, so that two processes that append lose nothing. A link is first
+    replaced by a copy, so that the file it leads to does not change. Raises WriteFailed."""
+    content = text.encode(**TEXT)
+    try:
+        with open(path, "ab", opener=own_file) as file:
+            file.write(content)
+    except OSError as e:
+        if e.errno != errno.EMLINK:
+            raise WriteFailed(f"cannot write {path}: {why(e)}") from None
+        with replacing(path) as beside:
+            beside.write_bytes((path.read_bytes() if path.is_file() else b"") + content)
+
+
 def left_behind(path):
-    """Whether a file that `replacing` writes to belongs to no living process of this machine any more."""
-    host, _, pid = path.name.rpartition(".tmp-")[2].rpartition("-")
-    if host not in ("", socket.gethostname()) or not pid.isdigit():
+    """Whether the writer of a file of `replacing` has ended: its process is gone, and no process,
+    for example of another container, holds its lock. False where the file system has no locks."""
+    if not owner_is_gone(path):
         return False
     try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # somebody else's
+        with open(path, "r+b", opener=own_file) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
-    return int(pid) == os.getpid()  # ours: one who had the number before was writing
+    return True
 
 
 class Lock:
-    """Holds a folder for one training, or one table in it: a lock on its file .lock, or .TABLE.lock, that the system
-    takes back when the process ends, however it does."""
+    """Holds a folder for one training, or one table in it: a lock on its file .lock, or
+    .TABLE.lock, that the system releases when the process ends, however it ends.
+
+    On a file system without locks the existence of the file is the lock: the process that creates
+    it holds the folder. After a kill the user has to delete it; a note reports this."""
 
     def __init__(self, folder, table=""):
-        """Raises UserError where another process has it. On a file system without locks there is a note instead."""
-        self.path, self._file = pathlib.Path(folder, f".{table}.lock" if table else ".lock"), None
-        busy, alone = (f"{table} in {folder} is being written", "this table takes one process") if table else (
-            f"{folder} is being trained", "a run takes one training")
+        """Raises Busy if another process holds the lock, UserError if that cannot be found out."""
+        self.path = pathlib.Path(folder, f".{table}.lock" if table else ".lock")
+        self._file = None
+        if table:
+            self._busy = f"{table} in {folder} is being written already"
+            self._alone = "this table takes one process at a time"
+        else:
+            self._busy = f"{folder} is being trained already"
+            self._alone = "a run takes one training at a time"
         try:
             while not self._acquired():
                 pass
-        except BlockingIOError:
-            holder = ""
-            with contextlib.suppress(OSError):  # it may end just now
-                holder = self.path.read_text(**TEXT).strip()
-            raise UserError(f"{busy} already, by {holder or 'another process'}; {alone} at a time") from None
         except OSError as e:
-            print(f"note: {folder} cannot be locked ({why(e)}): let no second process write there", file=sys.stderr)
+            left = os.path.lexists(self.path)
+            delete = "; if no process is at work there, delete that file" if left else ""
+            raise UserError(f"{folder} cannot be locked: {self.path}: {why(e)}{delete}") from None
 
     def _acquired(self):
-        if fcntl is None:
-            raise OSError(errno.ENOLCK, "this system has no locks")
-        file = open(self.path, "a+", **TEXT)
+        """Whether this process holds the lock now; False if the file was removed meanwhile, to try
+        again. Raises Busy, OSError."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not (exists(self.path) and os.path.samestat(os.fstat(file.fileno()), os.stat(self.path))):
-                file.close()  # who had it before removed it in the meantime
+            file = open(self.path, "x+b")
+            created = True
+        except FileExistsError:
+            try:
+                file = open(self.path, "r+b", opener=own_file)
+                created = False
+            except FileNotFoundError:
                 return False
-        except BaseException:
+        try:
+            locked = self._flock(file, created)
+            if locked and not self._is_current(file):
+                file.close()
+                return False
+            if _content(file).endswith(WITHOUT_LOCKS):  # of a machine that has no locks here
+                raise self._held(file, by_hand=True)
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            file.truncate(0)
+            file.seek(0)
+            file.write((holder + ("" if locked else WITHOUT_LOCKS)).encode(**TEXT))
+            file.flush()
+        except BaseException as e:
+            if created and not isinstance(e, Busy):
+                self.path.unlink(missing_ok=True)
             file.close()
             raise
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         self._file = file
         return True
+
+    def _flock(self, file, created):
+        """Lock the file; False if there are no locks, and the file is new. Raises Busy, OSError."""
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, "not on this system")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            raise self._held(file) from None
+        except OSError as e:
+            if e.errno not in NO_LOCKS:
+                raise
+            if not created:
+                raise self._held(file, by_hand=True) from None
+            print(f"note: this file system has no locks ({why(e)}); if this process is killed, "
+                  f"delete {self.path.name} in its folder before you resume", file=sys.stderr)
+            return False
+
+    def _is_current(self, file):
+        """Whether `file` is the one at the path: its last holder removes it."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _held(self, file, by_hand=False):
+        """The Busy that names the process in a lock file. by_hand: that process may have ended."""
+        holder = _content(file) or "another process"
+        delete = f"; there are no locks here: if it has ended, delete {self.path}" * by_hand
+        return Busy(f"{self._busy}, by {holder}; {self._alone}{delete}", holder, delete)
 
     def release(self):
         """Gives the folder back, and removes the file."""
@@ -122,3 +256,10 @@ class Lock:
                 self.path.unlink()
             self._file.close()
             self._file = None
+
+
+def _content(file):
+    """The text of a lock file, on one line."""
+    file.seek(0)
+    text = file.read(200).decode("utf-8", "replace").strip()
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

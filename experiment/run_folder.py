@@ -1,4 +1,5 @@
 """Run folders: a folder that appears whole, whose files are replaced whole, and one training at a time in it."""
+import contextlib
 import csv
 import datetime
 import errno
@@ -10,7 +11,6 @@ import os
 import pathlib
 import platform
 import shutil
-import socket
 import subprocess
 
 import numpy as np
@@ -19,7 +19,19 @@ import torch
 from data_utils import UserError, one_line
 from experiment import records
 from experiment.drawing import run_title, style
-from experiment.files import TEXT, Lock, WriteFailed, left_behind, replacing, why, write_text
+from experiment.files import (
+    TEXT,
+    Lock,
+    WriteFailed,
+    append,
+    hidden_name,
+    left_behind,
+    own_file,
+    owner_is_gone,
+    replacing,
+    why,
+    write_text,
+)
 
 
 class RunFolder:
@@ -39,13 +51,13 @@ class RunFolder:
         place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
         final = pathlib.Path(root, args.alg, args.loss, now.strftime("%Y-%m-%d"),
                              now.strftime("%H-%M-%S") + "_" + place)
-        hidden = final.with_name(f".{final.name}.{os.getpid()}")
+        hidden = hidden_name(final)
         try:
             hidden.mkdir(parents=True)
             run = cls(hidden, args.figures, f"{args.model} on {args.task}")
+            run.lock()  # first, see `remove_half_made`
             run.write_hyperparameters(command_line, vars(args), model, device)
             run.save("checkpoint.tar", checkpoint)
-            run.lock()
             for attempt in itertools.count(1):
                 run._move(final if attempt == 1 else final.with_name(f"{final.name}_{attempt}"))
                 if run.folder != hidden:
@@ -84,9 +96,9 @@ class RunFolder:
 
     def check_writable(self):
         """Raises UserError where nothing can be written to the folder: before the work, not after."""
-        probe = self.folder / f".probe.tmp-{socket.gethostname()}-{os.getpid()}"
+        probe = hidden_name(self.folder / "probe")
         try:
-            probe.touch()
+            probe.touch(exist_ok=False)
             probe.unlink()
         except OSError as e:
             raise UserError(f"cannot write to {self.folder}, where the results would go: {why(e)}") from None
@@ -115,12 +127,7 @@ class RunFolder:
 
     def append_hyperparameters(self, text):
         """Appends lines, in one write: who else appends at the same time loses nothing."""
-        path = self.folder / "hyperparameters.txt"
-        try:
-            with open(path, "ab") as file:
-                file.write((text + "\n").encode(**TEXT))
-        except OSError as e:
-            raise WriteFailed(f"cannot write {path}: {why(e)}") from None
+        append(self.folder / "hyperparameters.txt", text + "\n")
 
     def save(self, name, state):
         """torch.save into a file that is replaced whole."""
@@ -211,10 +218,25 @@ class RunFolder:
             self.move_aside(stem, ends)
 
 
+def remove_half_made(folder):
+    """Removes the hidden folders below results/ALG/LOSS that killed processes left: runs that were
+    not complete yet, which have no epoch, and claims of seeds by earlier versions."""
+    for path in [*folder.glob(".seed_*"), *folder.glob("*/.[0-9]*")]:
+        if path.is_symlink() or not path.is_dir() or (path / "metrics.csv").exists():
+            continue
+        claim = path.name.startswith(".seed_")
+        # a run is locked right after its folder is made
+        if claim or (path / ".lock").exists() or owner_is_gone(path):
+            with contextlib.suppress(UserError):
+                lock = Lock(path)
+                shutil.rmtree(path, ignore_errors=True)
+                lock.release()
+
+
 def _disk_error(path, error):
     """The OSError behind a RuntimeError of torch.save: what writing to the same place says."""
     try:
-        with open(path, "ab") as file:
+        with open(path, "ab", opener=own_file) as file:
             file.write(b"0" * 2 ** 16)
             file.flush()
             os.fsync(file.fileno())

@@ -558,6 +558,23 @@ def test_without_locks_a_download_goes_on(tmp_path, cifar10, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [".download-another", ARCHIVED]
 
 
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "pipe"])
+def test_the_lock_of_a_download_follows_no_link(tmp_path, cifar10, monkeypatch, kind):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "data").mkdir()
+    lock = tmp_path / "data" / ".download.lock"
+    if kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        (lock.symlink_to if kind == "symbolic link" else lock.hardlink_to)(tmp_path / "precious")
+    downloading(cifar10, monkeypatch)
+    if kind == "hard link":  # it goes with the name, the file stays
+        assert len(load_split("CIFAR10", tmp_path / "data", True)[1]) == 100 and not lock.exists()
+    else:
+        assert "missing" in refused("CIFAR10", tmp_path / "data")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_where_nothing_can_be_written_the_files_are_missing(tmp_path, no_download):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "at" / "all")
