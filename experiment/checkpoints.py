@@ -184,6 +184,9 @@ def _expect_all_for_training(saved):
     if saved.args["lr_decay"] or saved.args.get("lr_step"):
         needed["scheduler"] = saved.scheduler
     missing = [name for name, value in needed.items() if value is None]
+    if missing and saved.path.suffix == ".pt":  # a model, as every run saves it
+        raise UserError(f"{named(saved.path)} holds a model without {' and '.join(missing)}, which "
+                        "resuming needs: name the run folder, or a checkpoint.tar")
     if missing:
         raise Damaged(f"no training can go on from it without {' and '.join(missing)}")
 

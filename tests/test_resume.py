@@ -351,3 +351,11 @@ def test_files_of_the_original_code_load(ok, tmp_path, kind):
     out = ok(f"--load-path {folder} {common} --mmt 0.9", flags)
     assert "from epoch 3 on" in out and "epoch 3/3" in out
     assert checkpoints.read_checkpoint(folder / "checkpoint.tar")["epoch"] == 3
+
+
+def test_resuming_from_a_model_does_not_call_it_damaged(cli, tmp_path):
+    cli(MLP)
+    run = only_run(tmp_path)
+    (run / "checkpoint.tar").write_bytes(b"")
+    code, _, err = cli(f"--device -1 --load-path {run / 'model.pt'}")
+    assert code == 2 and err.count("\n") == 1 and "damaged" not in err and "name the run folder" in err
