@@ -5,16 +5,18 @@ import contextlib
 import hashlib
 import json
 import pathlib
-import shutil
 import sys
 
 from data_utils import UserError
 from experiment import arguments, checkpoints, checks, compare, measured
-from experiment.files import Lock
+from experiment.files import Busy, Lock, WriteFailed, why
 from experiment.flags import ALL, typed
+from experiment.run_folder import remove_half_made
 from experiment.workers import Workers
 
-SESSION = [flag for flag in ALL if flag.scope == "session"]
+# Flags that a resumed run takes from the command line: data, for example, may have moved meanwhile.
+OF_THIS_CALL = [flag for flag in ALL if flag.scope == "session"
+                or flag.dest in measured.PLACES and flag.dest != "seed"]
 
 
 def train_each(given, words, start, root="results"):
@@ -28,65 +30,101 @@ def train_each(given, words, start, root="results"):
     if Workers.launched().size > 1:
         raise UserError("argument --seeds: it is for single processes: start it with python instead of torchrun, on "
                         "several GPUs once for each")
-    done, shared = [], {name: value for name, value in given.items() if name != "seeds"}
+    done, unreadable = [], set()
+    shared = {name: value for name, value in given.items() if name != "seeds"}
     for seed in dict.fromkeys(given["seeds"]):
         one = {**shared, "seed": seed}
         args = arguments.resolve(one)
         checks.check(args)
-        with _claimed(args, root) as mine:
-            folder, epochs = _found(args, root)
+        runs = pathlib.Path(root, args.alg, args.loss)
+        with _claimed(args, runs) as mine:
+            folder, epochs = _found(args, runs, unreadable)
             if mine and epochs < args.epochs:
                 code = start(*_command(one, words, folder, args.epochs - epochs))
                 if code:
                     return code
-                folder, epochs = _found(args, root)
-            elif mine:
+                folder, epochs = _found(args, runs, unreadable)
+            elif mine and epochs == args.epochs:
                 print(f"seed {seed}: {epochs} epochs are in {folder} already")
-        done += [folder] if folder and epochs >= args.epochs else []
+        if epochs == args.epochs:
+            done.append(folder)
+        elif epochs > args.epochs:
+            print(f"seed {seed}: {folder} has {epochs} epochs, not the {args.epochs} of --epochs; "
+                  "it is left out of the mean")
     _say(done, len(set(given["seeds"])))
     return 0
 
 
 @contextlib.contextmanager
-def _claimed(args, root):
-    """A block in which no other process takes the training of `args` up; gives False where one has."""
-    digest = hashlib.sha256(json.dumps(measured.of_training(vars(args)), sort_keys=True).encode()).hexdigest()[:12]
-    folder, lock = pathlib.Path(root, args.alg, args.loss, f".seed_{args.seed}_{digest}"), None
-    folder.mkdir(parents=True, exist_ok=True)
+def _claimed(args, runs):
+    """A block in which no other process trains with `args`; gives False if another one does. runs:
+    the folder of the runs with this --alg and --loss. Raises UserError."""
+    training = json.dumps(measured.of_training(vars(args)), sort_keys=True)
+    digest, lock = hashlib.sha256(training.encode()).hexdigest()[:12], None
     try:
-        lock = Lock(folder)
-    except UserError:
-        print(f"note: seed {args.seed} is left to another process, which trains it", file=sys.stderr)
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise WriteFailed(f"cannot create the folder {runs}: {why(e)}") from None
+    remove_half_made(runs)
+    try:
+        lock = Lock(runs, f"seed_{args.seed}_{digest}")
+    except Busy as e:
+        print(f"note: seed {args.seed} is left to another process, which trains it: {e.holder}"
+              f"{e.delete}", file=sys.stderr)
     try:
         yield lock is not None
     finally:
         if lock:
             lock.release()
-            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _found(args, root):
-    """(the folder of the run of these arguments with the most epochs, how many these are); (None, 0) of none."""
+def _found(args, runs, unreadable):
+    """(run folder, its epochs) of the training with `args`: a run of args.epochs, else the longest
+    that is shorter, else the shortest that is longer; (None, 0) without one. unreadable: the runs
+    that a note has named already; adds those that cannot be read."""
     best, wanted = (None, 0), {**measured.of_training(vars(args)), "seed": args.seed}
-    for path in sorted(pathlib.Path(root, args.alg, args.loss).glob("*/*/config.json")):
+    for path in sorted(runs.glob("[!.]*/[!.]*/config.json")):
+        run = path.parent
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             if {**measured.of_training(config), "seed": config.get("seed")} != wanted:
                 continue
-            epochs = len(checkpoints.open_saved(path.parent, "train").story.history)
-        except (OSError, ValueError, AttributeError, UserError):  # of another program, or damaged
+            epochs = _epochs(run, args.epochs)
+        except (UserError, OSError, ValueError, AttributeError, RecursionError) as e:
+            if run not in unreadable:
+                reason = e if isinstance(e, UserError) else f"{path} cannot be read"
+                print(f"note: {run} is left out: {reason}", file=sys.stderr)
+            unreadable.add(run)
             continue
-        if best[0] is None or epochs > best[1]:
-            best = path.parent, epochs
+        if best[0] is None or _rank(epochs, args.epochs) > _rank(best[1], args.epochs):
+            best = run, epochs
     return best
+
+
+def _epochs(run, wanted):
+    """The epochs of a run. Where checkpoint.tar cannot be read, final_checkpoint.tar is enough for
+    a run that has all `wanted` ones. Raises UserError."""
+    try:
+        return len(checkpoints.open_saved(run / "checkpoint.tar", "train").story.history)
+    except UserError:
+        with contextlib.suppress(UserError):
+            final = checkpoints.open_saved(run / "final_checkpoint.tar", "train")
+            if len(final.story.history) == wanted:
+                return wanted
+        raise
+
+
+def _rank(epochs, wanted):
+    return epochs <= wanted, -abs(wanted - epochs)
 
 
 def _command(one, words, folder, epochs):
     """(given, words) of a training: a new one, or, with `folder`, one that goes on for so many epochs."""
     if folder is None:
         return one, [*_without(words, "--seeds"), "--seed", str(one["seed"])]
-    kept = {flag.dest: one[flag.dest] for flag in SESSION if flag.dest in one and flag.dest != "epochs"}
-    options = [word for flag in SESSION if flag.dest in kept for word in typed(flag, kept[flag.dest])]
+    now = [flag for flag in OF_THIS_CALL if flag.dest in one and flag.dest != "epochs"]
+    kept = {flag.dest: one[flag.dest] for flag in now}
+    options = [word for flag in now for word in typed(flag, kept[flag.dest])]
     return ({**kept, "load_path": str(folder), "epochs": epochs},
             ["--load-path", str(folder), "--epochs", str(epochs), *options])
 
@@ -102,7 +140,15 @@ def _without(words, name):
 
 def _say(folders, wanted):
     """Prints mean and standard deviation over the runs that are done."""
-    values = [measured.read_run(folder).values[measured.Key("clean")] for folder in folders]
+    values = []
+    for folder in folders:
+        try:
+            history = checkpoints.open_saved(folder / "model.pt", "evaluate").story.history
+            if not history:
+                raise UserError(f"{folder / 'model.pt'} has no epochs")
+            values.append(history[-1]["test_acc"])
+        except UserError as e:
+            print(f"note: {folder} is left out of the mean: {e}", file=sys.stderr)
     if values:
         print(f"{len(values)} of {wanted} seeds are done: test accuracy {compare.said(*compare.pooled(values))} %, of "
               "the model that each keeps: " + ", ".join(f"{value:.2f}" for value in values))

@@ -3,15 +3,17 @@ processes leave."""
 import errno
 import fcntl
 import os
+import signal
 import socket
 import stat
 import subprocess
 
 import pytest
 import torch
-from conftest import only_run
+from conftest import context, only_run
 from test_resume import MLP
 
+import main
 import model_utils as mu
 from experiment.files import replacing
 from experiment.run_folder import RunFolder
@@ -207,3 +209,26 @@ def test_what_another_container_writes_is_not_cleaned_up(ok, tmp_path):
         file.close()
     ok(f"--device -1 --load-path {run}")
     assert not any(path.exists() for path in paths)
+
+
+def killed_at(name, folder, words):
+    """main.py that is killed when it calls the method `name` of RunFolder."""
+    os.chdir(folder)
+    setattr(RunFolder, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    main.main(words)
+
+
+@pytest.mark.parametrize("name", ["lock", "write_hyperparameters", "write_config", "save", "_move"])
+def test_seeds_clean_up_what_killed_starts_have_left(ok, tmp_path, name):
+    words = (TINY.replace("--seed 5", "") + " --seeds 5").split()
+    process = context.Process(target=killed_at, args=(name, str(tmp_path), words))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
+    old = tmp_path / "results/EP/mse/2026-01-31/.10-11-12_cpu.999999999"  # as versions before have left it
+    old.mkdir(parents=True)
+    (old / "config.json").write_text("{}")
+    (tmp_path / "results/EP/mse/.seed_5_0123456789ab").mkdir()
+    ok(*words)
+    assert epochs(only_run(tmp_path)) == 1 and not list(tmp_path.rglob(".*"))
