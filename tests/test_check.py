@@ -157,8 +157,8 @@ def test_set_ups_that_start_together_build_once(setup, tmp_path):
     assert sorted(os.listdir(tmp_path / "copy")) == [".venv", "check", "requirements.txt"]
 
 
-@pytest.mark.parametrize("uv", [False, True])
-@pytest.mark.parametrize("state", ["gone", "does not start", "another version"])
+@pytest.mark.parametrize("uv, state", [(True, "gone"), (True, "does not start"), (True, "another version"),
+                                       (False, "gone")])
 def test_an_environment_whose_interpreter_is_gone_is_built_again(setup, tmp_path, uv, state):
     environment = tmp_path / "copy/.venv"
     assert setup(uv).wait(60) == 0
