@@ -14,7 +14,6 @@ if __name__ == "__main__":  # while libraries load there is nothing to save and 
 
 import dataclasses
 import functools
-import os
 import pathlib
 import shlex
 import sys
@@ -24,6 +23,7 @@ from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments, checks
 from experiment.files import exists
 from experiment.flags import FLAGS
+from experiment.launch import launched, note_on_separate_processes
 
 NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 
@@ -415,8 +415,10 @@ def main(argv=None, flags=FLAGS, name="main.py"):
     torch is loaded."""
     from experiment.console import command_words, lenient_streams
     with lenient_streams():
-        program, words = command_words(argv, name), sys.argv[1:] if argv is None else argv
+        launch = None
         try:
+            launch = launched()
+            program, words = command_words(argv, name), sys.argv[1:] if argv is None else argv
             given = arguments.parse(words, flags, __doc__)
             if given.get("todo") != "compare":
                 _one_run(given)
@@ -429,8 +431,11 @@ def main(argv=None, flags=FLAGS, name="main.py"):
             if "seeds" in given and given.get("todo", "train") == "train":
                 from experiment.seeds import train_each
                 return train_each(given, words, lambda one, argv: work(one, program, argv, name))
+            note = note_on_separate_processes(given.get("todo", "train"))
+            if note:
+                print(f"note: {note}", file=sys.stderr)
         except UserError as e:
-            if os.environ.get("RANK", "0") == "0":  # of torchrun's workers one says it for all
+            if launch is None or launch.rank == 0:  # of torchrun's workers one says it for all
                 print(f"{name}: error: {e}", file=sys.stderr)
             return e.code
         return work(given, program, words, name)

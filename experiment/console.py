@@ -12,6 +12,7 @@ import time
 
 from data_utils import RunFailed, one_line
 from experiment.arguments import shown
+from experiment.launch import launched
 
 
 class _Lenient:
@@ -67,11 +68,11 @@ def lenient_streams():
 def command_words(argv, name):
     """The words of the command line in front of the program's own arguments, as the user typed them: interpreter or
     torchrun with its flags, and the path of the program. argv: the arguments, None where they come from the command
-    line; name: of the program."""
+    line; name: of the program. Raises UserError."""
     own, program = sys.argv[1:], name if argv is not None else sys.argv[0]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        typed, fallback = _torchrun_words(), ["torchrun", "--standalone", "--nproc_per_node", os.environ["WORLD_SIZE"],
-                                              program]
+    launch = launched()
+    if launch.torchrun:
+        typed, fallback = _torchrun_words(), ["torchrun", "--standalone", "--nproc_per_node", str(launch.size), program]
     else:
         typed, fallback = sys.orig_argv, ["python", program]
     before = typed[:len(typed) - len(own)]

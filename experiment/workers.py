@@ -7,12 +7,18 @@ import os
 import random
 import re
 import sys
+import threading
+import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from data_utils import RunFailed, UserError, one_line
+from experiment.launch import PARALLEL, launched
+
+# Timeout of the collectives, whose waits `_Heartbeat` ends; in milliseconds it fits 32 bits.
+FOREVER = datetime.timedelta(days=20)
 
 
 class LostWorker(RunFailed):
@@ -38,9 +44,8 @@ class Workers:
     @classmethod
     def launched(cls):
         """Those that torchrun's environment variables speak of."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            return cls()
-        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        launch = launched()
+        return cls(launch.rank, launch.size, launch.local_rank)
 
     def connect(self, device):
         """From here on workers exchange: what is on the CPU by gloo, what is on a CUDA device by nccl."""
@@ -177,12 +182,9 @@ class Workers:
     def _store(self, timeout):
         """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that it starts in
         place of lost ones."""
-        address, port, attempt = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT",
-                                                                "TORCHELASTIC_RESTART_COUNT"))
+        address, port = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
-
-
-PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
 
 
 def check_parallel(args, workers):
