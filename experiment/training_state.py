@@ -15,10 +15,11 @@ from experiment.untrusted import LARGEST_FLOAT, Damaged, are_numbers, expect, is
 
 def random_states(generator):
     """The states of all random numbers that a run draws, in types that a safe load reads. generator: of the
-    mini-batches."""
+    mini-batches. Of CUDA devices only where one is in use: on the CPU they are left to other processes."""
     kind, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "data": generator.get_state()}
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "data": generator.get_state()}
 
 
 def restore_random_states(states, generator):

@@ -2,6 +2,7 @@
 share."""
 import contextlib
 import datetime
+import glob
 import itertools
 import os
 import random
@@ -195,10 +196,20 @@ def check_parallel(args, workers):
 
 def pick_device(index, workers):
     """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun the one of the
-    worker's place on the machine. Raises UserError."""
+    worker's place on the machine. Without an NVIDIA device, or with CUDA_VISIBLE_DEVICES empty, index 0 is the CPU,
+    with a note. Raises UserError, with the cause, for a GPU that is there and cannot be used."""
     if index == -1:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    on_the_cpu = "--device -1 runs on the CPU"
+    with warnings.catch_warnings(record=True) as caught:  # torch warns of the cause
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if not available:
+        cause = _why_unusable(caught)
+        if cause:
+            raise UserError(f"argument --device: {cause}; {on_the_cpu}")
+        if index > 0 and not _hides_all_gpus():
+            raise UserError(f"argument --device: got {index}, there is no CUDA device here; {on_the_cpu}")
         print("note: there is no CUDA device here, running on the CPU (--device -1 says so without this note)",
               file=sys.stderr)
         return torch.device("cpu")
@@ -209,9 +220,57 @@ def pick_device(index, workers):
             raise UserError(f"torchrun --nproc_per_node: each process needs a GPU, this machine has {count} (--device "
                             "-1: the CPU)")
     if index >= count:
-        raise UserError(f"argument --device: got {index}, expected -1 (the CPU) to {count - 1}")
-    torch.cuda.set_device(index)  # events and streams are the current device's
-    return torch.device("cuda", index)
+        raise UserError(f"argument --device: got {index}, the GPUs of this machine are 0 to {count - 1}; {on_the_cpu}")
+    device = torch.device("cuda", index)
+    try:
+        torch.cuda.set_device(device)  # events and streams are the current device's
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception as e:  # in exclusive use, without memory, not supported: the driver raises several types
+        raise UserError(f"argument --device: GPU {index} cannot be used: {_first_sentence(e)}; {on_the_cpu}") from None
+    return device
+
+
+def _hides_all_gpus():
+    """Whether CUDA_VISIBLE_DEVICES hides every GPU, the usual way to ask for the CPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+
+
+def _why_unusable(caught):
+    """The reason why torch cannot use a GPU of this machine; None where it has none, or CUDA_VISIBLE_DEVICES hides
+    them all. caught: the warnings of torch.cuda.is_available."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if _hides_all_gpus():
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = torch.cuda.device_count()
+        try:
+            there = torch.cuda._raw_device_count_nvml()  # those that CUDA_VISIBLE_DEVICES hides as well
+        except (OSError, AttributeError):  # no driver
+            there = 0
+    there = max(seen, there) > 0 or bool(glob.glob("/dev/nvidia[0-9]*"))
+    # indices, UUIDs of GPUs or of MIG instances, and what Slurm writes for none
+    name = r"\d+|(GPU|MIG)-[\w/-]+|NoDevFiles"
+    if visible and (there and not seen or not all(re.fullmatch(name, part.strip()) for part in visible.split(","))):
+        return f"CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine"
+    if not there:
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "there is a GPU, but this PyTorch was built without CUDA"
+    if caught:
+        return f"the GPU of this machine cannot be used: {_first_sentence(caught[0].message)}"
+    try:
+        torch.cuda.init()
+    except Exception as e:
+        return f"the GPU of this machine cannot be used: {_first_sentence(e)}"
+    return "the GPU of this machine cannot be used: torch.cuda.is_available() is False"
+
+
+def _first_sentence(error):
+    """The cause in an error or warning of CUDA, without its advice."""
+    text = str(error).partition("\n")[0]
+    text = re.sub(r"\. (Please|Alternatively)\b.*|\(Triggered internally.*", "", text)
+    return text.removeprefix("CUDA initialization: ")[:300].rstrip(" .")
 
 
 def check_device(args, device):

@@ -75,12 +75,6 @@ def test_a_process_ends_the_same_way(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout and not list(tmp_path.iterdir())
 
 
-def test_without_cuda_the_cpu_is_used_and_said(cli, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, _, err = cli(QUICK, "--device 3")
-    assert code == 0 and "running on the CPU" in err
-
-
 def test_of_a_repeated_flag_only_the_last_counts(ok):
     ok(QUICK, "--act my_hard_sig.9 --T1 none --lrs 1 --T1 3 --lrs 0.1 0.1 --act my_hard_sig")
 
