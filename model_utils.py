@@ -526,19 +526,19 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     Returns {gradient: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.summary`; `worst`, which takes
     for each image the strongest of all, is left out where there is one gradient. An attack that asks for none has one
     result, by its own name. args: task, loss, T1, predict_step,
-    tol, mbs, seed and those of the attack. Memory is that of one mini-batch. `workers` take whole mini-batches in turn,
-    and all get the results. What an attack draws follows from args.seed and the place of the mini-batch: it is the same
-    for every eps and gradient, for any number of workers, and wherever a sweep goes on.
+    tol, mbs, seed and those of the attack. Memory is that of one mini-batch. Each of `workers` takes a whole mini-batch
+    whenever it is free, and all get the results. What an attack draws follows from args.seed and the place of the
+    mini-batch: it is the same for every eps and gradient, for any number of workers, and wherever a sweep goes on.
     """
     from ART_Timesteps_Addition import attacks
     x, labels, results, plan = (images.float() / 255).cpu().numpy(), labels.cpu(), {}, attacks.Plan.of(args, eps)
     rule = Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol)
     for label, classifier in attacks.classifiers(model, args, eps, TASKS[args.task], x,
                                                  functools.partial(predicting_neurons, model, rule=rule)).items():
-        starts = workers.strided(progress(range(0, max(len(x), 1), args.mbs), f"{description}, {label}"))
-        parts = [attacks.attack_batch(classifier, x[i:i + args.mbs], labels[i:i + args.mbs].numpy(), plan,
-                                      (args.seed, i)) for i in starts]
-        results[label] = attacks.summary(workers.gather_strided(parts), x, plan.norm)
+        starts = workers.deal(progress(range(0, max(len(x), 1), args.mbs), f"{description}, {label}"))
+        parts = [(place, attacks.attack_batch(classifier, x[i:i + args.mbs], labels[i:i + args.mbs].numpy(), plan,
+                                              (args.seed, i))) for place, i in starts]
+        results[label] = attacks.summary(workers.gather_dealt(parts), x, plan.norm)
     if len(results) > 1:
         results["worst"] = attacks.worst_of(list(results.values()), x, plan.norm)
     return results

@@ -158,6 +158,7 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
             if self.workers.size > 1:
+                self.workers.on_loss = self.end_for
                 arrivals, wakeup = os.pipe()
                 os.set_blocking(wakeup, False)
                 signal.set_wakeup_fd(wakeup)
@@ -184,6 +185,11 @@ class Interruption:
         has lost a worker."""
         lost = " or lost a worker" if self.number == signal.SIGTERM and self.workers.size > 1 else ""
         return self.workers.end(f"\ninterrupted{lost}; {self.advice()}", 128 + self.number)
+
+    def end_for(self, reason):
+        """Prints why the run ends, and ends this worker. For one that waits inside a library, where no exception
+        reaches it."""
+        return self.workers.end(f"\ninterrupted: {reason}; {self.advice()}", 1)
 
     def ignore(self):
         """From here on no further signal interrupts."""

@@ -28,19 +28,73 @@ class LostWorker(RunFailed):
     resumable = True
 
 
+class _Heartbeat(threading.Thread):
+    """Counts up in torchrun's store while this worker lives, and watches the counts of the others.
+
+    A killed process closes its connections, which the others notice at once. A frozen process, or a machine that lost
+    its power, does not: it is lost once its count has stood still for `patience` seconds. A worker that computes,
+    writes or downloads for hours goes on counting. Seconds are measured in beats of this thread, not by a clock:
+    workers that were suspended together, by a batch system, do not count as lost when they resume."""
+
+    ENDED = 2 ** 40  # added to the count of a worker whose work is complete; no beat gets there
+
+    def __init__(self, store, workers, patience):
+        """store: see `Workers._store`, used by this thread alone; patience: in seconds."""
+        super().__init__(daemon=True)
+        self.store, self.workers, self.patience = store, workers, patience
+        self.interval, self._stopped = min(2.0, patience / 20), threading.Event()
+
+    def run(self):
+        """Beats until `stop`, or until another worker is lost; calls `on_loss` of the workers then."""
+        others = [rank for rank in range(self.workers.size) if rank != self.workers.rank]
+        counts = dict.fromkeys(others, 0)
+        silent = dict.fromkeys(others, 0)  # beats of this worker without one of the other
+        self._beat(others)
+        while not self._stopped.wait(self.interval):
+            now = self._beat(others)
+            for rank in others:
+                # with 0 it has not connected yet
+                alive = now is not None and (now[rank] != counts[rank] or now[rank] in (0, self.ENDED))
+                silent[rank] = 0 if alive else silent[rank] + 1
+            counts = now or counts
+            lost = max(others, key=silent.get)
+            if silent[lost] * self.interval >= self.patience and not self._stopped.is_set():
+                self.workers.on_loss(f"a worker was lost (rank {lost}: no heartbeat for {self.patience:g} s)")
+                return
+
+    def _beat(self, others):
+        """Counts up. Returns {rank: its count, at most ENDED}, or None without a connection to the store: its machine,
+        and the worker on it, are lost."""
+        try:
+            self.store.add(f"heartbeat {self.workers.rank}", 1)
+            found = {rank: self.store.add(f"heartbeat {rank}", 0) for rank in others}
+        except RuntimeError:
+            return None
+        return {rank: min(count, self.ENDED) for rank, count in found.items()}
+
+    def stop(self):
+        """Ends the thread, and lets the others know that this worker's work is complete."""
+        self._stopped.set()
+        with contextlib.suppress(RuntimeError):  # torchrun has ended before
+            self.store.add(f"heartbeat {self.workers.rank}", self.ENDED)
+
+
 class Workers:
     """The processes that torchrun started; one, for which nothing here does anything, without it.
 
     rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on its machine. What
-    exchanges (`sum`, `average_gradients`, a mini-batch within `sharing_statistics`, `gather`, `gather_strided`,
-    `broadcast`, `rank_zero_first`) is to be called by all, in the same order, and raises LostWorker if one of them does
-    not come.
+    exchanges (`sum`, `average_gradients`, a mini-batch within `sharing_statistics`, `deal`, `gather`, `gather_dealt`,
+    `gather_strided`, `broadcast`, `rank_zero_first`) is to be called by all, in the same order. It waits for slower
+    workers without a limit, and raises LostWorker where one has ended. Where one is frozen or its machine is gone,
+    `on_loss` is called with the reason, from another thread.
     """
 
-    PATIENCE = datetime.timedelta(minutes=10)  # longer than a download of a data set, which the others wait for
+    PATIENCE = datetime.timedelta(minutes=1)  # without a heartbeat, after which a worker is lost
 
     def __init__(self, rank=0, size=1, local_rank=0):
         self.rank, self.size, self.local_rank, self.device, self.stderr = rank, size, local_rank, None, sys.stderr
+        self.on_loss = lambda reason: self.end(reason, LostWorker.code)
+        self._board, self._heartbeat, self._deals = None, None, 0
 
     @classmethod
     def launched(cls):
@@ -49,18 +103,24 @@ class Workers:
         return cls(launch.rank, launch.size, launch.local_rank)
 
     def connect(self, device):
-        """From here on workers exchange: what is on the CPU by gloo, what is on a CUDA device by nccl."""
+        """From here on workers exchange: what is on the CPU by gloo, what is on a CUDA device by nccl. See
+        `_Heartbeat`."""
         self.device = device
         if self.size > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             with self._exchange():
-                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                        store=self._store(self.PATIENCE),
-                                        rank=self.rank, world_size=self.size, timeout=self.PATIENCE)
+                self._board = self._store(self.PATIENCE)
+                self._heartbeat = _Heartbeat(self._store(self.PATIENCE), self, self.PATIENCE.total_seconds())
+                self._heartbeat.start()
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self._board,
+                                        rank=self.rank, world_size=self.size, timeout=FOREVER)
 
     def disconnect(self):
         """The end of `connect`."""
+        if self._heartbeat:
+            self._heartbeat.stop()
+            self._board, self._heartbeat = None, None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -83,8 +143,31 @@ class Workers:
         return slice(min(first, n - 1), max(first + 1, last)), last - first
 
     def strided(self, iterable):
-        """Every size-th item, from this worker's first on. See `gather_strided`."""
+        """Every size-th item, from this worker's first on: for work that is even. See `gather_strided`."""
         return itertools.islice(iterable, self.rank, None, self.size)
+
+    def deal(self, iterable):
+        """(place, item) of the items that this worker takes: each item goes to the next worker that is free, so that
+        slow ones do not pile up. For work that is complete on the device before the next item is asked for. See
+        `gather_dealt`."""
+        places = self._places()
+        mine = next(places)
+        for place, item in enumerate(iterable):
+            if place == mine:
+                yield place, item
+                mine = next(places)
+
+    def _places(self):
+        """The places of the items that `deal` gives to this worker, by a shared counter; every size-th without
+        `connect`."""
+        if not self._board:
+            yield from itertools.count(self.rank, self.size)
+        self._deals += 1
+        name = f"deal {self._deals}"
+        while True:
+            with self._exchange():
+                place = self._board.add(name, 1) - 1
+            yield place
 
     # ---- exchange
 
@@ -138,6 +221,12 @@ class Workers:
         missing = object()
         rounds = itertools.zip_longest(*self.gather(results), fillvalue=missing)
         return [item for row in rounds for item in row if item is not missing]
+
+    def gather_dealt(self, results):
+        """The results of all items of `deal`, in their order. results: (place, result) of those that this worker took.
+        """
+        together = [result for own in self.gather(results) for result in own]
+        return [result for _, result in sorted(together, key=lambda result: result[0])]
 
     def broadcast(self, item):
         """Rank 0's item."""

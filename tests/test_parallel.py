@@ -152,3 +152,44 @@ def test_workers_whose_torchrun_was_killed_end_and_let_go_of_the_run(tmp_path, c
         _, err = process.communicate(timeout=60)
     assert "interrupted or lost a worker;" in err and "Traceback" not in err
     assert main.main(["--device", "-1", "--load-path", str(run)]) == 0
+
+
+# ---- slow, but not lost
+
+
+@pytest.fixture(scope="module")
+def slowed(tmp_path_factory):
+    """A folder with the run `one`, attacked by one process, and its copies `slow` and `frozen`, attacked by two, see
+    tests/slow_worker.py; the exit code of torchrun; its standard error."""
+    folder, before = tmp_path_factory.mktemp("slowed"), os.getcwd()
+    words = ("--todo attack --device -1 --eps-list 0.5 1 --attack-iters 2 --attack-step 4 --mbs 5 --load-path").split()
+    os.chdir(folder)
+    assert main.main((MLP + " --train-size 20").split()) == 0
+    for name in ("slow", "frozen"):
+        shutil.copytree(only_run(folder), name)
+    only_run(folder).rename("one")
+    assert main.main([*words, "one"]) == 0
+    os.chdir(before)
+    with torchrun(ROOT / "tests" / "slow_worker.py", *words, cwd=folder) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "lost" in line:
+                break
+        for child in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            os.kill(int(child), signal.SIGCONT)  # or else torchrun waits long for the frozen one
+        _, err = process.communicate(timeout=60)
+    return folder, process.returncode, "".join(lines) + err
+
+
+def test_workers_wait_for_a_slow_one_while_it_lives(slowed):
+    folder, _, err = slowed
+    texts = [(folder / name / "Adversarial_Accuracy.txt").read_text() for name in ("one", "slow")]
+    assert texts[0] == texts[1] and "slow failed" not in err
+
+
+def test_a_worker_without_heartbeat_is_lost(slowed):
+    folder, code, err = slowed
+    message, = ours(err)
+    assert "a worker was lost (rank 1" in message and "the same command goes on" in message
+    assert code and "main.py\", line" not in err
