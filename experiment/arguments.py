@@ -44,14 +44,44 @@ def parse(argv, flags, description=None):
                         str: "TEXT"}[flag.kind]
                 arguments.add_argument(f"--{flag.name}", nargs="+" if flag.many else None, metavar=metavar,
                                        help=(flag.help + default).replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args([_SHIELD + word if _like_a_number(word) else word for word in argv]))
     return {dest: _judge_given(known[dest], value) for dest, value in given.items()}
+
+
+def _add_switch(arguments, flag, names):
+    """Adds a switch and its negative, unless that is among `names`, those of all flags."""
+    off = "" if flag.negative in names else f" (off: --{flag.negative})"
+    arguments.add_argument(f"--{flag.name}", action="store_true", help=(flag.help + off).replace("%", "%%"))
+    if off:
+        arguments.add_argument(f"--{flag.negative}", action="store_false", dest=flag.dest, help=argparse.SUPPRESS)
+
+
+# Put in front of negative numbers, because argparse takes -1e-3, -1., -1/2 and -inf for flags.
+_SHIELD = " "
+
+
+def _like_a_number(word):
+    """Whether a word is a number with a minus sign (also a fraction, infinite or nan), or begins like one."""
+    if not word.startswith("-"):
+        return False
+    try:
+        return bool(word[1:2].isdigit() or [float(part) for part in word.split("/")])
+    except ValueError:
+        return word[1:2] == "." and word[2:3].isdigit()
 
 
 def _judge_given(flag, value):
     if flag.kind is bool:
-        return True
-    return [judge(flag, text) for text in value] if flag.many else judge(flag, value)
+        return value
+    if flag.many:
+        return [judge(flag, _unshielded(text)) for text in value]
+    return judge(flag, _unshielded(value))
+
+
+def _unshielded(text):
+    """A word as it was given."""
+    word = text.removeprefix(_SHIELD)
+    return word if _like_a_number(word) else text
 
 
 def shown(value):

@@ -30,11 +30,20 @@ class Flag(NamedTuple):
     def dest(self):
         return self.name.replace("-", "_")
 
+    @property
+    def negative(self):
+        """The name of the flag that turns a switch off."""
+        return self.name.removeprefix("no-") if self.name.startswith("no-") else f"no-{self.name}"
+
 
 def typed(flag, value):
-    """The words that give a flag a value."""
-    values = value if isinstance(value, list) else [] if flag.kind is bool else [value]
-    return [f"--{flag.name}", *map(str, values)]
+    """The words of a command line that give a flag this value."""
+    if flag.kind is bool:
+        return [f"--{flag.name if value else flag.negative}"]
+    words = [str(v) for v in (value if isinstance(value, list) else [value])]
+    if flag.kind is str and len(words) == 1 and words[0].startswith("-"):  # a path that looks like a flag
+        return [f"--{flag.name}={words[0]}"]
+    return [f"--{flag.name}", *words]
 
 
 A, T, S = "architecture", "training", "session"

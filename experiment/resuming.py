@@ -41,5 +41,6 @@ def how_to_go_on(job, folder, first):
         new = flag.scope == "session" or job.saved and done == first
         if flag.dest in job.given and new and flag.name not in ("todo", "load-path", "save", "epochs"):
             words += typed(flag, job.given[flag.dest])
-    words += ["--load-path", folder, "--epochs", str(job.args.epochs - (done - first))]
+    settings = {"load_path": folder, "epochs": job.args.epochs - (done - first)}
+    words += [word for flag in ALL if flag.dest in settings for word in typed(flag, settings[flag.dest])]
     return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(words)}"
