@@ -420,6 +420,7 @@ def main(argv=None, flags=FLAGS, name="main.py"):
             launch = launched()
             program, words = command_words(argv, name), sys.argv[1:] if argv is None else argv
             given = arguments.parse(words, flags, __doc__)
+            checks.check_todo(given)
             if given.get("todo") != "compare":
                 _one_run(given)
             if "load_path" not in given and given.get("todo") != "compare":

@@ -58,12 +58,12 @@ if [ "${SMOKE:-}" != 1 ]; then
     last() { exec "${launcher[@]}" "$root/$1" "${@:2}"; }
 else
     # behind a script's own flags, so that these are the ones that count
-    smoke=(--device -1 --seed 0 --data-dir data --epochs 1 --train-size 100 --test-size 4 --T1 8 --T2 3
-        --attack-step 4 --attack-iters 2 --attack-queries 10 --eps-list 0.1)
+    smoke=(--device -1 --seed 0 --data-dir data --epochs 1 --train-size 100 --test-size 4 --T1 8 --T2 3)
     case "$1" in
         mnist) smoke+=(--task digits) ;;
         cifar) smoke+=(--channels 4 4 4 4) ;;
     esac
+    attacks=(--attack-step 4 --attack-iters 2 --attack-queries 10 --eps-list 0.1)
     temporary=$(mktemp -d)
     trap 'rm -rf "$temporary"' EXIT
     cd "$temporary"
@@ -79,6 +79,7 @@ else
     suite() {
         local code
         case " $* " in *" --seeds "*) local smoke=("${smoke[@]/--seed/--seeds}") ;; esac
+        case " $* " in *" --todo "*) local smoke=("${smoke[@]}" "${attacks[@]}") ;; esac
         if [ ${#launcher[@]} -gt 1 ]; then
             "${launcher[@]}" "$root/$1" "${@:2}" "${smoke[@]}"
         else

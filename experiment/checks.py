@@ -3,7 +3,7 @@ import importlib.util
 
 from data_utils import TASKS, UserError
 from experiment.arguments import shown
-from experiment.flags import ALL, DENSE, ENERGY, FEED_FORWARD, OF_STEPS, TRANSFORMER, WITHOUT_GRADIENT
+from experiment.flags import ALL, DENSE, ENERGY, FEED_FORWARD, OF_STEPS, TRANSFORMER, WITHOUT_GRADIENT, typed
 
 
 def _length_error(name, value, expected, what):
@@ -30,6 +30,25 @@ def check(args):
             and not importlib.util.find_spec("tensorboard")):
         raise UserError("argument --tensorboard: the package tensorboard is not installed; pip install tensorboard")
     _check_rule(args)
+
+
+def check_todo(given):
+    """Raises UserError where flags that training does not use are given without --todo: the command would train instead
+    of what they are for. given: the flags, judged."""
+    if "todo" in given:
+        return
+    foreign = [flag for flag in ALL if flag.dest in given and flag.todos and "train" not in flag.todos]
+    if foreign:
+        shared = [todo for todo in foreign[0].todos if all(todo in flag.todos for flag in foreign)]
+        names = ", ".join(_name_as_given(flag, given) for flag in foreign)
+        todos = " or ".join(f"--todo {todo}" for todo in shared or foreign[0].todos)
+        raise UserError(f"{'arguments' if len(foreign) > 1 else 'argument'} {names}: not used by --todo train, the "
+                        f"default; add {todos}")
+
+
+def _name_as_given(flag, given):
+    """`--name`, for a switch that was turned off its negative."""
+    return typed(flag, given[flag.dest])[0] if flag.kind is bool else f"--{flag.name}"
 
 
 def check_bounds(given):

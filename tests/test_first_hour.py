@@ -156,7 +156,7 @@ def test_a_flag_without_effect_changes_nothing_and_says_so(cli, trained, todo):
             # another program's; a GPU's; refused
             and flag.name not in ("dropouts", "compile", "precision", "eps", "eps-list")]
     start = f"--todo {todo} --device -1 --load-path {trained} --test-size 20" if todo != "train" else TINY.replace(
-        "--save", "")
+        "--save", "--todo train")
     small = {"attack": "--eps-list 0.1 --attack-iters 1 --attack-step 2 --seed 1", "gducheck": "",
              "audit": "--eps 0.5 --budget quick --test-size 2 --attack-step 2 --seed 1"}.get(todo, "")
     plain = cli(start, small)
