@@ -9,7 +9,7 @@ import sys
 import unicodedata
 
 from data_utils import TASKS, UserError
-from experiment.flags import ALL, FEED_FORWARD, LARGEST, NO_STEPS, OF_STEPS
+from experiment.flags import ALL, FEED_FORWARD, LARGEST, NO_STEPS, OF_STEPS, typed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +38,7 @@ def parse(argv, flags, description=None):
             known[flag.dest] = flag
             default = "" if flag.default in (None, False) else f" (default: {shown(flag.default)})"
             if flag.kind is bool:
-                arguments.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
+                _add_switch(arguments, flag, {other.name for other in ALL})
             else:
                 metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else {int: "N", float: "X",
                         str: "TEXT"}[flag.kind]
@@ -87,6 +87,14 @@ def _unshielded(text):
 def shown(value):
     """A value as one would type it."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def contrast(flag, value, word, other):
+    """Two values of a flag as one would type them: `--T1 9 (until now 8)`, of a switch `--no-save (until now --save)`.
+    word: the `until now`."""
+    if flag.kind is bool:
+        return f"{typed(flag, value)[0]} ({word} {typed(flag, other)[0]})"
+    return f"--{flag.name} {shown(value)} ({word} {shown(other)})"
 
 
 def judge(flag, text):
@@ -184,7 +192,7 @@ def resolve(given, saved=None):
         if flag.dest in known and flag.scope != "session" and (flag.dest not in given or flag.scope in fixed):
             kept = known[flag.dest]
             if flag.dest in given and value != kept:
-                overruled.append(f"--{flag.name} {shown(kept)} (not {shown(value)})")
+                overruled.append(contrast(flag, kept, "not", value))
             value = kept
         setattr(args, flag.dest, value)
     if saved is None:

@@ -158,15 +158,16 @@ def notes(args, given):
     """Flags of `given` that have no effect here, in words."""
     for flag in ALL:
         if flag.dest in given and flag.todos and args.todo not in flag.todos:
-            yield f"--{flag.name} has no effect on {args.todo}"
+            yield f"{_name_as_given(flag, given)} has no effect on {args.todo}"
         elif flag.dest in given and flag.models and args.model not in flag.models:
-            yield f"--{flag.name} has no effect on {args.model}, only on {' and '.join(flag.models)}"
+            yield (f"{_name_as_given(flag, given)} has no effect on {args.model}, only on "
+                   f"{' and '.join(flag.models)}")
     if given.get("data_aug") and args.todo == "train" and not TASKS[args.task].augments:
         yield f"--data-aug has no effect on {args.task}: mirrored or shifted, its images mean something else"
     if not (args.save or args.todo == "train" and args.load_path):
         written = {"train": ("figures", "tensorboard"), "evaluate": ("figures",), "gducheck": ("figures",)}
         for name in written.get(args.todo, ()):
-            if name in given:
+            if given.get(name):
                 yield f"--{name} has no effect without --save"
     lost = [grad for grad in given.get("attack_grad", ()) if grad in OF_STEPS]
     if lost and args.model in FEED_FORWARD:

@@ -1,22 +1,23 @@
 """The table of all flags in docs/flags.md, made from where they are defined:
 python -m experiment.flag_table > docs/flags.md"""
 from experiment.arguments import shown
-from experiment.flags import DROPOUTS, ENERGY, FLAGS, LARGEST
+from experiment.flags import ALL, DROPOUTS, ENERGY, FLAGS, LARGEST
 
 SCOPES = {"architecture": "the saved run's counts, whatever is given",
           "training": "going on with a training, the saved run's counts",
           "session": "of one call, a run does not remember it", "": ""}
 HEAD = """# Every flag
 
-`python main.py --help` says the same. Values are judged after parsing: of a flag given twice the last counts. With
-`--load-path`, what is not given comes from the saved run. A flag that has no effect on what is done says so in a note.
+`python main.py --help` says the same. Values are judged after parsing: of a flag given twice the last counts, also of a
+switch and its negative. With `--load-path`, what is not given comes from the saved run. A flag that has no effect on
+what is done says so in a note; where `--todo` is not given, a flag that training does not use is refused.
 This file is made by `python -m experiment.flag_table > docs/flags.md`."""
 
 
 def values(flag):
     """What a flag takes, in words."""
     if flag.kind is bool:
-        return ""
+        return f"off: `--{flag.negative}`" if flag.negative not in {other.name for other in ALL} else ""
     if flag.choices:
         return ", ".join(f"`{choice}`" for choice in flag.choices)
     name = {int: "whole number", float: "number", str: "text"}[flag.kind]

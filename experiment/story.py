@@ -2,7 +2,7 @@
 import dataclasses
 
 from experiment import training_state
-from experiment.arguments import shown
+from experiment.arguments import contrast
 from experiment.flags import ALL
 
 
@@ -32,7 +32,7 @@ def chosen_by(args):
 
 def changes(before, now):
     """What a resumed training does otherwise than until now, a text per argument. before, now: {dest: value}."""
-    return [f"--{flag.name} {shown(now[flag.dest])} (until now {shown(before[flag.dest])})" for flag in ALL
+    return [contrast(flag, now[flag.dest], "until now", before[flag.dest]) for flag in ALL
             if flag.scope != "session" and flag.dest in before and before[flag.dest] != now[flag.dest]]
 
 
