@@ -250,12 +250,12 @@ def attack_batch(classifier, x, y, plan, seed):
     watch.start(torch.from_numpy(classifier._apply_preprocessing(x, y=None, fit=False)[0]))
     x_adv, logits = _attempt(classifier, x, y, plan, seed, False)
     scale = classifier.model.options.gain  # so that margins of several gradients compare
-    margin, masked = margins(logits, y) / scale, watch.masked
+    margin, masked, images = margins(logits, y) / scale, watch.masked, watch.images
     for restart in range(1, plan.restarts + 1):
         left = np.flatnonzero(margin > 0)
         if not len(left) or not plan.eps:
             break
-        watch.start(watch.images[left])
+        watch.start(images[left])
         found, again = _attempt(classifier, x[left], y[left], plan, (*seed, restart), True)
         reached = margins(again, y[left]) / scale
         nearer = reached < margin[left]

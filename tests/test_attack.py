@@ -146,6 +146,26 @@ def test_an_image_that_is_misclassified_is_not_made_right(attack):
         assert not result["correct"].any()
 
 
+def test_every_restart_watches_the_images_that_are_left(monkeypatch):
+    """Places among all images of a mini-batch are no places among those of the restart before."""
+    model, images, read = untrained(30)
+    labels, start, watched = read.argmax(1), attacks.GradientMonitor.start, []
+    monkeypatch.setattr(attacks.GradientMonitor, "start",
+                        lambda self, x: watched.append([row.tobytes() for row in x.numpy()])
+                        or start(self, x))
+    counts, known = [], [row.tobytes() for row in (images.float() / 255).flatten(1).numpy()]
+    for restarts in range(4):
+        watched.clear()
+        args = arguments(T1=10, attack_iters=1, attack_grad=["bptt"], attack_restarts=restarts,
+                         mbs=30)
+        result, = mu.attack(model, images, labels, args, 0.4).values()
+        counts.append(int(result["correct"].sum()))
+    assert counts[0] > counts[-1] > 0, "an eps at which a restart finds some of the images"
+    assert [len(rows) for rows in watched[-3:]] == counts[:-1]
+    left = {known[n] for n in np.flatnonzero(result["correct"])}
+    assert all(left <= set(rows) <= set(known) for rows in watched[-3:])
+
+
 def test_hopskipjump_starts_from_an_image_of_another_class(monkeypatch):
     model, images, read = untrained(8)
     labels, drawn = read.argmax(1), []
