@@ -4,7 +4,9 @@ A file may come from anywhere: none runs code, ends the interpreter or takes muc
 that is damaged raises an exception of any type.
 """
 import contextlib
+import gzip
 import io
+import itertools
 import math
 import os
 import pathlib
@@ -36,6 +38,83 @@ def read_idx(file):
         found = "fewer" if len(values) < announced else "more"
         raise ValueError(f"its header announces {announced} bytes, and {found} follow")
     return np.frombuffer(values, dtype).reshape(shape)
+
+
+def unpacked(file):
+    """An open file, or what it holds where gzip has compressed it; its first bytes decide."""
+    packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.open(file) if packed else file
+
+
+def forms(path):
+    """The paths that are read in place of an IDX file, the first that exists: `path`, Kaggle's name
+    with a dot, a folder of either name with the file inside, each also with .gz behind it."""
+    dotted = path.with_name(path.name.replace("-idx", ".idx"))
+    inside = [outer / inner.name for outer in (path, dotted) for inner in (path, dotted)]
+    plain = [path, dotted, *inside]
+    return [name.with_name(name.name + end) for name in plain for end in ("", ".gz")]
+
+
+# ---- files in another place
+
+# Data sets whose files have the same names. What lies in a folder of this name is of that one.
+SAME_NAMES = {"mnist", "fashionmnist", "kmnist", "emnist", "qmnist"}
+DEEPEST = 4  # folders below the data folder that are looked at
+MOST_ENTRIES = 10_000  # files and folders that are looked at in all
+
+
+def canonical(name):
+    """A file's name without what browsers and archives change: case, dots, dashes, .gz, (1)"""
+    return re.sub("[^a-z0-9]", "", re.sub(r"(\.gz|\.tgz|\.tar| ?\(\d+\))+$", "", name.lower()))
+
+
+def nearby(data_dir):
+    """(folder, names of its files) of `data_dir` and of the folders below it that are not hidden,
+    the nearest first."""
+    left, seen = [data_dir], 0
+    while left and seen < MOST_ENTRIES:
+        folder = left.pop(0)
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(itertools.islice(found, MOST_ENTRIES - seen), key=lambda e: e.name)
+            files = [entry.name for entry in entries if entry.is_file()]
+            inner = [
+                folder / entry.name for entry in entries if entry.is_dir() and entry.name[:1] != "."
+            ]
+        except OSError:
+            continue
+        seen += len(entries)
+        left += inner if len(folder.parts) - len(data_dir.parts) < DEEPEST else []
+        yield folder, files
+
+
+def misplaced_idx(data_dir, wanted):
+    """Where the IDX file `wanted`, DATA_DIR/NAME/raw/FILE, is in another place or under another
+    name, and what to do, in words; None where it is not."""
+    others = SAME_NAMES - {canonical(wanted.parts[-3])}
+    for folder, names in nearby(data_dir):
+        if others.isdisjoint(map(canonical, folder.parts[-3:])):
+            found = [name for name in names if canonical(name) == canonical(wanted.name)]
+            for path in (folder / name for name in found):
+                for root in path.parents:
+                    if path in forms(root.joinpath(*wanted.parts[-3:])):
+                        return f"found {path}, which looks like it: give --data-dir {root}"
+                return (f"found {path}, which looks like it: move it, and the others like it, to "
+                        f"{wanted}")
+    return None
+
+
+def misplaced_archive(data_dir, folder, names, archive):
+    """The same of the folder with the files `names`, or of the archive that it comes in."""
+    for place, files in nearby(data_dir):
+        if place != folder and set(names) <= set(files):
+            advice = f"give --data-dir {place.parent}" * (place.name == folder.name)
+            return f"found {place}, which looks like it: {advice or f'move it to {folder}'}"
+        for path in (place / name for name in files if canonical(name) == canonical(archive.name)):
+            advice = f"give --data-dir {place}" * (path.name == archive.name)
+            return f"found {path}, which looks like it: {advice or f'move it to {archive}'}"
+    return None
 
 
 # ---- pickles of arrays
@@ -181,7 +260,7 @@ def download(dataset, data_dir, read):
                 files.download()
             for path in sorted(folder.rglob("*")):
                 target = data_dir / path.relative_to(folder)
-                there = target.exists() or target.with_name(target.name + ".gz").exists()
+                there = any(form.exists() for form in forms(target))
                 if path.is_file() and path.suffix != ".gz" and not there:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(path, target)

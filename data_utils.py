@@ -3,7 +3,6 @@
 torch and torchvision are imported where they are used: the command line asks for names and sizes of tasks before it
 loads them."""
 import contextlib
-import gzip
 import os
 import pathlib
 import pickle
@@ -74,8 +73,8 @@ def _torchvision(name, read):
         data_dir = pathlib.Path(os.path.abspath(os.path.expanduser(data_dir)))
         try:
             return read(dataset, data_dir, train)
-        except FileNotFoundError:
-            pass
+        except FileNotFoundError as e:
+            missing = os.path.relpath(e.filename, data_dir)
         try:
             return data_files.download(dataset, data_dir, lambda: read(dataset, data_dir, train))
         except UserError:
@@ -83,8 +82,9 @@ def _torchvision(name, read):
         except Exception as e:  # a download can fail in any way
             reason, left = re.search(r"<urlopen error (.*?)>", str(e)), data_dir / name / "processed"
             note = f"; {left}, of an old torchvision, is not read" if os.path.exists(left) else ""
-            raise UserError(f"the files of {name} are missing: not found in {data_dir} (--data-dir), and the download "
-                            f"failed ({reason[1] if reason else one_line(e)}){note}; "
+            raise UserError(f"the files of {name} are missing: {missing} not found in {data_dir} "
+                            "(--data-dir), and the download failed "
+                            f"({reason[1] if reason else one_line(e)}){note}; "
                             "--task digits needs no files and no network") from None
     return read_split
 
@@ -107,16 +107,23 @@ def _opened(path):
         raise UserError(f"{path} is damaged and cannot be read: {reason}; delete it to download it again") from None
 
 
+def _refuse_misplaced(dataset, path, found):
+    """Raises UserError where a file that is not at `path` was `found` in another place: a download
+    would go before what somebody has put there."""
+    if found:
+        raise UserError(f"the files of {dataset.__name__} are missing: {path} does not exist; "
+                        f"{found}")
+
+
 def _read_mnist(dataset, data_dir, train):
-    """From the files, or where one is not there from the compressed one beside it, which stays as it is."""
+    """From the files, in whichever of their forms they are there (see `data_files.forms`)."""
     def read(name):
         path = folder / f"{'train' if train else 't10k'}-{name}-ubyte"
-        packed = path.with_name(path.name + ".gz")
-        if os.path.exists(path) or not os.path.exists(packed):
-            with _opened(path) as file:
-                return data_files.read_idx(file)
-        with _opened(packed) as file, gzip.open(file) as unpacked:
-            return data_files.read_idx(unpacked)
+        form = next(filter(os.path.isfile, data_files.forms(path)), path)
+        if not os.path.exists(form):
+            _refuse_misplaced(dataset, path, data_files.misplaced_idx(data_dir, path))
+        with _opened(form) as file:
+            return data_files.read_idx(data_files.unpacked(file))
     folder = data_dir / dataset.__name__ / "raw"
     images, labels = read("images-idx3"), read("labels-idx1")
     return [(folder, images[:, None] if images.ndim == 3 else images, labels)]
@@ -138,7 +145,7 @@ def _read_cifar(dataset, data_dir, train):
             parts[name] = where, images, data_files.as_labels(entry.get("labels", entry.get("fine_labels", [])))
 
     if os.path.exists(archive) and not all(os.path.exists(folder / name) for name in names):
-        with _opened(archive) as file, tarfile.open(fileobj=file, mode="r|gz") as tar:
+        with _opened(archive) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
             for member in tar:
                 place, name = os.path.split(member.name)
                 ours = place == dataset.base_folder and name in names
@@ -148,6 +155,9 @@ def _read_cifar(dataset, data_dir, train):
                 raise ValueError("it lacks " + ", ".join(name for name in names if name not in parts))
     else:
         for name in names:
+            if not os.path.exists(folder / name):
+                found = data_files.misplaced_archive(data_dir, folder, names, archive)
+                _refuse_misplaced(dataset, folder / name, found)
             with _opened(folder / name) as file:
                 read(folder / name, name, file)
     return [parts[name] for name in names[:-1]]

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import struct
 import tarfile
@@ -411,6 +412,146 @@ def test_compressed_mnist_is_read_where_it_is(tmp_path):
             x, y = load_split("MNIST", tmp_path, train)
             assert torch.equal(x, images) and torch.equal(y, labels)
         assert listing(tmp_path) == before
+
+
+def dotted(name):
+    return name.replace("-idx", ".idx")
+
+
+FORMS = {  # what somebody has made of a file of MNIST
+    "Kaggle's name": lambda path: path.rename(path.with_name(dotted(path.name))),
+    "Kaggle's name, compressed": lambda path: compress(
+        path, path.with_name(dotted(path.name) + ".gz")
+    ),
+    "in a folder of its name": lambda path: inside(path, path, path.name),
+    "in a folder of Kaggle's name": lambda path: inside(
+        path, path.with_name(dotted(path.name)), dotted(path.name)
+    ),
+    "Kaggle's folder": lambda path: inside(path, path, dotted(path.name)),
+    "unpacked under the old name": lambda path: path.rename(path.with_name(path.name + ".gz")),
+    "compressed under the new name": lambda path: compress(path, path),
+}
+
+
+def compress(path, target):
+    content = path.read_bytes()
+    path.unlink()
+    target.write_bytes(gzip.compress(content))
+
+
+def inside(path, folder, name):
+    content = path.read_bytes()
+    path.unlink()
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mnist_in_its_place_is_read_in_any_form(form, tmp_path, no_download):
+    folder = write_mnist(tmp_path)
+    expected = [load_split("MNIST", tmp_path, train) for train in (True, False)]
+    for file in RAW:
+        FORMS[form](folder / file)
+    before = listing(tmp_path)
+    for train, (images, labels) in zip((True, False), expected):
+        x, y = load_split("MNIST", tmp_path, train)
+        assert torch.equal(x, images) and torch.equal(y, labels)
+    assert listing(tmp_path) == before and not no_download
+
+
+MISPLACED = {  # where the files are, below the test's folder; and the --data-dir that was given
+    "flat": ("data", "data"),
+    "without raw": ("data/MNIST", "data"),
+    "without MNIST": ("data/raw", "data"),
+    "small letters": ("data/mnist/raw", "data"),
+    "a folder too high": ("data/mine/MNIST/raw", "data"),
+    "a folder too deep": ("data/MNIST/raw", "data/MNIST"),
+    "two folders too deep": ("data/MNIST/raw", "data/MNIST/raw"),
+}
+
+
+@pytest.mark.parametrize(
+    "form", [None, "Kaggle's name", "Kaggle's folder", "unpacked under the old name"]
+)
+@pytest.mark.parametrize("place", MISPLACED)
+def test_misplaced_mnist_is_found_and_not_downloaded(place, form, tmp_path, no_download):
+    write_mnist(tmp_path / "made")
+    where, data = (tmp_path / name for name in MISPLACED[place])
+    where.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "made/MNIST/raw").rename(where)
+    for file in RAW if form else ():
+        FORMS[form](where / file)
+    before = listing(tmp_path)
+    text = refused("MNIST", data)
+    wanted, found = re.search(r"missing: (\S+) does not exist; found (\S+), which", text).groups()
+    assert wanted == str(data / "MNIST/raw" / RAW[0]) and pathlib.Path(found).is_file()
+    assert listing(tmp_path) == before and not no_download
+    root = re.search(r"give --data-dir (\S+)$", text)  # doing as it says leads to the data
+    if root:
+        data = pathlib.Path(root[1])
+    else:
+        assert text.endswith(f"move it, and the others like it, to {wanted}")
+        moved = [next(path for path in where.rglob("*") if path.is_file() and path.name in (
+            file, dotted(file), f"{file}.gz")).read_bytes() for file in RAW]
+        shutil.rmtree(where)
+        (data / "MNIST/raw").mkdir(parents=True)
+        for file, content in zip(RAW, moved):
+            (data / "MNIST/raw" / file).write_bytes(content)
+    assert len(load_split("MNIST", data, True)[1]) == 20 and not no_download
+
+
+@pytest.mark.parametrize(
+    "name", [f"{RAW[0]} (1).gz", f"{RAW[0]}(2)", RAW[0].upper(), "train_images_idx3_ubyte.gz"]
+)
+def test_what_a_browser_made_of_a_name_is_found(name, tmp_path, no_download):
+    folder = write_mnist(tmp_path)
+    (folder / RAW[0]).rename(folder / name)
+    assert str(folder / name) in refused("MNIST", tmp_path) and not no_download
+
+
+def test_files_of_another_data_set_of_the_same_names_are_not_taken(tmp_path, no_download):
+    write_mnist(tmp_path, "FashionMNIST")
+    for data in (tmp_path, tmp_path / "FashionMNIST", tmp_path / "FashionMNIST/raw"):
+        text = refused("MNIST", data)
+        assert "found" not in text.replace("not found", "") and f"{RAW[0]} not found in" in text
+    assert no_download
+
+
+def test_misplaced_cifar_is_found_and_not_downloaded(cifar10, tmp_path, no_download):
+    assert f"give --data-dir {cifar10}" in refused("CIFAR10", cifar10 / ARCHIVED)
+    assert f"give --data-dir {cifar10}" in refused("CIFAR10", tmp_path)
+    (cifar10 / ARCHIVED).rename(cifar10 / "CIFAR10")
+    text = refused("CIFAR10", cifar10)
+    assert f"found {cifar10 / 'CIFAR10'}" in text and f"move it to {cifar10 / ARCHIVED}" in text
+    (cifar10 / "CIFAR10").rename(cifar10 / ARCHIVED)
+    packed(cifar10)
+    shutil.rmtree(cifar10 / ARCHIVED)
+    assert f"give --data-dir {cifar10}" in refused("CIFAR10", tmp_path)
+    archive = cifar10 / "cifar-10-python.tar.gz"
+    for name in ("cifar-10-python.tar", "cifar-10-python.tar (1).gz"):
+        archive.rename(cifar10 / name)
+        text = refused("CIFAR10", cifar10)
+        assert f"found {cifar10 / name}" in text and f"move it to {archive}" in text
+        (cifar10 / name).rename(archive)
+    assert not no_download
+    archive.write_bytes(gzip.decompress(archive.read_bytes()))  # unpacked under the old name
+    assert len(load_split("CIFAR10", cifar10, True)[1]) == 100 and not no_download
+
+
+def test_a_download_does_not_go_before_what_is_there_in_another_form(tmp_path, monkeypatch):
+    source, data = tmp_path / "source", tmp_path / "data"
+    write_mnist(source, n=20)
+    kept = write_mnist(data, n=30)
+    for file in RAW[:2]:
+        FORMS["Kaggle's name"](kept / file)
+    for file in RAW[2:]:
+        (kept / file).unlink()
+    downloading(source, monkeypatch)
+    assert (
+        len(load_split("MNIST", data, False)[1]) == 20
+        and len(load_split("MNIST", data, True)[1]) == 30
+    )
+    assert not (kept / RAW[0]).exists()
 
 
 def packed(root, name="cifar-10-python.tar.gz", **changes):
