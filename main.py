@@ -154,6 +154,7 @@ def evaluate(job):
     predicted of every test image."""
     import model_utils
     from experiment import records
+    from experiment.run_folder import fingerprint
     from experiment.timing import Stopwatch
     args, run, parts, names = job.args, job.run_folder(), [], {"train": "train", "val": "validation", "test": "test"}
     found = None
@@ -174,7 +175,9 @@ def evaluate(job):
     if job.workers.rank == 0:
         run.append_hyperparameters(line)
         if found:
-            records.write_predictions(run, found, TASKS[args.task].classes)
+            epochs, weights = len(job.saved.story.history), fingerprint(job.saved.weights)
+            model = f"{job.saved.path.name}@{epochs}:{weights}"
+            records.write_predictions(run, found, TASKS[args.task].classes, model)
             print(records.where_predictions(run, args.loss))
 
 

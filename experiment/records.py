@@ -45,12 +45,13 @@ def write_scalars(writer, folder, row):
 # ---- evaluate
 
 
-def write_predictions(run, found, classes):
+def write_predictions(run, found, classes, model):
     """Writes predictions.csv, a row per test image in their order, and the confusion matrix. found: `Judgements`;
-    classes: how many there are."""
+    classes: how many there are; model: which model's they are, in a word."""
     columns = ("label", "prediction", "confidence", "steps")
     rows = zip(*(values.tolist() for values in found), strict=True)
-    run.write_csv(PREDICTIONS, [{"image": n, **dict(zip(columns, row, strict=True)), "confidence": f"{row[2]:.6f}"}
+    run.write_csv(PREDICTIONS, [{"image": n, **dict(zip(columns, row, strict=True)),
+                                 "confidence": f"{row[2]:.6f}", "model": model}
                                 for n, row in enumerate(rows)])
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     counts.index_put_((found.labels, found.classes), torch.tensor(1), accumulate=True)

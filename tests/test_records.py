@@ -12,7 +12,7 @@ import torch
 from conftest import only_run
 
 import model_utils as mu
-from experiment.run_folder import RunFolder
+from experiment.run_folder import RunFolder, fingerprint
 
 DIGITS = "--task digits --device -1 --train-size 120 --mbs 30 --seed 3 "
 MODELS = {"MLP": DIGITS + "--archi 784 16 10 --T1 12 --lrs 0.1 0.05 --betas 0 0.5",
@@ -73,7 +73,11 @@ def test_the_training_plot_is_told_of_the_model_and_the_resumptions(ok, tmp_path
 def test_predictions_agree_with_the_printed_accuracy(ok, trained, more):
     out = ok(f"--todo evaluate --device -1 --save --load-path {trained} --test-size 90", more)
     rows = list(csv.DictReader(open(trained / "predictions.csv")))
-    assert list(rows[0]) == ["image", "label", "prediction", "confidence", "steps"]
+    assert list(rows[0]) == ["image", "label", "prediction", "confidence", "steps", "model"]
+    best = torch.load(trained / "model.pt", weights_only=True)
+    assert {row["model"] for row in rows} == {
+        f"model.pt@{best['epoch']}:{fingerprint(best['model_state_dict'])}"
+    }
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert f"test accuracy {100 * right / 90:.2f} % (90 images" in out
     assert [int(row["image"]) for row in rows] == list(range(90))
