@@ -358,6 +358,8 @@ def prepare(given, program, argv, interruption, workers):
     for note in checks.notes(args, given):
         print(f"note: {note}", file=sys.stderr)
     device = pick_device(args.device, workers)
+    if "compile" not in given and device.type != "cuda":
+        args.compile = False  # a compiled training resumes on a CPU as well, with a note
     check_device(args, device)
     workers.connect(device)
     model_utils.set_precision("fp32" if args.todo == "gducheck" else args.precision)

@@ -186,10 +186,13 @@ def resolve(given, saved=None):
     standard error which given ones the run overrules, and what neither says of the model."""
     # a run that does not say --val-size has held nothing out
     args, overruled, known = argparse.Namespace(), [], {} if saved is None else {"val_size": None, **saved}
-    fixed = {"architecture", "training"} if given.get("todo", "train") == "train" else {"architecture"}
+    resumes = given.get("todo", "train") == "train"
+    fixed = {"architecture", "training"} if resumes else {"architecture"}
+    forgotten = {"session"} if resumes else {"session", "resumed"}
     for flag in ALL:
         value = given.get(flag.dest, flag.default)
-        if flag.dest in known and flag.scope != "session" and (flag.dest not in given or flag.scope in fixed):
+        remembered = flag.dest in known and flag.scope not in forgotten
+        if remembered and (flag.dest not in given or flag.scope in fixed):
             kept = known[flag.dest]
             if flag.dest in given and value != kept:
                 overruled.append(contrast(flag, kept, "not", value))

@@ -5,6 +5,7 @@ from experiment.flags import ALL, DROPOUTS, ENERGY, FLAGS, LARGEST
 
 SCOPES = {"architecture": "the saved run's counts, whatever is given",
           "training": "going on with a training, the saved run's counts",
+          "resumed": "resuming a training, the saved run's counts unless it is given",
           "session": "of one call, a run does not remember it", "": ""}
 HEAD = """# Every flag
 

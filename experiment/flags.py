@@ -10,8 +10,9 @@ class Flag(NamedTuple):
     """kind: float, int, str or bool (a switch); many: a list of them; low, high: bounds of numbers; choices: of words.
 
     scope: what a saved run does to it. `architecture`: it decides, whatever the flag says; `training`: it decides where
-    its training goes on; `session`: it has no say, the flag belongs to one call; otherwise the run's value counts
-    unless the flag is given.
+    its training goes on; `resumed`: its value counts unless the flag is given, where its training
+    resumes and nowhere else; `session`: it has no say, the flag belongs to one call; otherwise the
+    run's value counts unless the flag is given.
     todos, models: where it has an effect, everywhere if None; given elsewhere, a note says that it has none."""
 
     name: str
@@ -46,7 +47,7 @@ def typed(flag, value):
     return [f"--{flag.name}", *words]
 
 
-A, T, S = "architecture", "training", "session"
+A, T, R, S = "architecture", "training", "resumed", "session"
 TODOS = ("train", "evaluate", "attack", "gducheck", "characteristic", "corruptions", "audit", "compare")
 TRAIN, COMPARE, ATTACK, AUDIT, ROBUST = ("train",), ("compare",), ("attack",), ("audit",), ("attack", "audit")
 LEARN = ("train", "gducheck")  # what takes gradients of the weights
@@ -82,8 +83,8 @@ FLAGS = {
              "tensorboard)", S, todos=TRAIN),
         Flag("device", int, 0, "index of the GPU; -1 is the CPU", S, low=-1),
         Flag("precision", str, "fp32", "of the time steps on a CUDA device; weights, EP's contrast and attacks' "
-             "gradients stay fp32", S, ("fp32", "tf32", "bf16"), todos=NOT_GDU),
-        Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)", S, todos=NOT_GDU,
+             "gradients stay fp32", R, ("fp32", "tf32", "bf16"), todos=NOT_GDU),
+        Flag("compile", bool, False, "compile the time step with torch.compile (CUDA)", R, todos=NOT_GDU,
              models=ENERGY),
         Flag("seed", int, None, "seed of everything random (default: drawn, and written down)", T, low=0,
              high=2 ** 63 - 1, todos=("train", "attack", "gducheck", "audit")),

@@ -368,7 +368,8 @@ def check_device(args, device):
         raise UserError("argument --compile: needs a CUDA device; on a CPU compiled steps are no faster")
     if args.precision != "fp32":
         if device.type != "cuda":
-            raise UserError(f"argument --precision: {args.precision} needs a CUDA device, this one computes in fp32")
+            raise UserError(f"argument --precision: {args.precision} needs a CUDA device, this one "
+                            "computes in fp32; give --precision fp32")
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             raise UserError(f"argument --precision: {args.precision} needs a GPU of compute capability 8.0, "
