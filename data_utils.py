@@ -3,6 +3,8 @@
 torch and torchvision are imported where they are used: the command line asks for names and sizes of tasks before it
 loads them."""
 import contextlib
+import dataclasses
+import hashlib
 import os
 import pathlib
 import pickle
@@ -241,6 +243,15 @@ def load_split(name, data_dir, train, size=None):
     return torch.from_numpy(images)[:size], torch.from_numpy(labels)[:size]
 
 
+def fingerprint(arrays):
+    """A short digest of the types, shapes and values of some arrays, or tensors on the CPU."""
+    digest = hashlib.sha256()
+    for array in map(np.ascontiguousarray, arrays):
+        digest.update(f"{array.dtype.str} {array.shape} ".encode())
+        digest.update(array)
+    return digest.hexdigest()[:16]
+
+
 def _check(name, where, images, labels):
     """Raises UserError unless these are images and labels as the task `name` needs them."""
     task = TASKS[name]
@@ -261,50 +272,149 @@ def _check(name, where, images, labels):
                     f"(n, {str(shape)[1:]}, at least one, and as many labels, whole numbers from 0 to {last}")
 
 
-# CIFAR-10-C and its like: a file per corruption, uint8 (5 n, 32, 32, 3), the n test images at severity 1, then at
-# severity 2 and so on. Published means are over the first 15.
+# CIFAR-10-C and its like: a file per corruption, the n test images at severity 1, then at severity
+# 2 and so on. Published means are over the first 15.
 CORRUPTIONS = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
                "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
                "jpeg_compression", "speckle_noise", "gaussian_blur", "spatter", "saturate")
+PUBLISHED = CORRUPTIONS[:15]
 SEVERITIES = 5
 
 
+@dataclasses.dataclass
+class Corruptions:
+    """A folder of corrupted test images, none of them in memory. names: the corruptions that it
+    has, all of PUBLISHED among them; labels: int64 (SEVERITIES, n), of the images that are used;
+    notes: what was not as usual, in words."""
+
+    folder: pathlib.Path
+    names: list
+    labels: object
+    notes: list
+
+    def severities(self, name):
+        """Yields images (n, C, H, W), a tensor of numbers from 0 to 255, and labels (n,) at
+        severity 1, 2, ... Raises UserError where the file holds something else."""
+        import torch
+        path, array = _opened_array(self.folder, name)
+        for images, labels in zip(_by_severity(array), self.labels):
+            yield torch.from_numpy(_pixels(path, array, images[:len(labels)])), labels
+
+    def fingerprint(self, name):
+        """A digest of what `severities` yields, all of which is read."""
+        return fingerprint(array for pair in self.severities(name) for array in pair)
+
+
 def open_corruptions(folder, task, size=None):
-    """Every corruption of the test images of `task`, none of it in memory: {name: five arrays, one per severity, uint8
-    (n, 32, 32, 3), memory-mapped}, and the labels, (5, n); of the n images of a severity the first `size`. Raises
-    UserError, naming the file, where one is not as it should be."""
+    """The Corruptions of the test images of `task` in a folder; of a severity `size` images.
+
+    Images are uint8, or floating-point numbers from 0 to 1, with the channels last or first; labels
+    those of all images, or of one severity, the same for each. Raises UserError, naming the file,
+    where one is not as it should be."""
     import torch
-
-    def opened(name):
-        path = pathlib.Path(folder, f"{name}.npy")
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise UserError(f"{path.absolute()} is missing: --corruptions-dir names the folder of the corrupted images"
-                            ) from None
-        except Exception as e:  # a damaged file can fail in any way
-            raise UserError(f"{path.absolute()} cannot be read: {one_line(e)}") from None
-        return path, array
-
-    def wrong(path, array, expected):
-        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
-        return UserError(f"{path.absolute()} holds {found}, expected {expected}")
-
-    path, labels = opened("labels")
-    numbers = isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.ndim == 1
-    if not numbers or not len(labels) or len(labels) % SEVERITIES:
-        raise wrong(path, labels, f"whole numbers, as many for each of {SEVERITIES} severities")
-    if labels.min() < 0 or labels.max() >= task.classes:
-        raise UserError(f"{path.absolute()} holds labels from {labels.min()} to {labels.max()}, the task has "
-                        f"{task.classes} classes")
-    shape, arrays = (len(labels), task.size, task.size, task.channels), {}
-    for name in CORRUPTIONS:
-        path, array = opened(name)
-        if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shape:
-            raise wrong(path, array, f"uint8 {shape}, as many images as there are labels")
-        arrays[name] = [part[:size] for part in np.split(array, SEVERITIES)]
-    labels = torch.from_numpy(labels.reshape(SEVERITIES, -1).astype(np.int64))
+    folder, notes = pathlib.Path(folder).absolute(), []
+    path, labels = _labels_in(folder, task)
+    missing = [name for name in CORRUPTIONS if not (folder / f"{name}.npy").exists()]
+    lacking = [name for name in missing if name in PUBLISHED]
+    if lacking:
+        more = f", and so are {len(lacking) - 1} others" * (len(lacking) > 1)
+        raise UserError(f"{folder / lacking[0]}.npy is missing{more}: published means are over "
+                        f"{len(PUBLISHED)} corruptions, whose files --corruptions-dir must have")
+    if missing:
+        notes.append(f"{folder} lacks {', '.join(missing)}: the mean is over the first "
+                     f"{len(PUBLISHED)} corruptions, not over all {len(CORRUPTIONS)}")
+    names = [name for name in CORRUPTIONS if name not in missing]
+    n, counts = len(labels), {name: _images_in(folder, name, task) for name in names}
+    if 2 * sum(count == SEVERITIES * n for count in counts.values()) > len(counts):
+        notes.append(f"{path} has {n} labels for {SEVERITIES * n} images: taken for each of "
+                     f"{SEVERITIES} severities")
+        labels = np.tile(labels, SEVERITIES)
+    for name, count in counts.items():
+        if count != len(labels):
+            shape = len(labels), task.size, task.size, task.channels
+            raise _unexpected(*_opened_array(folder, name), f"uint8 {shape}, as many images as "
+                              "there are labels")
+    by_severity = labels.reshape(SEVERITIES, -1) if len(labels) % SEVERITIES == 0 else None
+    if by_severity is None or (by_severity != by_severity[0]).any():
+        raise UserError(
+            f"{path} holds {n} labels that do not repeat {SEVERITIES} times: one severity alone, "
+            "or images in another order; expected are all images at severity 1, then at severity "
+            f"2 to {SEVERITIES}, and their labels {SEVERITIES} times or once")
+    labels = torch.from_numpy(by_severity.astype(np.int64))
     if size is not None and size > labels.size(1):
-        raise UserError(f"argument --test-size: got {size}, {pathlib.Path(folder).absolute()} has {labels.size(1)} "
-                        "images of each severity")
-    return arrays, labels[:, :size]
+        raise UserError(f"argument --test-size: got {size}, {folder} has {labels.size(1)} images "
+                        "of each severity")
+    return Corruptions(folder, names, labels[:, :size], notes)
+
+
+def _opened_array(folder, name):
+    """(path, array) of a file of a folder of corrupted images, memory-mapped."""
+    path = pathlib.Path(folder, f"{name}.npy")
+    try:
+        return path, np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        near = (place for place, files in data_files.nearby(path.parent)
+                if {f"{name}.npy", f"{CORRUPTIONS[0]}.npy"} <= set(files))
+        hint = next((f"; found {place}: give --corruptions-dir {place}" for place in near), "")
+        raise UserError(f"{path} is missing: --corruptions-dir names the folder of the corrupted "
+                        f"images{hint}") from None
+    except Exception as e:  # a damaged file can fail in any way
+        raise UserError(f"{path} cannot be read: {one_line(e)}") from None
+
+
+def _unexpected(path, array, expected):
+    found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+    return UserError(f"{path} holds {found}, expected {expected}")
+
+
+def _labels_in(folder, task):
+    """(path, labels (n,)) of the folder: whole numbers of any type that are classes of the task."""
+    path, found = _opened_array(folder, "labels")
+    labels = np.asarray(found) if isinstance(found, np.ndarray) else np.empty((0, 0, 0))
+    # a column, or a row for each severity
+    if labels.ndim == 2 and (1 in labels.shape or len(labels) == SEVERITIES):
+        labels = labels.reshape(-1)
+    kind = labels.dtype.kind
+    whole = kind in "iu" or kind == "f" and (labels == np.floor(labels)).all()
+    if not whole or labels.ndim != 1 or not len(labels):
+        raise _unexpected(path, found, f"whole numbers, as many for each of {SEVERITIES} "
+                          "severities")
+    if not (labels.min() >= 0 and labels.max() < task.classes):
+        raise UserError(f"{path} holds labels from {labels.min():g} to {labels.max():g}, the task "
+                        f"has {task.classes} classes")
+    return path, labels
+
+
+def _images_in(folder, name, task):
+    """How many images a file holds, of all severities together."""
+    path, array = _opened_array(folder, name)
+    shapes = [(task.size, task.size, task.channels), (task.channels, task.size, task.size)]
+    good = isinstance(array, np.ndarray) and (array.dtype == np.uint8 or array.dtype.kind == "f")
+    if good and array.shape[1:] in shapes:
+        return len(array)
+    if good and array.shape[2:] in shapes and len(array) == SEVERITIES:
+        return SEVERITIES * array.shape[1]
+    raise _unexpected(path, array, f"uint8, or numbers from 0 to 1, (n, {str(shapes[0])[1:]}")
+
+
+def _by_severity(array):
+    """The images of each severity, views of what `_images_in` has found to be images."""
+    return array if array.ndim == 5 else np.split(array, SEVERITIES)
+
+
+def _pixels(path, array, images):
+    """Images of the file `path`, a part of its `array`, as an array of their own (n, C, H, W), from
+    0 to 255: uint8, or float32 where floating-point numbers are between the whole ones."""
+    last = images.shape[1] == images.shape[2]  # the channels
+    images = np.array(images.transpose(0, 3, 1, 2) if last else images, order="C")
+    if images.dtype == np.uint8:
+        return images
+    low, high = images.min(), images.max()
+    if not (low >= 0 and high <= 1):
+        raise _unexpected(path, array, f"uint8 {array.shape}, or numbers from 0 to 1; they go from "
+                          f"{low:g} to {high:g}")
+    # the error of a whole number that was divided by 255 in that type, and more
+    rounding = 0.1 if images.dtype.itemsize == 2 else 1e-3
+    images = 255 * images.astype(np.float32)
+    nearest = np.rint(images)
+    return nearest.astype(np.uint8) if np.abs(images - nearest).max() < rounding else images

@@ -209,39 +209,39 @@ def characteristic(job):
 
 def corruptions(job):
     """Accuracy under the corruptions of CIFAR-10-C, a row of a table each."""
-    import torch
-
     import data_utils
     import model_utils
     from experiment.report import CorruptionTable
     from experiment.run_folder import fingerprint
+    from experiment.timing import progress
     args, task = job.args, TASKS[job.args.task]
     folder = pathlib.Path(args.corruptions_dir or pathlib.Path(args.data_dir,
                                                                args.task.replace("CIFAR", "CIFAR-") + "-C"))
-    images, labels = data_utils.open_corruptions(folder, task, args.test_size)
-    settings = {"folder": str(folder.resolve()), "images": labels.size(1), "T1": args.T1, "tol": args.tol,
-                "precision": args.precision,
-                "weights": fingerprint(job.saved.weights)}
-    table = CorruptionTable(job.run_folder(), settings, data_utils.CORRUPTIONS, data_utils.SEVERITIES,
-                            job.saved.source)
+    data = data_utils.open_corruptions(folder, task, args.test_size)
+    run, images = job.run_folder(), data.labels.size(1)
+    fingerprints = {name: data.fingerprint(name) for name in progress(data.names, "reading")}
+    settings = {"folder": str(folder.resolve()), "images": images, "T1": args.T1, "tol": args.tol,
+                "precision": args.precision, "compile": args.compile,
+                "weights": fingerprint(job.saved.weights), "data": fingerprints}
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
+    table = CorruptionTable(run, settings, data.names, job.saved.source)
     job.interruption.advice = lambda: (f"{len(table.rows)} corruptions are in {table.text}, the same command goes on "
                                        "behind them")
-    print(f"{job.saved.source}, {labels.size(1)} images of each severity{job.steps}; results go to {table.text}",
-          flush=True)
-    for name in data_utils.CORRUPTIONS:
-        # popped: what was read of a mapped file leaves the memory with it
-        severities, accuracies = images.pop(name), []
-        if name in table.rows:
-            continue
-        for severity, (x, y) in enumerate(zip(severities, labels), 1):
-            x = torch.from_numpy(x.copy()).permute(0, 3, 1, 2).contiguous()
-            data = data_utils.Batches(x, y, args.mbs, task, job.device)
-            accuracies.append(model_utils.evaluate(job.model, data, job.rule, f"{name}, severity {severity}"))
+    print(f"{job.saved.source}, {images} images of each severity{job.steps}; results go to "
+          f"{table.text}", flush=True)
+    for name in (name for name in data.names if name not in table.rows):
+        accuracies = []
+        for severity, (x, y) in enumerate(data.severities(name), 1):
+            batches = data_utils.Batches(x, y, args.mbs, task, job.device)
+            words = f"{name}, severity {severity}"
+            accuracies.append(model_utils.evaluate(job.model, batches, job.rule, words))
         table.add(name, accuracies)
         print(f"{name}: " + ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies) + " %", flush=True)
     table.plot()
-    print("mean accuracy {:.2f} %, over the first 15 corruptions {:.2f} %".format(*(100 * mean
-            for mean in table.means())))
+    everything, first = table.means()
+    print("mean accuracy " + f"{100 * (everything or 0):.2f} %, " * (everything is not None)
+          + f"over the first 15 corruptions {100 * first:.2f} %")
 
 
 # ------------------------------------------------------------------------------------------- attacks

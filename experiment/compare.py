@@ -109,7 +109,11 @@ def _words(key):
     if key.measure in ("clean", "seconds"):
         return {"clean": "clean accuracy (%)", "seconds": "training (s)"}[key.measure]
     if key.measure == "corruptions":
-        return "corruptions, " + (f"severity {key.eps:g}" if key.eps else "mean over severities") + " (%)"
+        return (
+            f"{key.detail}, "
+            + (f"severity {key.eps:g}" if key.eps else "mean over severities")
+            + " (%)"
+        )
     bound = f"{'L-infinity' if key.norm == 'inf' else 'L' + key.norm} {key.eps:g}"
     if key.measure == "adversarial":
         through = f"{key.grad}{f'@{key.steps}' if key.steps else ''}" * (key.grad != key.attack)

@@ -154,10 +154,11 @@ def confusion(counts):
 @style()
 def corruptions(shares, names, means, images):
     """A heat map of the accuracy under each corruption and severity. shares: (corruptions, severities), in %; means:
-    fractions."""
+    over all and over the first 15, fractions, the first None where some are missing."""
     figure = new_figure(f"Accuracy under corruption, {images} images each", height=6.8)
-    axes = figure.add_subplot(xlabel=f"severity\nmean accuracy {100 * means[0]:.1f} %, over the first 15 corruptions "
-                                     f"{100 * means[1]:.1f} %")
+    everything = "" if means[0] is None else f"{100 * means[0]:.1f} %, "
+    axes = figure.add_subplot(xlabel=f"severity\nmean accuracy {everything}over the first 15 "
+                                     f"corruptions {100 * means[1]:.1f} %")
     picture = axes.imshow(shares, vmin=0, vmax=100, cmap="cividis", aspect="auto")
     axes.grid(False)
     for (row, column), share in np.ndenumerate(shares):
@@ -165,6 +166,7 @@ def corruptions(shares, names, means, images):
                   color="black" if share > 55 else "white")
     axes.set_xticks(range(shares.shape[1]), range(1, shares.shape[1] + 1))
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.axhline(14.5, color="white", linewidth=3, linestyle="-", marker="")  # the four extra ones are below
+    if len(names) > 15:  # the others are below a line
+        axes.axhline(14.5, color="white", linewidth=3, linestyle="-", marker="")
     figure.colorbar(picture, label="accuracy (%)", shrink=0.6)
     return figure

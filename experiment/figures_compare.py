@@ -130,13 +130,23 @@ def _over(curves, title, xlabel):
 
 @style()
 def corruptions(groups):
-    """Accuracy over the severity of corruptions, means over all of them."""
-    figure = new_figure("Accuracy under corruption, mean over the corruptions", height=3.6 + 0.1 * len(groups))
+    """Accuracy over the severity of corruptions: means over those that most groups have; where a
+    group has others its label names them. Published means are over the rows of their table."""
+    found = [{key.detail: None for key in group.keys() if key.measure == "corruptions"}
+             for group in groups]
+    own = [detail for group, details in zip(groups, found) if not group.published
+           for detail in details]
+    chosen = max(own, key=lambda detail: (own.count(detail), detail.startswith("all")))
+    figure = new_figure(f"Accuracy under corruption, mean over {chosen}",
+                        height=3.6 + 0.1 * len(groups))
     axes = figure.add_subplot(xlabel="severity", ylabel=ACCURACY)
-    for n, group in enumerate(groups):
-        keys = [key for key in group.keys() if key.measure == "corruptions" and key.eps]
+    for n, (group, details) in enumerate(zip(groups, found)):
+        detail = chosen if chosen in details else next(iter(details), None)
+        keys = [key for key in group.keys()
+                if (key.measure, key.detail) == ("corruptions", detail) and key.eps]
         if keys:
-            _band(axes, n, _pooled_curve(group, keys, lambda key: key.eps), group)
+            label = group.label + f": {detail}" * (detail not in ("", chosen))
+            _band(axes, n, _pooled_curve(group, keys, lambda key: key.eps), group, label)
     axes.set_xticks(range(1, 6))
     legend_below(figure)
     return figure

@@ -5,7 +5,7 @@ import json
 import re
 from typing import NamedTuple
 
-from data_utils import UserError
+from data_utils import CORRUPTIONS, PUBLISHED, UserError
 from experiment import checkpoints
 from experiment.arguments import named, shown
 from experiment.files import TEXT
@@ -60,11 +60,11 @@ def read_run(path):
     if rows:
         found.values[Key("seconds")] = sum(seconds or 0.0 for *_, seconds in rows)
     for text in sorted(run.folder.glob("Adversarial_Accuracy*.txt"), key=lambda path: (len(path.name), path.name)):
-        for key, value in _sweep(run, text).items():
+        for key, value in _sweep(run, text, saved.args.get("T1")).items():
             found.values.setdefault(key, value)
     for path in sorted(run.folder.glob("Audit_*.json")):
-        found.values.update(_audit(path))
-    found.values.update(_corruptions(run.folder / "Corruption_Accuracy.txt"))
+        found.values.update(_audit(path, saved.args.get("T1")))
+    found.values.update(_corruptions(run.folder / "Corruption_Accuracy.txt", saved.args.get("T1")))
     found.settling = _column(run.folder / "Characteristic_Time.txt")
     return found
 
@@ -81,14 +81,26 @@ def _of_images(told):
     return f", {told['images']} images" if "images" in told else ""
 
 
-def _sweep(run, path):
-    """The rows of one attack sweep."""
+def _computed(told, T1):
+    """How a number was computed, in words: what differs from the T1 steps of the run in fp32."""
+    steps, precision, tol = told.get("predict_step"), told.get("precision"), told.get("tol")
+    steps = steps or told.get("T1")
+    return (f", predicted after {steps} steps" * (bool(steps and T1) and steps != T1)
+            + f", tol {tol}" * bool(tol) + f", {precision}" * (precision not in (None, "fp32"))
+            + ", compiled" * bool(told.get("compile")))
+
+
+def _sweep(run, path, T1):
+    """The rows of one attack sweep. T1: of the run."""
     told, found = settings_of(path) or {}, {}
     steps, several = told.get("attack_step", ""), isinstance(told.get("attack_step"), list)
-    budget = str(told.get("budget") or f"{told.get('attack_iters', '?')} iterations")
+    restarts = told.get("attack_restarts")
+    budget = str(told.get("budget") or f"{told.get('attack_iters', '?')} iterations"
+                 + f"; {restarts} restarts" * bool(restarts))
     if told.get("attack_start", "zero") != "zero":
         budget += f", from {told['attack_start']}"
-    detail = budget + _of_images(told) + ", not clipped" * bool(told.get("no_clip"))
+    detail = (budget + _of_images(told) + ", not clipped" * bool(told.get("no_clip"))
+              + _computed(told, T1))
     for row in run.read_csv(f"{path.stem}.csv"):
         eps, adversarial = _number(row.get("eps")), _number(row.get("adversarial"))
         if None not in (eps, adversarial):
@@ -99,28 +111,37 @@ def _sweep(run, path):
     return found
 
 
-def _audit(path):
-    """The result of one audit."""
+def _audit(path, T1):
+    """The result of one audit. T1: of the run."""
     try:
         result = json.loads(path.read_text(**TEXT))
         _, norm, eps = path.stem.split("_")
-        key = Key("audit", "audit", norm, eps=float(eps), detail=result["settings"]["budget"] + _of_images(result))
+        told = result["settings"]
+        detail = told["budget"] + _of_images(result) + _computed(told, T1)
+        key = Key("audit", "audit", norm, eps=float(eps), detail=detail)
         return {key: 100 * float(result["robust"]),
                 key._replace(measure="audit trusted"): 100.0 * bool(result["trusted"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _corruptions(path):
-    """The rows of a table of corruptions: at each severity the mean over the corruptions, and over all."""
-    rows = [row for row in _rows(path) if len(row) > 1]
-    shares = [[100 * share for share in map(_number, row[1:]) if share is not None] for row in rows]
-    shares = [row for row in shares if len(row) == max(map(len, shares))]
-    if not shares:
-        return {}
-    means = {Key("corruptions", eps=severity): sum(column) / len(column)
-             for severity, column in enumerate(zip(*shares), 1)}
-    return {**means, Key("corruptions"): sum(means.values()) / len(means)}
+def _corruptions(path, T1):
+    """The rows of a table of corruptions: at each severity the mean over the first 15 corruptions,
+    and that over all, where the table has them, else over those that it has; and the means of these
+    over the severities. T1: of the run."""
+    shares = {name: [100 * share for share in map(_number, words) if share is not None]
+              for name, *words in _rows(path)}
+    most = max(map(len, shares.values()), default=0)
+    shares, found = {name: row for name, row in shares.items() if row and len(row) == most}, {}
+    sets = {f"first {len(PUBLISHED)}": PUBLISHED, f"all {len(CORRUPTIONS)}": CORRUPTIONS}
+    sets = {words: names for words, names in sets.items() if set(names) <= set(shares)}
+    for words, names in (sets or {f"{len(shares)} of {len(CORRUPTIONS)}": shares}).items():
+        detail = f"{words} corruptions{_computed(settings_of(path) or {}, T1)}"
+        means = [sum(column) / len(column) for column in zip(*(shares[name] for name in names))]
+        found |= {Key("corruptions", eps=severity, detail=detail): mean
+                  for severity, mean in enumerate(means, 1)}
+        found |= {Key("corruptions", detail=detail): sum(means) / len(means)} if means else {}
+    return found
 
 
 def _rows(path):

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 
-from data_utils import TASKS, UserError
+from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES, TASKS, UserError
 from experiment import figures, figures_checks
 from experiment.arguments import described
 from experiment.files import TEXT, replacing
+from experiment.workers import computed_on
 
 HEADER = "# settings: "
 
@@ -44,6 +45,30 @@ def settings_of(path):
     except (OSError, ValueError):
         pass
     return None
+
+
+# Settings that earlier versions did not record: where one is missing it may have been anything.
+LATER = ("data", "compile")
+
+
+def same_settings(found, settings):
+    """Whether a table with the settings `found`, as a file has them, is continued with `settings`.
+    Of `data`, a fingerprint or {name: fingerprint}, counts what both have."""
+    if not isinstance(found, dict):
+        return False
+    found, settings = _flat(found), _flat(json.loads(json.dumps(settings)))
+    both = found.keys() & settings.keys()
+    return (all(found[name] == settings[name] for name in both)
+            and all(name.split(" ")[0] in LATER for name in found.keys() ^ settings.keys()))
+
+
+def _flat(settings):
+    """The settings with an entry for each fingerprint of `data`."""
+    flat, data = {**settings}, settings.get("data")
+    if isinstance(data, dict) or data is None:
+        flat.pop("data", None)
+        flat.update({f"data {name}": value for name, value in (data or {}).items()})
+    return flat
 
 
 def gdu_table(rows):
@@ -102,12 +127,15 @@ class Sweep:
         return rows
 
     def _found(self, plain):
-        """The name of the sweep that was made with these settings; None if there is none."""
+        """The name of the sweep that was made with these settings, or else with what is recorded of
+        them; None if there is none."""
+        found = {}
         for stem in (plain, *(f"{plain}_{n}" for n in range(1, self.run.next_number(plain)))):
-            found = settings_of(self.run.folder / f"{stem}.txt")
-            if found is not None and {key: value for key, value in found.items() if key != "eps_list"} == self.settings:
-                return stem
-        return None
+            told = settings_of(self.run.folder / f"{stem}.txt")
+            told = told and {key: value for key, value in told.items() if key != "eps_list"}
+            if same_settings(told, self.settings):
+                found.setdefault(told == self.settings, stem)
+        return found.get(True, found.get(False))
 
     def has(self, eps):
         return any(float(row["eps"]) == eps for row in self.rows)
@@ -118,14 +146,18 @@ class Sweep:
             self.rows.append({"eps": repr(eps), "grad": grad, "clean": f"{self.clean:.6f}",
                               "adversarial": f"{result['correct'].mean():.6f}",
                               "masked": f"{result['masked']:.6f}", "unmoved": f"{result['unmoved']:.6f}",
-                              "mean_norm": f"{result['mean_norm']:.6g}"})
+                              "mean_norm": f"{result['mean_norm']:.6g}",
+                              "computed_on": computed_on()})
         self.rows.sort(key=lambda row: float(row["eps"]))
         self.run.write_csv(f"{self.stem}.csv", self.rows)
         self.write()
 
     def write(self):
         """Derives the text from the rows."""
-        lines = [HEADER + json.dumps(self.settings, sort_keys=True), f"# examined: {self.source}",
+        places = [row["computed_on"] for row in self.rows if row.get("computed_on")]
+        places = "; ".join(dict.fromkeys(places))
+        lines = [HEADER + json.dumps(self.settings, sort_keys=True),
+                 f"# examined: {self.source}" + f"; computed on: {places}" * bool(places),
                  "# masked: share of images whose gradient was exactly zero or not finite at "
                  "some iteration; unmoved: whose perturbation is zero",
                  "# eps, clean accuracy, adversarial accuracy (of the strongest gradient, per image)"]
@@ -157,41 +189,56 @@ class CorruptionTable:
     of the same settings are kept, so that a killed run goes on; a file of other settings is moved aside to
     Corruption_Accuracy_1.txt and so on.
 
-    names: the corruptions in their order; severities: how many; source: what is examined, in words; text: the path of
-    the table; rows: {corruption: its accuracies as written, one per severity}.
+    settings: what the rows depend on, of `data` {corruption: fingerprint}; names: the corruptions
+    that there are, in their order; source: what is examined, in words; text: the path of the table;
+    rows: {corruption: its accuracies as written, one per severity}; places: where they were
+    computed.
     """
 
-    PUBLISHED = 15  # published means are over the first so many
+    PLACES = "; computed on: "
 
-    def __init__(self, run, settings, names, severities, source):
-        self.run, self.settings, self.names, self.text = run, settings, names, run.folder / "Corruption_Accuracy.txt"
+    def __init__(self, run, settings, names, source):
+        self.run, self.settings, self.text = run, settings, run.folder / "Corruption_Accuracy.txt"
         run.lock("Corruption_Accuracy")
-        self.rows, self.source, ends = {}, source, (".png", ".pdf", ".txt")
-        if settings_of(self.text) == json.loads(json.dumps(settings)):
-            words = [line.split() for line in self.text.read_text(**TEXT).splitlines()]
-            self.rows = {name: shares for name, *shares in filter(None, words) if name in names
-                         and len(shares) == severities}
+        self.rows, self.source, self.places = {}, source, []
+        before = settings_of(self.text)
+        if same_settings(before, settings):
+            known = before.get("data")
+            known = known if isinstance(known, dict) else {}
+            self.settings = {**settings, "data": {**known, **settings["data"]}}
+            lines = self.text.read_text(**TEXT).splitlines()
+            self.rows = {name: shares for name, *shares in filter(None, map(str.split, lines))
+                         if name in CORRUPTIONS and len(shares) == SEVERITIES}
+            places = [line.partition(self.PLACES)[2].split("; ") for line in lines[:2]]
+            self.places = [place for line in places for place in line if place]
         elif self.text.exists():
-            run.move_aside("Corruption_Accuracy", ends)
+            run.move_aside("Corruption_Accuracy", (".png", ".pdf", ".txt"))
+        self.names = [name for name in CORRUPTIONS if name in names or name in self.rows]
 
     def add(self, name, accuracies):
         self.rows[name] = [f"{accuracy:.6f}" for accuracy in accuracies]
+        self.places = list(dict.fromkeys([*self.places, computed_on()]))
         self.write()
 
-    def mean(self, names=None):
-        """The mean accuracy over the corruptions `names` (default: all) and all severities, of what the table says."""
-        return float(np.mean([[float(share) for share in self.rows[name]] for name in names or self.names]))
+    def _mean(self, names):
+        """The mean accuracy over some corruptions and all severities; None where one is missing."""
+        shares = [self.rows.get(name) for name in names]
+        return None if None in shares else float(np.mean(np.array(shares, dtype=float)))
 
     def means(self):
-        """(over all corruptions, over those that published means are over)."""
-        return self.mean(), self.mean(self.names[:self.PUBLISHED])
+        """(over all corruptions, over those that published means are over), None where one is
+        missing."""
+        return self._mean(CORRUPTIONS), self._mean(PUBLISHED)
 
     def write(self):
         lines = [HEADER + json.dumps(self.settings, sort_keys=True),
-                 f"# corruption, accuracy at severity 1 to 5, of {self.source}"]
+                 f"# corruption, accuracy at severity 1 to 5, of {self.source}"
+                 f"{self.PLACES}{'; '.join(self.places)}"]
         lines += [f"{name} {' '.join(self.rows[name])}" for name in self.names if name in self.rows]
         if len(self.rows) == len(self.names):
-            lines.append("# mean over all {}: {:.6f}, over the first 15: {:.6f}".format(len(self.names), *self.means()))
+            everything, first = self.means()
+            over = f"over all {len(CORRUPTIONS)}: {everything or 0:.6f}, " * (everything is not None)
+            lines.append(f"# mean {over}over the first {len(PUBLISHED)}: {first:.6f}")
         self.run.write_lines(self.text.name, lines)
 
     def plot(self):

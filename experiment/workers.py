@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import re
+import socket
 import sys
 import threading
 import warnings
@@ -275,6 +276,12 @@ class Workers:
         address, port = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
+
+
+def computed_on():
+    """The machine that a number is computed on, and how many threads torch uses there, in words."""
+    threads = torch.get_num_threads()
+    return f"{socket.gethostname()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def check_parallel(args, workers):

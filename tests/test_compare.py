@@ -8,7 +8,9 @@ import statistics
 import pytest
 from conftest import ROOT, only_run
 
+from data_utils import CORRUPTIONS
 from experiment import compare, figures_compare, measured
+from experiment.run_folder import RunFolder
 
 TINY = "--task digits --device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 "\
        "--epochs 2 --save"
@@ -114,6 +116,26 @@ def test_a_figure_for_all_that_runs_have(comparison):
     assert names == {"comparison.md", "comparison.csv", "robustness_2.png", "robustness_inf.png", "training.png",
                      "characteristic.png", "corruptions.png", "attack_steps.png"}
     assert all(path.stat().st_size > 5000 for path in comparison.glob("*.png"))
+
+
+def test_tables_of_15_and_of_19_corruptions_are_compared_by_the_15(ok, runs, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(RunFolder, "save_figure", lambda self, name, figure: titles.append(
+        (name, figure.get_suptitle(), [line.get_label() for line in figure.axes[0].get_lines()])))
+    copies = []
+    for n, (name, count) in enumerate((("EP", 15), ("EP", 19), ("BPTT", 15))):
+        copies.append(shutil.copytree(runs[name][n], tmp_path / f"run{n}"))
+        rows = [f"{kind} " + " ".join([f"{0.5 + (row >= 15) / 4 + n / 10:.6f}"] * 5)
+                for row, kind in enumerate(CORRUPTIONS[:count])]
+        (copies[-1] / "Corruption_Accuracy.txt").write_text("\n".join(["# settings: {}", *rows]))
+    ok("--todo compare --load-path", *copies)
+    table, = (tmp_path / "results" / "compare").glob("*/*/comparison.csv")
+    rows = [row for row in csv.DictReader(open(table)) if row["measure"] == "corruptions"]
+    means = {(row["group"], row["detail"]): (float(row["mean"]), int(row["n"])) for row in rows if not row["eps"]}
+    assert means == {("MLP EP", "first 15 corruptions"): (55, 2), ("MLP BPTT", "first 15 corruptions"): (70, 1),
+                     ("MLP EP", "all 19 corruptions"): (pytest.approx(60 + 25 * 4 / 19, abs=1e-3), 1)}
+    figure, = (told for told in titles if told[0] == "corruptions.png")
+    assert "mean over first 15 corruptions" in figure[1] and {"MLP EP", "MLP BPTT"} <= set(figure[2])
 
 
 def test_runs_without_anything_leave_gaps(ok, runs, tmp_path):
