@@ -32,7 +32,8 @@ NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 class Job:
     """What a --todo works with. saved: the run of --load-path, or None; program: the words of the command line in front
     of the program's own, and command: all of them; given: the flags among them, judged; folders: the RunFolders that
-    were opened, whose locks `work` gives back."""
+    were opened, whose locks `work` gives back; data: fingerprints of the images and labels that
+    `batches` has read, see `flags.DATA`."""
 
     args: Any
     model: Any
@@ -44,6 +45,7 @@ class Job:
     command: list
     given: dict = dataclasses.field(default_factory=dict)
     folders: list = dataclasses.field(default_factory=list)
+    data: dict = dataclasses.field(default_factory=dict)
 
     def batches(self, split, generator=None):
         """The mini-batches of a split, `train`, `test`, or `val`: the last args.val_size of the training images, which
@@ -53,6 +55,8 @@ class Job:
         with self.workers.rank_zero_first():  # as it may have to download them
             images, labels = data_utils.load_split(args.task, args.data_dir, split != "test",
                                                    args.test_size if split == "test" else args.train_size)
+        which = "test_data" if split == "test" else "train_data"
+        self.data[which] = self.data.get(which) or data_utils.fingerprint((images, labels))
         if split != "test" and args.val_size:
             if args.val_size >= len(labels):
                 raise UserError(f"argument --val-size: got {args.val_size}, there are {len(labels)} training images, "
@@ -99,6 +103,7 @@ def train(job):
         print(f"note: this trains one epoch; --epochs {left} those that the run was asked for")
     generator = torch.Generator().manual_seed(args.seed)
     train_batches, test_batches = job.batches("train", generator), job.batches("test")
+    vars(args).update(job.data)  # to be written down with the arguments
     optimizer, scheduler = model_utils.make_optimizer(job.model, args)
     story = checkpoints.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
     first, folder = len(story.history), saved and str(saved.path.parent)
@@ -195,13 +200,17 @@ def characteristic(job):
     import model_utils
     from energy.dynamics import SETTLED
     from experiment import records
+    from experiment.run_folder import fingerprint
     args, run, data, source = job.args, job.run_folder(), job.batches("test"), job.saved.source
     eps = args.tol or SETTLED
     accuracy, settled = model_utils.characteristic(job.model, data, job.rule, eps)
     reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
     x = next(iter(data))[0]
     moving = (*model_utils.relaxation(job.model, x, job.rule), len(x))
-    records.write_characteristic(run, job.saved, (accuracy, settled), moving, eps, data.samples)
+    settings = {"images": data.samples, "T1": args.T1, "eps": eps, "precision": args.precision,
+                "compile": args.compile, "weights": fingerprint(job.saved.weights),
+                "data": job.data["test_data"]}
+    records.write_characteristic(run, job.saved, (accuracy, settled), moving, eps, settings)
     print(f"{source} after T1 = {args.T1} steps: test accuracy {100 * accuracy[-1]:.2f} % ({data.samples} images), "
           f"first within 0.1 points of it at step {reached}; {100 * settled[-1]:.2f} % settled\n"
           f"results are in {run.folder / 'Characteristic_Time.txt'}")
@@ -263,7 +272,8 @@ def attack(job):
     if run:
         plan, smooth = attacks.Plan.of(args, 1.0), attacks.words_for_smooth(args.loss)
         settings = sweeps.settings(args, plan, smooth, {"predict_step": steps, "images": len(labels),
-                                                        "weights": fingerprint(job.saved.weights)})
+                                                        "weights": fingerprint(job.saved.weights),
+                                                        "data": job.data["test_data"]})
         sweep = Sweep(run, settings, clean.double().mean().item(), job.saved.source)
         job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
                                            "behind them")
@@ -290,7 +300,8 @@ def audit(job):
     args, data = job.args, job.batches("test")
     ends_early = args.tol if args.tol or "tol" in job.given else ENDS_EARLY
     surrogate = args.surrogate and open_surrogate(args, model_utils.build)
-    files = AuditFiles(job.run_folder(), args, job.saved, surrogate, ends_early)
+    files = AuditFiles(job.run_folder(), args, job.saved, surrogate, ends_early,
+                       job.data["test_data"])
     job.interruption.advice = files.advice
     conduct(job.model, args, (data.images, data.labels), files, surrogate, ends_early)
 

@@ -97,7 +97,9 @@ def verdict(result, norm, eps):
         first = (f"TRUSTED: robust accuracy {100 * result['robust']:.1f} % ({low:.1f} to {high:.1f} % with 95 % "
                  "confidence)")
     lines = [first, f"{ball}, {result['images']} images; clean accuracy {100 * result['clean']:.1f} %, strongest "
-             f"gradient {result['strongest']}", f"model: {result['model']}", "", "checks (value, limit):"]
+             f"gradient {result['strongest']}", f"model: {result['model']}",
+             *(f"computed on: {place}" for place in result.get("computed_on", ())),
+             "", "checks (value, limit):"]
     for name, check in result["checks"].items():
         lines.append(f"  {'passed' if check['passed'] else 'FAILED'} {name:17} {check['value']:7.4g} "
                      f"{check['limit']:6.4g}" + ("" if check["passed"] else f"  {check['why']}"))
@@ -117,8 +119,9 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
     """Audits a model, writes the result and prints the verdict; returns the result, see `result_of`.
 
     args: see `audit.Subject`, and budget; data: (images uint8 (n, C, H, W), labels), tensors; files: what `Audit.run`
-    needs of a store, and source, settings, text and write; surrogate: (model, args) or None; ends_early: how far images
-    have settled where the predictions that attacks ask for stop, see `relax_until_settled`."""
+    needs of a store, and source, settings, computed_on, text and write; surrogate: (model, args)
+    or None; ends_early: how far images have settled where the predictions that attacks ask for
+    stop, see `relax_until_settled`."""
     x, y = (data[0].float() / 255).cpu().numpy(), data[1].cpu().numpy()
     other = Subject(surrogate[0].to(next(model.parameters()).device), surrogate[1], x, y) if surrogate else None
     subject = Subject(model, args, x, y, BUDGETS[args.budget], ends_early, other)
@@ -127,6 +130,7 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
           flush=True)
     state = Audit(subject, functools.partial(print, flush=True)).run(files)
     result = result_of(state, subject, files.settings, files.source)
+    result["computed_on"] = files.computed_on
     lines = verdict(result, args.attack_norm, args.eps)
     files.write(result, lines, state.x_adv, y)
     print("\n".join(lines))

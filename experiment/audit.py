@@ -8,11 +8,13 @@ from data_utils import UserError
 from experiment import arguments, checkpoints, checks, figures_checks
 from experiment.files import TEXT, replacing, write_text
 from experiment.flags import FEED_FORWARD
+from experiment.report import same_settings
 from experiment.run_folder import fingerprint
+from experiment.workers import computed_on
 
 # of the arguments, what an audit's numbers depend on
 NAMES = ("task", "attack_norm", "eps", "attack_step", "predict_step", "T1", "no_clip", "seed", "mbs", "tol",
-         "precision", "surrogate", "budget", "test_size")
+         "precision", "compile", "surrogate", "budget", "test_size")
 
 
 class AuditFiles:
@@ -23,14 +25,16 @@ class AuditFiles:
 
     ENDS = (".json", ".png", ".pdf", ".npz", ".txt")  # in the order in which they move aside
 
-    def __init__(self, run, args, saved, surrogate=None, ends_early=None):
+    def __init__(self, run, args, saved, surrogate=None, ends_early=None, data=None):
         """run: the RunFolder; args: of the command line; saved: the SavedRun that is audited; surrogate: of
-        `open_surrogate`; ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`. Raises UserError where another
-        process writes this audit."""
+        `open_surrogate`; ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`; data: the
+        fingerprint of images and labels. Raises UserError where another process writes this
+        audit."""
         self.run, self.args, self.stem = run, args, f"Audit_{args.attack_norm}_{args.eps:g}"
         self.source = saved.source
         self.settings = {**{name: getattr(args, name) for name in NAMES}, "weights": fingerprint(saved.weights),
-                         "ends_early": ends_early}
+                         "ends_early": ends_early, "data": data}
+        self.computed_on = []  # the places where stages were computed, in words
         if surrogate:
             self.settings["surrogate"] = [fingerprint(surrogate[0].state_dict()), surrogate[1].T1, surrogate[1].loss]
         run.lock(self.stem)
@@ -55,8 +59,9 @@ class AuditFiles:
         try:
             with np.load(self._stage(name), allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
-            if json.loads(str(arrays.pop("settings"))) != json.loads(json.dumps(self.settings)):
+            if not same_settings(json.loads(str(arrays.pop("settings"))), self.settings):
                 return None
+            self._note_place(str(arrays.pop("computed_on", "")))
             return arrays, json.loads(str(arrays.pop("record")))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
@@ -66,7 +71,13 @@ class AuditFiles:
         for path in self.run.folder.glob(f"{self.stem}_[a-z].npz"):
             if path.name > self._stage(name).name:
                 path.unlink(missing_ok=True)
-        self._write(self._stage(name), **arrays, record=json.dumps(record), settings=json.dumps(self.settings))
+        self._note_place(computed_on())
+        self._write(self._stage(name), **arrays, record=json.dumps(record),
+                    settings=json.dumps(self.settings), computed_on=computed_on())
+
+    def _note_place(self, place):
+        if place and place not in self.computed_on:
+            self.computed_on.append(place)
 
     def _write(self, path, **arrays):
         with replacing(path) as beside, open(beside, "wb") as file:
@@ -75,7 +86,8 @@ class AuditFiles:
     def write(self, result, lines, x_adv, labels):
         """The result: a dict; its text: lines; the strongest adversarial images with their labels. That of another
         audit of this bound is kept, with a number behind its name."""
-        if self._settings_of_result() not in (None, json.loads(json.dumps(self.settings))):
+        before = self._settings_of_result()
+        if before is not None and not same_settings(before, self.settings):
             self.run.move_aside(self.stem, self.ENDS)
         self._write(self.run.folder / f"{self.stem}.npz", x_adv=x_adv, labels=labels)
         self.run.save_figure(f"{self.stem}.png", figures_checks.audit(result, self._title()))

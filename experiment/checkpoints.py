@@ -16,7 +16,7 @@ from data_utils import UserError, one_line
 from experiment import training_state, untrusted
 from experiment.arguments import described, named
 from experiment.old_pickles import OLD_GLOBALS, Pickled, checkpoint_of
-from experiment.story import Story, best_of, changes, chosen_by, chosen_on, summary
+from experiment.story import Story, best_of, changes, chosen_on, other_images, summary
 from experiment.untrusted import Damaged
 
 LARGEST_TEXT = 2 ** 20  # bytes of a hyperparameters.txt that are read; ours have two thousand
@@ -108,8 +108,9 @@ class SavedRun:
     None, which `restore` holds against the run's own.
 
     path: the checkpoint file; weights: {name: float32 tensor}; args: {dest: value} of those arguments that the run
-    says; stamp: when the file was written in ns, to notice that it is another by now; story: what its training went
-    through; random_states: those that `training_state.random_states` read, or None."""
+    says, and fingerprints of its data (see `flags.DATA`); stamp: when the file was written in ns,
+    to notice that it is another by now; story: what its training went through; random_states: those
+    that `training_state.random_states` read, or None."""
 
     path: pathlib.Path
     weights: dict
@@ -195,7 +196,8 @@ def _arguments(state, path):
     """{dest: value} of the arguments that a run says: in its config, or, being of the original code, by its module and
     its text."""
     if "config" in state:
-        return untrusted.judged(untrusted.config(state["config"], path), path)
+        config = untrusted.config(state["config"], path)
+        return {**untrusted.judged(config, path), **untrusted.data(config)}
     told = state.get("architecture", {})
     untrusted.expect(isinstance(told, dict), "architecture", told)
     text = path.parent / "hyperparameters.txt"
@@ -237,7 +239,7 @@ def _continued(saved, args):
     story, now = saved.story, vars(args)
     text = "; ".join(changes(saved.args, now))[:2000]
     resumptions = {**story.resumptions, len(story.history) + 1: "".join(c if c.isprintable() else "?" for c in text)}
-    if all(now[name] == saved.args.get(name) for name in chosen_by(args)):
+    if not other_images(saved.args, now):
         return dataclasses.replace(story, resumptions=resumptions)
     return Story(story.history, story.best or _best_beside(saved), None, resumptions, story.asked)
 

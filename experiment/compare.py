@@ -11,6 +11,7 @@ from data_utils import UserError
 from experiment import figures_compare
 from experiment.arguments import shown
 from experiment.files import WriteFailed, why, write_text
+from experiment.flags import DATA
 from experiment.measured import Key, of_training, read_published, read_run
 from experiment.run_folder import RunFolder
 
@@ -44,7 +45,15 @@ def pooled(values):
 
 def _identity(run):
     """What a run shares with those of its group."""
-    return {**of_training(run.args), "epochs": len(run.epochs)}
+    data = {name: run.args.get(name) for name in DATA}
+    return {**of_training(run.args), "epochs": len(run.epochs), **data}
+
+
+def _same(identity, other):
+    """Whether runs are of one group. Data that a run of an earlier version does not record may be
+    the same."""
+    return all(other[name] == value or name in DATA and None in (value, other[name])
+               for name, value in identity.items())
 
 
 def grouped(runs, labels=None):
@@ -52,11 +61,12 @@ def grouped(runs, labels=None):
     found = []
     for run in runs:
         identity = _identity(run)
-        known = next((group for other, group in found if other == identity), None)
+        known = next((entry for entry in found if _same(entry[0], identity)), None)
         if known is None:
             found.append((identity, [run]))
         else:
-            known.append(run)
+            known[0].update({name: known[0][name] or identity[name] for name in DATA})
+            known[1].append(run)
     if labels and len(labels) != len(found):
         raise UserError(f"argument --labels: got {len(labels)}, expected {len(found)}: these runs are so many groups, "
                         "whose arguments differ in more than the seed")

@@ -221,3 +221,7 @@ ALWAYS_SAVED = (
     "task", "data_aug", "train_size", "test_size", "mbs", "seed",
     "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss", "softmax",
     "alg", "T1", "T2", "betas", "random_sign", "thirdphase", "optim", "lrs", "wds", "mmt", "lr_decay")
+
+# What a config has besides the flags: fingerprints of the images and labels that a run is trained
+# and tested on (see `data_utils.fingerprint`), with which these are and the flag that says how many.
+DATA = {"train_data": ("training", "train_size"), "test_data": ("test", "test_size")}

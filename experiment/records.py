@@ -1,12 +1,15 @@
 """What a run leaves behind besides its models and tables: figures of its training, TensorBoard, predictions,
 relaxations."""
 import datetime
+import json
 
 import torch
 
 from data_utils import TASKS
 from experiment import figures, figures_checks
 from experiment.files import WriteFailed, why
+from experiment.report import HEADER, same_settings, settings_of
+from experiment.workers import computed_on
 
 PREDICTIONS, CONFUSION = "predictions.csv", "confusion.png"
 
@@ -67,19 +70,25 @@ def where_predictions(run, loss):
 # ---- characteristic
 
 
-def write_characteristic(run, saved, counted, moving, eps, images):
-    """Writes Characteristic_Time.txt and its figures.
+def write_characteristic(run, saved, counted, moving, eps, settings):
+    """Writes Characteristic_Time.txt and its figures; those of other settings are moved aside.
 
-    saved: the `SavedRun`; counted: (accuracy, settled), of `characteristic`, over `images` test images; moving:
-    (residual, energy or None, how many images), of `relaxation`; eps: of `settled`."""
+    saved: the `SavedRun`; counted: (accuracy, settled), of `characteristic`; moving: (residual,
+    energy or None, how many images), of `relaxation`; eps: of `settled`; settings: what the numbers depend
+    on, `images` among them."""
     (accuracy, settled), (residual, energy, few), trained = counted, moving, saved.args.get("T1")
     columns = [("accuracy", accuracy), ("settled", settled), ("residual", residual)]
     columns += [] if energy is None else [("energy", energy)]
     lines = [" ".join([str(t), *(f"{value:.6f}" for value in values[:2]), *(f"{value:.6e}" for value in values[2:])])
              for t, values in enumerate(zip(*(values for _, values in columns), strict=True), 1)]
+    before = settings_of(run.folder / "Characteristic_Time.txt")
+    if before and not same_settings(before, settings):
+        run.move_aside("Characteristic_Time", (".png", ".pdf", ".txt"), ["Characteristic_Energy"])
     run.write_lines("Characteristic_Time.txt", [
-        f"# {saved.source}, T1 = {len(accuracy)}, {images} test images, {datetime.datetime.now():%Y-%m-%d %H:%M:%S}, "
-        f"settled: no layer moved by {eps:g} of its norm in a step",
+        f"# {saved.source}, T1 = {len(accuracy)}, {settings['images']} test images, "
+        f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}, settled: no layer moved by {eps:g} of its "
+        f"norm in a step; computed on: {computed_on()}",
+        HEADER + json.dumps(settings, sort_keys=True),
         f"# of the first {few} of them, means: residual, the relative change in the step"
         + ("" if energy is None else "; energy, Phi"),
         "# t " + " ".join(name for name, _ in columns), *lines])

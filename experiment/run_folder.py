@@ -203,14 +203,14 @@ class RunFolder:
         """The first number at which there is no STEM_number.txt yet."""
         return next(n for n in itertools.count(1) if not (self.folder / f"{stem}_{n}.txt").exists())
 
-    def move_aside(self, stem, ends):
+    def move_aside(self, stem, ends, also=()):
         """Renames the files STEM + end, those that exist, to STEM_1 + end, or the first number at which there is no
-        .txt yet."""
+        .txt yet; also: further stems, whose files get the same number."""
         number = self.next_number(stem)
-        for end in ends:
-            old = self.folder / (stem + end)
+        for name, end in itertools.product((*also, stem), ends):
+            old = self.folder / (name + end)
             if old.exists():
-                os.replace(old, self.folder / f"{stem}_{number}{end}")
+                os.replace(old, self.folder / f"{name}_{number}{end}")
 
     def finish_move(self, stem, ends):
         """Goes on where a kill ended `move_aside`, which leaves files of a number without their .txt."""
@@ -248,7 +248,8 @@ def _disk_error(path, error):
 def _heading(title, command_line, device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return [f"{title}: {command_line}", f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
-            f"device: {device} ({name})",
+            f"device: {device} ({name})", f"host: {socket.gethostname()}",
+            f"threads: {torch.get_num_threads()}",
             *(f"{name}: {value}" for name, value in versions().items())]
 
 

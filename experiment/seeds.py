@@ -2,16 +2,18 @@
 left, what it began goes on, and what another process trains just now is left to it: on several GPUs the same command is
 started once for each."""
 import contextlib
+import functools
 import hashlib
 import json
 import pathlib
 import sys
 
-from data_utils import UserError
+from data_utils import UserError, fingerprint, load_split
 from experiment import arguments, checkpoints, checks, compare, measured
 from experiment.files import Busy, Lock, WriteFailed, why
-from experiment.flags import ALL, typed
+from experiment.flags import ALL, DATA, typed
 from experiment.run_folder import remove_half_made
+from experiment.story import other_data
 from experiment.workers import Workers
 
 # Flags that a resumed run takes from the command line: data, for example, may have moved meanwhile.
@@ -32,18 +34,19 @@ def train_each(given, words, start, root="results"):
                         "several GPUs once for each")
     done, unreadable = [], set()
     shared = {name: value for name, value in given.items() if name != "seeds"}
+    data = functools.cache(functools.partial(_fingerprints, arguments.resolve(shared)))
     for seed in dict.fromkeys(given["seeds"]):
         one = {**shared, "seed": seed}
         args = arguments.resolve(one)
         checks.check(args)
         runs = pathlib.Path(root, args.alg, args.loss)
         with _claimed(args, runs) as mine:
-            folder, epochs = _found(args, runs, unreadable)
+            folder, epochs = _found(args, runs, data, unreadable)
             if mine and epochs < args.epochs:
                 code = start(*_command(one, words, folder, args.epochs - epochs))
                 if code:
                     return code
-                folder, epochs = _found(args, runs, unreadable)
+                folder, epochs = _found(args, runs, data, unreadable)
             elif mine and epochs == args.epochs:
                 print(f"seed {seed}: {epochs} epochs are in {folder} already")
         if epochs == args.epochs:
@@ -78,16 +81,29 @@ def _claimed(args, runs):
             lock.release()
 
 
-def _found(args, runs, unreadable):
-    """(run folder, its epochs) of the training with `args`: a run of args.epochs, else the longest
-    that is shorter, else the shortest that is longer; (None, 0) without one. unreadable: the runs
-    that a note has named already; adds those that cannot be read."""
+def _fingerprints(args):
+    """{name of flags.DATA: fingerprint} of what a training would read; {} where it cannot."""
+    try:
+        splits = {"train_data": load_split(args.task, args.data_dir, True, args.train_size),
+                  "test_data": load_split(args.task, args.data_dir, False, args.test_size)}
+    except UserError:
+        return {}
+    return {name: fingerprint(arrays) for name, arrays in splits.items()}
+
+
+def _found(args, runs, data, unreadable):
+    """(run folder, its epochs) of the training with `args` on the same data: a run of args.epochs,
+    else the longest that is shorter, else the shortest that is longer; (None, 0) without one.
+    data(): the fingerprints of the data; unreadable: the runs that a note has named already; adds
+    those that cannot be read."""
     best, wanted = (None, 0), {**measured.of_training(vars(args)), "seed": args.seed}
     for path in sorted(runs.glob("[!.]*/[!.]*/config.json")):
         run = path.parent
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             if {**measured.of_training(config), "seed": config.get("seed")} != wanted:
+                continue
+            if not DATA.keys().isdisjoint(config) and other_data(config, {**vars(args), **data()}):
                 continue
             epochs = _epochs(run, args.epochs)
         except (UserError, OSError, ValueError, AttributeError, RecursionError) as e:

@@ -3,7 +3,7 @@ import dataclasses
 
 from experiment import training_state
 from experiment.arguments import contrast
-from experiment.flags import ALL
+from experiment.flags import ALL, DATA
 
 
 @dataclasses.dataclass
@@ -25,15 +25,32 @@ def chosen_on(args):
     return f"{args['val_size']} validation images" if args.get("val_size") else "the test images"
 
 
-def chosen_by(args):
-    """The arguments that say on which images the best model is chosen."""
-    return ("val_size", "train_size") if args.val_size else ("val_size", "test_size")
+def other_images(before, now):
+    """Whether the best model is chosen on other images than before. before, now: {dest: value}."""
+    data, size = ("train_data", "train_size") if now["val_size"] else ("test_data", "test_size")
+    others = any(now[name] != before.get(name) for name in ("val_size", size))
+    return others or data in other_data(before, now)
+
+
+def other_data(before, now):
+    """The names of flags.DATA whose fingerprint has changed; without those that are not recorded, and
+    those of another number of images, which `changes` names by its flag. before, now: {dest: value}.
+    """
+    return [name for name, (_, size) in DATA.items() if name in before and name in now
+            and before[name] != now[name] and before.get(size) == now.get(size)]
 
 
 def changes(before, now):
     """What a resumed training does otherwise than until now, a text per argument. before, now: {dest: value}."""
-    return [contrast(flag, now[flag.dest], "until now", before[flag.dest]) for flag in ALL
-            if flag.scope != "session" and flag.dest in before and before[flag.dest] != now[flag.dest]]
+    flags = [
+        contrast(flag, now[flag.dest], "until now", before[flag.dest])
+        for flag in ALL
+        if flag.scope != "session" and flag.dest in before and before[flag.dest] != now[flag.dest]
+    ]
+    return flags + [
+        f"other {DATA[name][0]} images or labels: {name} {now[name]} (until now {before[name]})"
+        for name in other_data(before, now)
+    ]
 
 
 def snapshot(model, args, story):

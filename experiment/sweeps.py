@@ -15,7 +15,8 @@ def default_eps(norm):
 def settings(args, plan, smooth, facts):
     """What a sweep's rows depend on: rows of the same settings are one sweep. args: of the command line; plan: an
     `attacks.Plan`; smooth: what that gradient does, in words; facts: further settings."""
-    names = ("task", "attack", "attack_norm", "attack_step", "attack_grad", "attack_start", "no_clip", "seed", "mbs")
+    names = ("task", "attack", "attack_norm", "attack_step", "attack_grad", "attack_start",
+             "no_clip", "seed", "mbs", "compile")
     found = {**{name: getattr(args, name) for name in names}, "attack_iters": plan.iters}
     if len(args.attack_step) == 1:
         found["attack_step"], = args.attack_step

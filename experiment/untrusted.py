@@ -1,12 +1,13 @@
 """What a saved file holds, held against what a run writes. Everything that is read of a checkpoint passes here once,
 what only training needs in `training_state`; what these functions return has the types, shapes and ranges that the rest
 of the program relies on. They raise Damaged for anything else."""
+import re
 import sys
 
 import torch
 
 from experiment.arguments import described, judge_saved
-from experiment.flags import ALL, ALWAYS_SAVED, LARGEST
+from experiment.flags import ALL, ALWAYS_SAVED, DATA, LARGEST
 
 LARGEST_FLOAT = sys.float_info.max
 
@@ -101,6 +102,15 @@ def config(saved, path):
         values = value if isinstance(value, (list, tuple)) else [value]
         expect(all(map(_is_plain, values)), f"config's {name}", value)
     return dict(saved)
+
+
+def data(config):
+    """The fingerprints of its data that a config has, see `flags.DATA`."""
+    found = {name: config[name] for name in DATA if name in config}
+    for name, value in found.items():
+        is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{1,64}", value)
+        expect(is_digest, f"config's {name}", value)
+    return found
 
 
 def _is_plain(value):

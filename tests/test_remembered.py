@@ -1,0 +1,366 @@
+"""What runs and results remember of how they were computed: precision, data, machine, restarts."""
+import csv
+import json
+import pathlib
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+from conftest import only_run
+from test_audit import TINY as BUDGET
+from test_data_files import write_mnist
+from test_resume import final_weights
+
+import model_utils as mu
+from ART_Timesteps_Addition import audit, audit_subject
+from experiment import compare, measured
+
+TINY = ("--device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "
+        "0.1 --betas 0 0.5 --save")
+ATTACK = "--todo attack --device -1 --attack-step 2"
+AUDIT = "--todo audit --device -1 --eps 1 --budget quick --attack-step 2 --test-size 4"
+DIGITS = TINY + " --task digits --seed 3"
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+    """Lets a CPU take what asks for a CUDA device: bf16 is the same there."""
+    monkeypatch.setattr("experiment.workers.check_device", lambda *_: None)
+
+
+def state(run, name="checkpoint.tar"):
+    return torch.load(run / name, weights_only=True)
+
+
+def rewrite(run, *without, **changes):
+    """Gives a run other arguments, or takes them out."""
+    for name in ("checkpoint.tar", "model.pt"):
+        saved = state(run, name)
+        config = {**saved["config"], **changes}
+        saved["config"] = {dest: value for dest, value in config.items() if dest not in without}
+        torch.save(saved, run / name)
+    (run / "config.json").write_text(json.dumps(saved["config"]))
+
+
+def without_fingerprints(run):
+    """Makes it a run of an earlier version, which knows nothing of its data."""
+    rewrite(run, "train_data", "test_data")
+
+
+# ---- precision, compilation, tol, size of mini-batches
+
+
+def test_a_resumed_training_computes_as_before(ok, tmp_path, monkeypatch, any_device):
+    for folder, parts in (("whole", (2,)), ("parts", (1, 1))):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        ok(DIGITS, f"--precision bf16 --tol 0.01 --epochs {parts[0]}")
+        for epochs in parts[1:]:
+            out = ok(f"--device -1 --load-path {only_run('.')} --epochs {epochs}")
+            assert "note:" not in out
+    whole, parts = (only_run(tmp_path / folder) for folder in ("whole", "parts"))
+    assert state(parts)["config"]["precision"] == "bf16" and state(parts)["config"]["tol"] == 0.01
+    assert all(
+        torch.equal(value, final_weights(parts)[key]) for key, value in final_weights(whole).items()
+    )
+    used = []
+    monkeypatch.setattr(mu, "set_precision", used.append)
+    ok(f"--todo evaluate --device -1 --load-path {parts}")
+    assert used == ["fp32"]  # a training's precision is no property of its weights
+
+
+def test_a_change_of_precision_is_noted(ok, cli, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("experiment.workers.check_device", lambda *_: None)
+        ok(DIGITS, "--precision bf16")
+    run = only_run(tmp_path)
+    code, _, err = cli(f"--device -1 --load-path {run}")
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "--precision fp32" in err
+        and "bf16 needs a CUDA device" in err
+    )
+    assert "note: --precision fp32 (until now bf16)" in ok(
+        f"--device -1 --load-path {run} --precision fp32"
+    )
+    assert "--precision fp32 (until now bf16)" in state(run)["resumptions"][2]
+    assert "precision: 'fp32'  # before: 'bf16'" in (run / "hyperparameters.txt").read_text()
+    assert "note" not in ok(f"--device -1 --load-path {run}")
+
+
+def test_a_compiled_training_resumes_on_a_cpu_with_a_note(ok, tmp_path):
+    ok(DIGITS)
+    run = only_run(tmp_path)
+    rewrite(run, compile=True)
+    assert "note: --compile False (until now True)" in ok(f"--device -1 --load-path {run}")
+    assert state(run)["config"]["compile"] is False
+    ok(f"--todo evaluate --device -1 --load-path {run}")
+
+
+def folders():
+    return sorted(path.parent for path in pathlib.Path("results").rglob("checkpoint.tar"))
+
+
+def test_seeds_and_comparisons_pool_one_precision_alone(ok, any_device):
+    line = TINY + " --task digits --seeds 3 4"
+    ok(line, "--precision bf16")
+    assert "already" not in ok(line) and len(folders()) == 4
+    assert ok(line, "--precision bf16").count("already") == 2 and len(folders()) == 4
+    groups = compare.grouped([measured.read_run(run) for run in folders()])
+    assert sorted(group.label for group in groups) == [
+        "MLP EP, precision bf16",
+        "MLP EP, precision fp32",
+    ]
+    assert [len(group.runs) for group in groups] == [2, 2]
+    for run in folders()[:2]:
+        rewrite(run, precision="fp32", compile=True)
+    assert len(compare.grouped([measured.read_run(run) for run in folders()])) == 2
+
+
+# ---- the machine
+
+
+def test_a_run_and_its_results_have_host_and_threads(ok, tmp_path, monkeypatch):
+    monkeypatch.setitem(audit_subject.BUDGETS, "quick", BUDGET)
+    ok(DIGITS)
+    run, threads = only_run(tmp_path), torch.get_num_threads()
+    attack = f"{ATTACK} --load-path {run} --attack-iters 2 --test-size 8"
+    audited = f"{AUDIT} --load-path {run}"
+    ok(attack, "--eps-list 1")
+    kept = shutil.copy(run / "model.pt", tmp_path)
+    with monkeypatch.context() as patch:  # another machine continues all of it
+        patch.setattr(socket, "gethostname", lambda: "elsewhere")
+        ok(f"--device -1 --load-path {run}")
+        shutil.copy(kept, run / "model.pt")  # which the epoch may have improved
+        ok(attack, "--eps-list 1 2")
+        ok(audited)
+    here, there = (f"{host}, {threads} thread" for host in (socket.gethostname(), "elsewhere"))
+    text = (run / "hyperparameters.txt").read_text()
+    assert (
+        f"host: {socket.gethostname()}\nthreads: {threads}\n" in text
+        and f"host: elsewhere\nthreads: {threads}\n" in text
+    )
+    rows = list(csv.DictReader(open(run / "Adversarial_Accuracy.csv")))
+    assert [row["computed_on"].removesuffix("s") for row in rows] == [here, there]
+    header = (run / "Adversarial_Accuracy.txt").read_text().splitlines()[1]
+    assert f"computed on: {here}" in header and f"; {there}" in header
+    assert not (run / "Adversarial_Accuracy_1.txt").exists()
+    before = (run / "Adversarial_Accuracy.txt").read_text()
+    ok(attack, "--eps-list 1 2")  # where nothing is computed nothing changes
+    assert (run / "Adversarial_Accuracy.txt").read_text() == before
+    path = run / "Audit_2_1_f.npz"
+    path.unlink()
+    ok(audited)
+    result = json.loads((run / "Audit_2_1.json").read_text())
+    assert [place.removesuffix("s") for place in result["computed_on"]] == [there, here]
+    assert f"computed on: {there}" in (run / "Audit_2_1.txt").read_text()
+
+
+# ---- the data
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two data folders in the format of MNIST, of which the first is in use as data."""
+    for name, shift in (("a", 0), ("b", 3)):
+        raw = write_mnist(tmp_path / name, n=60)
+        for path in raw.glob("*labels*"):
+            content = bytearray(path.read_bytes())
+            content[8:] = bytes((value + shift) % 10 for value in content[8:])
+            path.write_bytes(content)
+    return tmp_path / "a", tmp_path / "b"
+
+
+MNIST = TINY + " --seed 3"
+
+
+def test_resuming_on_other_data_is_noted(ok, tmp_path, data):
+    ok(MNIST, f"--data-dir {data[0]}")
+    run = only_run(tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    assert (
+        all(len(config[name]) == 16 for name in ("train_data", "test_data"))
+        and state(run)["config"] == config
+    )
+    assert f"train_data: '{config['train_data']}'" in (run / "hyperparameters.txt").read_text()
+    assert "note" not in ok(f"--device -1 --load-path {run}")
+    shutil.rmtree(data[0])
+    data[1].rename(data[0])  # under the name of the old one
+    out = ok(f"--device -1 --load-path {run}")
+    assert "note: other training images or labels: train_data " in out
+    assert (
+        f"note: other test images or labels: test_data {state(run)['config']['test_data']} (until now "
+        f"{config['test_data']})"
+        in out
+        and out.count("note:") == 2
+    )
+    assert "other training images" in state(run)["resumptions"][3]
+    assert f"# before: '{config['train_data']}'" in (run / "hyperparameters.txt").read_text()
+    assert "note" not in ok(f"--device -1 --load-path {run}")
+
+
+def test_the_best_model_is_compared_on_the_data_of_now(ok, tmp_path, data):
+    ok(MNIST, f"--data-dir {data[0]}")
+    run = only_run(tmp_path)
+    for name in ("checkpoint.tar", "model.pt"):
+        saved = state(run, name)
+        saved["history"][0]["test_acc"] = saved["best"] = 99.0
+        torch.save(saved, run / name)
+    ok(f"--device -1 --load-path {run}")
+    assert state(run)["best"] == 99
+    ok(f"--device -1 --load-path {run} --data-dir {data[1]}")
+    assert state(run)["best"] < 99
+
+
+def test_another_number_of_images_is_no_other_data(ok, tmp_path, data):
+    ok(MNIST, f"--data-dir {data[0]}")
+    run = only_run(tmp_path)
+    out = ok(f"--device -1 --load-path {run} --train-size 30")
+    assert "--train-size 30 (until now 40)" in out and out.count("note") == 1
+
+
+def test_a_run_that_knows_nothing_of_its_data_resumes_without_a_word(ok, tmp_path, data):
+    ok(MNIST, f"--data-dir {data[0]}")
+    run = only_run(tmp_path)
+    without_fingerprints(run)
+    out = ok(f"--device -1 --load-path {run} --data-dir {data[1]}")
+    assert "note: --data-dir" in out and out.count("note") == 1
+    assert len(state(run)["config"]["test_data"]) == 16  # from here on it does
+
+
+@pytest.mark.parametrize("value", ["x" * 100, 5, ["a"], "not hexadecimal\n"])
+def test_a_fingerprint_that_is_none_is_refused(ok, cli, tmp_path, value):
+    ok(DIGITS)
+    run = only_run(tmp_path)
+    saved = state(run)
+    saved["config"]["train_data"] = value
+    torch.save(saved, run / "checkpoint.tar")
+    code, _, err = cli(f"--device -1 --load-path {run}")
+    assert code == 2 and err.count("\n") == 1 and "train_data" in err
+
+
+def test_seeds_take_no_run_of_other_data_as_done(ok, data):
+    line = TINY + " --seeds 3 4"
+    ok(line, f"--data-dir {data[0]}")
+    assert ok(line, f"--data-dir {data[0]}").count("already") == 2 and len(folders()) == 2
+    out = ok(line, f"--data-dir {data[1]}")
+    assert "already" not in out and "2 of 2 seeds are done" in out and len(folders()) == 4
+    groups = compare.grouped([measured.read_run(run) for run in folders()])
+    assert [len(group.runs) for group in groups] == [2, 2] and "train-data" in groups[0].label
+    for run in folders()[:2]:  # of an earlier version: nobody knows, and it was good enough
+        without_fingerprints(run)
+    assert ok(line, f"--data-dir {data[1]}").count("already") == 2 and len(folders()) == 4
+    assert len(compare.grouped([measured.read_run(run) for run in folders()])) == 1
+
+
+def test_a_sweep_of_other_data_is_moved_aside(ok, tmp_path, data):
+    ok(MNIST, f"--data-dir {data[0]}")
+    run = only_run(tmp_path)
+    line = f"{ATTACK} --load-path {run} --attack fgsm --attack-restarts 2"
+    ok(line, f"--eps-list 1 --data-dir {data[0]}")
+    before = (run / "Adversarial_Accuracy_fgsm_2.txt").read_text()
+    ok(line, f"--eps-list 1 2 --data-dir {data[1]}")
+    assert (run / "Adversarial_Accuracy_fgsm_2_1.txt").read_text() == before
+    ok(line, f"--eps-list 1 2 --data-dir {data[0]}")  # is found again
+    assert len(list(csv.DictReader(open(run / "Adversarial_Accuracy_fgsm_2_1.csv")))) == 2
+    assert not (run / "Adversarial_Accuracy_fgsm_2_2.txt").exists()
+
+
+def told(path, *without):
+    """The settings of a table, and its text with settings that lack some, as it once was."""
+    lines = path.read_text().splitlines()
+    place = next(n for n, text in enumerate(lines) if text.startswith("# settings: "))
+    settings = json.loads(lines[place].removeprefix("# settings: "))
+    lines[place] = "# settings: " + json.dumps(
+        {k: v for k, v in settings.items() if k not in without}, sort_keys=True
+    )
+    return settings, "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    "attack", ["pgd --attack-iters 2", "pgd --attack-iters 2 --attack-restarts 1", "fgsm"]
+)
+def test_a_sweep_of_an_earlier_version_is_continued(ok, tmp_path, attack):
+    ok(DIGITS)
+    run = only_run(tmp_path)
+    line = f"{ATTACK} --load-path {run} --test-size 8 --attack {attack}"
+    ok(line, "--eps-list 1")
+    text, = run.glob("Adversarial_Accuracy*.txt")
+    settings, old = told(text, "data", "compile")
+    assert len(settings["data"]) == 16 and settings["compile"] is False
+    text.write_text(old)
+    table = text.with_suffix(".csv")
+    table.write_text(
+        "\n".join(
+            row.rpartition(',"')[0] if '"' in row else row.removesuffix(",computed_on")
+            for row in table.read_text().splitlines()
+        )
+        + "\n"
+    )
+    ok(line, "--eps-list 1 2")
+    rows = list(csv.DictReader(open(table)))
+    assert [row["eps"] for row in rows] == ["1.0", "2.0"] and told(text)[0] == settings
+    assert [bool(row["computed_on"]) for row in rows] == [False, True]
+    assert len(list(run.glob("Adversarial_Accuracy*.txt"))) == 1
+    ok(line, "--eps-list 1 2 --tol 0.01")
+    assert len(list(run.glob("Adversarial_Accuracy*.txt"))) == 2
+
+
+def test_an_audit_of_other_data_is_another_audit(ok, tmp_path, data, monkeypatch):
+    monkeypatch.setitem(audit_subject.BUDGETS, "quick", BUDGET)
+    ok(MNIST, f"--data-dir {data[0]}")
+    run = only_run(tmp_path)
+    line = f"{AUDIT} --load-path {run}"
+    ok(line, f"--data-dir {data[0]}")
+    old = (run / "Audit_2_1.json").read_text()
+    for path in [
+        *run.glob("Audit_2_1_?.npz"),
+        run / "Audit_2_1.json",
+    ]:  # as an earlier version wrote it
+        if path.suffix == ".json":
+            result = json.loads(path.read_text())
+            del result["settings"]["data"], result["settings"]["compile"], result["computed_on"]
+            path.write_text(json.dumps(result))
+            continue
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files if name != "computed_on"}
+        settings = json.loads(str(arrays["settings"]))
+        del settings["data"], settings["compile"]
+        np.savez(path, **{**arrays, "settings": json.dumps(settings)})
+    with monkeypatch.context() as patch:
+        patch.setattr(audit.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
+        ok(line, f"--data-dir {data[0]}")
+    assert not (run / "Audit_2_1_1.json").exists()
+    new = json.loads((run / "Audit_2_1.json").read_text())
+    assert new == {**json.loads(old), "computed_on": []}
+    ok(line, f"--data-dir {data[1]}")
+    assert json.loads((run / "Audit_2_1_1.json").read_text()) == new
+    assert (
+        json.loads((run / "Audit_2_1.json").read_text())["settings"]["data"]
+        != new["settings"]["data"]
+    )
+
+
+# ---- how an attack was made
+
+
+def test_a_comparison_tells_attacks_of_other_settings_apart(ok, tmp_path, any_device):
+    ok(DIGITS)
+    run, found = only_run(tmp_path), {}
+    line = f"{ATTACK} --load-path {run} --test-size 8 --attack-iters 2 --eps-list 1"
+    for more, words in (
+        ("", ""),
+        ("--attack-restarts 2", "; 2 restarts"),
+        ("--precision bf16", ", bf16"),
+        ("--tol 0.05", ", tol 0.05"),
+        ("--predict-step 3", ", predicted after 3 steps"),
+    ):
+        ok(line, more)
+        found[words] = {
+            key.detail for key in measured.read_run(run).values if key.measure == "adversarial"
+        }
+        assert any(words in detail for detail in found[words]), (words, found)
+    assert len(found[words]) == 5
