@@ -379,8 +379,9 @@ def check_device(args, device):
                             "computes in fp32; give --precision fp32")
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            raise UserError(f"argument --precision: {args.precision} needs a GPU of compute capability 8.0, "
-                            f"{torch.cuda.get_device_name(device)} has {'.'.join(map(str, capability))}")
+            raise UserError(f"argument --precision: {args.precision} needs a GPU of compute capability "
+                            f"8.0, {torch.cuda.get_device_name(device)} has "
+                            f"{'.'.join(map(str, capability))}; give --precision fp32")
 
 
 def seed_everything(args, workers):

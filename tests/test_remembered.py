@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 import socket
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from test_resume import final_weights
 
 import model_utils as mu
 from ART_Timesteps_Addition import audit, audit_subject
+from data_utils import UserError
 from experiment import compare, measured
+from experiment.workers import check_device
 
 TINY = ("--device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "
         "0.1 --betas 0 0.5 --save")
@@ -89,6 +92,14 @@ def test_a_change_of_precision_is_noted(ok, cli, tmp_path, monkeypatch):
     assert "--precision fp32 (until now bf16)" in state(run)["resumptions"][2]
     assert "precision: 'fp32'  # before: 'bf16'" in (run / "hyperparameters.txt").read_text()
     assert "note" not in ok(f"--device -1 --load-path {run}")
+
+
+def test_an_old_gpu_takes_no_bf16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
+    args = types.SimpleNamespace(compile=False, precision="bf16")
+    with pytest.raises(UserError, match="T4 has 7.5; give --precision fp32"):
+        check_device(args, torch.device("cuda", 0))
 
 
 def test_a_compiled_training_resumes_on_a_cpu_with_a_note(ok, tmp_path):
