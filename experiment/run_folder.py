@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import shutil
+import socket
 import subprocess
 
 import numpy as np
