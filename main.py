@@ -9,7 +9,8 @@ With --load-path, every flag that is not given takes its value from the saved ru
 """
 import signal
 
-if __name__ == "__main__":  # while libraries load there is nothing to save and no one to catch a KeyboardInterrupt
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+    # while libraries load there is nothing to save and no one to catch a KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import dataclasses
@@ -426,9 +427,9 @@ def work(given, program, argv, name):
 
 
 def main(argv=None, flags=FLAGS, name="main.py"):
-    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 1 for a run that cannot go
-    on, 130 or 143 when interrupted. Started by torchrun, it is one of several workers. Wrong flags are answered before
-    torch is loaded."""
+    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 1 for a run that cannot
+    continue, 128 + n when signal n ended it. Started by torchrun, it is one of several workers. Wrong flags are
+    answered before torch is loaded."""
     from experiment.console import command_words, lenient_streams
     with lenient_streams():
         launch = None

@@ -141,8 +141,14 @@ def out_of_memory(error, given):
     return failed
 
 
+# Ctrl-C; what batch systems send before a time limit or a preemption; a lost terminal; CPU time that is used up
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")
+           if hasattr(signal, name)]
+
+
 class Interruption:
-    """SIGINT (Ctrl-C) and SIGTERM (as batch systems send it) raise KeyboardInterrupt within the block.
+    """Each of SIGNALS raises KeyboardInterrupt within the block, except those that the process inherited as ignored (as
+    with nohup): they stay ignored.
 
     number: the signal that came, or None; advice: a function that says what is saved and how to go on."""
 
@@ -156,7 +162,8 @@ class Interruption:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS
+                            if signal.getsignal(number) is not signal.SIG_IGN}
             if self.workers.size > 1:
                 self.workers.on_loss = self.end_for
                 arrivals, wakeup = os.pipe()
