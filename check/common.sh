@@ -1,6 +1,6 @@
 # Sourced first by the other scripts; no script itself. Goes to the project's folder, sets up .venv, and defines
 #   python, data           the interpreter; the data folder (DATA=... names another, from the project's folder)
-#   suite PROGRAM FLAGS    runs main.py or main_dropout.py
+#   suite PROGRAM FLAGS    runs main.py or main_dropout.py, which gets the signals sent to the script
 #   last PROGRAM FLAGS     the same as a script's last command: it takes the place of the shell, and gets the signals sent to the script
 #   side_by_side           runs main.py with each line of standard input as its flags, $processes at a time, on the GPUs 0, 1, ... or, with
 #                          GPUS=0, on the CPU with one thread each; the lines of each begin with its number
@@ -54,7 +54,21 @@ if [ "${SMOKE:-}" != 1 ]; then
         awk '{ sub(/ +$/, ""); print NR, $0 }' |
             xargs -r -L 1 -P "$processes" --process-slot-var=slot bash -o pipefail -c 'numbered "$@"' numbered
     }
-    suite() { "${launcher[@]}" "$root/$1" "${@:2}"; }
+    # in the background and waited for: a shell answers no signal while a command is in its foreground
+    suite() {
+        local name code
+        (trap - INT && exec "${launcher[@]}" "$root/$1" "${@:2}") &
+        child=$!
+        for name in TERM HUP USR1 XCPU; do trap "kill -s $name $child" $name; done
+        trap : INT # which a terminal sends to the command as well
+        while # a signal ends `wait` before the command
+            code=0
+            wait $child || code=$?
+            kill -0 $child 2>/dev/null
+        do :; done
+        trap - TERM HUP USR1 XCPU INT
+        return $code
+    }
     last() { exec "${launcher[@]}" "$root/$1" "${@:2}"; }
 else
     # behind a script's own flags, so that these are the ones that count

@@ -68,3 +68,25 @@ def test_an_ignored_interrupt_stays_ignored_while_libraries_load():
                "except SystemExit: print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "True", done.stderr
+
+
+STUB = """
+import signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU):
+    signal.signal(number, lambda number, frame: (print("got", number), time.sleep(0.3), sys.exit(128 + number)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number, to_all", [(signal.SIGUSR1, False), (signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_script_of_check_passes_signals_on_and_ends(tmp_path, number, to_all):
+    """SIGINT as a terminal sends it, to the script and to its command."""
+    (tmp_path / "stub.py").write_text(STUB)
+    script = (f'source {ROOT}/check/common.sh mnist; launcher=("$python" {tmp_path}/stub.py); suite main.py; '
+              "echo went on")
+    process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout.readline() == "ready\n"
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    out, _ = process.communicate(timeout=30)
+    assert out == f"got {int(number)}\n" and process.returncode == 128 + number
