@@ -7,9 +7,11 @@ import itertools
 import os
 import random
 import re
+import secrets
 import socket
 import sys
 import threading
+import time
 import warnings
 
 import numpy as np
@@ -96,6 +98,7 @@ class Workers:
         self.rank, self.size, self.local_rank, self.device, self.stderr = rank, size, local_rank, None, sys.stderr
         self.on_loss = lambda reason: self.end(reason, LostWorker.code)
         self._board, self._heartbeat, self._deals = None, None, 0
+        self._meeting = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     @classmethod
     def launched(cls):
@@ -111,6 +114,7 @@ class Workers:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             with self._exchange():
+                self._meeting = self._meet()
                 self._board = self._store(self.PATIENCE)
                 self._heartbeat = _Heartbeat(self._store(self.PATIENCE), self, self.PATIENCE.total_seconds())
                 self._heartbeat.start()
@@ -270,12 +274,38 @@ class Workers:
         except RuntimeError:  # torchrun is gone as well
             return True
 
-    def _store(self, timeout):
-        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that it starts in
-        place of lost ones."""
-        address, port = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"attempt {attempt}", dist.TCPStore(address, int(port), timeout=timeout))
+    def _store(self, timeout, prefix=None):
+        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that
+        it starts in place of lost ones."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return dist.PrefixStore(prefix or self._meeting,
+                                dist.TCPStore(address, port, timeout=timeout))
+
+    def _meet(self):
+        """A name that all workers of this start have in common, and no earlier start had.
+
+        torchrun's count of restarts is no such name: each machine has its own count. So every worker
+        calls with a random word until rank 0, which may find the call of a lost worker first, answers.
+        """
+        store = self._store(self.PATIENCE, "meeting")
+        word = secrets.token_hex(8)
+        if self.rank:
+            store.set(f"call {self.rank}", word)
+            name = store.get(f"answer {word}").decode()
+            store.set(f"{name} {self.rank}", "here")
+            return name
+        missing = set(range(1, self.size))
+        deadline = time.monotonic() + self.PATIENCE.total_seconds()
+        while missing:
+            for rank in sorted(missing):
+                if store.check([f"call {rank}"]):
+                    store.set(f"answer {store.get(f'call {rank}').decode()}", word)
+                if store.check([f"{word} {rank}"]):
+                    missing.remove(rank)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"worker {min(missing)} did not start")
+            time.sleep(0.02)
+        return word
 
 
 def computed_on():
