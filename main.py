@@ -32,9 +32,10 @@ NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 @dataclasses.dataclass
 class Job:
     """What a --todo works with. saved: the run of --load-path, or None; program: the words of the command line in front
-    of the program's own, and command: all of them; given: the flags among them, judged; folders: the RunFolders that
-    were opened, whose locks `work` gives back; data: fingerprints of the images and labels that
-    `batches` has read, see `flags.DATA`."""
+    of the program's own, and command: all of them; given: the flags among them, judged; run: the
+    RunFolder of --run-dir, for rank 0; folders: the RunFolders that were opened, whose locks `work`
+    gives back; data: fingerprints of the images and labels that `batches` has read, see
+    `flags.DATA`."""
 
     args: Any
     model: Any
@@ -45,6 +46,7 @@ class Job:
     program: list
     command: list
     given: dict = dataclasses.field(default_factory=dict)
+    run: Any = None
     folders: list = dataclasses.field(default_factory=list)
     data: dict = dataclasses.field(default_factory=dict)
 
@@ -91,28 +93,36 @@ class Job:
 
 
 def train(job):
-    """Trains, in a new run folder (--save), in that of --load-path, or in none."""
+    """Trains, in a new run folder (--save), in that of --run-dir or --load-path, or in none."""
     import torch
 
     import model_utils
     from experiment import checkpoints, resuming
     from experiment.story import Story, changes, resumable_state, snapshot
     args, workers, saved = job.args, job.workers, job.saved
+    first = len(saved.story.history) if saved else 0
+    last = resuming.last_epoch(args, job.given, saved)
+    if first >= last:
+        return _complete(job, first, last)
+    if args.run_dir:
+        args.epochs = last
     run = _training_folder(job)
     left = resuming.epochs_left(saved) if saved and "epochs" not in job.given else 0
-    if left > 1:
+    if left > 1 and not args.run_dir:
         print(f"note: this trains one epoch; --epochs {left} those that the run was asked for")
     generator = torch.Generator().manual_seed(args.seed)
     train_batches, test_batches = job.batches("train", generator), job.batches("test")
     vars(args).update(job.data)  # to be written down with the arguments
     optimizer, scheduler = model_utils.make_optimizer(job.model, args)
     story = checkpoints.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
-    first, folder = len(story.history), saved and str(saved.path.parent)
-    story.asked = max(story.asked, first + args.epochs)
-    job.interruption.advice = lambda: resuming.how_to_go_on(job, folder, first)
+    folder = saved and str(saved.path.parent)
+    story.asked = max(story.asked, last)
+    job.interruption.advice = lambda: _advice(job, folder, first, last)
     for change in changes(saved.args, vars(args)) if saved else ():
         print(f"note: {change}")
     if run and saved:
+        if args.run_dir:
+            run.complete(shlex.join(job.command), args, job.model, job.device)
         run.restore(story.history, story.best)
         run.at_commit = functools.partial(run.note_resumption, shlex.join(job.command), job.device, first + 1,
                                           saved.args, vars(args))
@@ -124,30 +134,59 @@ def train(job):
     folder = workers.broadcast(run and str(run.folder))
     model_utils.train(job.model, optimizer, train_batches, test_batches, args,
                       val_batches=job.batches("val") if args.val_size else None, scheduler=scheduler, run=run,
-                      story=story, workers=workers)
+                      story=story, workers=workers, last=last)
+
+
+def _complete(job, first, last):
+    """End a command whose --run-dir has all its epochs; write what a kill after the last one left."""
+    import model_utils
+    from experiment import records, resuming
+    from experiment.story import snapshot
+    run, story = job.run, job.saved.story
+    if run:
+        resuming.finish(run, job.saved)
+    if job.workers.broadcast(run and resuming.figures_are_old(run)):
+        x, _ = next(iter(job.batches("train")))
+        if run:
+            records.draw_training(run, job.model, snapshot(job.model, job.args, story), story,
+                                  model_utils.predicting_neurons(job.model, x, job.rule))
+    print(f"nothing to train: {job.args.run_dir} has {first} epochs, --epochs is {last}")
+
+
+def _advice(job, folder, first, last):
+    """What is saved of an interrupted training, and how to resume."""
+    from experiment import resuming
+    if job.args.run_dir:
+        return resuming.saved_in_run_dir(job.args.run_dir, job.workers)
+    if folder and job.workers.elsewhere and not exists(folder):
+        return resuming.saved_elsewhere(job, folder, last)
+    return resuming.how_to_go_on(job, folder, first)
 
 
 def _training_folder(job):
     """The folder that a training goes on in, locked; None where it begins, and for workers that do not write."""
-    if not job.saved:
-        return None
+    if not job.saved or job.args.run_dir:
+        return job.run
     from experiment import resuming
     run = None
     if job.workers.rank == 0:
         run = job.run_folder()
         run.lock()
-    stamps = job.workers.gather(job.saved.stamp)
-    resuming.refuse_to_undo(job.saved)
-    if set(stamps) != {job.saved.path.stat().st_mtime_ns if exists(job.saved.path) else None}:
-        raise UserError(f"{job.saved.path} has changed while it was read: another training was at work; start again")
-    if run:
+        resuming.refuse_to_undo(job.saved)
+        if not exists(job.saved.path) or job.saved.path.stat().st_mtime_ns != job.saved.stamp:
+            raise UserError(f"{job.saved.path} has changed while it was read: another training was at "
+                            "work; start again")
         run.clean_up()
     return run
 
 
 def _new_folder(job, checkpoint):
     from experiment.run_folder import RunFolder
-    run = RunFolder.create(job.args, job.device, shlex.join(job.command), job.model, checkpoint)
+    command = shlex.join(job.command)
+    if job.run:
+        job.run.begin(checkpoint, command, job.args, job.model, job.device)
+        return job.run
+    run = RunFolder.create(job.args, job.device, command, job.model, checkpoint)
     job.folders.append(run)
     return run
 
@@ -162,7 +201,8 @@ def evaluate(job):
     from experiment import records
     from experiment.run_folder import fingerprint
     from experiment.timing import Stopwatch
-    args, run, parts, names = job.args, job.run_folder(), [], {"train": "train", "val": "validation", "test": "test"}
+    args, parts, names = job.args, [], {"train": "train", "val": "validation", "test": "test"}
+    run = job.run_folder() if job.workers.rank == 0 else None
     found = None
     for split in names if args.val_size else ("train", "test"):
         data, stopwatch = job.batches(split), Stopwatch()
@@ -353,27 +393,50 @@ TODOS = {"train": train, "evaluate": evaluate, "attack": attack, "gducheck": gdu
          "corruptions": corruptions, "audit": audit}
 
 
-def prepare(given, program, argv, interruption, workers):
-    """The Job of a command line: arguments settled with those of the run that it loads, and checked, workers connected,
-    model built."""
+def _trains_in_run_dir(given):
+    return "run_dir" in given and given.get("todo", "train") == "train"
+
+
+def _opened(given, workers, folders):
+    """(the RunFolder of --run-dir, for rank 0; the SavedRun in it or of --load-path), None if there is
+    none. Rank 0 reads the files: the machines of the others need not have them."""
+    from experiment import checkpoints, resuming
+    run = saved = None
+    if _trains_in_run_dir(given):
+        resuming.refuse_run_elsewhere(given["run_dir"], workers)
+        if workers.rank == 0:
+            run = resuming.enter_run_dir(given["run_dir"])
+            folders.append(run)
+            saved = resuming.read_run_dir(run)
+    elif "load_path" in given and workers.rank == 0:
+        saved = checkpoints.open_saved(given["load_path"], given.get("todo", "train"))
+    saved = workers.broadcast(saved)
+    if saved and _trains_in_run_dir(given):
+        resuming.refuse_changes(saved, given)
+    return run, saved
+
+
+def prepare(given, program, argv, interruption, workers, folders):
+    """The Job of a command line: workers connected, arguments completed by those of the run that it
+    loads, and checked, model built. folders: gets the RunFolder of --run-dir once it is locked."""
     import torch
 
     import model_utils
     from experiment import checkpoints
     from experiment.workers import check_device, check_parallel, pick_device, seed_everything
-    saved = checkpoints.open_saved(given["load_path"], given.get("todo", "train")) if "load_path" in given else None
+    check_parallel(given.get("todo", "train"), workers)
+    device = pick_device(given.get("device", 0), workers)
+    workers.connect(device)
+    run, saved = _opened(given, workers, folders)
     args = arguments.resolve(given, saved and saved.args)
-    check_parallel(args, workers)
     checks.check(args)
     if saved and args.todo in ("train", "evaluate"):
         checks.check_held_out(args, saved.args)
     for note in checks.notes(args, given):
         print(f"note: {note}", file=sys.stderr)
-    device = pick_device(args.device, workers)
     if "compile" not in given and device.type != "cuda":
         args.compile = False  # a compiled training resumes on a CPU as well, with a note
     check_device(args, device)
-    workers.connect(device)
     model_utils.set_precision("fp32" if args.todo == "gducheck" else args.precision)
     seed_everything(args, workers)
     model = model_utils.build(args)
@@ -383,7 +446,10 @@ def prepare(given, program, argv, interruption, workers):
     model.compiled = args.compile
     if args.precision == "bf16" and args.todo not in ("train", "gducheck"):
         model.to(torch.bfloat16)
-    return Job(args, model, device, workers, interruption, saved, program, [*program, *argv], given)
+    if run:
+        run.figures, run.about = args.figures, f"{args.model} on {args.task}"
+    return Job(args, model, device, workers, interruption, saved, program, [*program, *argv], given,
+               run, folders)
 
 
 def _one_run(given):
@@ -399,18 +465,18 @@ def work(given, program, argv, name):
     """Does what the command line asks for, and returns the exit code."""
     from experiment.console import Interruption, out_of_memory
     from experiment.workers import LostWorker, Workers
-    workers = Workers.launched()
+    workers, folders = Workers.launched(), []
     with Interruption(workers) as interruption:
         try:
             with workers.only_rank_zero_prints():
                 if given.get("todo") == "compare":
                     compare(given, [*program, *argv])
                 else:
-                    job = prepare(given, program, argv, interruption, workers)
                     try:
+                        job = prepare(given, program, argv, interruption, workers, folders)
                         TODOS[job.args.todo](job)
                     finally:
-                        for run in job.folders:
+                        for run in folders:
                             run.release()
             workers.disconnect()
         except BaseException as e:
@@ -427,9 +493,9 @@ def work(given, program, argv, name):
 
 
 def main(argv=None, flags=FLAGS, name="main.py"):
-    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 1 for a run that cannot
-    continue, 128 + n when signal n ended it. Started by torchrun, it is one of several workers. Wrong flags are
-    answered before torch is loaded."""
+    """Run one command line and return its exit code: 0, 2 for what the user can put right, 1 for a
+    run that cannot continue, 128 + n when signal n ended it. Started by torchrun, it is one of several
+    workers. Wrong flags are answered before torch is loaded."""
     from experiment.console import command_words, lenient_streams
     with lenient_streams():
         launch = None
@@ -440,7 +506,11 @@ def main(argv=None, flags=FLAGS, name="main.py"):
             checks.check_todo(given)
             if given.get("todo") != "compare":
                 _one_run(given)
-            if "load_path" not in given and given.get("todo") != "compare":
+            if _trains_in_run_dir(given):
+                checks.check_run_dir(given)
+                given["save"] = True
+            has_run = "load_path" in given or "run_dir" in given and exists(given["run_dir"])
+            if not has_run and given.get("todo") != "compare":  # a run would complete them first
                 if given.get("todo") in NEED_A_RUN:
                     raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with "
                                     "--load-path")

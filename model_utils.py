@@ -385,7 +385,8 @@ class Trainer:
     """Trains a model: what stays the same from mini-batch to mini-batch and from epoch to epoch.
 
     args: of the command line, to be written down; run: the `RunFolder` to write to after every epoch, or None; story:
-    of the epochs until now; workers: those that share every mini-batch, whose updates are those of one.
+    of the epochs until now; workers: those that share every mini-batch, whose updates are those of one;
+    last: the number of the last epoch, None for args.epochs after those of the story.
     """
 
     model: EnergyModel
@@ -395,6 +396,7 @@ class Trainer:
     run: object = None
     story: Story = dataclasses.field(default_factory=Story)
     workers: Workers = dataclasses.field(default_factory=Workers)
+    last: int | None = None
 
     EVERY = 10  # mini-batches between two looks at what the device has computed, which wait for it
     DRAW = 5  # seconds between two drawings of the figures, which can take longer than a short epoch
@@ -405,7 +407,7 @@ class Trainer:
         self.twin = lowered(self.model, torch.bfloat16) if self.args.precision == "bf16" else None
 
     def fit(self, train_batches, test_batches, val_batches=None):
-        """Trains for args.epochs epochs after those of the story. The best model is chosen on `val_batches`, or without
+        """Trains up to the last epoch. The best model is chosen on `val_batches`, or without
         them on the test images. Raises RunFailed when something is not finite."""
         if self.story.best_accuracy is None:
             self.story.best_accuracy = _accuracy_of_best(self, val_batches or test_batches)
@@ -413,7 +415,8 @@ class Trainer:
             print(self.adversary.words(self.model.moves), flush=True)
         if self.args.precision != "fp32":
             report_precision(self, train_batches)
-        history, last = self.story.history, len(self.story.history) + self.args.epochs
+        history = self.story.history
+        last = self.last or len(history) + self.args.epochs
         while len(history) < last:
             epoch, start = len(history) + 1, time.perf_counter()
             stopwatch = Stopwatch(next(self.model.parameters()).device)

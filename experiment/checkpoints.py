@@ -110,7 +110,8 @@ class SavedRun:
     path: the checkpoint file; weights: {name: float32 tensor}; args: {dest: value} of those arguments that the run
     says, and fingerprints of its data (see `flags.DATA`); stamp: when the file was written in ns,
     to notice that it is another by now; story: what its training went through; random_states: those
-    that `training_state.random_states` read, or None."""
+    that `training_state.random_states` read, or None; own: whether this program wrote the file;
+    best_beside: see `_best_beside`, only read to train."""
 
     path: pathlib.Path
     weights: dict
@@ -120,6 +121,8 @@ class SavedRun:
     random_states: dict | None
     optimizer: object
     scheduler: object
+    own: bool
+    best_beside: dict | None = None
 
     @property
     def source(self):
@@ -170,11 +173,13 @@ def open_saved(path, todo):
         story = Story(history, best, untrusted.accuracy(state.get("best"), best_of(history)),
                       untrusted.resumptions(state.get("resumptions", {})), untrusted.asked(state.get("asked", 0)))
         saved = SavedRun(path, weights, _arguments(state, path), stamp, story, random_states, state.get("opt"),
-                         state.get("scheduler"))
-        if todo == "train" and "config" in state:
+                         state.get("scheduler"), "config" in state)
+        if todo == "train" and saved.own:
             _expect_all_for_training(saved)
     except Damaged as e:
         raise UserError(f"{named(path)} is damaged: {e}") from None
+    if todo == "train" and best is None:
+        saved.best_beside = _best_beside(saved)
     return saved
 
 
@@ -241,7 +246,7 @@ def _continued(saved, args):
     resumptions = {**story.resumptions, len(story.history) + 1: "".join(c if c.isprintable() else "?" for c in text)}
     if not other_images(saved.args, now):
         return dataclasses.replace(story, resumptions=resumptions)
-    return Story(story.history, story.best or _best_beside(saved), None, resumptions, story.asked)
+    return Story(story.history, story.best or saved.best_beside, None, resumptions, story.asked)
 
 
 def _best_beside(saved):

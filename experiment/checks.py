@@ -63,6 +63,15 @@ def check_bounds(given):
         raise UserError("--todo audit needs a bound above 0: --eps 8/255, for example")
 
 
+def check_run_dir(given):
+    """Raises UserError where --run-dir is no folder to train in. given: the flags, judged."""
+    if not given["run_dir"]:
+        raise UserError("argument --run-dir: got '', expected a folder")
+    if "load_path" in given:
+        raise UserError("argument --run-dir: it resumes the run in its folder; give no --load-path "
+                        "with it")
+
+
 def check_held_out(args, saved):
     """Raises UserError where images that a run held out would not be those that it did. saved: its arguments."""
     if args.val_size and args.train_size != saved.get("train_size"):

@@ -141,14 +141,14 @@ def out_of_memory(error, given):
     return failed
 
 
-# Ctrl-C; what batch systems send before a time limit or a preemption; a lost terminal; CPU time that is used up
+# Ctrl-C; what batch systems send before a time limit or preemption; a closed terminal; ulimit -t.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU")
            if hasattr(signal, name)]
 
 
 class Interruption:
-    """Each of SIGNALS raises KeyboardInterrupt within the block, except those that the process inherited as ignored (as
-    with nohup): they stay ignored.
+    """Each of SIGNALS raises KeyboardInterrupt within the block, except those that the process
+    inherited as ignored (as with nohup): they stay ignored.
 
     number: the signal that came, or None; advice: a function that says what is saved and how to go on."""
 

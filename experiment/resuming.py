@@ -1,11 +1,161 @@
-"""How a training goes on: from which file it may, and the command that does."""
+"""How a training resumes: from which file, with which arguments, and by which command."""
+import contextlib
+import os
 import pathlib
 import shlex
 
 from data_utils import UserError
-from experiment.checkpoints import open_saved
-from experiment.files import exists
+from experiment import arguments
+from experiment.checkpoints import SavedRun, open_saved, read_checkpoint
+from experiment.files import exists, why
 from experiment.flags import ALL, typed
+from experiment.run_folder import RunFolder
+from experiment.story import RESUMABLE
+
+# What a training writes besides its checkpoint.tar.
+WRITTEN = ("hyperparameters.txt", "config.json", "metrics.csv", "gducheck.csv", "model.pt",
+           "final_model.pt", "final_checkpoint.tar", "train-test_acc.png", "train-test_acc.pdf",
+           "neural_activity.png", "neural_activity.pdf")
+PLACES = ("data_dir", "corruptions_dir")  # arguments that may differ between two calls
+# Flags that a command that resumes has of its own.
+OF_THE_RESUMED = ("todo", "load-path", "run-dir", "save", "epochs")
+
+
+# ---- --run-dir
+
+
+def make_folder(path: str) -> None:
+    """Make the folder of --run-dir if it is missing. Raises UserError."""
+    try:
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"argument --run-dir: {arguments.named(path)} is no folder") from None
+    except (OSError, ValueError) as e:  # ValueError: not a possible path
+        reason = why(e) if isinstance(e, OSError) else e
+        raise UserError(f"argument --run-dir: cannot make {arguments.named(path)}: "
+                        f"{reason}") from None
+
+
+def enter_run_dir(path: str) -> RunFolder:
+    """The folder of --run-dir, created if it is missing, and locked.
+
+    Raises UserError if another process trains in it or nothing can be written to it."""
+    make_folder(path)
+    run = RunFolder(path)
+    run.check_writable()
+    run.lock()
+    return run
+
+
+def read_run_dir(run: RunFolder) -> SavedRun | None:
+    """The run in a locked --run-dir; None if no run has begun there. Other files do not matter.
+
+    Raises UserError if its checkpoint is damaged or of another program, or if there is none and a
+    training would overwrite files."""
+    path = run.folder / "checkpoint.tar"
+    if not os.path.lexists(path):
+        found = [name for name in WRITTEN if os.path.lexists(run.folder / name)]
+        if found:
+            raise UserError(f"argument --run-dir: {run.folder} contains {', '.join(found)}, which "
+                            "training would overwrite, but no checkpoint.tar to resume from; "
+                            "choose another folder or move these files away")
+        run.clean_up()
+        return None
+    if not path.is_file():
+        raise UserError(f"argument --run-dir: {path} is no file; choose another folder")
+    saved = open_saved(path, "train")
+    if not saved.own:
+        raise UserError(f"argument --run-dir: {path} was not written by this program; choose "
+                        "another folder")
+    run.clean_up()
+    return saved
+
+
+def refuse_run_elsewhere(path: str, workers) -> None:
+    """Raise UserError in all workers if the run in --run-dir is on another worker's machine only.
+
+    Rank 0, which reads and writes it, would start a second run."""
+    found = workers.gather(os.path.lexists(pathlib.Path(path, "checkpoint.tar")))
+    if any(found) and not found[0]:
+        owner = workers.hosts[found.index(True)]
+        raise UserError(f"argument --run-dir: {path}/checkpoint.tar is on {owner}, but "
+                        f"{workers.hosts[0]} reads and writes the run folder; give {owner} the "
+                        "--node_rank 0, or copy the folder")
+
+
+def refuse_changes(saved: SavedRun, given: dict) -> None:
+    """Raise UserError, naming them, if flags differ from those that the run was trained with.
+
+    given: the judged flags of the command line. Session flags and places of data may differ."""
+    before = {**{flag.dest: flag.default for flag in ALL}, **saved.args}
+    now = vars(arguments.resolve({**saved.args, **given}))
+    differing = []
+    for flag in ALL:
+        of_training = flag.scope != "session" and (flag.todos is None or "train" in flag.todos)
+        if flag.dest in given and of_training and flag.dest not in PLACES:
+            saved_value, value = before[flag.dest], now[flag.dest]
+            if saved_value != value:
+                differing.append(f"--{flag.name} (saved: {arguments.shown(saved_value)}, given: "
+                                 f"{arguments.shown(value)})")
+    if differing:
+        raise UserError(f"argument --run-dir: the run in {saved.path.parent} has other values of "
+                        f"{', '.join(differing)}; give the saved ones or choose another folder")
+
+
+def last_epoch(args, given: dict, saved: SavedRun | None) -> int:
+    """The number of the last epoch that a command trains.
+
+    With --run-dir, --epochs counts all epochs; if it is not given, the saved number counts."""
+    if not args.run_dir:
+        return args.epochs + (len(saved.story.history) if saved else 0)
+    if saved and "epochs" not in given:
+        return max(saved.story.asked, 1)
+    return args.epochs
+
+
+def finish(run: RunFolder, saved: SavedRun) -> None:
+    """Write the final files of a complete run, unless they are of its last epoch.
+
+    They are missing if more epochs were requested when the run was stopped."""
+    state = read_checkpoint(saved.path)
+    with contextlib.suppress(UserError):  # there are none
+        if read_checkpoint(run.folder / "final_checkpoint.tar").get("epoch") == state["epoch"]:
+            return
+    model = {name: value for name, value in state.items() if name not in RESUMABLE}
+    run.save("final_model.pt", model)
+    run.save("final_checkpoint.tar", state)
+
+
+def figures_are_old(run: RunFolder) -> bool:
+    """Whether the figures of a training are missing or older than its checkpoint."""
+    saved = (run.folder / "checkpoint.tar").stat().st_mtime_ns
+    paths = [run.folder / f"{name}.{run.figures}" for name in ("train-test_acc", "neural_activity")]
+    return any(not path.exists() or path.stat().st_mtime_ns < saved for path in paths)
+
+
+def saved_in_run_dir(path: str, workers) -> str:
+    """What is saved of an interrupted training in --run-dir, and how to resume."""
+    checkpoint = pathlib.Path(path, "checkpoint.tar")
+    if exists(checkpoint):
+        epochs = len(open_saved(checkpoint, "train").story.history)
+        return f"{epochs} epochs are saved in {path}; the same command resumes"
+    if workers.elsewhere:
+        return f"the epochs are saved in {path} on {workers.hosts[0]}; the same command resumes"
+    return f"nothing is saved in {path} yet; the same command starts again"
+
+
+def saved_elsewhere(job, folder: str, last: int) -> str:
+    """As `how_to_go_on`, in a worker whose machine does not have the run folder."""
+    words = list(job.program)
+    for flag in ALL:
+        if flag.dest in job.given and flag.scope == "session" and flag.name not in OF_THE_RESUMED:
+            words += typed(flag, job.given[flag.dest])
+    words += ["--run-dir", folder, "--epochs", str(last)]
+    return (f"the epochs are saved in {folder} on {job.workers.hosts[0]}, resume with\n  "
+            f"{shlex.join(words)}")
+
+
+# ---- --load-path
 
 
 def refuse_to_undo(saved):
@@ -39,7 +189,7 @@ def how_to_go_on(job, folder, first):
     for flag in ALL:
         # what this session changes is in the run only once it has an epoch
         new = flag.scope == "session" or job.saved and done == first
-        if flag.dest in job.given and new and flag.name not in ("todo", "load-path", "save", "epochs"):
+        if flag.dest in job.given and new and flag.name not in OF_THE_RESUMED:
             words += typed(flag, job.given[flag.dest])
     settings = {"load_path": folder, "epochs": job.args.epochs - (done - first)}
     words += [word for flag in ALL if flag.dest in settings for word in typed(flag, settings[flag.dest])]

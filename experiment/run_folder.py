@@ -78,6 +78,17 @@ class RunFolder:
             return
         self.folder, self._locks[0].path = folder, folder / ".lock"
 
+    def begin(self, checkpoint, command_line, args, model, device):
+        """Make this folder, which exists and is locked, a new run. The checkpoint of epoch 0 comes
+        first: from then on the run can be resumed, and `complete` writes what is missing."""
+        self.save("checkpoint.tar", checkpoint)
+        self.write_hyperparameters(command_line, vars(args), model, device)
+
+    def complete(self, command_line, args, model, device):
+        """Write what `begin` did not come to before a kill."""
+        if not (self.folder / "hyperparameters.txt").exists():
+            self.write_hyperparameters(command_line, vars(args), model, device)
+
     def lock(self, table=""):
         """Holds the folder, or a table in it, for this process until `release`. Raises UserError where another one has
         it."""
@@ -107,10 +118,10 @@ class RunFolder:
     # ---- its files
 
     def write_hyperparameters(self, command_line, args, model, device):
-        write_text(self.folder / "hyperparameters.txt", "\n".join([
+        self.write_config(args)
+        write_text(self.folder / "hyperparameters.txt", "\n".join([  # last, see `complete`
             *_heading("command line", command_line, device), "", "arguments:",
             *(f"  {name}: {value!r}" for name, value in sorted(args.items())), "", "model:", str(model), ""]))
-        self.write_config(args)
 
     def write_config(self, args):
         """Writes every argument to config.json. args: {dest: value}."""

@@ -9,7 +9,7 @@ import pathlib
 import sys
 
 from data_utils import UserError, fingerprint, load_split
-from experiment import arguments, checkpoints, checks, compare, measured
+from experiment import arguments, checkpoints, checks, compare, measured, resuming
 from experiment.files import Busy, Lock, WriteFailed, why
 from experiment.flags import ALL, DATA, typed
 from experiment.run_folder import remove_half_made
@@ -32,6 +32,8 @@ def train_each(given, words, start, root="results"):
     if Workers.launched().size > 1:
         raise UserError("argument --seeds: it is for single processes: start it with python instead of torchrun, on "
                         "several GPUs once for each")
+    if "run_dir" in given:
+        return _train_each_below(given, words, start)
     done, unreadable = [], set()
     shared = {name: value for name, value in given.items() if name != "seeds"}
     data = functools.cache(functools.partial(_fingerprints, arguments.resolve(shared)))
@@ -58,22 +60,63 @@ def train_each(given, words, start, root="results"):
     return 0
 
 
+def _train_each_below(given, words, start):
+    """Train each of --seeds in the folder seed_N below --run-dir. Returns what `train_each` does."""
+    done, root = [], pathlib.Path(given["run_dir"])
+    shared = {name: value for name, value in given.items() if name != "seeds"}
+    words = _without(_without(words, "--seeds"), "--run-dir")
+    for seed in dict.fromkeys(given["seeds"]):
+        folder = root / f"seed_{seed}"
+        with _claimed_folder(folder, seed) as mine:
+            if mine:
+                one = {**shared, "seed": seed, "run_dir": str(folder)}
+                code = start(one, [*words, "--run-dir", str(folder), "--seed", str(seed)])
+                if code:
+                    return code
+                done.append(folder)
+    _say(done, len(set(given["seeds"])))
+    return 0
+
+
+def _lock(seed, folder, name=""):
+    """The Lock of a seed's training; None, with a note, if another process holds it. Raises
+    UserError."""
+    try:
+        return Lock(folder, name)
+    except Busy as e:
+        print(f"note: seed {seed} is left to another process, which trains it: {e.holder}"
+              f"{e.delete}", file=sys.stderr)
+        return None
+
+
+@contextlib.contextmanager
+def _claimed_folder(folder, seed):
+    """A block in which no other process with --seeds trains in `folder`; gives False if any process
+    does. Raises UserError."""
+    resuming.make_folder(folder)
+    lock = _lock(seed, folder.parent, folder.name)
+    try:
+        training = lock and _lock(seed, folder)
+        if training:
+            training.release()  # taken again by the training itself
+        yield training is not None
+    finally:
+        if lock:
+            lock.release()
+
+
 @contextlib.contextmanager
 def _claimed(args, runs):
     """A block in which no other process trains with `args`; gives False if another one does. runs:
     the folder of the runs with this --alg and --loss. Raises UserError."""
     training = json.dumps(measured.of_training(vars(args)), sort_keys=True)
-    digest, lock = hashlib.sha256(training.encode()).hexdigest()[:12], None
+    digest = hashlib.sha256(training.encode()).hexdigest()[:12]
     try:
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise WriteFailed(f"cannot create the folder {runs}: {why(e)}") from None
     remove_half_made(runs)
-    try:
-        lock = Lock(runs, f"seed_{args.seed}_{digest}")
-    except Busy as e:
-        print(f"note: seed {args.seed} is left to another process, which trains it: {e.holder}"
-              f"{e.delete}", file=sys.stderr)
+    lock = _lock(args.seed, runs, f"seed_{args.seed}_{digest}")
     try:
         yield lock is not None
     finally:

@@ -59,6 +59,10 @@ def snapshot(model, args, story):
             "best": story.best_accuracy}
 
 
+# The names of what `resumable_state` adds.
+RESUMABLE = ("opt", "scheduler", "random_states", "best_model", "resumptions", "asked")
+
+
 def resumable_state(story, optimizer, scheduler, generator):
     """What a checkpoint holds besides `snapshot`, so that training can go on from it. It carries the best model along,
     so that one file commits all that an epoch changes."""

@@ -97,6 +97,7 @@ class Workers:
     def __init__(self, rank=0, size=1, local_rank=0):
         self.rank, self.size, self.local_rank, self.device, self.stderr = rank, size, local_rank, None, sys.stderr
         self.on_loss = lambda reason: self.end(reason, LostWorker.code)
+        self.hosts = [socket.gethostname()]  # of each worker, once they are connected
         self._board, self._heartbeat, self._deals = None, None, 0
         self._meeting = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
@@ -120,6 +121,10 @@ class Workers:
                 self._heartbeat.start()
                 dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self._board,
                                         rank=self.rank, world_size=self.size, timeout=FOREVER)
+            self.hosts = self.gather(socket.gethostname())
+            if len(set(self.hosts)) > 1:
+                print(f"note: the workers are on {', '.join(dict.fromkeys(self.hosts))}; "
+                      f"{self.hosts[0]} reads and writes the run folder", file=sys.stderr)
 
     def disconnect(self):
         """The end of `connect`."""
@@ -136,6 +141,11 @@ class Workers:
         except RuntimeError as e:  # all of torch.distributed's errors are
             reason = re.sub(r"^\[\S+:\d+\] ", "", one_line(e)).split(". ")[0]  # without the place in gloo's source
             raise LostWorker(f"a worker was lost ({reason})") from None
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this worker is on another machine than rank 0, which reads and writes files."""
+        return self.hosts[0] != socket.gethostname()
 
     # ---- shares of the work
 
@@ -235,7 +245,11 @@ class Workers:
 
     def broadcast(self, item):
         """Rank 0's item."""
-        return self.gather(item)[0]
+        items = [item]
+        if self.size > 1:
+            with self._exchange():
+                dist.broadcast_object_list(items, src=0)
+        return items[0]
 
     @contextlib.contextmanager
     def rank_zero_first(self):
@@ -314,16 +328,17 @@ def computed_on():
     return f"{socket.gethostname()}, {threads} thread{'s' * (threads != 1)}"
 
 
-def check_parallel(args, workers):
-    """What the argument todo demands of the number of workers. Raises UserError."""
-    if workers.size > 1 and args.todo not in PARALLEL:
-        raise UserError(f"--todo {args.todo} is the work of one process: start it with python instead of torchrun")
+def check_parallel(todo, workers):
+    """What --todo demands of the number of workers. Raises UserError."""
+    if workers.size > 1 and todo not in PARALLEL:
+        raise UserError(f"--todo {todo} is the work of one process: start it with python instead of "
+                        "torchrun")
 
 
 def pick_device(index, workers):
     """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun the one of the
-    worker's place on the machine. Without an NVIDIA device, or with CUDA_VISIBLE_DEVICES empty, index 0 is the CPU,
-    with a note. Raises UserError, with the cause, for a GPU that is there and cannot be used."""
+    worker's place on the machine. Without an NVIDIA device, or with CUDA_VISIBLE_DEVICES empty, index 0 is the CPU
+    (`check_device` prints a note). Raises UserError, with the cause, for a GPU that is there and cannot be used."""
     if index == -1:
         return torch.device("cpu")
     on_the_cpu = "--device -1 runs on the CPU"
@@ -336,8 +351,6 @@ def pick_device(index, workers):
             raise UserError(f"argument --device: {cause}; {on_the_cpu}")
         if index > 0 and not _hides_all_gpus():
             raise UserError(f"argument --device: got {index}, there is no CUDA device here; {on_the_cpu}")
-        print("note: there is no CUDA device here, running on the CPU (--device -1 says so without this note)",
-              file=sys.stderr)
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if workers.size > 1:
@@ -400,7 +413,11 @@ def _first_sentence(error):
 
 
 def check_device(args, device):
-    """What the arguments (compile, precision) demand of the device. Raises UserError."""
+    """What the arguments (compile, precision) demand of the device. Raises UserError. A note says if
+    there is no GPU where one was requested."""
+    if device.type == "cpu" and args.device != -1:
+        print("note: there is no CUDA device here, running on the CPU (--device -1 says so without "
+              "this note)", file=sys.stderr)
     if args.compile and device.type != "cuda":
         raise UserError("argument --compile: needs a CUDA device; on a CPU compiled steps are no faster")
     if args.precision != "fp32":
