@@ -20,8 +20,8 @@ import main
 from experiment import checkpoints, run_folder
 
 DATA = ROOT / "tests" / "data"
-RUN = ("--task digits --device -1 --train-size 20 --test-size 8 --mbs 10 --T1 3 --T2 1 --betas 0 0.5 --epochs 1 "
-       "--seed 3 --save --archi 784 4 10 --loss cel --softmax --optim adam --lr-decay "
+RUN = ("--todo train --task digits --device -1 --train-size 20 --test-size 8 --mbs 10 --T1 3 --T2 1 --betas 0 0.5 "
+       "--epochs 1 --seed 3 --save --archi 784 4 10 --loss cel --softmax --optim adam --lr-decay "
        "--attack-iters 1 --attack-step 2 --eps-list 0.5")
 TODOS = {"evaluate": "", "attack": "", "train": "--epochs 1"}
 
