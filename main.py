@@ -423,8 +423,7 @@ def prepare(given, program, argv, interruption, workers, folders):
 
     import model_utils
     from experiment import checkpoints
-    from experiment.workers import check_device, check_parallel, pick_device, seed_everything
-    check_parallel(given.get("todo", "train"), workers)
+    from experiment.workers import check_device, pick_device, seed_everything
     device = pick_device(given.get("device", 0), workers)
     workers.connect(device)
     run, saved = _opened(given, workers, folders)
@@ -464,11 +463,12 @@ def _one_run(given):
 def work(given, program, argv, name):
     """Does what the command line asks for, and returns the exit code."""
     from experiment.console import Interruption, out_of_memory
-    from experiment.workers import LostWorker, Workers
+    from experiment.workers import LostWorker, Workers, check_parallel
     workers, folders = Workers.launched(), []
     with Interruption(workers) as interruption:
         try:
             with workers.only_rank_zero_prints():
+                check_parallel(given.get("todo", "train"), workers)
                 if given.get("todo") == "compare":
                     compare(given, [*program, *argv])
                 else:

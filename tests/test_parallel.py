@@ -110,10 +110,12 @@ def ours(err):
     return [line for line in err.splitlines() if line.startswith(("main.py:", "interrupted"))]
 
 
-def test_what_needs_one_process_is_refused_once(tmp_path):
-    with torchrun(ROOT / "main.py", *"--todo gducheck --task digits --device -1".split(), cwd=tmp_path) as process:
+@pytest.mark.parametrize("words", ["gducheck --task digits --device -1", "compare --load-path run"])
+def test_what_needs_one_process_is_refused_once(tmp_path, words):
+    with torchrun(ROOT / "main.py", "--todo", *words.split(), cwd=tmp_path) as process:
         _, err = process.communicate(timeout=60)
-    assert len(ours(err)) == 1 and "--todo gducheck is the work of one process" in ours(err)[0], err
+    refusal = f"--todo {words.split()[0]} is the work of one process"
+    assert len(ours(err)) == 1 and refusal in ours(err)[0], err
     assert "main.py\", line" not in err
     assert process.returncode == 1 and "exitcode  : 2" in err
 
