@@ -254,7 +254,8 @@ def characteristic(job):
     records.write_characteristic(run, job.saved, (accuracy, settled), moving, eps, settings)
     print(f"{source} after T1 = {args.T1} steps: test accuracy {100 * accuracy[-1]:.2f} % ({data.samples} images), "
           f"first within 0.1 points of it at step {reached}; {100 * settled[-1]:.2f} % settled\n"
-          f"results are in {run.folder / 'Characteristic_Time.txt'}")
+          f"results are in {run.folder / 'Characteristic_Time.txt'}", flush=True)
+    records.draw_characteristic(run, job.saved, (accuracy, settled), moving, eps)
 
 
 def corruptions(job):
@@ -288,10 +289,10 @@ def corruptions(job):
             accuracies.append(model_utils.evaluate(job.model, batches, job.rule, words))
         table.add(name, accuracies)
         print(f"{name}: " + ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies) + " %", flush=True)
-    table.plot()
     everything, first = table.means()
     print("mean accuracy " + f"{100 * (everything or 0):.2f} %, " * (everything is not None)
-          + f"over the first 15 corruptions {100 * first:.2f} %")
+          + f"over the first 15 corruptions {100 * first:.2f} %", flush=True)
+    table.plot()
 
 
 # ------------------------------------------------------------------------------------------- attacks
@@ -327,10 +328,10 @@ def attack(job):
             sweep.add(eps, results)
             for grad, result in results.items():
                 write(sweeps.line(args, eps, grad, result))
-    if sweep:
-        sweep.plot()
     if sweep and args.save and results:
         sweep.save_images(images, labels, clean, eps, list(results.values())[-1])
+    if sweep:
+        sweep.plot()
 
 
 def audit(job):

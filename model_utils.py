@@ -431,11 +431,12 @@ class Trainer:
             stopwatch.settling.gather(self.workers)
             row = epoch_row(epoch, {"train_acc": train_acc, **accuracies}, time.perf_counter() - start,
                             stopwatch.settling, self.model.angles())
-            self._commit(row, neurons, epoch == last, train_batches.generator)
+            self._commit(row, epoch == last, train_batches.generator)
             self.total.add(stopwatch)
             line = epoch_line(row, train_batches.samples / spent, stopwatch.settling, health.unsettled)
             print(f"epoch {epoch}/{last}: {line}", flush=True)
             health.report(neurons, self.said)
+            self._draw(neurons, epoch == last)
         print(f"time: {self.total.shares()}", flush=True)
 
     def _epoch(self, batches, epoch, stopwatch, health):
@@ -490,7 +491,7 @@ class Trainer:
                 average()
         return neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local
 
-    def _commit(self, row, neurons, final, generator):
+    def _commit(self, row, final, generator):
         """Appends an epoch to the history, and writes it to the run folder."""
         story, accuracy = self.story, row.get("val_acc", row["test_acc"])
         improved, committed = accuracy > story.best_accuracy, [*story.history, row]
@@ -501,8 +502,11 @@ class Trainer:
             resumable = resumable_state(story, self.optimizer, self.scheduler, generator)
             self.run.commit(state, resumable, improved, final)
         story.history.append(row)
+
+    def _draw(self, neurons, final):
+        """Draws the figures of the run, of a long training now and then. neurons: of the last mini-batch."""
         if self.run and (final or time.monotonic() - self.drawn > self.DRAW):
-            records.draw_training(self.run, self.model, state, story, neurons)  # a figure that fails costs no epoch
+            records.draw_training(self.run, self.model, self.args, self.story, neurons)
             self.drawn = time.monotonic()
 
 

@@ -119,9 +119,9 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
     """Audits a model, writes the result and prints the verdict; returns the result, see `result_of`.
 
     args: see `audit.Subject`, and budget; data: (images uint8 (n, C, H, W), labels), tensors; files: what `Audit.run`
-    needs of a store, and source, settings, computed_on, text and write; surrogate: (model, args)
-    or None; ends_early: how far images have settled where the predictions that attacks ask for
-    stop, see `relax_until_settled`."""
+    needs of a store, and source, settings, computed_on, text, write and plot; surrogate: (model,
+    args) or None; ends_early: how far images have settled where the predictions that attacks ask
+    for stop, see `relax_until_settled`."""
     x, y = (data[0].float() / 255).cpu().numpy(), data[1].cpu().numpy()
     other = Subject(surrogate[0].to(next(model.parameters()).device), surrogate[1], x, y) if surrogate else None
     subject = Subject(model, args, x, y, BUDGETS[args.budget], ends_early, other)
@@ -133,5 +133,6 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
     result["computed_on"] = files.computed_on
     lines = verdict(result, args.attack_norm, args.eps)
     files.write(result, lines, state.x_adv, y)
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
+    files.plot(result)
     return result

@@ -90,9 +90,12 @@ class AuditFiles:
         if before is not None and not same_settings(before, self.settings):
             self.run.move_aside(self.stem, self.ENDS)
         self._write(self.run.folder / f"{self.stem}.npz", x_adv=x_adv, labels=labels)
-        self.run.save_figure(f"{self.stem}.png", figures_checks.audit(result, self._title()))
         self.run.write_lines(self.text.name, lines)
         write_text(self.run.folder / f"{self.stem}.json", json.dumps(result, indent=1) + "\n")
+
+    def plot(self, result):
+        """Draws the result."""
+        self.run.save_figure(f"{self.stem}.png", figures_checks.audit, result, self._title())
 
     def _settings_of_result(self):
         """Those of the result that is there; None where there is none."""

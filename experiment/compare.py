@@ -173,11 +173,11 @@ def compare(paths, labels, published, figures, command, root="results"):
     lines = markdown(groups, command)
     write_text(folder / "comparison.csv", table.getvalue())
     write_text(folder / "comparison.md", "\n".join(lines) + "\n")
-    run = RunFolder(folder, figures, "comparison")
-    for name, figure in figures_compare.all_figures(everything):
-        run.save_figure(name, figure)
     print("\n".join(lines[6:]))
-    print(f"{_count(len(paths), 'run')} in {_count(len(groups), 'group')}; results are in {folder}")
+    print(f"{_count(len(paths), 'run')} in {_count(len(groups), 'group')}; results are in {folder}", flush=True)
+    run = RunFolder(folder, figures, "comparison")
+    for name, draw, *data in figures_compare.all_figures(everything):
+        run.save_figure(name, draw, *data)
     return folder
 
 

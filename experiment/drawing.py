@@ -1,6 +1,9 @@
 """What all figures share: one style, sizes, intervals, marks. Matplotlib is imported where something is drawn."""
 import contextlib
+import functools
+import os
 import pathlib
+import sys
 
 STYLE = pathlib.Path(__file__).with_name("paper.mplstyle")
 FORMATS = ("png", "pdf")
@@ -9,10 +12,38 @@ COLUMN = 6.0  # inches: the width of a figure with one panel in a row
 
 @contextlib.contextmanager
 def style():
-    """The style of all figures, in a block or as a decorator: of what draws, and of what saves."""
-    import matplotlib.style
-    with matplotlib.style.context(STYLE):
+    """The style of all figures, in a block or as a decorator: of what draws, and of what saves. It is Matplotlib's
+    defaults and paper.mplstyle, whatever the user's own settings are."""
+    import_matplotlib()
+    import matplotlib
+    with matplotlib.rc_context(_settings()):
         yield
+
+
+def import_matplotlib():
+    """Import Matplotlib without the user's matplotlibrc and MPLBACKEND, which it reads while it is imported, and which
+    can make that fail. The first matplotlibrc it looks for is that of the current folder."""
+    if "matplotlib" in sys.modules:
+        return
+    folder, environment = os.getcwd(), {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=str(STYLE))
+    try:
+        os.chdir(STYLE.parent)
+        import matplotlib  # noqa: F401
+    finally:
+        for name, value in environment.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        os.chdir(folder)
+
+
+@functools.cache
+def _settings():
+    """{name: value} of every setting of Matplotlib that a figure can depend on."""
+    import matplotlib
+    ours = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
+    return {name: value for name, value in {**matplotlib.rcParamsDefault, **ours}.items() if name != "backend"}
 
 
 def new_figure(title, width=COLUMN, height=3.8):

@@ -10,20 +10,21 @@ ACCURACY = "accuracy (%)"
 
 
 def all_figures(groups):
-    """(file name, figure) of each for which the groups have data. groups: of `compare.Group`."""
+    """(file name, function, its arguments ...) of each figure for which the groups have data. groups: of
+    `compare.Group`."""
     norms = sorted({key.norm for group in groups if not group.published for key in group.keys() if key.norm})
-    yield from ((f"robustness_{norm}.png", robustness(groups, norm)) for norm in norms)
+    yield from ((f"robustness_{norm}.png", robustness, groups, norm) for norm in norms)
     trained = [(group, _by_place([[accuracy for _, accuracy in run.epochs] for run in group.runs])) for group in groups]
     if any(curve for _, curve in trained):
-        yield "training.png", _over(trained, "Test accuracy over the training", "epoch")
+        yield "training.png", _over, trained, "Test accuracy over the training", "epoch"
     settled = [(group, _by_place([run.settling for run in group.runs])) for group in groups]
     if any(curve for group, curve in settled if not group.published):
-        yield "characteristic.png", _over(settled, "Accuracy over the free steps", "time steps of the free phase")
+        yield "characteristic.png", _over, settled, "Accuracy over the free steps", "time steps of the free phase"
     if any(key.measure == "corruptions" for group in groups if not group.published for key in group.keys()):
-        yield "corruptions.png", corruptions(groups)
+        yield "corruptions.png", corruptions, groups
     chosen = _attack_of_most_steps(groups)
     if chosen:
-        yield "attack_steps.png", attack_steps(groups, chosen)
+        yield "attack_steps.png", attack_steps, groups, chosen
 
 
 def _band(axes, n, curve, group, label=None):

@@ -14,15 +14,15 @@ from experiment.workers import computed_on
 PREDICTIONS, CONFUSION = "predictions.csv", "confusion.png"
 
 
-def draw_training(run, model, state, story, neurons):
-    """Draws the figures of a training. state: of `experiment.story.snapshot`; story: of the epochs before; neurons: of
-    the last mini-batch."""
+def draw_training(run, model, args, story, neurons):
+    """Draws the figures of a training. args: of the command line; story: of all its epochs; neurons: of the last
+    mini-batch."""
     from energy.activations import RANGES
-    config, best = state["config"], story.best
-    run.save_figure("train-test_acc.png", figures.accuracy(
-        state["history"], best and best["epoch"], story.resumptions, 100 / TASKS[config["task"]].classes))
-    run.save_figure("neural_activity.png", figures.activity(
-        neurons, RANGES.get(model.activation), model.chain(config["loss"]).linear_output))
+    best = story.best
+    run.save_figure("train-test_acc.png", figures.accuracy, story.history, best and best["epoch"], story.resumptions,
+                    100 / TASKS[args.task].classes)
+    run.save_figure("neural_activity.png", figures.activity, neurons, RANGES.get(model.activation),
+                    model.chain(args.loss).linear_output)
 
 
 # ---- TensorBoard
@@ -58,7 +58,7 @@ def write_predictions(run, found, classes, model):
                                 for n, row in enumerate(rows)])
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     counts.index_put_((found.labels, found.classes), torch.tensor(1), accumulate=True)
-    run.save_figure(CONFUSION, figures.confusion(counts.numpy()))
+    run.save_figure(CONFUSION, figures.confusion, counts.numpy())
 
 
 def where_predictions(run, loss):
@@ -71,12 +71,12 @@ def where_predictions(run, loss):
 
 
 def write_characteristic(run, saved, counted, moving, eps, settings):
-    """Writes Characteristic_Time.txt and its figures; those of other settings are moved aside.
+    """Writes Characteristic_Time.txt; that of other settings is moved aside.
 
     saved: the `SavedRun`; counted: (accuracy, settled), of `characteristic`; moving: (residual,
     energy or None, how many images), of `relaxation`; eps: of `settled`; settings: what the numbers depend
     on, `images` among them."""
-    (accuracy, settled), (residual, energy, few), trained = counted, moving, saved.args.get("T1")
+    (accuracy, settled), (residual, energy, few) = counted, moving
     columns = [("accuracy", accuracy), ("settled", settled), ("residual", residual)]
     columns += [] if energy is None else [("energy", energy)]
     lines = [" ".join([str(t), *(f"{value:.6f}" for value in values[:2]), *(f"{value:.6e}" for value in values[2:])])
@@ -92,9 +92,14 @@ def write_characteristic(run, saved, counted, moving, eps, settings):
         f"# of the first {few} of them, means: residual, the relative change in the step"
         + ("" if energy is None else "; energy, Phi"),
         "# t " + " ".join(name for name, _ in columns), *lines])
+
+
+def draw_characteristic(run, saved, counted, moving, eps):
+    """Draws what `write_characteristic` writes, of the same arguments."""
+    (accuracy, settled), (residual, energy, _), trained = counted, moving, saved.args.get("T1")
     chance = 100 / TASKS[saved.args["task"]].classes if saved.args.get("task") else None
-    run.save_figure("Characteristic_Time.png", figures.characteristic(accuracy, settled, eps, trained, chance))
-    run.save_figure("Characteristic_Energy.png", figures.relaxation(residual, energy, trained))
+    run.save_figure("Characteristic_Time.png", figures.characteristic, accuracy, settled, eps, trained, chance)
+    run.save_figure("Characteristic_Energy.png", figures.relaxation, residual, energy, trained)
 
 
 # ---- gducheck
@@ -107,6 +112,6 @@ def save_gdu(run, comparison):
     run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in comparison.rows])
     generator = torch.Generator().manual_seed(0)
     for name, bptt in comparison.bptt.items():
-        run.save_figure(f"gdu_{name}.png", figures_checks.gdu_entries(name, bptt, comparison.ep[name], generator))
-    run.save_figure("gdu_layers.png", figures_checks.gdu_layers(comparison.bptt, comparison.ep, generator))
-    run.save_figure("gdu_overview.png", figures_checks.gdu_overview(list(comparison.bptt), comparison.rows))
+        run.save_figure(f"gdu_{name}.png", figures_checks.gdu_entries, name, bptt, comparison.ep[name], generator)
+    run.save_figure("gdu_layers.png", figures_checks.gdu_layers, comparison.bptt, comparison.ep, generator)
+    run.save_figure("gdu_overview.png", figures_checks.gdu_overview, list(comparison.bptt), comparison.rows)

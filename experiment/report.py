@@ -170,18 +170,17 @@ class Sweep:
         self.run.write_lines(self.text.name, lines)
 
     def plot(self):
-        self.run.save_figure(f"{self.stem}.png", figures_checks.sweep(self.rows, self.settings, self.clean,
-                                                                          1 / TASKS[self.settings["task"]].classes))
+        self.run.save_figure(f"{self.stem}.png", figures_checks.sweep, self.rows, self.settings, self.clean,
+                             1 / TASKS[self.settings["task"]].classes)
 
     def save_images(self, images, labels, clean, eps, result):
         """All attacked images as .npz, and a picture of some, those that changed class first."""
         with replacing(self.run.folder / f"{self.stem}_images.npz") as path, open(path, "wb") as file:
             np.savez_compressed(file, x_adv=result["x_adv"], labels=labels.numpy(), prediction=result["prediction"],
                                 eps=eps)
-        figure = figures_checks.attacked_images((images.float() / 255).numpy(), labels, clean.numpy(), result,
-                                                f"Attacked images: {self.settings['attack']}, "
-                                                f"{self.settings['attack_norm']}-norm, eps = {eps:g}")
-        self.run.save_figure(f"{self.stem}_images.png", figure)
+        title = f"Attacked images: {self.settings['attack']}, {self.settings['attack_norm']}-norm, eps = {eps:g}"
+        self.run.save_figure(f"{self.stem}_images.png", lambda: figures_checks.attacked_images(
+            (images.float() / 255).numpy(), labels, clean.numpy(), result, title))
 
 
 class CorruptionTable:
@@ -243,5 +242,5 @@ class CorruptionTable:
 
     def plot(self):
         shares = np.array([[100 * float(share) for share in self.rows[name]] for name in self.names])
-        self.run.save_figure("Corruption_Accuracy.png", figures.corruptions(shares, self.names, self.means(),
-                                                                            self.settings["images"]))
+        self.run.save_figure("Corruption_Accuracy.png", figures.corruptions, shares, self.names, self.means(),
+                             self.settings["images"])

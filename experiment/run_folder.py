@@ -13,6 +13,7 @@ import platform
 import shutil
 import socket
 import subprocess
+import sys
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class RunFolder:
     def __init__(self, folder, figures="png", about=""):
         self.folder, self.figures, self.about = pathlib.Path(folder), figures, about
         self._locks, self._board, self.at_commit = [], None, None  # called once, after the first commit
+        self._not_drawn = set()  # names of the figures that a warning was printed for
 
     @classmethod
     def create(cls, args, device, command_line, model, checkpoint, root="results"):
@@ -205,11 +207,22 @@ class RunFolder:
     def write_lines(self, name, lines):
         write_text(self.folder / name, "\n".join(lines) + "\n")
 
-    def save_figure(self, name, figure):
-        """Saves a figure, which gets the run's title, in the format of `figures`, whatever the ending of `name`."""
-        figure.suptitle(f"{figure.get_suptitle()}\n{run_title(self.folder, self.about)}")
-        with replacing((self.folder / name).with_suffix(f".{self.figures}")) as path, style():
-            figure.savefig(path, format=self.figures)
+    def save_figure(self, name, draw, *args):
+        """Save the figure draw(*args), which gets the run's title, in the format of `figures`, whatever the ending of
+        `name`. Never raises an Exception: a figure that cannot be drawn or written is a warning on standard error, one
+        line per figure however often it fails. Write the results that it shows before."""
+        path = (self.folder / name).with_suffix(f".{self.figures}")
+        try:
+            with style():
+                figure = draw(*args)
+                figure.suptitle(f"{figure.get_suptitle()}\n{run_title(self.folder, self.about)}")
+                with replacing(path) as beside:
+                    figure.savefig(beside, format=self.figures)
+        except Exception as e:
+            if name not in self._not_drawn:
+                self._not_drawn.add(name)
+                reason = one_line(e).removeprefix(f"cannot write {path}: ")[:300]
+                print(f"warning: {path} was not drawn: {reason}", file=sys.stderr, flush=True)
 
     def next_number(self, stem):
         """The first number at which there is no STEM_number.txt yet."""

@@ -79,7 +79,7 @@ def test_every_figure_is_saved_in_both_formats(tmp_path, drawn, form, magic):
     for name, figure in chosen.items():
         title = figure.get_suptitle()
         assert title and "\n" not in title
-        run.save_figure(f"a.{name}.png", figure)
+        run.save_figure(f"a.{name}.png", lambda figure=figure: figure)
         assert (folder / f"a.{name}.{form}").read_bytes().startswith(magic)
         assert figure.get_suptitle() == f"{title}\nMLP on digits, EP/mse/day/time_cpu"
         figure.suptitle(title)
@@ -88,7 +88,7 @@ def test_every_figure_is_saved_in_both_formats(tmp_path, drawn, form, magic):
 
 def test_a_png_has_200_dots_an_inch(tmp_path):
     from matplotlib.image import imread
-    RunFolder(tmp_path).save_figure("a.png", figures.accuracy(ROWS))
+    RunFolder(tmp_path).save_figure("a.png", figures.accuracy, ROWS)
     height, width, _ = imread(tmp_path / "a.png").shape
     assert (width, height) == (1200, 760)
 

@@ -12,6 +12,7 @@ import torch
 from conftest import only_run
 
 import model_utils as mu
+from experiment.figures import accuracy
 from experiment.run_folder import RunFolder, fingerprint
 
 DIGITS = "--task digits --device -1 --train-size 120 --mbs 30 --seed 3 "
@@ -59,8 +60,8 @@ def test_config_json_is_every_argument_also_after_a_resumption(ok, tmp_path):
 def test_the_training_plot_is_told_of_the_model_and_the_resumptions(ok, tmp_path, monkeypatch):
     told = []
     ok(MODELS["MLP"], "--save --val-size 20 --epochs 2")
-    monkeypatch.setattr(RunFolder, "save_figure", lambda *_: None)
-    monkeypatch.setattr("experiment.figures.accuracy", lambda *given: told.append(given))
+    monkeypatch.setattr(RunFolder, "save_figure", lambda run, name, draw, *given: draw is accuracy
+                        and told.append(given))
     ok(f"--device -1 --load-path {only_run(tmp_path)} --mbs 40")
     rows, picked, resumptions, chance = told[-1]
     assert [row["epoch"] for row in rows] == [1, 2, 3] and chance == 10

@@ -156,6 +156,16 @@ def test_corruptions_are_counted_right(ok, corrupted):
     assert (run / "Corruption_Accuracy_2.txt").exists()
 
 
+def test_corruptions_are_counted_where_no_figure_can_be_drawn(cli, corrupted, monkeypatch):
+    def savefig(*_, **__):
+        raise ValueError("nothing can be drawn")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    run, _ = corrupted
+    code, out, err = cli(line(run, "--test-size 1"))
+    assert code == 0 and "over the first 15 corruptions" in out and len(entries(run / "Corruption_Accuracy.txt")) == 19
+    assert re.fullmatch(r"warning: \S+/Corruption_Accuracy.png was not drawn: nothing can be drawn\n", err)
+
+
 def test_a_killed_run_goes_on_at_the_first_missing_corruption(ok, corrupted, monkeypatch):
     run, _ = corrupted
     ok(line(run))
