@@ -80,6 +80,18 @@ class Job:
         """How many time steps a prediction takes, in words."""
         return f" with T1 = {self.args.T1}" if self.model.moves else ""
 
+    def convergence(self, T1):
+        """An empty `Convergence` for free phases of T1 steps; None of a model without time steps."""
+        import model_utils
+        from experiment import checkpoints
+        if not self.model.moves:
+            return None
+        model = self.model
+        if self.args.precision == "bf16":  # whose rounding hides what is left of the changes
+            model = model_utils.build(self.args).to(self.device)
+            checkpoints.load_weights(model, self.saved)
+        return model_utils.Convergence(model, T1)
+
     def run_folder(self):
         """The folder of --load-path; raises UserError where nothing can be written to it."""
         from experiment.run_folder import RunFolder
@@ -206,7 +218,8 @@ def evaluate(job):
     found = None
     for split in names if args.val_size else ("train", "test"):
         data, stopwatch = job.batches(split), Stopwatch()
-        work = (job.model, data, job.rule, f"evaluating, {split}", stopwatch, job.workers)
+        convergence = job.convergence(args.T1) if split == "test" else None
+        work = (job.model, data, job.rule, f"evaluating, {split}", stopwatch, job.workers, convergence)
         if args.save and split == "test":
             found = model_utils.judgements(*work)
             accuracy = found.accuracy
@@ -215,9 +228,11 @@ def evaluate(job):
         stopwatch.settling.gather(job.workers)
         parts.append(f"{names[split]} accuracy {100 * accuracy:.2f} % ({data.samples} "
                      f"images{f', {stopwatch.settling}' if args.tol else ''})")
-    parts += [] if args.tol or not job.model.moves else [_unsettled(job, data, args.T1)]
+    if convergence is not None:
+        parts.append(f"{convergence.percent:.2f} % of {convergence.images} test images converged")
     line = f"evaluated {job.saved.source}{job.steps}: " + ", ".join(parts)
-    print(line)
+    _warn(convergence)
+    print(line, flush=True)
     if job.workers.rank == 0:
         run.append_hyperparameters(line)
         if found:
@@ -227,35 +242,32 @@ def evaluate(job):
             print(records.where_predictions(run, args.loss))
 
 
-def _unsettled(job, data, T1):
-    """How many images of a mini-batch have not settled after T1 steps, in words; prints what it means of too many."""
-    from experiment import health
-    share, images = health.share_unsettled(job.model, data, dataclasses.replace(job.rule, T1=T1))
-    if share > health.MANY_UNSETTLED:
-        print(f"warning: {health.advice_unsettled(share, T1)}", flush=True)
-    return f"{100 * share:.0f} % of {images} images unsettled"
+def _warn(convergence, flag="T1"):
+    """Prints a warning where too many images have not converged. convergence: a `Convergence` or None."""
+    if convergence is not None and convergence.warning(flag):
+        print(f"warning: {convergence.warning(flag)}", flush=True)
 
 
 def characteristic(job):
     """Test accuracy after every number of free steps up to T1."""
     import model_utils
-    from energy.dynamics import SETTLED
     from experiment import records
     from experiment.run_folder import fingerprint
     args, run, data, source = job.args, job.run_folder(), job.batches("test"), job.saved.source
-    eps = args.tol or SETTLED
-    accuracy, settled = model_utils.characteristic(job.model, data, job.rule, eps)
+    convergence = job.convergence(args.T1)
+    counted = model_utils.characteristic(job.model, data, job.rule, exact=convergence and convergence.model)
+    accuracy, converged = counted
     reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
     x = next(iter(data))[0]
     moving = (*model_utils.relaxation(job.model, x, job.rule), len(x))
-    settings = {"images": data.samples, "T1": args.T1, "eps": eps, "precision": args.precision,
+    settings = {"images": data.samples, "T1": args.T1, "precision": args.precision,
                 "compile": args.compile, "weights": fingerprint(job.saved.weights),
                 "data": job.data["test_data"]}
-    records.write_characteristic(run, job.saved, (accuracy, settled), moving, eps, settings)
+    records.write_characteristic(run, job.saved, counted, moving, settings)
     print(f"{source} after T1 = {args.T1} steps: test accuracy {100 * accuracy[-1]:.2f} % ({data.samples} images), "
-          f"first within 0.1 points of it at step {reached}; {100 * settled[-1]:.2f} % settled\n"
+          f"first within 0.1 points of it at step {reached}; {100 * converged[-1]:.2f} % converged\n"
           f"results are in {run.folder / 'Characteristic_Time.txt'}", flush=True)
-    records.draw_characteristic(run, job.saved, (accuracy, settled), moving, eps)
+    records.draw_characteristic(run, job.saved, counted, moving)
 
 
 def corruptions(job):
@@ -309,7 +321,9 @@ def attack(job):
     args, workers, data, steps = job.args, job.workers, job.batches("test"), job.args.predict_step or job.args.T1
     run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
     images, labels = data.images.cpu(), data.labels.cpu()
-    clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers) == labels
+    convergence, flag = job.convergence(steps), "predict-step" if args.predict_step else "T1"
+    clean = model_utils.predictions(job.model, data, dataclasses.replace(job.rule, T1=steps), workers,
+                                    convergence) == labels
     eps_list, sweep, results = sorted(set(args.eps_list or sweeps.default_eps(args.attack_norm))), None, None
     if run:
         plan, smooth = attacks.Plan.of(args, 1.0), attacks.words_for_smooth(args.loss)
@@ -319,8 +333,9 @@ def attack(job):
         sweep = Sweep(run, settings, clean.double().mean().item(), job.saved.source)
         job.interruption.advice = lambda: (f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on "
                                            "behind them")
-        unsettled = "" if args.tol or not job.model.moves else f" ({_unsettled(job, data, steps)})"
-        print(f"{job.saved.source}: {sweeps.heading(args, len(labels), steps, unsettled)}; clean accuracy "
+        _warn(convergence, flag)
+        converged = "" if convergence is None else f" ({convergence})"
+        print(f"{job.saved.source}: {sweeps.heading(args, len(labels), steps, converged)}; clean accuracy "
               f"{100 * sweep.clean:.2f} %\nresults go to {sweep.text}", flush=True)
     for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
         results = model_utils.attack(job.model, images, labels, args, eps, f"eps {eps:g}", workers)
@@ -363,7 +378,7 @@ def gducheck(job):
     x, y = next(iter(data_utils.Batches(images, labels, min(20, len(labels)), TASKS[args.task], job.device)))
     comparison = gdu.gdu_report(job.model, x, y, job.rule, images=True)
     print(f"{source}: EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = "
-          f"{arguments.shown(args.betas)}; {int(comparison.settled.sum())} of them have settled after T1\n"
+          f"{arguments.shown(args.betas)}; {int(comparison.converged.sum())} of them have converged after T1\n"
           "held against each other are, of parameters, the updates between successive steps and, of a read-out, the "
           "complete updates;\nof neurons, their changes and the gradients times the slope of the activation")
     print("\n".join(report.gdu_table(comparison.rows)))

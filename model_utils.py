@@ -30,6 +30,7 @@ from experiment.checks import check
 from experiment.console import memory_limit
 from experiment.health import Health, log_theorem, report_precision
 from experiment.prediction import (  # noqa: F401
+    Convergence,
     characteristic,
     correct,
     evaluate,
@@ -426,16 +427,15 @@ class Trainer:
                 self.scheduler.step()  # beyond T_max the rates would rise again
             spent = time.perf_counter() - start
             with stopwatch.part("evaluation"):
-                accuracies = {name: evaluate(self.twin or self.model, batches, self.rule, workers=self.workers)
-                              for name, batches in (("test_acc", test_batches), ("val_acc", val_batches)) if batches}
+                accuracies, convergence = self._evaluated(test_batches, val_batches)
             stopwatch.settling.gather(self.workers)
-            row = epoch_row(epoch, {"train_acc": train_acc, **accuracies}, time.perf_counter() - start,
+            row = epoch_row(epoch, {"train_acc": train_acc, **accuracies}, time.perf_counter() - start, convergence,
                             stopwatch.settling, self.model.angles())
             self._commit(row, epoch == last, train_batches.generator)
             self.total.add(stopwatch)
-            line = epoch_line(row, train_batches.samples / spent, stopwatch.settling, health.unsettled)
+            line = epoch_line(row, train_batches.samples / spent, stopwatch.settling)
             print(f"epoch {epoch}/{last}: {line}", flush=True)
-            health.report(neurons, self.said)
+            health.report(neurons, self.said, convergence)
             self._draw(neurons, epoch == last)
         print(f"time: {self.total.shares()}", flush=True)
 
@@ -490,6 +490,17 @@ class Trainer:
             with stopwatch.part("update"):
                 average()
         return neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local
+
+    def _evaluated(self, test_batches, val_batches):
+        """({column of metrics.csv: accuracy, a share}, the `Convergence` on the images that the model is chosen on;
+        None of a model without time steps)"""
+        accuracies, chosen_on = {}, val_batches or test_batches
+        convergence = Convergence(self.model, self.rule.T1) if self.model.moves else None
+        for name, batches in (("test_acc", test_batches), ("val_acc", val_batches)):
+            if batches:
+                accuracies[name] = evaluate(self.twin or self.model, batches, self.rule, workers=self.workers,
+                                            convergence=convergence if batches is chosen_on else None)
+        return accuracies, convergence
 
     def _commit(self, row, final, generator):
         """Appends an epoch to the history, and writes it to the run folder."""

@@ -160,9 +160,9 @@ def relax(chain, phase, neurons, T):
     return neurons
 
 
-# An image has settled once WINDOW steps have together changed no layer of it by this share of the layer's norm. A
+# An image has converged once WINDOW steps have together changed no layer of it by this share of the layer's norm. A
 # single step is no measure: near a saddle an image can creep, and leave it later.
-SETTLED, WINDOW = 1e-4, 5
+CONVERGED, WINDOW = 1e-4, 5
 
 
 def relative_change(before, after):
@@ -171,6 +171,17 @@ def relative_change(before, after):
     changes = [(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-12) for a,
                b in zip(before, after)]
     return torch.stack(changes).amax(0)
+
+
+def window(T):
+    """How many of T steps, the last ones, decide whether an image has converged by then."""
+    return min(WINDOW, T)
+
+
+def has_converged(before, after, tol=CONVERGED):
+    """Whether each image has converged, (mbs,) bool: the one meaning that all the program has of it. before, after:
+    its neurons `window(T)` steps before the T-th step, and after it. tol: where --tol asks for another threshold."""
+    return relative_change(before, after) < tol
 
 
 class Settling(NamedTuple):
@@ -218,7 +229,7 @@ def relax_until_settled(chain, phase, T, tol, every=WINDOW, advance=None, leavin
             continue
         stopped, looks = state if leaving.at_once else _where(moves, state, stopped), looks + 1
         if done % every == 0:  # else the last look came early
-            still = moves & (relative_change(before, state) < tol)
+            still = moves & has_converged(before, state, tol)
             steps[active] = torch.where(still, done, steps[active])
             settled[active] |= still
             moves = moves & ~still

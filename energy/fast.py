@@ -16,7 +16,7 @@ import torch
 from energy import dynamics
 from energy.activations import RESCALED, affine, my_hard_sig
 from energy.connections import Convolution, Dense
-from energy.dynamics import Chain, Phase, half_step, step
+from energy.dynamics import CONVERGED, Chain, Phase, half_step, step
 
 # Neurons in a mini-batch up to which two phases, or two trajectories, are faster as one of twice the size.
 PAIRED = 2 ** 20
@@ -90,6 +90,34 @@ def from_zero(chain, phase, T, tol=0.0, output_in=None):
     if tol:
         return relax_until_settled(chain, phase, T, tol)
     return relax(chain, phase, None, T, output_in), None
+
+
+FIXED = CONVERGED / 100  # what five steps change by less than this is not followed further, see `relax_and_check`
+
+
+@torch.no_grad()
+def relax_and_check(chain, phase, T, ends_early=False):
+    """(the neurons after T free steps from zero; whether each image has converged by then, (mbs,) bool, see
+    `dynamics.has_converged`). The read-out is bit for bit that of `relax` from zero with output_in 0.
+
+    ends_early: leave out the steps between those that change an image by less than FIXED and the last five, where only
+    the convergence is wanted."""
+    steps, last, before = rewritten(Steps(chain, phase, None, T)), dynamics.window(T), None
+    if T > last:
+        before = (relax_until_settled(chain, phase, T - last, FIXED)[0] if ends_early
+                  else _every_layer(steps._replace(T=T - last)))
+    after = _every_layer(steps._replace(neurons=before, T=last))
+    return after, dynamics.has_converged(before or chain.zeros(phase.drive), after)
+
+
+def _every_layer(steps):
+    """The steps without the ways that leave out layers, and without those that take more images at once, which can
+    round in another way."""
+    if "first step" in TABLE and _starts_from_zero(steps):
+        steps = steps._replace(neurons=_first_step(steps), T=steps.T - 1)
+    if "compiled" in TABLE and _compiles(steps):
+        return _compiled_relax(steps)
+    return dynamics.relax(*steps[:4])
 
 
 def relax_both_signs(chain, phase, neurons, T):
@@ -168,14 +196,17 @@ def _starts_from_zero(steps):
 
 
 def _from_zero(steps):
+    return _taken(steps._replace(neurons=_first_step(steps), T=steps.T - 1))
+
+
+def _first_step(steps):
     chain, phase = steps.chain, steps.phase
     drives = [phase.drive, *(c.bias_drive(steps.mbs) for c in chain.connections[1:])]
     if chain.linear_output:
         drives[-1] = drives[-1].clone()  # no state shares memory with a bias
     if phase.target is not None:
         drives[-1] = chain.nudge(drives[-1], phase, chain.zeros(phase.drive))
-    neurons = [chain.activate(n, drive) for n, drive in enumerate(drives)]
-    return _taken(steps._replace(neurons=neurons, T=steps.T - 1))
+    return [chain.activate(n, drive) for n, drive in enumerate(drives)]
 
 
 # ---- two trajectories: where a layer's next state depends on its neighbours alone, the odd layers at odd times with

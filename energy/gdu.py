@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from energy.dynamics import SETTLED, WINDOW, relative_change, step
+from energy import fast
+from energy.dynamics import Phase, step
 
 
 def bptt_contributions(model, x, y, T1, T2, beta, criterion):
@@ -113,7 +114,7 @@ class Comparison(NamedTuple):
     rows      of `compare_gdu`, for the estimate `one-sided` and, with `thirdphase`, `symmetric`
     BPTT, runs   of `check_gdu`: the contributions of BPTT, and those of EP at beta_2 and, with `thirdphase`, -beta_2
     bptt, ep  what is held against each other, of the best estimate, see `comparable`
-    settled   which images have settled after T1 steps, (mbs,) bool
+    converged   which images have converged after T1 free steps, (mbs,) bool, see `energy.dynamics.has_converged`
     """
 
     rows: list
@@ -121,14 +122,7 @@ class Comparison(NamedTuple):
     runs: list
     bptt: dict
     ep: dict
-    settled: torch.Tensor
-
-
-def settled_images(model, x, rule):
-    """Which images have settled after T1 free steps, (mbs,) bool, see `energy.dynamics.SETTLED`."""
-    window = min(WINDOW, rule.T1)
-    before = model(x, T=rule.T1 - window, criterion=rule.loss)
-    return relative_change(before, model(x, neurons=before, T=window, criterion=rule.loss)) < SETTLED
+    converged: torch.Tensor
 
 
 def activation_slopes(model, x, y, rule):
@@ -237,7 +231,9 @@ def gdu_report(model, x, y, rule, images=False):
             reached = sorted(c for c in cosines if not math.isnan(c))
             if reached:
                 best[name].update(cosine_median=statistics.median(reached), cosine_worst=reached[0])
-    return Comparison(rows, BPTT, runs, bptt, ep, settled_images(model, x, rule))
+    chain = model.chain(rule.loss)
+    _, converged = fast.relax_and_check(chain, Phase(chain.input_drive(x)), rule.T1)
+    return Comparison(rows, BPTT, runs, bptt, ep, converged)
 
 
 def verdict(comparison, rule, enough=0.99):
@@ -245,15 +241,15 @@ def verdict(comparison, rule, enough=0.99):
     change."""
     best = [row for row in comparison.rows if row["estimate"] == comparison.rows[-1]["estimate"]]
     reached = [row for row in best if not math.isnan(row["cosine"])]
-    unsettled = 1 - comparison.settled.double().mean().item()
+    images, moving = len(comparison.converged), int((~comparison.converged).sum())
     if not reached:
         return "nothing to compare: BPTT reaches no parameter, --T2 is too short"
     worst = min(reached, key=lambda row: row["cosine"])
     found = f"the smallest cosine is {worst['cosine']:.4f} ({worst['name']})"
-    far = f"{100 * unsettled:.0f} % of the images have not settled within T1 = {rule.T1}: a longer --T1"
+    far = f"not converged after T1 = {rule.T1} steps: {moving} of {images} images; increase --T1"
     if worst["cosine"] > enough:
-        return f"EP agrees with BPTT: {found}" + (f"; but not at an equilibrium, {far}" if unsettled > 0.051 else "")
-    if unsettled > 0.051:
+        return f"EP agrees with BPTT: {found}" + (f"; but {far}" if moving > 0.051 * images else "")
+    if moving > 0.051 * images:
         advice = far
     elif worst.get("cosine_median", 0) > enough:
         advice = (f"most images agree, and beta = {rule.betas[1]:g} takes some to another state (other winners of a "

@@ -2,6 +2,7 @@
 `figures_checks`."""
 import numpy as np
 
+from energy.dynamics import CONVERGED, WINDOW
 from experiment.drawing import curve_options, grid, legend_below, new_figure, plain, style, vertical, whole_ticks
 
 LABELLED = 5  # resumptions that are described in the legend, the latest ones
@@ -80,14 +81,15 @@ def activity(neurons, ends=None, linear_output=False):
 
 
 @style()
-def characteristic(accuracy, settled, eps, trained_T1=None, chance=None):
-    """The shares of images classified correctly and settled over the free steps.
+def characteristic(accuracy, converged, trained_T1=None, chance=None):
+    """The shares of images classified correctly and converged over the free steps.
 
-    accuracy, settled: lists with an entry per step; eps: of `settled`; trained_T1: the T1 of the training; chance: the
-    accuracy of guessing, in %."""
+    accuracy, converged: lists with an entry per step; trained_T1: the T1 of the training; chance: the accuracy of
+    guessing, in %."""
     figure = new_figure("Accuracy over the number of free steps", height=4.8)
     panels, steps = figure.subplots(2, 1, sharex=True), np.arange(1, len(accuracy) + 1)
-    for n, (axes, shares, label) in enumerate(zip(panels, (accuracy, settled), ("classified correctly", "settled"))):
+    for n, (axes, shares, label) in enumerate(zip(panels, (accuracy, converged),
+                                                    ("classified correctly", "converged"))):
         axes.plot(steps, 100 * np.array(shares), f"C{n}" + "o^"[n] + ("-", "--")[n],
                   label=f"{label} (last {100 * shares[-1]:.2f} %)", **curve_options(n, len(steps)))
         if trained_T1 and trained_T1 <= len(steps):
@@ -96,9 +98,10 @@ def characteristic(accuracy, settled, eps, trained_T1=None, chance=None):
         panels[0].axhline(chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="",
                           label=f"chance ({chance:g} %)")
     panels[0].set_ylabel("test accuracy (%)")
-    panels[1].set_ylabel("settled images (%)")
+    panels[1].set_ylabel("converged images (%)")
     panels[1].set_ylim(-3, 103)
-    panels[1].set_xlabel(f"time steps of the free phase (settled: no layer moved by {eps:g} of its norm)")
+    panels[1].set_xlabel("time steps of the free phase\n(converged: relative change over the last "
+                         f"{WINDOW} steps below {CONVERGED:g} in every layer)")
     whole_ticks(panels[1].xaxis)
     legend_below(figure)
     return figure

@@ -150,8 +150,8 @@ FLAGS = {
              "arithmetic for the same progress, to a fixed point that can be another", A, ("sync", "async"),
              models=ENERGY),
         Flag("tol", float, 0.0, "free phases and predictions: stop an image once five steps change no layer by more "
-             "than this share of its norm; 0: always take T1 steps", low=0, todos=NOT_GDU,
-             models=ENERGY),
+             "than this share of its norm; 0: always take T1 steps", low=0,
+             todos=tuple(todo for todo in NOT_GDU if todo != "characteristic"), models=ENERGY),
         Flag("random-sign", bool, False, "EP: draw the sign of the second beta anew for each batch", todos=TRAIN,
              models=ENERGY),
         Flag("thirdphase", bool, False, "EP: nudge with beta and -beta (symmetric estimate)", todos=LEARN,

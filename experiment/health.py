@@ -1,39 +1,12 @@
 """Watching a training for what it would not say of itself."""
-import math
-
 import torch
 
 from data_utils import RunFailed
 from energy import fast
 from energy.activations import RANGES
-from energy.dynamics import SETTLED, WINDOW, Phase, relative_change
 from energy.gdu import cosine, gdu_report
 from energy.precision import exactly, set_precision
 from experiment.timing import write
-
-MANY_UNSETTLED = 0.05  # a share of the images of which a run says what it means
-
-
-def advice_unsettled(share, T1):
-    """What it means, in a line, that this share of the images has not settled after T1 steps."""
-    return (f"{100 * share:.0f} % of the images had not settled after the {T1} steps of --T1, whose equilibrium EP and "
-            "predictions are about; a longer --T1 helps")
-
-
-@torch.no_grad()
-def share_unsettled(model, batches, rule):
-    """(share of the images of the first mini-batch that have not settled after rule.T1 free steps, how many these
-    are)."""
-    x, chain = next(iter(batches))[0], model.chain(rule.loss)
-    return _free_state(chain, Phase(chain.input_drive(x)), rule.T1)[1], len(x)
-
-
-def _free_state(chain, phase, T1):
-    """(neurons after T1 steps from zero, share of the images that have not settled by then)"""
-    window = min(WINDOW, T1)
-    before = fast.relax(chain, phase, None, T1 - window)
-    free = fast.relax(chain, phase, before, window)
-    return free, 1 - (relative_change(before, free) < SETTLED).double().mean().item()
 
 
 class Health:
@@ -48,7 +21,7 @@ class Health:
         moving = {id(p) for group in optimizer.param_groups for p in group["params"] if group["lr"] > 0}
         weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
         self.weights = {name: p for name, p in weights.items() if id(p) in moving} or weights
-        self.first_bad, self.contrast, self.unsettled, self.before = None, None, math.nan, self._checksums()
+        self.first_bad, self.contrast, self.before = None, None, self._checksums()
 
     def _checksums(self):
         """Of the bits of each weight, as whole numbers."""
@@ -58,21 +31,13 @@ class Health:
 
     @torch.no_grad()
     def examine(self, x, y):
-        """Measures on one mini-batch which share of the images had not settled after T1 free steps, and how far the
-        nudge moves the top layer, in rounding errors of its norm. Changes nothing; without time steps there is nothing
-        to measure."""
-        if not self.model.moves:
+        """Measures on one mini-batch how far the nudge moves the top layer, in rounding errors of its norm, in the
+        precision that steps are taken in. Changes nothing; without a nudge there is nothing to measure."""
+        if not self.model.moves or self.rule.alg == "BPTT":
             return
-        rule, chain = self.rule, self.model.chain(self.rule.loss)
+        rule, chain = self.rule, (self.twin or self.model).chain(self.rule.loss)
         drive = chain.input_drive(x)
-        phase = self.model.phase(drive, y, 0.0 if rule.alg == "BPTT" else rule.betas[0], rule.loss)
-        free, self.unsettled = _free_state(chain, phase, rule.T1)
-        if rule.alg == "BPTT":
-            return
-        if self.twin:  # it is held against the rounding of the steps that are taken, which never settle as closely
-            chain = self.twin.chain(rule.loss)
-            drive = chain.input_drive(x)
-            free = fast.relax(chain, self.twin.phase(drive, y, rule.betas[0], rule.loss), None, rule.T1)
+        free = fast.relax(chain, self.model.phase(drive, y, rule.betas[0], rule.loss), None, rule.T1)
         with_nudge, without = (fast.relax(chain, self.model.phase(drive, y, beta, rule.loss), free, rule.T2)[-1]
                                for beta in rule.betas[::-1])
         counted = torch.promote_types(without.dtype, torch.float32)
@@ -105,18 +70,18 @@ class Health:
         self.first_bad = None  # the norm alone overflowed
         return count
 
-    def report(self, neurons, said):
-        """Prints what there is to say at the end of an epoch, of each kind once a run. said: the kinds until now, which
-        it adds to."""
-        for kind, warning in self.warnings(neurons):
+    def report(self, neurons, said, convergence=None):
+        """Prints the warnings at the end of an epoch, each kind once a run. said: the kinds until now, which it adds
+        to; convergence: a `Convergence`, None of a model without time steps."""
+        for kind, warning in self.warnings(neurons, convergence):
             if kind not in said:
                 print(f"  warning: {warning}", flush=True)
                 said.add(kind)
 
-    def warnings(self, neurons):
+    def warnings(self, neurons, convergence=None):
         """(kind, line) of what to say at the end of an epoch. neurons: those of its last mini-batch."""
-        if self.unsettled > MANY_UNSETTLED and not self.rule.tol:
-            yield "unsettled", advice_unsettled(self.unsettled, self.rule.T1)
+        if convergence is not None and convergence.warning():
+            yield "converged", convergence.warning()
         same = [name for name, kept in zip(self.weights, (self.before == self._checksums()).tolist()) if kept]
         if same:
             which = "no weight has changed" if len(same) == len(self.weights) else f"{', '.join(same)} did not change"

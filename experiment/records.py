@@ -6,6 +6,7 @@ import json
 import torch
 
 from data_utils import TASKS
+from energy.dynamics import CONVERGED, WINDOW
 from experiment import figures, figures_checks
 from experiment.files import WriteFailed, why
 from experiment.report import HEADER, same_settings, settings_of
@@ -37,7 +38,7 @@ def write_scalars(writer, folder, row):
     try:
         writer = writer or SummaryWriter(folder / "tensorboard", purge_step=row["epoch"])
         for name, value in row.items():
-            if name != "epoch":
+            if name != "epoch" and value != "":
                 writer.add_scalar(name, value, row["epoch"])
         writer.flush()
     except OSError as e:
@@ -70,14 +71,14 @@ def where_predictions(run, loss):
 # ---- characteristic
 
 
-def write_characteristic(run, saved, counted, moving, eps, settings):
+def write_characteristic(run, saved, counted, moving, settings):
     """Writes Characteristic_Time.txt; that of other settings is moved aside.
 
-    saved: the `SavedRun`; counted: (accuracy, settled), of `characteristic`; moving: (residual,
-    energy or None, how many images), of `relaxation`; eps: of `settled`; settings: what the numbers depend
-    on, `images` among them."""
-    (accuracy, settled), (residual, energy, few) = counted, moving
-    columns = [("accuracy", accuracy), ("settled", settled), ("residual", residual)]
+    saved: the `SavedRun`; counted: (accuracy, converged), of `characteristic`; moving: (residual,
+    energy or None, how many images), of `relaxation`; settings: what the numbers depend on, `images`
+    among them."""
+    (accuracy, converged), (residual, energy, few) = counted, moving
+    columns = [("accuracy", accuracy), ("settled", converged), ("residual", residual)]
     columns += [] if energy is None else [("energy", energy)]
     lines = [" ".join([str(t), *(f"{value:.6f}" for value in values[:2]), *(f"{value:.6e}" for value in values[2:])])
              for t, values in enumerate(zip(*(values for _, values in columns), strict=True), 1)]
@@ -86,19 +87,20 @@ def write_characteristic(run, saved, counted, moving, eps, settings):
         run.move_aside("Characteristic_Time", (".png", ".pdf", ".txt"), ["Characteristic_Energy"])
     run.write_lines("Characteristic_Time.txt", [
         f"# {saved.source}, T1 = {len(accuracy)}, {settings['images']} test images, "
-        f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}, settled: no layer moved by {eps:g} of its "
-        f"norm in a step; computed on: {computed_on()}",
+        f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}, settled: share of images that have "
+        f"converged, whose relative change over the last min({WINDOW}, t) steps is below "
+        f"{CONVERGED:g} in every layer; computed on: {computed_on()}",
         HEADER + json.dumps(settings, sort_keys=True),
         f"# of the first {few} of them, means: residual, the relative change in the step"
         + ("" if energy is None else "; energy, Phi"),
         "# t " + " ".join(name for name, _ in columns), *lines])
 
 
-def draw_characteristic(run, saved, counted, moving, eps):
+def draw_characteristic(run, saved, counted, moving):
     """Draws what `write_characteristic` writes, of the same arguments."""
-    (accuracy, settled), (residual, energy, _), trained = counted, moving, saved.args.get("T1")
+    (accuracy, converged), (residual, energy, _), trained = counted, moving, saved.args.get("T1")
     chance = 100 / TASKS[saved.args["task"]].classes if saved.args.get("task") else None
-    run.save_figure("Characteristic_Time.png", figures.characteristic, accuracy, settled, eps, trained, chance)
+    run.save_figure("Characteristic_Time.png", figures.characteristic, accuracy, converged, trained, chance)
     run.save_figure("Characteristic_Energy.png", figures.relaxation, residual, energy, trained)
 
 

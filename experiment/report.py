@@ -1,7 +1,6 @@
 """The tables of a run folder that fill row by row and go on after a kill: attack sweeps and corruptions."""
 import itertools
 import json
-import math
 
 import numpy as np
 
@@ -14,23 +13,22 @@ from experiment.workers import computed_on
 HEADER = "# settings: "
 
 
-def epoch_row(epoch, accuracies, seconds, settling, angles):
-    """A row of metrics.csv. accuracies: {column: share}; settling: a `SettlingCount`; angles: of `EnergyModel.angles`,
-    in degrees."""
+def epoch_row(epoch, accuracies, seconds, convergence, settling, angles):
+    """A row of metrics.csv. accuracies: {column: share}; convergence: a `Convergence`, None of a model without time
+    steps, whose column stays empty; settling: a `SettlingCount`; angles: of `EnergyModel.angles`, in degrees."""
     percent = {name: round(100 * share, 4) for name, share in accuracies.items()}
     return {"epoch": epoch, "train_acc": percent.pop("train_acc"), "test_acc": percent.pop("test_acc"),
-            "seconds": round(seconds, 2), **percent, **settling.columns(),
+            "seconds": round(seconds, 2), **percent,
+            "converged": "" if convergence is None else round(convergence.percent, 4), **settling.columns(),
             **{f"angle_{n}": round(angle, 3) for n, angle in enumerate(angles, 2)}}
 
 
-def epoch_line(row, rate, settling, unsettled):
-    """A row of metrics.csv as the log says it. rate: training images a second; settling: a `SettlingCount`; unsettled:
-    the share of the images of one mini-batch that had not settled after T1, said where `settling` counted nothing; nan
-    where there are no time steps."""
+def epoch_line(row, rate, settling):
+    """A row of metrics.csv as a line of the log. rate: training images a second; settling: a `SettlingCount`."""
     validation = f"validation {row['val_acc']:.2f} %, " if "val_acc" in row else ""
     line = (f"train {row['train_acc']:.2f} %, {validation}test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "
-            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else "" if math.isnan(unsettled)
-                                      else f", {100 * unsettled:.0f} % unsettled"))
+            f"{rate:.0f} images/s" + (f", {settling}" if settling.images else "")
+            + (f", {row['converged']:.2f} % converged" if row["converged"] != "" else ""))
     angles = " ".join(f"{value:.1f}" for name, value in row.items() if name.startswith("angle_"))
     return line + (f", angles {angles}" if angles else "")
 

@@ -28,15 +28,16 @@ def settings(args, plan, smooth, facts):
     return {**found, **facts}
 
 
-def heading(args, images, steps, unsettled):
-    """What a sweep does, in words. steps: of a prediction; unsettled: what is to be said of them."""
+def heading(args, images, steps, converged):
+    """What a sweep does, in words. steps: of a prediction; converged: how many images have converged after them, in
+    words."""
     precision = (f" in {args.precision}", " in fp32") if args.precision != "fp32" else ("", "")
     what = f"{args.attack}, {args.attack_norm}-norm, {images} images"
     if args.model in FEED_FORWARD:
         return what + precision[0]
     gradients = (f", gradients through {shown(args.attack_step)}{precision[1]}"
                  * (args.attack not in WITHOUT_GRADIENT))
-    return f"{what}, predictions after {steps} steps{unsettled}{precision[0]}{gradients}"
+    return f"{what}, predictions after {steps} steps{converged}{precision[0]}{gradients}"
 
 
 def line(args, eps, grad, result):

@@ -1,4 +1,4 @@
-"""Progress bars, a stopwatch for the parts of a training, and the count of images that settled."""
+"""Progress bars, a stopwatch for the parts of a training, and the count of steps that --tol saves."""
 import contextlib
 import io
 import sys
@@ -100,7 +100,7 @@ class Stopwatch:
 
 
 class SettlingCount:
-    """How many steps the free phases of a data set took, and how many of its images had settled by their end."""
+    """How many steps the free phases of a data set took with --tol, and how many of its images stayed above it."""
 
     def __init__(self):
         self.images = self.steps = self.most = self.unsettled = 0
@@ -129,5 +129,5 @@ class SettlingCount:
                 "unsettled": round(100 * int(self.unsettled) / self.images, 4)}
 
     def __str__(self):
-        text = "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % unsettled"
+        text = "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % above --tol"
         return text.format(**self.columns())

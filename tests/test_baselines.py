@@ -1,5 +1,6 @@
 """Feed-forward networks: the same commands as for energy models, and the same numbers as plain PyTorch."""
 import concurrent.futures
+import csv
 import json
 import threading
 
@@ -69,12 +70,13 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
 
 def test_every_command_works_with_a_network(ok, tmp_path, network):
     out = ok(network, "--epochs 2")
-    assert "unsettled" not in out and "warning" not in out
+    assert "converged" not in out and "warning" not in out
     run = only_run(tmp_path)
+    assert [row["converged"] for row in csv.DictReader(open(run / "metrics.csv"))] == ["", ""]
     assert run.relative_to(tmp_path).parts[:3] == ("results", "BP", "cel")
     load = f"--device -1 --load-path {run}"
     out = ok(load, "--todo evaluate --save")
-    assert "T1" not in out and "unsettled" not in out and (run / "predictions.csv").exists()
+    assert "T1" not in out and "converged" not in out and (run / "predictions.csv").exists()
     out = ok(load, "--todo attack --attack-grad bptt smooth --eps-list 0.5 --attack-iters 3 --test-size 12")
     assert "steps" not in out and "worst" in out
     for attack in ("square", "apgd-ce"):

@@ -125,7 +125,7 @@ def test_the_same_seed_gives_the_same_run(ok, tmp_path):
 def test_angles_go_to_the_metrics(ok, tmp_path):
     ok(QUICK, "--model VFMLP --archi 784 20 12 10 --save")
     header, row = (only_run(tmp_path) / "metrics.csv").read_text().splitlines()
-    assert header == "epoch,train_acc,test_acc,seconds,angle_2,angle_3"
+    assert header == "epoch,train_acc,test_acc,seconds,converged,angle_2,angle_3"
     assert all(0 < float(angle) < 180 for angle in row.split(",")[4:])
 
 

@@ -42,7 +42,7 @@ def all_figures():
         "accuracy": figures.accuracy(ROWS, 3, {2: "--T1 30 (until now 20)", 4: ""}, 10),
         "accuracy of one epoch": figures.accuracy([{"epoch": 1, "train_acc": 1.0, "test_acc": 2.0}]),
         "activity": figures.activity([torch.rand(4, 7, 3, 3), torch.zeros(4, 5), torch.randn(4, 5)], (0.0, 1.0), True),
-        "characteristic": figures.characteristic([0.1, 0.5, 0.6], [0.0, 0.2, 1.0], 1e-4, 2, 10),
+        "characteristic": figures.characteristic([0.1, 0.5, 0.6], [0.0, 0.2, 1.0], 2, 10),
         "relaxation": figures.relaxation([1.0, 0.1, 0.01], [3.0, 4.0, 4.5], 2),
         "relaxation, no energy": figures.relaxation([0.0, 0.0], None, 20),
         "confusion": figures.confusion(np.eye(10, dtype=int) * 7),

@@ -4,17 +4,15 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, only_run
 
 import main
 import model_utils as mu
-from data_utils import TASKS, Batches, load_split
+from data_utils import load_split
 from experiment import arguments, checks, timing
 from experiment.flags import ALL, TODOS
-from experiment.health import share_unsettled
 
 TINY = ("--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
         "--seed 0 --mbs 20 --save")
@@ -32,35 +30,6 @@ def trained(tmp_path_factory):
         patch.chdir(root)
         assert main.main(TINY.split()) == 0
     return only_run(root)
-
-
-# ---- whether the equilibrium was reached
-
-
-def test_a_run_says_which_share_has_not_settled(cli):
-    code, out, _ = cli(TINY.replace("--T1 8", "--T1 2"))
-    assert code == 0 and "100 % unsettled" in out and out.count("had not settled after the 2 steps") == 1
-    code, out, _ = cli(TINY.replace("--T1 8", "--T1 200"))
-    assert code == 0 and ", 0 % unsettled" in out and "had not settled" not in out
-
-
-@pytest.mark.parametrize("todo", ["evaluate", "attack --eps-list 0.1 --attack-iters 1 --attack-step 2"])
-def test_what_examines_a_run_says_so_too(ok, trained, todo):
-    out = ok(f"--todo {todo} --device -1 --load-path {trained} --T1 2")
-    assert "20 images unsettled" in out and "had not settled after the 2 steps" in out
-    assert "0 % of 20 images unsettled" in ok(f"--todo {todo} --device -1 --load-path {trained} --T1 200")
-
-
-def test_the_share_is_that_of_single_images(trained):
-    run = mu.load_run(trained, "cpu")
-    images, labels = load_split("digits", "", False, 20)
-    batches = Batches(images, labels, 20, TASKS["digits"], torch.device("cpu"))
-    for T1 in (10, 25, 40):
-        share, n = share_unsettled(run.model, batches, mu.Rule(T1=T1, loss="mse"))
-        x, _ = next(iter(batches))
-        before, after = (run.model(x, T=T) for T in (T1 - 5, T1))
-        moved = [any((b[i] - a[i]).norm() >= 1e-4 * b[i].norm() for a, b in zip(before, after)) for i in range(n)]
-        assert n == 20 and share == pytest.approx(np.mean(moved))
 
 
 # ---- which model is examined
