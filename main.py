@@ -257,7 +257,7 @@ def characteristic(job):
     convergence = job.convergence(args.T1)
     counted = model_utils.characteristic(job.model, data, job.rule, exact=convergence and convergence.model)
     accuracy, converged = counted
-    reached = next(t for t, share in enumerate(accuracy, 1) if share > accuracy[-1] - 0.001 - 1e-9)  # against rounding
+    away = [t for t, share in enumerate(accuracy, 1) if abs(share - accuracy[-1]) > 0.001 + 1e-9]  # against rounding
     x = next(iter(data))[0]
     moving = (*model_utils.relaxation(job.model, x, job.rule), len(x))
     settings = {"images": data.samples, "T1": args.T1, "precision": args.precision,
@@ -265,7 +265,7 @@ def characteristic(job):
                 "data": job.data["test_data"]}
     records.write_characteristic(run, job.saved, counted, moving, settings)
     print(f"{source} after T1 = {args.T1} steps: test accuracy {100 * accuracy[-1]:.2f} % ({data.samples} images), "
-          f"first within 0.1 points of it at step {reached}; {100 * converged[-1]:.2f} % converged\n"
+          f"within 0.1 points of it from step {max(away, default=0) + 1} on; {100 * converged[-1]:.2f} % converged\n"
           f"results are in {run.folder / 'Characteristic_Time.txt'}", flush=True)
     records.draw_characteristic(run, job.saved, counted, moving)
 

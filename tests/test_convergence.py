@@ -173,3 +173,13 @@ def test_characteristic_counts_by_the_last_five_steps_whatever_tol_is(cli, train
     model = mu.load_run(trained, "cpu").model
     assert table(trained)[:, 2] * 100 == pytest.approx([share(model, t, batches()) for t in range(1, 26)], abs=1e-3)
     assert "last min(5, t) steps is below 0.0001" in (trained / "Characteristic_Time.txt").read_text()
+
+
+@pytest.mark.parametrize("accuracy, step", [
+    ([0.1, 0.58, 0.63, 0.61, 0.58, 0.5805, 0.5795, 0.58], 5), ([0.58, 0.5805, 0.5795], 1), ([0.1, 0.2, 0.3], 3),
+    ([0.3], 1)])
+def test_characteristic_reports_the_step_from_which_the_accuracy_stays(ok, trained, monkeypatch, accuracy, step):
+    monkeypatch.setattr(mu, "characteristic", lambda *_, **__: (accuracy, [1.0] * len(accuracy)))
+    monkeypatch.setattr(mu, "relaxation", lambda *_, **__: ([1.0] * len(accuracy), None))
+    out = ok(f"--todo characteristic --device -1 --load-path {trained}")
+    assert f"within 0.1 points of it from step {step} on" in out
