@@ -24,6 +24,7 @@ class _Way:
     tol: float = 0.0
     beta: float = 0.1
     gain: float = 1.0
+    rescale: bool = True
     softness: tuple = ()
     start: str = "zero"
     states: str = "last"

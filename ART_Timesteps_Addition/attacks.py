@@ -89,8 +89,9 @@ def build(name, classifier, norm, eps, iters, batch_size, queries=None):
         "apgd-t": lambda: torch_attacks.targeted_apgd(classifier, norm, eps, iters),
         "fab": lambda: torch_attacks.targeted_fab(classifier, norm, eps, iters),
         "square": lambda: evasion.SquareAttack(classifier, eps=eps, max_iter=queries or iters, **shared),
-        "hopskipjump": lambda: evasion.HopSkipJump(classifier, max_iter=rounds(queries) if queries else iters,
-                                                   max_eval=1000, init_eval=100, **shared),
+        "hopskipjump": lambda: HopSkipJump(
+            classifier, max_iter=rounds(queries) if queries else iters, max_eval=1000,
+            init_eval=100, **shared),
         "deepfool": lambda: evasion.DeepFool(classifier, max_iter=iters, batch_size=batch_size, verbose=False),
         "cw": lambda: (evasion.CarliniL2Method(classifier, max_iter=iters, batch_size=batch_size, verbose=False)
                        if norm == "2" else evasion.ProjectedGradientDescent(with_margin_loss(classifier), **pgd)),
@@ -232,69 +233,120 @@ def make_classifier(model, args, eps, way, task, predict=None):
         model, loss, shape, task.classes, *steps, criterion=criterion, grad=way.grad, softness=way.softness,
         start=way.start, states=way.states, tol=way.tol, predict=predict, watch=GradientMonitor(), clip_values=clip,
         preprocessing=(mean, std), gain=10.0 * way.gain if args.loss == "mse" and not squared else way.gain,
-        shift=1.0 if args.loss == "mse" and args.attack not in (*WITH_LOSS, *WITHOUT_GRADIENT) else 0.0,
+        centred=args.loss == "mse" and not squared,
         device_type="cpu" if next(model.parameters()).device.type == "cpu" else "gpu")
 
 
 # ---------------------------------------------------------------------------------------------------------- attacking
 
 
-def attack_batch(classifier, x, y, plan, seed):
-    """One attack on the images x, (n, C, H, W) in [0, 1], with true labels y, (n,): for each image x_adv, prediction,
-    margin (see `margins`) and masked_images (whether its gradient was exactly zero or not finite at some iteration).
+class HopSkipJump(evasion.HopSkipJump):
+    """ART's HopSkipJump. Without a starting image it searches for one in noise, which here depends
+    on `start_seed` alone and not on the other images of the mini-batch."""
 
-    classifier: see `make_classifier`. seed: whole numbers, see `seeded`. A restart goes on with the images that still
-    stand, and is kept for those that it brings nearer to another class.
+    start_seed = 0
+
+    def _init_sample(self, *args):
+        with seeded(self.start_seed):
+            return super()._init_sample(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """The images where HopSkipJump may begin: all attacked images, not only those of one
+    mini-batch. images: (n, C, H, W) in [0, 1]; classes: their predicted classes, (n,)."""
+
+    images: np.ndarray
+    classes: np.ndarray
+
+    MBS = 100  # independent of --mbs: rounding must not decide where an attack begins
+
+    @classmethod
+    def of(cls, classifier, x):
+        """The Pool of the images x, (n, C, H, W) in [0, 1]."""
+        parts = [classifier.read_out(x[i:i + cls.MBS]).argmax(1) for i in range(0, len(x), cls.MBS)]
+        return cls(x, np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
+
+    def nearest(self, x, classes):
+        """The starting images for x, (mbs, C, H, W), whose predicted classes are `classes`, (mbs,):
+        for each image the nearest one (2-norm) with another predicted class, or the image itself
+        where there is none. Noise, where ART begins, is further away, and a model can take it for
+        the class of the image."""
+        flat, starts = torch.from_numpy(self.images).flatten(1), x.copy()
+        for i, own in enumerate(classes):
+            others = np.flatnonzero(self.classes != own)
+            if len(others):
+                # image by image and without matrix products: the same distances in every mini-batch
+                distances = torch.cdist(torch.from_numpy(x[i]).reshape(1, -1), flat,
+                                        compute_mode="donot_use_mm_for_euclid_dist")[0]
+                starts[i] = self.images[others[distances[others].argmin()]]
+        return starts
+
+
+def attack_batch(classifier, x, y, plan, seed, pool=None):
+    """Attack the images x, (n, C, H, W) in [0, 1], with true labels y, (n,). Returns a dict with,
+    for each image, x_adv, prediction, margin (see `margins`) and masked_images (whether its
+    gradient was exactly zero or not finite at some iteration).
+
+    classifier: see `make_classifier`. seed: whole numbers, see `seeded`; the first one is that of
+    the whole attack. pool: where HopSkipJump may begin, by default the images x.
+
+    Predictions and margins are those of the model's own read-out, of the whole mini-batch as in
+    `evaluate`. An image that is misclassified without an attack stays misclassified: where the
+    attack would make it right, it is returned unchanged. A restart attacks the images that are
+    still classified correctly, and replaces those that it brings nearer to another class.
     """
+    def read_out(images):
+        with seeded(*seed):  # a model may draw random numbers
+            return classifier.read_out(images)
+
     watch, n = classifier.model.options.watch, len(x)
-    watch.start(torch.from_numpy(classifier._apply_preprocessing(x, y=None, fit=False)[0]))
-    x_adv, logits = _attempt(classifier, x, y, plan, seed, False)
-    scale = classifier.model.options.gain  # so that margins of several gradients compare
-    margin, masked, images = margins(logits, y) / scale, watch.masked, watch.images
-    for restart in range(1, plan.restarts + 1):
-        left = np.flatnonzero(margin > 0)
-        if not len(left) or not plan.eps:
+    seen = torch.from_numpy(classifier._apply_preprocessing(x, y=None, fit=False)[0])
+    x_adv, logits, masked = x.copy(), read_out(x), np.zeros(n, dtype=bool)
+    margin = margins(logits, y)
+    right, starts = margin > 0, x
+    if plan.name == "hopskipjump" and plan.eps:
+        starts = (pool or Pool.of(classifier, x)).nearest(x, logits.argmax(1))
+    for run in range(plan.restarts + 1 if plan.eps else 0):
+        attacked = margin > 0 if run else np.ones(n, dtype=bool)
+        if not attacked.any():
             break
-        watch.start(images[left])
-        found, again = _attempt(classifier, x[left], y[left], plan, (*seed, restart), True)
-        reached = margins(again, y[left]) / scale
-        nearer = reached < margin[left]
-        x_adv[left[nearer]], logits[left[nearer]] = found[nearer], again[nearer]
-        margin[left[nearer]], masked[left[nearer]] = reached[nearer], watch.masked[nearer]
-    return {"x_adv": x_adv, "prediction": logits.argmax(1) if n else np.zeros(0, dtype=np.int64), "margin": margin,
-            "masked_images": masked}
+        watch.start(seen[attacked])
+        found = x_adv.copy()
+        found[attacked] = _attempt(classifier, x[attacked], y[attacked], plan,
+                                   (*seed, run) if run else seed, run > 0, starts[attacked])
+        found_logits = read_out(found)
+        found_margin = margins(found_logits, y)
+        if run:
+            taken = attacked & (found_margin < margin)
+            masked[taken] = watch.masked[taken[attacked]]
+        else:
+            taken, masked = right | (found_margin <= 0), watch.masked
+        x_adv[taken], logits[taken] = found[taken], found_logits[taken]
+        margin[taken] = found_margin[taken]
+    return {"x_adv": x_adv, "prediction": logits.argmax(1) if n else np.zeros(0, dtype=np.int64),
+            "margin": margin, "masked_images": masked}
 
 
-def _attempt(classifier, x, y, plan, seed, from_random_point):
-    """(x_adv, the logits of its prediction) of one run."""
+def _attempt(classifier, x, y, plan, seed, from_random_point, starts):
+    """The adversarial examples of one run, (n, C, H, W). starts: where HopSkipJump begins."""
     x_adv = x.copy()
     with seeded(*seed):  # of predictions as well, whose data loader draws a number
-        if plan.eps and len(x):
-            labels = np.eye(classifier.nb_classes, dtype=np.float32)[y]
-            attack = build(plan.name, classifier, plan.norm, plan.eps, plan.iters, len(x), plan.queries)
-            if from_random_point and isinstance(attack, FROM_IMAGE):
-                attack.set_params(num_random_init=1)
-            elif from_random_point and isinstance(attack, (evasion.DeepFool, evasion.CarliniL2Method)):
-                x_adv = plan.bounded(x + random_in_ball(x.shape, plan.norm, plan.eps), x)
-            start = {"x_adv_init": _nearest_of_another_class(x, y)} if plan.name == "hopskipjump" else {}
-            with np.errstate(divide="ignore", invalid="ignore"):
-                x_adv = attack.generate(x_adv, labels, **start)
-            if plan.name in MINIMAL:  # what takes more than eps is no success within eps; and they go away from the
-                # prediction, which of an image that is misclassified can be towards its label
-                right = classifier.predict(x, batch_size=len(x)).argmax(1) == y
-                found = right & (norms(x_adv - x, plan.norm) <= plan.eps)
-                x_adv = np.where(found.reshape(-1, 1, 1, 1), x_adv, x)
-            x_adv = plan.bounded(x_adv, x)
-        return x_adv, classifier.predict(x_adv, batch_size=max(len(x), 1))
-
-
-def _nearest_of_another_class(x, y):
-    """For each image the nearest one with another label, or itself: where HopSkipJump begins. Of noise, with which ART
-    would, a model can make the image's own class, and it is further away."""
-    flat, labels = torch.from_numpy(x).flatten(1), torch.from_numpy(y)
-    distances = torch.cdist(flat, flat).masked_fill_(labels[:, None] == labels, math.inf)
-    distances.fill_diagonal_(torch.finfo(distances.dtype).max)
-    return x[distances.argmin(1).numpy()]
+        labels = np.eye(classifier.nb_classes, dtype=np.float32)[y]
+        attack = build(plan.name, classifier, plan.norm, plan.eps, plan.iters, len(x), plan.queries)
+        if from_random_point and isinstance(attack, FROM_IMAGE):
+            attack.set_params(num_random_init=1)
+        elif from_random_point and isinstance(attack, (evasion.DeepFool, evasion.CarliniL2Method)):
+            x_adv = plan.bounded(x + random_in_ball(x.shape, plan.norm, plan.eps), x)
+        more = {}
+        if isinstance(attack, HopSkipJump):
+            attack.start_seed, more = seed[0], {"x_adv_init": starts}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x_adv = attack.generate(x_adv, labels, **more)
+        if plan.name in MINIMAL:  # what takes more than eps is no success within eps
+            found = norms(x_adv - x, plan.norm) <= plan.eps
+            x_adv = np.where(found.reshape(-1, 1, 1, 1), x_adv, x)
+        return plan.bounded(x_adv, x)
 
 
 def summary(parts, x, norm):

@@ -64,13 +64,14 @@ class Audit:
         self.report(f"  {name}: broke {broken} of {len(left)}, {state.attacks[-1]['seconds']:.1f} s")
         return reached
 
-    def by(self, way, attack="pgd", eps=None, **plan):
-        """generate, see `attempt`, of an attack by its name (of `attacks.NAMES`). plan: of `attacks.Plan`."""
+    def by(self, way, attack="pgd", eps=None, pool=None, **plan):
+        """generate, see `attempt`, of an attack by its name (of `attacks.NAMES`). pool: see
+        `attacks.attack_batch`; plan: of `attacks.Plan`."""
         classifier = self.subject.classifier(way, attack, eps)
         plan = attacks.Plan(attack, self.norm, eps or self.eps, clip=not self.subject.args.no_clip, **plan)
 
         def generate(x, y, seed):
-            result = attacks.attack_batch(classifier, x, y, plan, seed)
+            result = attacks.attack_batch(classifier, x, y, plan, seed, pool)
             return result["x_adv"], result["masked_images"]
         return generate
 
@@ -148,8 +149,9 @@ class Audit:
             with seeded(*seed):
                 return attack.generate(x, np.eye(subject.task.classes, dtype=np.float32)[y]), np.zeros(len(x))
         self.attempt("square", {"queries": budget.queries}, square)
+        pool = attacks.Pool.of(classifier, subject.x)
         self.attempt("hopskipjump", {"queries": budget.hops},
-                     self.by(attacks.Way(), "hopskipjump", queries=budget.hops))
+                     self.by(attacks.Way(), "hopskipjump", pool=pool, queries=budget.hops))
         self.attempt("random draws", {"draws": budget.draws}, self._draws)
         if subject.surrogate:
             self._transfer(subject.surrogate)
@@ -157,7 +159,7 @@ class Audit:
 
     def _draws(self, x, y, seed):
         classifier, best = self.subject.classifier(attack="square"), x.copy()
-        margin, clip = margins(classifier.predict(x, batch_size=len(x)), y), not self.subject.args.no_clip
+        margin, clip = margins(classifier.read_out(x), y), not self.subject.args.no_clip
         left = self.budget.draws
         with seeded(*seed):
             while left and (margin > 0).any():
@@ -166,7 +168,7 @@ class Audit:
                 left, each = left - several, np.tile(rows, several)
                 found = within(x[each] + random_in_ball(x[each].shape, self.norm, self.eps), x[each], self.norm,
                                self.eps, clip)
-                reached = margins(classifier.predict(found, batch_size=len(each)), y[each]).reshape(several, -1)
+                reached = margins(classifier.read_out(found), y[each]).reshape(several, -1)
                 place = reached.argmin(0)
                 nearest = reached[place, np.arange(len(rows))]
                 found = found.reshape(several, len(rows), *x.shape[1:])[place, np.arange(len(rows))]

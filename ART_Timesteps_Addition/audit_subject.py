@@ -89,7 +89,7 @@ class Subject:
         """What counts: the logits, (n, classes), after T steps (T1), not ended early but for the run's own tol."""
         judge, size = self.classifier(T=T, tol=self.args.tol), self.args.mbs
         with seeded(self.args.seed, salt):
-            parts = [judge.predict(x[i:i + size], batch_size=size) for i in range(0, len(x), size)]
+            parts = [judge.read_out(x[i:i + size]) for i in range(0, len(x), size)]
         return np.concatenate(parts) if parts else np.zeros((0, self.task.classes), dtype=np.float32)
 
     def _drive(self, chain, x):

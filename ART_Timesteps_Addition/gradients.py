@@ -198,7 +198,8 @@ def through_time(unrolled, x):
             return torch.zeros_like(leaf)
         return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]  # ART asks for a gradient per class
 
-    return out.detach(), pullback if grad == "bptt" else without_underflow(pullback)
+    rescaled = grad != "bptt" and u.options.rescale
+    return out.detach(), without_underflow(pullback) if rescaled else pullback
 
 
 def _free(chain, phase, T, tol, output_in=None):

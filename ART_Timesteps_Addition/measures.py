@@ -40,10 +40,12 @@ def norms(delta, norm):
 def margins(logits, y):
     """By how much the logit of each image's own class is above the best other one, (n,): above 0 exactly where the
     image is classified as its label, also where logits tie."""
-    logits, rows, tiny = np.nan_to_num(logits.astype(np.float64)), np.arange(len(y)), np.finfo(np.float64).tiny
+    rows, tiny = np.arange(len(y)), np.finfo(np.float64).tiny
+    right = logits.argmax(1) == y  # of what the model computed, nan included
+    logits = np.nan_to_num(logits.astype(np.float64))
     own, others = logits[rows, y], logits.copy()
     others[rows, y] = -np.inf
-    margin, right = own - others.max(1), logits.argmax(1) == y
+    margin = own - others.max(1)
     return np.where(right, np.maximum(margin, tiny), np.minimum(margin, -tiny))
 
 
@@ -60,6 +62,8 @@ class GradientMonitor:
         self.images, self.masked = x.flatten(1), np.zeros(len(x), dtype=bool)
 
     def __call__(self, grad, x):
+        if not len(self.masked):  # no mini-batch was announced: a gradient that no attack asks for
+            return
         flat = grad.detach().flatten(1)
         bad = ((flat == 0).all(1) | ~torch.isfinite(flat).all(1)).cpu()
         if len(bad) == len(self.masked):

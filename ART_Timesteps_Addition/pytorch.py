@@ -6,8 +6,8 @@ check_thm) on to the energy model and chooses T, by whether ART asks for a gradi
 
 Nothing here changes the energy model. How gradients are got is in `gradients`.
 """
+import contextlib
 import dataclasses
-import functools
 import typing
 
 import torch
@@ -56,9 +56,13 @@ class Options:
                 for its success sees what counts, instead of that of the steps that the gradient goes through
     tol         of the steps without a graph: stop an image once it has settled to this, see `relax_until_settled`
     beta        how far `ep` nudges
-    gain, shift     what attacks see is gain * read-out + shift; output neurons within [0, 1] are neither logits (a gap
-                of 1 is little to a softmax, which then attends to every class alike) nor, though they look it,
-                probabilities
+    gain        attacks see gain * read-out: output neurons within [0, 1] are no logits (a softmax
+                hardly distinguishes values that are at most 1 apart)
+    centred     subtract the largest value of each image first. No attack takes the result for
+                probabilities, and rounding does not change the predicted class
+    rescale     whether `smooth` and `soft` may scale the gradient of each image, see `desaturated`
+                and `gradients.without_underflow`. That suits the gradient of a loss, whose length
+                attacks divide by. Class gradients must belong to the predicted values: False
     predict     x -> the neurons that a prediction is read out of, where not those after T1 steps from zero
     watch       called with the gradient with respect to x, and x, whenever one is computed
     """
@@ -71,7 +75,8 @@ class Options:
     tol: float = 0.0
     beta: float = 0.1
     gain: float = 1.0
-    shift: float = 0.0
+    centred: bool = False
+    rescale: bool = True
     predict: typing.Callable | None = None
     watch: typing.Callable | None = None
 
@@ -89,6 +94,14 @@ def desaturated(out):
     cross-entropy of them has a slope. The factors are constants to a gradient."""
     first, second = out.detach().topk(2, 1).values.unbind(1)
     return out * (SATURATED / (first - second).clamp(min=SATURATED)).unsqueeze(1)
+
+
+def _belonging_to(predicted, out, pullback):
+    """The pullback of a softened copy with the read-out `out`, scaled for each image to the
+    prediction: by the ratio of the spreads over the classes. predicted, out: (mbs, classes)."""
+    ours, theirs = ((o - o.mean(1, keepdim=True)).norm(dim=1) for o in (predicted, out))
+    factor = torch.where(theirs > 0, ours / theirs, 1.0)
+    return lambda grad: pullback(grad * factor.unsqueeze(1))
 
 
 class Unrolled(torch.nn.Module):
@@ -119,6 +132,15 @@ class Unrolled(torch.nn.Module):
         options = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)}
         return Unrolled(self.model, self.T1, self.T2, self.criterion, self.last_layer, **{**options, **changes})
 
+    @contextlib.contextmanager
+    def changed(self, **changes):
+        """A block in which other options hold."""
+        before, self.options = self.options, dataclasses.replace(self.options, **changes)
+        try:
+            yield
+        finally:
+            self.options = before
+
     def state_dict(self, *args, **kwargs):
         return self.model.state_dict(*args, **kwargs)
 
@@ -126,27 +148,43 @@ class Unrolled(torch.nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
     def forward(self, x):
-        dtype, options = torch.promote_types(next(self.model.parameters()).dtype, torch.float32), self.options
+        options = self.options
         if not (torch.is_grad_enabled() and x.requires_grad):
             with torch.no_grad():
-                return options.gain * self.predicted(x, dtype) + options.shift
-        x = x.to(dtype)  # some attacks count in float64
-        out = options.gain * _Differentiable.apply(x, functools.partial(self._way, dtype), options.watch)
-        return (desaturated(out) if options.grad in ("smooth", "soft") else out) + options.shift
+                return self._stretched(self.predicted(x))
+        x = x.to(self.dtype)  # some attacks count in float64
+        out = self._stretched(_Differentiable.apply(x, self._way, options.watch))
+        return desaturated(out) if options.rescale and options.grad in ("smooth", "soft") else out
 
-    def _way(self, dtype, x):
+    @property
+    def dtype(self):
+        """Of the read-out and of gradients: at least float32, whatever the model computes in."""
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
+
+    def _stretched(self, out):
+        """The read-out, (mbs, classes), as attacks see it, see `Options`."""
+        if self.options.centred:
+            out = out - out.detach().amax(1, keepdim=True)
+        return self.options.gain * out
+
+    def _way(self, x):
         """The read-out that attacks see, and its pullback."""
-        out, pullback = WAYS[self.options.grad](self, x)
-        predicts = self.options.grad != "soft" and (self.options.grad == "ep" or self.T1 == self.T2 or (
-            self.options.start == "equilibrium" and self.T1 > self.T2))
-        if self.options.exact and not predicts:
+        options = self.options
+        out, pullback = WAYS[options.grad](self, x)
+        predicts = options.grad != "soft" and (options.grad == "ep" or self.T1 == self.T2 or (
+            options.start == "equilibrium" and self.T1 > self.T2))
+        of_copy = options.grad == "soft" and not options.rescale
+        if of_copy or options.exact and not predicts:
             with torch.no_grad():
-                out = self.predicted(x, dtype)
+                predicted = self.predicted(x)
+            if of_copy:
+                pullback = _belonging_to(predicted, out, pullback)
+            out = predicted if options.exact else out
         return out, pullback
 
-    def predicted(self, x, dtype):
+    def predicted(self, x):
         """The read-out of a prediction, (mbs, classes)."""
-        return self.output(self.model.chain(self.loss), self.predict(x)).to(dtype)
+        return self.output(self.model.chain(self.loss), self.predict(x)).to(self.dtype)
 
     def predict(self, x):
         """The neurons that a prediction is read out of."""
@@ -164,7 +202,8 @@ class PyTorchClassifier(ArtClassifier):
 
     model: one of `model_utils`; loss: as ART takes it, and, with its reduction set aside, the loss of the model unless
     `criterion` names another; T1: free steps of a prediction; T2: steps that a loss or class gradient goes through,
-    from zero neurons; last_layer: 1 reads out logits. grad, start, beta, gain, shift, predict, watch: see `Options`.
+    from zero neurons; last_layer: 1 reads out logits. grad, start, beta, gain, predict, watch: see
+    `Options`.
     All other arguments are ART's own.
     """
 
@@ -184,6 +223,20 @@ class PyTorchClassifier(ArtClassifier):
         if len(x) == 0:
             return torch.zeros(0, self.nb_classes).numpy()
         return super().predict(x, batch_size, training_mode, **kwargs)
+
+    def read_out(self, x):
+        """The model's own read-out of the images x, (n, C, H, W), in one mini-batch: (n, classes).
+        Its largest entry is the predicted class; `predict` returns what attacks see (`Options`)."""
+        if len(x) == 0:
+            return torch.zeros(0, self.nb_classes).numpy()
+        seen, _ = self._apply_preprocessing(x, y=None, fit=False)
+        with torch.no_grad():
+            return self.model.predicted(torch.from_numpy(seen).to(self.device)).cpu().numpy()
+
+    def class_gradient(self, x, label=None, training_mode=False, **kwargs):
+        """As ART's: the derivative of the values that `predict` returns; attacks divide by it."""
+        with self.model.changed(rescale=False):
+            return super().class_gradient(x, label, training_mode, **kwargs)
 
     def _refuse(self, *args, **kwargs):
         """Raises NotImplementedError: ART would follow a gradient that an energy model does not learn by."""

@@ -9,13 +9,13 @@ MOST_CLASSES = 10  # the standard ensemble goes for the nine classes nearest to 
 
 class _UnitCube(torch.nn.Module):
     """A classifier as torchattacks wants it: a module from images whose values range over [0, 1] to logits. low, width:
-    what that range is to the classifier."""
+    what that range is to the classifier; options: of its `pytorch.Options`, changed."""
 
-    def __init__(self, classifier, low, width):
+    def __init__(self, classifier, low, width, **options):
         super().__init__()
         self.place = torch.nn.Parameter(torch.empty(0, device=classifier.device), requires_grad=False)
         # No submodules: torchattacks changes modes. `exact`, as it stops once it sees its success beside a gradient.
-        self._out_of_sight = (classifier, classifier.model.with_options(exact=True))
+        self._out_of_sight = (classifier, classifier.model.with_options(exact=True, **options))
         self.low, self.width = low, width
 
     def forward(self, images):
@@ -29,15 +29,17 @@ class _UnitCube(torch.nn.Module):
 class FromTorch:
     """An attack of torchattacks on a classifier of ours, reproducible: its seed is drawn from torch's generator."""
 
-    def __init__(self, kind, classifier, norm, eps, **options):
-        """kind: the class in torchattacks; norm: "2" or "inf"; options: its own."""
+    def __init__(self, kind, classifier, norm, eps, rescale=True, **options):
+        """kind: the class in torchattacks; norm: "2" or "inf"; rescale: see `pytorch.Options`,
+        False for an attack that divides logits by their gradients; options: its own."""
         self.kind, self.classifier, self.eps, self.options = kind, classifier, eps, options
+        self.rescale = rescale
         self.norm = {"2": "L2", "inf": "Linf"}[norm]
 
     def generate(self, x, y):
         low, high = (float(value) for value in self.classifier.clip_values)
         width = high - low
-        module = _UnitCube(self.classifier, low, width)
+        module = _UnitCube(self.classifier, low, width, rescale=self.rescale)
         attack = self.kind(module, norm=self.norm, eps=self.eps / width, seed=int(torch.randint(2 ** 31, ())),
                            **self.options)
         images = torch.from_numpy(np.clip((x - low) / width, 0, 1).astype(np.float32)).to(self.classifier.device)
@@ -53,7 +55,8 @@ def targeted_apgd(classifier, norm, eps, iters):
 def targeted_fab(classifier, norm, eps, iters):
     """Fast Adaptive Boundary attack towards each other class in turn."""
     classes = _classes(classifier)
-    return FromTorch(torchattacks.FAB, classifier, norm, eps, steps=iters, n_classes=classes, multi_targeted=True)
+    return FromTorch(torchattacks.FAB, classifier, norm, eps, rescale=False, steps=iters,
+                     n_classes=classes, multi_targeted=True)
 
 
 def square(classifier, norm, eps, queries):
@@ -89,4 +92,4 @@ class Ensemble:
         return x_adv
 
     def _margins(self, x, y):
-        return self.margin(self.classifier.predict(x, batch_size=len(x)), y.argmax(1))
+        return self.margin(self.classifier.read_out(x), y.argmax(1))
