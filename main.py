@@ -356,7 +356,8 @@ def audit(job):
     from experiment.audit import AuditFiles, open_surrogate
     args, data = job.args, job.batches("test")
     ends_early = args.tol if args.tol or "tol" in job.given else ENDS_EARLY
-    surrogate = args.surrogate and open_surrogate(args, model_utils.build)
+    surrogate = args.surrogate and open_surrogate(args, model_utils.build,
+                                                   job.given.get("attack_step"))
     files = AuditFiles(job.run_folder(), args, job.saved, surrogate, ends_early,
                        job.data["test_data"])
     job.interruption.advice = files.advice

@@ -28,6 +28,7 @@ from experiment.arguments import resolve
 from experiment.checkpoints import load_weights, open_saved
 from experiment.checks import check
 from experiment.console import memory_limit
+from experiment.flags import ATTACK_STEP
 from experiment.health import Health, log_theorem, report_precision
 from experiment.prediction import (  # noqa: F401
     Convergence,
@@ -594,12 +595,12 @@ class Run:
 
     def classifier(self, **overrides):
         """ART's classifier of the model: images in [0, 1], normalised inside; predictions after T1 steps, gradients
-        through the first of --attack-step. overrides: arguments of
+        through T2, by default the smaller of 29 and T1. overrides: arguments of
         `ART_Timesteps_Addition.pytorch.PyTorchClassifier` that take the place of the run's, T1, T2 and grad say."""
         from ART_Timesteps_Addition.pytorch import PyTorchClassifier
-        steps = self.args.attack_step
-        options = {"loss": nn.CrossEntropyLoss(), "criterion": make_criterion(self.args.loss), "T1": self.args.T1,
-                   "T2": steps[0] if isinstance(steps, list) else steps, "input_shape": self._shape,
+        T1 = overrides.get("T1", self.args.T1)
+        options = {"loss": nn.CrossEntropyLoss(), "criterion": make_criterion(self.args.loss),
+                   "T1": T1, "T2": min(ATTACK_STEP, T1), "input_shape": self._shape,
                    "nb_classes": self._classes, "clip_values": (0.0, 1.0),
                    "preprocessing": (self._mean.numpy(), self._std.numpy()),
                    "device_type": "cpu" if self.device.type == "cpu" else "gpu"}

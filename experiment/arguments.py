@@ -9,7 +9,15 @@ import sys
 import unicodedata
 
 from data_utils import TASKS, UserError
-from experiment.flags import ALL, FEED_FORWARD, LARGEST, NO_STEPS, OF_STEPS, typed
+from experiment.flags import (
+    ALL,
+    ATTACK_STEP,
+    FEED_FORWARD,
+    LARGEST,
+    NO_STEPS,
+    OF_STEPS,
+    typed,
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,6 +206,8 @@ def resolve(given, saved=None):
                 overruled.append(contrast(flag, kept, "not", value))
             value = kept
         setattr(args, flag.dest, value)
+    if args.attack_step is None:
+        args.attack_step = [min(ATTACK_STEP, args.predict_step or args.T1)]
     if saved is None:
         _fit_to_task(args, given)
     if args.model in FEED_FORWARD:

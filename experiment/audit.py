@@ -105,13 +105,14 @@ class AuditFiles:
             return None
 
 
-def open_surrogate(args, build):
-    """(model, its arguments) of --surrogate, with those of the attack from `args`. build: arguments -> model. Raises
+def open_surrogate(args, build, attack_step=None):
+    """(model, its arguments) of --surrogate, with those of the attack from `args`. build: arguments
+    -> model; attack_step: of the command line, None for the surrogate's own default. Raises
     UserError."""
     saved = checkpoints.open_saved(args.surrogate, "audit")
     given = {"todo": "audit", "mbs": args.mbs, "tol": args.tol}
-    if args.model not in FEED_FORWARD:
-        given["attack_step"] = args.attack_step
+    if attack_step and args.model not in FEED_FORWARD:
+        given["attack_step"] = attack_step
     own = arguments.resolve(given, saved.args)
     own.attack_norm, own.eps, own.no_clip = args.attack_norm, args.eps, args.no_clip
     if own.task != args.task:

@@ -64,6 +64,7 @@ NO_STEPS = {"T1": 1, "T2": 1, "tol": 0.0, "schedule": "sync", "softmax": False, 
 OF_STEPS = ("ep", "soft")  # of --attack-grad, what needs them
 
 WITHOUT_GRADIENT = ("square", "hopskipjump")  # of --attack
+ATTACK_STEP = 29  # the largest default of --attack-step: that of the published tables
 
 FLAGS = {
     "what to do": [
@@ -195,8 +196,10 @@ FLAGS = {
              "--attack-iters as many as these, in an ensemble 50 times as many)", S, low=1, todos=ATTACK),
         Flag("attack-restarts", int, 0, "further runs of the attack, from random points in the ball", S, low=0,
              todos=ATTACK),
-        Flag("attack-step", int, [29], "time steps that the attack's gradient goes through; of several, the worst "
-             "counts", low=1, many=True, todos=ROBUST, models=ENERGY),
+        Flag("attack-step", int, None, "time steps that the attack's gradient is unrolled through; "
+             "with several, the strongest attack per image counts (default: the smaller of "
+             f"{ATTACK_STEP} and --predict-step or T1)", S, low=1, many=True, todos=ROBUST,
+             models=ENERGY),
         Flag("predict-step", int, None, "time steps of a prediction (default: T1)", low=1, todos=ROBUST,
              models=ENERGY),
         Flag("attack-grad", str, ["bptt"], "how gradients are got: through the time steps (bptt), the same with slopes "

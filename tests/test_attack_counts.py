@@ -18,6 +18,7 @@ from test_attack_seeds import OneOfTwo, Stopped
 import main
 import model_utils as mu
 from ART_Timesteps_Addition import attacks, audit_subject
+from ART_Timesteps_Addition.pytorch import Unrolled
 from data_utils import load_split
 
 T1 = 12
@@ -314,3 +315,84 @@ def test_where_hopskipjump_begins_without_an_image_of_another_class(trained, sta
     assert all(
         np.array_equal(again[key], start) for again in found[1:] for key, start in found[0].items()
     )
+
+
+# ---------------------------------------------------------------------------------------- the audit
+
+
+def test_standard_audits(ok, trained, tmp_path, monkeypatch, starts):
+    """Three restarts; HopSkipJump begins where it does for every --mbs; a surrogate has its own
+    --attack-step."""
+    monkeypatch.setitem(audit_subject.BUDGETS, "standard", FEW)
+    other = changed(trained("mse"), tmp_path / "other", config={"T1": 5, "attack_step": [29]})
+    steps, original, found = set(), Unrolled.__init__, []
+
+    def recording(self, model, T1, T2, *args, **options):
+        steps.add((T1, T2))
+        original(self, model, T1, T2, *args, **options)
+
+    monkeypatch.setattr(Unrolled, "__init__", recording)
+    for mbs, words, eps in (
+        (8, f"--surrogate {other}", 0.4),
+        (3, "--attack-step 4", 0.4),
+        (8, "--attack-step 4", 0.8),
+    ):
+        run = shutil.copytree(trained("mse"), tmp_path / f"{mbs}_{eps}")
+        ok(
+            f"--todo audit --device -1 --seed 0 --test-size 8 --mbs {mbs} --eps {eps} "
+            f"--load-path {run} {words}"
+        )
+        result = json.loads((run / f"Audit_2_{eps}.json").read_text())
+        assert (
+            any("3 restarts" in a["name"] for a in result["attacks"])
+            and result["robust"] <= result["clean"]
+        )
+        assert all(given for *_, given in starts)
+        found.append(by_image(starts))
+    first, second, _ = found
+    common = first.keys() & second.keys()
+    assert common and all(np.array_equal(first[key], second[key]) for key in common)
+    assert (5, 5) in steps and (T1, T1) in steps and (5, T1) not in steps and (5, 29) not in steps
+
+
+# --------------------------------------------------------------- time steps of an attack's gradient
+
+
+@pytest.mark.parametrize(
+    "words, steps", [("", T1), ("--predict-step 5", 5), ("--T1 35", 29), ("--attack-step 17", 17)]
+)
+def test_the_default_of_attack_step(ok, trained, tmp_path, words, steps):
+    # a training writes down a flag that has no effect on it: that says nothing of an attack
+    for saved in [[29], [15]] if not words else [[29]]:
+        run = changed(trained("mse"), tmp_path / str(saved), config={"attack_step": saved})
+        ok(f"{ATTACK} --load-path {run} --attack-iters 1 --test-size 2 --eps-list 0 {words}")
+        assert table(run)[0]["attack_step"] == steps
+
+
+def test_a_table_of_29_steps_is_not_continued_with_another_number(ok, trained, tmp_path):
+    run = changed(trained("mse"), tmp_path / "run", config={"attack_step": [29]})
+    line = f"{ATTACK} --load-path {run} --attack-iters 1 --test-size 4"
+    ok(line, "--attack-step 29 --eps-list 0.5")
+    before = (run / "Adversarial_Accuracy.txt").read_text()
+    ok(line, "--eps-list 0.5 1")
+    assert (run / "Adversarial_Accuracy_1.txt").read_text() == before
+    settings, rows = table(run)
+    assert settings["attack_step"] == T1 and [float(row["eps"]) for row in rows] == [0.5, 1]
+    ok(line, "--attack-step 29 --eps-list 1")
+    assert len(table(run, "Adversarial_Accuracy_1")[1]) == 2 and table(run) == (settings, rows)
+
+
+def test_a_loaded_run_gives_a_classifier_of_as_many_steps(trained, tmp_path):
+    loaded = mu.load_run(
+        changed(trained("mse"), tmp_path / "run", config={"attack_step": [29]}), "cpu"
+    )
+    steps = [
+        (c.T1, c.T2)
+        for c in (
+            loaded.classifier(),
+            loaded.classifier(T1=7),
+            loaded.classifier(T1=50),
+            loaded.classifier(T2=3),
+        )
+    ]
+    assert steps == [(T1, T1), (7, 7), (50, 29), (T1, 3)]
