@@ -554,10 +554,11 @@ def attack(model, images, labels, args, eps, description="", workers=Workers()):
     rule = Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol)
     for label, classifier in attacks.classifiers(model, args, eps, TASKS[args.task], x,
                                                  functools.partial(predicting_neurons, model, rule=rule)).items():
-        pool = attacks.Pool.of(classifier, x) if plan.name == "hopskipjump" and eps else None
+        hops = plan.name == "hopskipjump" and eps
+        candidates = attacks.Candidates.of(classifier, x) if hops else None
         starts = workers.deal(progress(range(0, max(len(x), 1), args.mbs), f"{description}, {label}"))
         parts = [(place, attacks.attack_batch(classifier, x[i:i + args.mbs], labels[i:i + args.mbs].numpy(), plan,
-                                              (args.seed, i), pool)) for place, i in starts]
+                                              (args.seed, i), candidates)) for place, i in starts]
         results[label] = attacks.summary(workers.gather_dealt(parts), x, plan.norm)
     if len(results) > 1:
         results["worst"] = attacks.worst_of(list(results.values()), x, plan.norm)

@@ -252,7 +252,7 @@ class HopSkipJump(evasion.HopSkipJump):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
+class Candidates:
     """The images where HopSkipJump may begin: all attacked images, not only those of one
     mini-batch. images: (n, C, H, W) in [0, 1]; classes: their predicted classes, (n,)."""
 
@@ -263,7 +263,7 @@ class Pool:
 
     @classmethod
     def of(cls, classifier, x):
-        """The Pool of the images x, (n, C, H, W) in [0, 1]."""
+        """All of the images x, (n, C, H, W) in [0, 1]."""
         parts = [classifier.read_out(x[i:i + cls.MBS]).argmax(1) for i in range(0, len(x), cls.MBS)]
         return cls(x, np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
 
@@ -283,13 +283,13 @@ class Pool:
         return starts
 
 
-def attack_batch(classifier, x, y, plan, seed, pool=None):
+def attack_batch(classifier, x, y, plan, seed, candidates=None):
     """Attack the images x, (n, C, H, W) in [0, 1], with true labels y, (n,). Returns a dict with,
     for each image, x_adv, prediction, margin (see `margins`) and masked_images (whether its
     gradient was exactly zero or not finite at some iteration).
 
     classifier: see `make_classifier`. seed: whole numbers, see `seeded`; the first one is that of
-    the whole attack. pool: where HopSkipJump may begin, by default the images x.
+    the whole attack. candidates: where HopSkipJump may begin, by default the images x.
 
     Predictions and margins are those of the model's own read-out, of the whole mini-batch as in
     `evaluate`. An image that is misclassified without an attack stays misclassified: where the
@@ -306,7 +306,7 @@ def attack_batch(classifier, x, y, plan, seed, pool=None):
     margin = margins(logits, y)
     right, starts = margin > 0, x
     if plan.name == "hopskipjump" and plan.eps:
-        starts = (pool or Pool.of(classifier, x)).nearest(x, logits.argmax(1))
+        starts = (candidates or Candidates.of(classifier, x)).nearest(x, logits.argmax(1))
     for run in range(plan.restarts + 1 if plan.eps else 0):
         attacked = margin > 0 if run else np.ones(n, dtype=bool)
         if not attacked.any():

@@ -64,14 +64,14 @@ class Audit:
         self.report(f"  {name}: broke {broken} of {len(left)}, {state.attacks[-1]['seconds']:.1f} s")
         return reached
 
-    def by(self, way, attack="pgd", eps=None, pool=None, **plan):
-        """generate, see `attempt`, of an attack by its name (of `attacks.NAMES`). pool: see
+    def by(self, way, attack="pgd", eps=None, candidates=None, **plan):
+        """generate, see `attempt`, of an attack by its name (of `attacks.NAMES`). candidates: see
         `attacks.attack_batch`; plan: of `attacks.Plan`."""
         classifier = self.subject.classifier(way, attack, eps)
         plan = attacks.Plan(attack, self.norm, eps or self.eps, clip=not self.subject.args.no_clip, **plan)
 
         def generate(x, y, seed):
-            result = attacks.attack_batch(classifier, x, y, plan, seed, pool)
+            result = attacks.attack_batch(classifier, x, y, plan, seed, candidates)
             return result["x_adv"], result["masked_images"]
         return generate
 
@@ -149,9 +149,10 @@ class Audit:
             with seeded(*seed):
                 return attack.generate(x, np.eye(subject.task.classes, dtype=np.float32)[y]), np.zeros(len(x))
         self.attempt("square", {"queries": budget.queries}, square)
-        pool = attacks.Pool.of(classifier, subject.x)
+        candidates = attacks.Candidates.of(classifier, subject.x)
         self.attempt("hopskipjump", {"queries": budget.hops},
-                     self.by(attacks.Way(), "hopskipjump", pool=pool, queries=budget.hops))
+                     self.by(attacks.Way(), "hopskipjump", candidates=candidates,
+                             queries=budget.hops))
         self.attempt("random draws", {"draws": budget.draws}, self._draws)
         if subject.surrogate:
             self._transfer(subject.surrogate)
