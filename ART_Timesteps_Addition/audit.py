@@ -23,9 +23,9 @@ class Audit:
         (arrays, record) or None, save(stage, arrays, record). Returns the last `State`."""
         stopped = False
         for number, (name, stage) in enumerate(STAGES.items()):
-            found = None if stopped else store.load(name)
+            found = None if stopped else self._restored(store.load(name))
             if found is not None:
-                self.state = State.of(*found)
+                self.state = found
                 continue
             stopped, start, self.number = True, time.perf_counter(), number
             if self.state is None:
@@ -38,6 +38,19 @@ class Audit:
             self.report(f"stage {name}: {int(self.state.standing.sum())} of {len(self.subject.y)} images stand, "
                         f"{seconds[name]:.1f} s")
         return self.state
+
+    def _restored(self, found):
+        """The `State` of a stored stage; None without one, or if it is not of these images."""
+        if found is None:
+            return None
+        try:
+            state = State.of(*found)
+            shapes = state.x_adv.shape, state.margin.shape
+            kinds = state.x_adv.dtype.kind + state.margin.dtype.kind
+        except (KeyError, TypeError, ValueError):
+            return None
+        fits = shapes == (self.subject.x.shape, self.subject.y.shape) and kinds == "ff"
+        return state if fits else None
 
     # ---- one attack
 

@@ -117,6 +117,8 @@ def judge(flag, text):
         allowed += f" of at least {low}"
     if high is not None and (flag.high is not None or _beyond(text, high)):
         allowed += f"{' and' if low is not None else ' of'} at most {high}"
+    if flag.least:
+        allowed = f"0, or a number from {flag.least:g} to {high:g}"
     try:
         value = _fraction(text) if flag.kind is float and "/" in text else flag.kind(text)
     except (ValueError, ZeroDivisionError):
@@ -124,7 +126,8 @@ def judge(flag, text):
     if (value is None or flag.choices and value not in flag.choices
             or flag.kind is str and _has_control_characters(value)
             or flag.kind is float and not math.isfinite(value)
-            or low is not None and value < low or high is not None and value > high):
+            or low is not None and value < low or high is not None and value > high
+            or flag.least and 0 < value < flag.least):
         given = repr(text) if len(text) <= 200 else f"{text[:40]!r}..., {len(text)} characters"
         raise UserError(f"argument --{flag.name}: got {given}, expected {allowed}")
     return value

@@ -1,12 +1,18 @@
 """The files of an audit in a run folder: one for each stage that is done, and the result."""
 import json
-import zipfile
 
 import numpy as np
 
 from data_utils import UserError
 from experiment import arguments, checkpoints, checks, figures_checks
-from experiment.files import TEXT, replacing, write_text
+from experiment.files import (
+    parse_json,
+    printable,
+    read_arrays,
+    read_text,
+    replacing,
+    write_text,
+)
 from experiment.flags import FEED_FORWARD
 from experiment.report import same_settings
 from experiment.run_folder import fingerprint
@@ -57,13 +63,12 @@ class AuditFiles:
     def load(self, name):
         """(arrays, record) of a stage as `save` got them; None where there is none of these settings."""
         try:
-            with np.load(self._stage(name), allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-            if not same_settings(json.loads(str(arrays.pop("settings"))), self.settings):
+            arrays = read_arrays(self._stage(name))
+            if not same_settings(parse_json(str(arrays.pop("settings"))), self.settings):
                 return None
-            self._note_place(str(arrays.pop("computed_on", "")))
-            return arrays, json.loads(str(arrays.pop("record")))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            self._note_place(printable(arrays.pop("computed_on", "")))
+            return arrays, parse_json(str(arrays.pop("record")))
+        except (ValueError, KeyError):
             return None
 
     def save(self, name, arrays, record):
@@ -100,7 +105,7 @@ class AuditFiles:
     def _settings_of_result(self):
         """Those of the result that is there; None where there is none."""
         try:
-            return json.loads((self.run.folder / f"{self.stem}.json").read_text(**TEXT))["settings"]
+            return parse_json(read_text(self.run.folder / f"{self.stem}.json"))["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -10,11 +10,12 @@ import statistics
 from data_utils import UserError
 from experiment import figures_compare
 from experiment.arguments import shown
-from experiment.files import WriteFailed, why, write_text
+from experiment.files import WriteFailed, csv_cell, markdown_cell, printable, why, write_text
 from experiment.flags import DATA
 from experiment.measured import Key, of_training, read_published, read_run
 from experiment.run_folder import RunFolder
 
+LONGEST = 300  # characters of the name of a group
 COLUMNS = ("group", *Key._fields, "mean", "std", "n")
 
 
@@ -83,7 +84,7 @@ def _labels(identities):
         same = [other for other, its in zip(identities, names) if its == name]
         differing = [dest for dest, value in identity.items() if any(other[dest] != value for other in same)]
         result.append(name + "".join(f", {dest.replace('_', '-')} {shown(identity[dest])}" for dest in differing))
-    return result
+    return [printable(label)[:LONGEST] for label in result]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -134,17 +135,18 @@ def _words(key):
 
 def markdown(groups, command):
     """The table as Markdown: a row for each number, a column for each group."""
+    command = printable(command).replace("<", "&lt;")
     lines = [f"# Comparison of {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "", f"    {command}", "",
              "Mean ± standard deviation over seeds (number of runs). Rows on other images or of another budget do not "
              "compare.", "",
-             "| | " + " | ".join(group.label.replace("|", "\\|") for group in groups) + " |",
+             "| | " + " | ".join(markdown_cell(group.label) for group in groups) + " |",
              "| --- |" + " --- |" * len(groups)]
     for key in _keys(groups):
         cells = []
         for group in groups:
             numbers = group.pooled(key)
             cells.append("" if not numbers else said(*numbers))
-        lines.append(f"| {_words(key)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown_cell(_words(key))} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -169,7 +171,8 @@ def compare(paths, labels, published, figures, command, root="results"):
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows_of(groups))
+    for row in rows_of(groups):
+        writer.writerow({name: csv_cell(value) for name, value in row.items()})
     lines = markdown(groups, command)
     write_text(folder / "comparison.csv", table.getvalue())
     write_text(folder / "comparison.md", "\n".join(lines) + "\n")

@@ -4,7 +4,17 @@ import statistics
 
 import numpy as np
 
-from experiment.drawing import COLUMN, eps_name, grid, legend_below, new_figure, style, ticks_at, whole_ticks
+from experiment.drawing import (
+    COLUMN,
+    eps_name,
+    grid,
+    legend_below,
+    new_figure,
+    plain,
+    style,
+    ticks_at,
+    whole_ticks,
+)
 
 ACCURACY = "accuracy (%)"
 
@@ -35,7 +45,8 @@ def _band(axes, n, curve, group, label=None):
     x, mean, std = (np.array(values, dtype=float) for values in zip(*whole))
     every = max(1, len(x) // 12)
     style = {"linestyle": "--", "linewidth": 1, "fillstyle": "none"} if group.published else {"linestyle": "-"}
-    axes.plot(x, mean, **look, label=label or group.label, markevery=(n % every, every), **style)
+    label = plain(label or group.label)
+    axes.plot(x, mean, **look, label=label, markevery=(n % every, every), **style)
     axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
     few = [point[:2] for point in curve if point[3] < most]
     if few:
@@ -108,8 +119,8 @@ def robustness(groups, norm):
         variants = list(dict.fromkeys(_said(variant, attack) for group, variant, curve in curves
                                       if curve and not group.published))
         axes.set(xlabel="eps, images in [0, 1]", ylabel=ACCURACY, xscale="log", ylim=(-2, 102))
-        axes.set_title("\n".join([attack, *["not the same for all:"] * (len(variants) > 1), *filter(None, variants)]),
-                       fontsize=8)
+        title = [attack, *["not the same for all:"] * (len(variants) > 1), *filter(None, variants)]
+        axes.set_title(plain("\n".join(title)), fontsize=8)
         bounds = sorted({eps for line in axes.get_lines() for eps in line.get_xdata()})
         if bounds:
             ticks_at(axes, bounds, [eps_name(eps, norm) for eps in bounds])
@@ -169,7 +180,8 @@ def _attack_of_most_steps(groups):
 def attack_steps(groups, chosen):
     """Accuracy over the time steps that the attack's gradient goes through. chosen: (attack, norm, grad, eps)."""
     attack, norm, grad, eps = chosen
-    figure = new_figure(f"Accuracy over the steps attacked through: {attack}, {grad}, "
+    attacked = plain(f"{attack}, {grad}")
+    figure = new_figure(f"Accuracy over the steps attacked through: {attacked}, "
                         f"{'L-infinity' if norm == 'inf' else 'L2'} eps {eps:g}", height=3.6 + 0.1 * len(groups))
     axes = figure.add_subplot(xlabel="time steps of the attack's gradient", ylabel=ACCURACY)
     for n, group in enumerate(groups):

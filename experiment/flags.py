@@ -3,11 +3,13 @@ from typing import Any, NamedTuple
 
 from data_utils import TASKS
 
+LEAST_EPS, MOST_EPS = 1e-9, 1e9  # range of eps other than 0; images are float32 in [0, 1]
 LARGEST = 10 ** 9  # of whole numbers: beyond anything that could run
 
 
 class Flag(NamedTuple):
     """kind: float, int, str or bool (a switch); many: a list of them; low, high: bounds of numbers; choices: of words.
+    least: the lower bound of numbers other than 0.
 
     scope: what a saved run does to it. `architecture`: it decides, whatever the flag says; `training`: it decides where
     its training goes on; `resumed`: its value counts unless the flag is given, where its training
@@ -26,6 +28,7 @@ class Flag(NamedTuple):
     many: bool = False
     todos: tuple | None = None
     models: tuple | None = None
+    least: float = 0
 
     @property
     def dest(self):
@@ -176,7 +179,8 @@ FLAGS = {
     ],
     "adversarial training": [
         Flag("adv-train", float, None, "train on images attacked by PGD from a random start, within this bound, images "
-             "in [0, 1], also as a fraction such as 8/255", T, low=0, todos=TRAIN),
+             "in [0, 1], also as a fraction such as 8/255", T, low=0, high=MOST_EPS, todos=TRAIN,
+             least=LEAST_EPS),
         Flag("adv-norm", str, "2", "norm of that bound", T, ("2", "inf"), todos=TRAIN),
         Flag("adv-iters", int, 20, "iterations of that attack", T, low=1, todos=TRAIN),
         Flag("adv-step", int, 10, "time steps that its gradient goes through", T, low=1, todos=TRAIN, models=ENERGY),
@@ -189,7 +193,8 @@ FLAGS = {
             "autoattack", "art-autoattack"), todos=ATTACK),
         Flag("attack-norm", str, "2", "norm that bounds the perturbation", choices=("2", "inf"), todos=ROBUST),
         Flag("eps-list", float, None, "bounds to attack with, images in [0, 1], also as fractions such as 8/255 "
-             "(default: a grid for the norm)", low=0, many=True, todos=ATTACK),
+             "(default: a grid for the norm)", low=0, high=MOST_EPS, many=True, todos=ATTACK,
+             least=LEAST_EPS),
         Flag("attack-iters", int, None, "iterations of the attack (default: 20; of an ensemble 100)", S, low=1,
              todos=ATTACK),
         Flag("attack-queries", int, None, "predictions for each image, of Square and HopSkipJump (default: 5000; with "
@@ -210,7 +215,7 @@ FLAGS = {
              "equilibrium", choices=("zero", "equilibrium"), todos=ATTACK, models=ENERGY),
         Flag("no-clip", bool, False, "let adversarial images leave [0, 1], as the published tables did", todos=ROBUST),
         Flag("eps", float, None, "the bound of the audit, images in [0, 1], also as a fraction such as 8/255", S,
-             low=0, todos=AUDIT),
+             low=0, high=MOST_EPS, least=LEAST_EPS, todos=AUDIT),
         Flag("budget", str, "standard", "how much the attacks of the audit may take", S, ("standard", "quick"),
              todos=AUDIT),
         Flag("surrogate", str, None, "a run whose adversarial images are tried on the audited one", S, todos=AUDIT),

@@ -1,18 +1,18 @@
 """What the folder of a run, or a published table, says of its accuracies; where it says nothing there is a gap."""
 import csv
 import dataclasses
-import json
 import re
 from typing import NamedTuple
 
-from data_utils import CORRUPTIONS, PUBLISHED, UserError
+from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES, UserError
 from experiment import checkpoints
 from experiment.arguments import named, shown
-from experiment.files import TEXT
-from experiment.flags import ALL
-from experiment.report import settings_of
+from experiment.files import TEXT, number, parse_json, printable, read_text
+from experiment.flags import ALL, LARGEST
+from experiment.report import read_eps, settings_of
 from experiment.run_folder import RunFolder
 
+NORMS = ("2", "inf")
 PLACES = ("seed", "data_dir", "corruptions_dir", "deterministic")  # arguments that runs of one group may differ in
 NOT_OF_TRAINING = {"attack", "audit"}  # of --todo: flags of these alone say nothing of how a run was trained
 
@@ -54,9 +54,10 @@ def read_run(path):
     run, found = RunFolder(saved.path.parent), Measured(saved.args)
     if saved.story.history:
         found.values[Key("clean")] = saved.story.history[-1]["test_acc"]
-    rows = [(_number(row.get("epoch")), _number(row.get("test_acc")), _number(row.get("seconds")))
-            for row in run.read_csv("metrics.csv")]
-    found.epochs = [(int(epoch), accuracy) for epoch, accuracy, _ in rows if None not in (epoch, accuracy)]
+    rows = [(number(row.get("epoch"), 1, LARGEST), number(row.get("test_acc"), 0, 100),
+             number(row.get("seconds"), 0, LARGEST)) for row in run.read_csv("metrics.csv")]
+    if not any(None in (epoch, accuracy) for epoch, accuracy, _ in rows):
+        found.epochs = [(int(epoch), accuracy) for epoch, accuracy, _ in rows]
     if rows:
         found.values[Key("seconds")] = sum(seconds or 0.0 for *_, seconds in rows)
     for text in sorted(run.folder.glob("Adversarial_Accuracy*.txt"), key=lambda path: (len(path.name), path.name)):
@@ -69,16 +70,13 @@ def read_run(path):
     return found
 
 
-def _number(text):
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return None
+def _share(text):
+    return number(text, 0, 1)
 
 
 def _of_images(told):
     """On how many images a number is, in words; nothing where that is not told."""
-    return f", {told['images']} images" if "images" in told else ""
+    return f", {told['images']} images" if isinstance(told.get("images"), int) else ""
 
 
 def _computed(told, T1):
@@ -90,9 +88,19 @@ def _computed(told, T1):
             + ", compiled" * bool(told.get("compile")))
 
 
+def _plain(settings):
+    """Those settings of a table that are numbers, short texts or lists of them."""
+    def is_plain(value):
+        values = value if isinstance(value, list) else [value]
+        return all(one is None or isinstance(one, (int, float))
+                   or isinstance(one, str) and len(one) <= 100 for one in values)
+
+    return {name: value for name, value in (settings or {}).items() if is_plain(value)}
+
+
 def _sweep(run, path, T1):
     """The rows of one attack sweep. T1: of the run."""
-    told, found = settings_of(path) or {}, {}
+    told, found = _plain(settings_of(path)), {}
     steps, several = told.get("attack_step", ""), isinstance(told.get("attack_step"), list)
     restarts = told.get("attack_restarts")
     budget = str(told.get("budget") or f"{told.get('attack_iters', '?')} iterations"
@@ -101,27 +109,41 @@ def _sweep(run, path, T1):
         budget += f", from {told['attack_start']}"
     detail = (budget + _of_images(told) + ", not clipped" * bool(told.get("no_clip"))
               + _computed(told, T1))
+    norm = str(told.get("attack_norm", ""))
     for row in run.read_csv(f"{path.stem}.csv"):
-        eps, adversarial = _number(row.get("eps")), _number(row.get("adversarial"))
-        if None not in (eps, adversarial):
+        eps, adversarial = read_eps(row.get("eps")), _share(row.get("adversarial"))
+        if None not in (eps, adversarial) and norm in NORMS:
             grad, _, through = row.get("grad", "").partition("@")
-            own = through or shown(steps if several else [steps])
-            found[Key("adversarial", str(told.get("attack", "")), str(told.get("attack_norm", "")), grad, own, eps,
-                      detail)] = 100 * adversarial
+            own = _steps(through or shown(steps if several else [steps]))
+            found[Key("adversarial", _word(told.get("attack", "")), norm, _word(grad), own, eps,
+                      printable(detail))] = 100 * adversarial
     return found
+
+
+def _word(text):
+    """The name of an attack or a gradient method, safe to print and of limited length."""
+    return printable(text)[:100]
+
+
+def _steps(text):
+    """Numbers of time steps as text; "" for any other text."""
+    return text if re.fullmatch(r"[0-9]{1,9}( [0-9]{1,9}){,19}", text) else ""
 
 
 def _audit(path, T1):
     """The result of one audit. T1: of the run."""
     try:
-        result = json.loads(path.read_text(**TEXT))
+        result = parse_json(read_text(path))
         _, norm, eps = path.stem.split("_")
-        told = result["settings"]
-        detail = told["budget"] + _of_images(result) + _computed(told, T1)
-        key = Key("audit", "audit", norm, eps=float(eps), detail=detail)
-        return {key: 100 * float(result["robust"]),
-                key._replace(measure="audit trusted"): 100.0 * bool(result["trusted"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        told = _plain(result["settings"])
+        eps, robust = read_eps(eps), _share(result["robust"])
+        if norm not in NORMS or not eps or robust is None:
+            return {}
+        detail = str(told["budget"]) + _of_images(result) + _computed(told, T1)
+        key = Key("audit", "audit", norm, eps=eps, detail=printable(detail))
+        trusted = 100.0 * (result["trusted"] is True)
+        return {key: 100 * robust, key._replace(measure="audit trusted"): trusted}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -129,15 +151,17 @@ def _corruptions(path, T1):
     """The rows of a table of corruptions: at each severity the mean over the first 15 corruptions,
     and that over all, where the table has them, else over those that it has; and the means of these
     over the severities. T1: of the run."""
-    shares = {name: [100 * share for share in map(_number, words) if share is not None]
-              for name, *words in _rows(path)}
-    most = max(map(len, shares.values()), default=0)
-    shares, found = {name: row for name, row in shares.items() if row and len(row) == most}, {}
+    shares = {name: [_share(word) for word in words[:SEVERITIES]] for name, *words in _rows(path)}
+    shares = {name: row for name, row in shares.items() if row and None not in row}
+    most, found = max(map(len, shares.values()), default=0), {}
+    shares = {name: row for name, row in shares.items() if len(row) == most}
     sets = {f"first {len(PUBLISHED)}": PUBLISHED, f"all {len(CORRUPTIONS)}": CORRUPTIONS}
     sets = {words: names for words, names in sets.items() if set(names) <= set(shares)}
+    told = _computed(_plain(settings_of(path)), T1)
     for words, names in (sets or {f"{len(shares)} of {len(CORRUPTIONS)}": shares}).items():
-        detail = f"{words} corruptions{_computed(settings_of(path) or {}, T1)}"
-        means = [sum(column) / len(column) for column in zip(*(shares[name] for name in names))]
+        detail = printable(f"{words} corruptions{told}")
+        columns = zip(*(shares[name] for name in names))
+        means = [100 * sum(column) / len(column) for column in columns]
         found |= {Key("corruptions", eps=severity, detail=detail): mean
                   for severity, mean in enumerate(means, 1)}
         found |= {Key("corruptions", detail=detail): sum(means) / len(means)} if means else {}
@@ -147,14 +171,15 @@ def _corruptions(path, T1):
 def _rows(path):
     """The words of each line of a table that is no comment."""
     try:
-        return [line.split() for line in path.read_text(**TEXT).splitlines() if line.strip() and line[:1] != "#"]
-    except OSError:
+        return [line.split() for line in read_text(path).splitlines()
+                if line.strip() and line[:1] != "#"]
+    except (OSError, ValueError):
         return []
 
 
 def _column(path):
-    return [100 * value for row in _rows(path) for value in [_number(row[1] if len(row) > 1 else None)]
-            if value is not None]
+    shares = [_share(row[1] if len(row) > 1 else None) for row in _rows(path)]
+    return [] if None in shares else [100 * share for share in shares]
 
 
 # -------------------------------------------------------------------------------------------------- published tables
@@ -170,7 +195,7 @@ def read_published(path, tasks):
         raise UserError(f"argument --published: {named(path)} cannot be read: {e}") from None
     groups = {}
     for row in rows:
-        label = f"published: {row.get('model') or 'EP-CNN'}"
+        label = printable(f"published: {row.get('model') or 'EP-CNN'}")
         run = groups.setdefault(label, {}).setdefault(row.get("seed"), Measured({"task": row.get("task")}))
         _published_row(row, run)
     if not any(run.values or run.settling for group in groups.values() for run in group.values()):
@@ -182,16 +207,17 @@ def read_published(path, tasks):
 
 def _published_row(row, run):
     if row.get("attack"):
-        eps, adversarial = _number(row.get("eps")), _number(row.get("adversarial"))
+        eps, adversarial = read_eps(row.get("eps")), _share(row.get("adversarial"))
         if None not in (eps, adversarial):
-            run.values[Key("adversarial", re.sub(r"-\d+$", "", row["attack"]), str(row.get("norm")),
-                           steps=row.get("attack_step") or "", eps=eps)] = 100 * adversarial
+            attack = _word(re.sub(r"-\d+$", "", row["attack"]))
+            run.values[Key("adversarial", attack, _word(row.get("norm")), eps=eps,
+                           steps=_steps(row.get("attack_step") or ""))] = 100 * adversarial
     elif row.get("t"):
-        value = _number(row.get("accuracy"))
+        value = _share(row.get("accuracy"))
         run.settling += [] if value is None else [100 * value]
     else:
         for severity in range(1, 6):
-            value = _number(row.get(f"severity_{severity}"))
+            value = _share(row.get(f"severity_{severity}"))
             if value is not None:
                 run.values.setdefault(Key("corruptions", eps=severity), []).append(100 * value)
 

@@ -7,7 +7,8 @@ import numpy as np
 from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES, TASKS, UserError
 from experiment import figures, figures_checks
 from experiment.arguments import described
-from experiment.files import TEXT, replacing
+from experiment.files import number, parse_json, read_text, replacing
+from experiment.flags import LEAST_EPS, MOST_EPS
 from experiment.workers import computed_on
 
 HEADER = "# settings: "
@@ -36,9 +37,9 @@ def epoch_line(row, rate, settling):
 def settings_of(path):
     """The settings that a table was made with, as its first lines say; None where there is no such table."""
     try:
-        for line in path.read_text(**TEXT).splitlines():
+        for line in read_text(path).splitlines():
             if line.startswith(HEADER):
-                found = json.loads(line.removeprefix(HEADER))
+                found = parse_json(line.removeprefix(HEADER))
                 return found if isinstance(found, dict) else None
     except (OSError, ValueError):
         pass
@@ -67,6 +68,12 @@ def _flat(settings):
         flat.pop("data", None)
         flat.update({f"data {name}": value for name, value in (data or {}).items()})
     return flat
+
+
+def read_eps(text: str | None) -> float | None:
+    """The eps of an attack from a table, 0 or in the range of --eps; None for any other text."""
+    value = number(text, 0, MOST_EPS)
+    return value if value == 0 or value is not None and value >= LEAST_EPS else None
 
 
 def gdu_table(rows):
@@ -113,13 +120,11 @@ class Sweep:
 
     def _judged(self, rows):
         """The rows of the table as it was found. Raises UserError where they are not as `add` writes them."""
-        numbers = ("eps", "clean", "adversarial", "masked", "unmoved", "mean_norm")
+        shares = ("clean", "adversarial", "masked", "unmoved")
         for row in rows:
-            try:
-                sound = bool(row["grad"]) and np.isfinite([float(row[name]) for name in numbers]).all()
-            except (KeyError, TypeError, ValueError):
-                sound = False
-            if not sound:
+            numbers = [number(row.get(name), 0, 1) for name in shares]
+            numbers += [read_eps(row.get("eps")), number(row.get("mean_norm"), 0, MOST_EPS ** 2)]
+            if not row.get("grad") or None in numbers:
                 raise UserError(f"{self.run.folder / self.stem}.csv is damaged: a row says {described(row)}; move it "
                                 "away to begin anew")
         return rows
@@ -203,9 +208,10 @@ class CorruptionTable:
             known = before.get("data")
             known = known if isinstance(known, dict) else {}
             self.settings = {**settings, "data": {**known, **settings["data"]}}
-            lines = self.text.read_text(**TEXT).splitlines()
+            lines = read_text(self.text).splitlines()
             self.rows = {name: shares for name, *shares in filter(None, map(str.split, lines))
-                         if name in CORRUPTIONS and len(shares) == SEVERITIES}
+                         if name in CORRUPTIONS and len(shares) == SEVERITIES
+                         and all(number(share, 0, 1) is not None for share in shares)}
             places = [line.partition(self.PLACES)[2].split("; ") for line in lines[:2]]
             self.places = [place for line in places for place in line if place]
         elif self.text.exists():

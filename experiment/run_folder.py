@@ -26,10 +26,12 @@ from experiment.files import (
     Lock,
     WriteFailed,
     append,
+    csv_cell,
     hidden_name,
     left_behind,
     own_file,
     owner_is_gone,
+    read_table,
     replacing,
     why,
     write_text,
@@ -156,16 +158,15 @@ class RunFolder:
         with replacing(self.folder / name) as path, open(path, "w", newline="", **TEXT) as file:
             writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
     def read_csv(self, name):
         """The rows of a table as dicts of texts; [] where there is none. Raises UserError where it cannot be read."""
         try:
-            with open(self.folder / name, newline="", **TEXT) as file:
-                return list(csv.DictReader(file))
+            return read_table(self.folder / name)
         except FileNotFoundError:
             return []
-        except (OSError, csv.Error) as e:
+        except (OSError, ValueError) as e:
             raise UserError(f"{self.folder / name} cannot be read: {one_line(e)}") from None
 
     def append_csv(self, name, rows):

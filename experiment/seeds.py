@@ -10,7 +10,7 @@ import sys
 
 from data_utils import UserError, fingerprint, load_split
 from experiment import arguments, checkpoints, checks, compare, measured, resuming
-from experiment.files import Busy, Lock, WriteFailed, why
+from experiment.files import Busy, Lock, WriteFailed, parse_json, read_text, why
 from experiment.flags import ALL, DATA, typed
 from experiment.run_folder import remove_half_made
 from experiment.story import other_data
@@ -143,7 +143,7 @@ def _found(args, runs, data, unreadable):
     for path in sorted(runs.glob("[!.]*/[!.]*/config.json")):
         run = path.parent
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = parse_json(read_text(path))
             if {**measured.of_training(config), "seed": config.get("seed")} != wanted:
                 continue
             if not DATA.keys().isdisjoint(config) and other_data(config, {**vars(args), **data()}):

@@ -1,12 +1,14 @@
 """--todo audit: what it writes, that it goes on after a kill, and what its checks say."""
 import argparse
 import csv
+import io
 import json
 import os
 import shutil
 import signal
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -135,6 +137,60 @@ def test_stages_of_other_settings_are_not_taken(audited, tmp_path):
     assert files(tol=0.1).load("a") is None and not (run.folder / "Audit_2_1_b.npz").exists()
     (run.folder / "Audit_2_1_a.npz").write_bytes(b"PK half of a file")
     assert files().load("a") is None
+
+
+def flipped(path):
+    """Other bytes in the middle of the compressed data of every array."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            middle = record.header_offset + 30 + len(record.filename) + record.compress_size // 2
+            content[middle:middle + 8] = b"\xff" * 8
+    path.write_bytes(content)
+
+
+def announced(path):
+    """An array whose header announces more than the file has."""
+    header, shape = io.BytesIO(), (10 ** 9,)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False,
+                                                  "shape": shape})
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x_adv.npy", header.getvalue())
+
+
+def large(path):
+    """A directory that announces an array of 1 GB."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"PK\1\2")
+    content[start + 24:start + 28] = (2 ** 30).to_bytes(4, "little")
+    path.write_bytes(content)
+
+
+def of_other_images(path):
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "x_adv": arrays["x_adv"][:2]})
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGE = {"flipped bytes": flipped, "other images": of_other_images, "a pipe": pipe,
+          "a header": announced, "1 GB": large,
+          "half a file": lambda path: path.write_bytes(path.read_bytes()[:700]),
+          "nothing": lambda path: path.write_bytes(b""),
+          "an object": lambda path: np.savez(path, x_adv=np.array([{}], dtype=object))}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_stage_is_computed_again(ok, tiny, audited, tmp_path, damage):
+    run = shutil.copytree(audited, tmp_path / "run")
+    DAMAGE[damage](run / "Audit_2_1_f.npz")
+    out = ok(LINE, f"--load-path {run}")
+    assert out.count("images stand,") == 1 and "stage f" in out
+    assert result_of(run) == result_of(audited)
 
 
 def test_the_result_of_other_settings_is_moved_aside(ok, audited, tmp_path):

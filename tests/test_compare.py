@@ -1,13 +1,17 @@
 """--todo compare: groups of seeds, numbers as computed by hand, figures, published tables."""
 import csv
 import json
+import math
+import os
 import pathlib
 import shutil
 import statistics
+import sys
 
 import pytest
-from conftest import ROOT, only_run
+from conftest import ROOT, context, only_run
 
+import main
 from data_utils import CORRUPTIONS
 from experiment import compare, figures_compare, measured
 from experiment.run_folder import RunFolder
@@ -214,6 +218,109 @@ def test_wrong_labels_and_tables_are_refused(cli, runs, tmp_path):
     assert code == 2 and "has nothing of digits" in err and len(err.splitlines()) == 1
     code, _, err = cli("--todo compare --published none.csv --load-path", *runs["EP"])
     assert code == 2 and "none.csv cannot be read" in err
+
+
+EVIL = "<script>alert(1)</script>|\x1b[31m"
+FORMULA = "=HYPERLINK(0)"
+
+
+SWEEP, EPOCHS = "eps,grad,adversarial\n", "epoch,train_acc,test_acc,seconds\n"
+
+
+def settings(**more):
+    told = {"attack": "pgd", "attack_norm": "2", "images": 20, **more}
+    return f"# settings: {json.dumps(told)}\n"
+
+
+def audit(robust=0.5, **more):
+    return json.dumps({"robust": robust, "trusted": True, "settings": {"budget": "quick"}, **more})
+
+
+ODD = {  # name: {file: content}, whose values must not be used
+    "deep JSON": {"Audit_2_0.5.json": "[" * 10 ** 5,
+                  "Adversarial_Accuracy.txt": "# settings: " + "[" * 10 ** 5},
+    "deep settings": {
+        "Adversarial_Accuracy.txt": settings(attack_step=json.loads("[" * 90 + "]" * 90))},
+    "no numbers": {"Audit_2_0.5.json": audit(math.nan, images=math.inf),
+                   "metrics.csv": EPOCHS + "nan,1,1,1\n1,1,Infinity,-Infinity\n1e400,1,1,1\n",
+                   "Characteristic_Time.txt": "1 nan\n2 inf\n3 1e300\n",
+                   "Corruption_Accuracy.txt": "fog nan inf\n"},
+    "numbers out of range": {
+        "Audit_2_0.5.json": audit(10 ** 400), "Audit_2_1.json": audit(1e308, images=10 ** 40),
+        "Adversarial_Accuracy.csv": SWEEP + "1e-320,bptt,0.5\n0.5,bptt,-1\n",
+        "metrics.csv": EPOCHS + "1,1,1e308,1e308\n2,1,1e308,1e308\n"},
+    "many steps": {"Adversarial_Accuracy.txt": settings(attack_step=10 ** 400),
+                   "Adversarial_Accuracy.csv": SWEEP + f"0.5,a@{'9' * 5000},1\n0.5,a@\u00b2,1\n"},
+    "an audit of nothing": {"Audit_2_0.5.json": "[1]", "Audit_2_1e-320.json": audit(),
+                            "Audit_x.json": "{}"},
+    "missing columns": {"Adversarial_Accuracy.csv": "eps,adversarial,grad\n0.5,0.5\n0.5\n",
+                        "Adversarial_Accuracy.txt": settings(), "metrics.csv": "a,b\n1,2,3\n"},
+    "no text": {name: bytes(range(256)) * 40 for name in (
+        "metrics.csv", "Corruption_Accuracy.txt", "Characteristic_Time.txt", "Audit_2_0.5.json")},
+    "a long cell": {"metrics.csv": "epoch,test_acc\n1," + "5" * 10 ** 6 + "\n"},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_tables_of_a_run_are_gaps_or_one_line(cli, runs, tmp_path, name):
+    run = shutil.copytree(runs["EP"][0], tmp_path / "run")
+    for file, content in ODD[name].items():
+        (run / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, out, err = cli("--todo compare --load-path", run)
+    assert code == 0 or code == 2 and err.count("\n") == 1 and str(run) in err, err
+    for path in (tmp_path / "results").rglob("comparison.*"):
+        assert not any(word in path.read_text() for word in ("nan", "e-320", "e+", "999"))
+
+
+def enter(folder, words, log):
+    os.chdir(folder)
+    sys.stdout, sys.stderr = open(os.devnull, "w"), open(log, "w", buffering=1)
+    sys.exit(main.main(words))
+
+
+@pytest.mark.parametrize("todo", ["compare", "evaluate", "attack"])
+def test_no_pipe_is_waited_for(runs, tmp_path, todo):
+    run = shutil.copytree(runs["EP"][0], tmp_path / "run")
+    for path in run.iterdir():
+        if path.suffix in (".txt", ".csv", ".json", ".npz"):
+            path.unlink()
+            os.mkfifo(path)
+    words = {"compare": "--todo compare", "evaluate": "--todo evaluate --device -1",
+             "attack": "--todo attack --eps-list 0.5 --attack-iters 1 --device -1"}[todo]
+    words = [*words.split(), "--load-path", str(run)]
+    process = context.Process(target=enter, args=(tmp_path, words, tmp_path / "err"))
+    process.start()
+    process.join(60)
+    ended, err = process.exitcode, (tmp_path / "err").read_text()
+    process.kill()
+    assert ended in (0, 1, 2) and "Traceback" not in err, err
+    assert err.count("error:") == (ended != 0)
+    assert ended == 0 or str(run) in err
+
+
+def test_what_is_shown_of_a_run_is_text(ok, runs, tmp_path):
+    """No HTML, formula, cell of its own or order to a terminal, whichever table it is from."""
+    run = shutil.copytree(runs["EP"][0], tmp_path / "run")
+    (run / "Adversarial_Accuracy.txt").write_text(
+        settings(attack=EVIL, budget=FORMULA + EVIL, attack_start=EVIL))
+    (run / "Adversarial_Accuracy.csv").write_text(
+        SWEEP + f"0.5,{FORMULA},0.5\n0.5,$\\foo$@{EVIL},0.5\n")
+    (run / "Audit_2_0.5.json").write_text(audit(settings={"budget": "+" + EVIL}))
+    (tmp_path / "published.csv").write_text(
+        "task,model,attack,norm,eps,adversarial\n"
+        f"digits,{EVIL},@pgd,2,0.5,0.5\ndigits,x,pgd,{FORMULA},0.5,0.5\n")
+    out = ok("--todo compare --published published.csv --labels",
+             "=<script>alert(1)</script>|$\\foo$", "--load-path", run)
+    folder, = (tmp_path / "results" / "compare").glob("*/*")
+    markdown, table = ((folder / f"comparison.{end}").read_text() for end in ("md", "csv"))
+    assert "\x1b" not in out + markdown + table and "<" not in out + markdown
+    assert "&lt;script>alert(1)&lt;/script>\\|" in markdown and "&lt;script>" in out
+    rows = list(csv.reader(table.splitlines()))
+    assert len({len(row) for row in rows}) == 1
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t")) for row in rows for cell in row)
+    assert any(cell == "'" + FORMULA for row in rows for cell in row)
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
 def test_damaged_tables_of_a_run_are_gaps(runs, tmp_path):

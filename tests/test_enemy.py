@@ -68,7 +68,10 @@ def test_two_sweeps_do_not_write_one_table(tmp_path):
     again.release()
 
 
-@pytest.mark.parametrize("old, new", [("0.1,bptt", "0.1x,bptt"), ("adversarial", "other"), ("0.500000", "nan")])
+@pytest.mark.parametrize("old, new", [
+    ("0.1,bptt", "0.1x,bptt"), ("adversarial", "other"), ("0.500000", "nan"),
+    ("0.1,bptt", "1e-320,bptt"), ("0.1,bptt", "1e300,bptt"), ("0.1,bptt", "-0.1,bptt"),
+    ("0.500000", "1.5"), ("0.1,bptt", "0.1,")])
 def test_a_damaged_table_is_one_line(tmp_path, old, new):
     run = RunFolder(tmp_path)
     Sweep(run, SETTINGS, 0.9, "model.pt").add(0.1, result())
@@ -80,6 +83,14 @@ def test_a_damaged_table_is_one_line(tmp_path, old, new):
         Sweep(run, SETTINGS, 0.9, "model.pt")
     run.release()
     assert table.read_bytes() == kept
+
+
+@pytest.mark.parametrize("eps", ["1e-320", "1e-30", "1e300", "1e-300/3", "-1"])
+def test_no_attack_has_a_bound_that_is_no_number_of_float32(ok, cli, tmp_path, eps):
+    for words in ("--todo attack --eps-list 0.5", "--todo audit --eps", "--adv-train"):
+        code, _, err = cli(words, eps, "--load-path nowhere")
+        assert code == 2 and err.count("\n") == 1
+        assert f"got '{eps}', expected 0, or a number from 1e-09 to 1e+09" in err
 
 
 def test_audits_with_another_surrogate_or_end_are_other_audits(tmp_path):
