@@ -8,37 +8,18 @@ import pathlib
 import re
 import stat
 import warnings
-import zipfile
-
-import torch
 
 from data_utils import UserError, one_line
-from experiment import training_state, untrusted
-from experiment.arguments import described, named
-from experiment.old_pickles import OLD_GLOBALS, Pickled, checkpoint_of
+from experiment import torch_files, training_state, untrusted
+from experiment.arguments import named
+from experiment.files import open_file, printable
+from experiment.old_pickles import Pickled, checkpoint_of
 from experiment.story import Story, best_of, changes, chosen_on, other_images, summary
 from experiment.untrusted import Damaged
 
 LARGEST_TEXT = 2 ** 20  # bytes of a hyperparameters.txt that are read; ours have two thousand
 LARGEST_VALUE = 2000  # characters of a value in it that can be a list of numbers
 NO_LITERAL = ValueError, SyntaxError, TypeError, MemoryError, RecursionError  # what ast.literal_eval raises
-
-
-def _load(file):
-    """What torch.load makes of an open file, running no code in it. An archive is held to its checksums: weights in
-    which a bit has turned are other weights. Raises anything."""
-    if file.read(4) == b"PK\3\4":
-        archive = zipfile.ZipFile(file)
-        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):  # would unpack to any size
-            raise ValueError("it is compressed, as torch.save leaves no file")
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"it is damaged: the checksum of {described(damaged)} is wrong")
-    file.seek(0)
-    with torch.serialization.safe_globals(OLD_GLOBALS), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about formats of old
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    return checkpoint_of(state) if isinstance(state, Pickled) else state
 
 
 def read_checkpoint(path):
@@ -52,18 +33,15 @@ def _read(path):
     """(what `read_checkpoint` returns, when the file was written in ns)"""
     empty = False
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             status = os.fstat(file.fileno())
             empty = not status.st_size
-            state = _load(file)
+            state = torch_files.load(file, status.st_size)
+        state = checkpoint_of(state) if isinstance(state, Pickled) else state
     except FileNotFoundError:
         raise UserError(f"{named(path)} does not exist") from None
     except Exception as e:  # a damaged file can fail in any way
-        refused = re.search(r"GLOBAL ([\w.]+)", str(e))
-        reason = one_line(e).rpartition("WeightsUnpickler error: ")[2].split(". ")[0][:300]
-        reason = "".join(letter if letter.isprintable() else "?" for letter in reason)  # it can quote the file
-        if refused:
-            reason = f"it asks for {refused[1]}, which could run code; nothing of it was run"
+        reason = printable(one_line(e))[:300]  # it can quote the file
         if pathlib.Path(path).suffix in (".csv", ".txt", ".json", ".png", ".pdf", ".npz"):
             reason = "it is no checkpoint; name the run folder, or its model.pt or checkpoint.tar"
         raise UserError(f"{named(path)} cannot be loaded: {'it is empty' if empty else reason}") from None
@@ -80,9 +58,7 @@ def read_arguments(folder):
     """
     path = pathlib.Path(folder, "hyperparameters.txt")
     try:
-        if not path.is_file():
-            return {}
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             lines = file.read(LARGEST_TEXT).decode("utf-8", "replace").splitlines()
     except OSError:
         return {}
@@ -243,7 +219,7 @@ def _continued(saved, args):
     """The Story of a run that goes on with `args`."""
     story, now = saved.story, vars(args)
     text = "; ".join(changes(saved.args, now))[:2000]
-    resumptions = {**story.resumptions, len(story.history) + 1: "".join(c if c.isprintable() else "?" for c in text)}
+    resumptions = {**story.resumptions, len(story.history) + 1: printable(text)}
     if not other_images(saved.args, now):
         return dataclasses.replace(story, resumptions=resumptions)
     return Story(story.history, story.best or saved.best_beside, None, resumptions, story.asked)

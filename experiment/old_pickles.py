@@ -15,7 +15,10 @@ class Pickled:
     def children(self, name):
         """The members of a ModuleList or list called `name`."""
         value = self.__dict__.get("_modules", {}).get(name, self.__dict__.get(name, []))
-        return list(value._modules.values()) if isinstance(value, Pickled) else list(value)
+        value = list(value._modules.values()) if isinstance(value, Pickled) else value
+        if not isinstance(value, list):
+            raise pickle.UnpicklingError(f"its {name} are not a list")
+        return value
 
 
 def _named(name):
@@ -38,19 +41,25 @@ def _getattr(owner, name):
     return _activation(name)
 
 
+def _set(values=()):
+    """Stands in for a set, whose elements are not read."""
+    return []
+
+
 _MODELS = ["P_MLP", "VF_MLP", "P_CNN", "VF_CNN"]
 _ACTIVATIONS = ["my_sigmoid", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig"]
 _LAYERS = ["conv.Conv2d", "linear.Linear", "linear.Identity", "container.ModuleList", "pooling.MaxPool2d",
            "pooling.AvgPool2d"]
 _FUNCTIONS = _named("_VariableFunctionsClass")
-OLD_GLOBALS = [
-    *((_named(f"model_utils.{name}"), f"model_utils.{name}") for name in _MODELS),
-    *((_named(name), f"torch.nn.modules.{name}") for name in _LAYERS),
-    *((_activation(name), f"model_utils.{name}") for name in _ACTIVATIONS),
-    *((_activation(name), f"torch.{name}") for name in ("tanh", "sigmoid")),
-    *((_FUNCTIONS, f"torch._C.{name}") for name in ("_VariableFunctionsClass", "_VariableFunctions")),
-    (_getattr, "builtins.getattr"), (_getattr, "__builtin__.getattr"), (set, "builtins.set"), (set, "__builtin__.set"),
-]
+OLD_GLOBALS = {
+    **{f"model_utils.{name}": _named(name) for name in _MODELS},
+    **{f"torch.nn.modules.{name}": _named(name) for name in _LAYERS},
+    **{f"model_utils.{name}": _activation(name) for name in _ACTIVATIONS},
+    **{f"torch.{name}": _activation(name) for name in ("tanh", "sigmoid")},
+    "torch._C._VariableFunctionsClass": _FUNCTIONS, "torch._C._VariableFunctions": _FUNCTIONS,
+    "builtins.getattr": _getattr, "__builtin__.getattr": _getattr,
+    "builtins.set": _set, "__builtin__.set": _set,
+}
 
 
 def checkpoint_of(module):

@@ -62,6 +62,12 @@ def weights(saved):
     expect(isinstance(saved, dict), "model_state_dict", saved)
     for name in saved:
         expect(isinstance(name, str) and len(name) <= 200 and name.isprintable(), "the name of a weight", name)
+    tensors = [value for value in saved.values() if isinstance(value, torch.Tensor)]
+    claimed = sum(value.numel() * value.element_size() for value in tensors)
+    storages = [value.untyped_storage() for value in tensors]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if claimed > held:  # views that repeat values; converted, each would be a copy
+        raise Damaged(f"model_state_dict claims {claimed:,} bytes, of which the file has {held:,}")
     return {name: _count(value, name) if name.endswith(".num_batches_tracked") else _weight(value, name)
             for name, value in saved.items()}
 

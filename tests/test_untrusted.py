@@ -6,8 +6,11 @@ import functools
 import io
 import os
 import pathlib
+import pickle
 import random
+import resource
 import shutil
+import struct
 import sys
 import zipfile
 
@@ -354,6 +357,120 @@ def test_no_size_in_an_optimizer_state_ends_the_interpreter(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 2
+
+
+# ---- pickles that torch.save does not write: of protocol 2, opcode by opcode
+
+
+def text(word):
+    return b"X" + struct.pack("<I", len(word)) + word.encode()
+
+
+def whole(number):
+    return b"\x8a\x08" + struct.pack("<q", number)
+
+
+def called(name, *arguments):
+    return b"c" + name.replace(" ", "\n").encode() + b"\n(" + b"".join(arguments) + b"tR"
+
+
+def storage(numel, kind="Float", view=b""):
+    return (b"(" + text("storage") + f"ctorch\n{kind}Storage\n".encode() + text("0") + text("cpu")
+            + whole(numel) + view + b"tQ")
+
+
+def tensor(values, size, stride=1, offset=0):
+    return called("torch._utils _rebuild_tensor_v2", values, whole(offset),
+                  b"(" + whole(size) + b"t", b"(" + whole(stride) + b"t", b"\x89",
+                  called("collections OrderedDict"))
+
+
+def state(weight):
+    """A state dict of one weight; weight: opcodes of its value, and of more names and values."""
+    return (b"\x80\x02}(" + text("model_state_dict") + b"}(" + text("synapses.0.weight") + weight
+            + b"uu.")
+
+
+def archive(content, values=bytes(16)):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as parts:
+        for name, part in (("data.pkl", content), ("byteorder", "little"), ("data/0", values)):
+            parts.writestr(f"archive/{name}", part)
+    return file.getvalue()
+
+
+def old_format(content, keys=("0",), values=bytes(16), announced=4):
+    machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    start = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, machine))
+    return start + content + pickle.dumps(list(keys), 2) + struct.pack("<q", announced) + values
+
+
+def oversized(content):
+    """The archive, whose directory announces 2 GB of data/0."""
+    start = content.index(b"archive/data/0", content.index(b"PK\1\2")) - 46
+    sizes = struct.pack("<II", 2 ** 31 - 1, 2 ** 31 - 1)
+    return content[:start + 20] + sizes + content[start + 28:]
+
+
+BILLION, DEEP = 2 ** 30, b")" + b"\x85" * 200_000
+PAIRS = b"](" + DEEP + whole(1) + b"\x86e"
+FEW, OLD = storage(4), storage(4, view=b"N")
+MANY_NAMES = (tensor(storage(2 ** 20, "Half"), 2 ** 20) + b"q\1"
+              + b"".join(text(str(n)) + b"h\1" for n in range(2000)))
+CRAFTED = {
+    "a deep key": archive(b"\x80\x02}(" + DEEP + whole(1) + b"u."),
+    "a deep key, one by one": archive(b"\x80\x02}" + DEEP + whole(1) + b"s."),
+    "a deep key of an OrderedDict": archive(state(called("collections OrderedDict", PAIRS))),
+    "a deep entry of a set": archive(state(called("builtins set", b"](" + DEEP + b"e"))),
+    "a deep attribute": archive(state(called("model_utils P_MLP") + PAIRS + b"b")),
+    "a deep list": archive(state(b"]" * 200_000 + b"a" * 199_999)),
+    "bytes": archive(state(called("builtins bytearray", whole(BILLION)))),
+    "bytes of protocol 5": archive(state(b"\x96" + struct.pack("<Q", BILLION))),
+    "a tensor by its class": archive(state(called("torch Tensor", whole(BILLION)))),
+    "an untyped storage": archive(state(called("torch.storage UntypedStorage", whole(BILLION)))),
+    "a tensor beyond its storage": archive(state(tensor(FEW, BILLION))),
+    "a tensor behind its storage": archive(state(tensor(FEW, 1, offset=BILLION))),
+    "a tensor before its storage": archive(state(tensor(FEW, 2, stride=-1))),
+    "a storage beyond its file": archive(state(tensor(storage(BILLION), 4))),
+    "a repeated value": archive(state(tensor(FEW, BILLION, stride=0))),
+    "a tensor as arguments": archive(state(b"ccollections\nOrderedDict\n"
+                                           + tensor(FEW, 2 ** 40, stride=0) + b"R")),
+    "a part beyond its file": oversized(archive(state(tensor(FEW, 4)))),
+    "a weight of many names": archive(state(MANY_NAMES), bytes(2 ** 21)),
+    "a memo of a billion": archive(state(b"]r" + struct.pack("<I", BILLION))),
+    "a long name": archive(state(b"cos\n" + b"x" * 10 ** 6 + b"\n")),
+    "an old storage": old_format(state(tensor(storage(BILLION, view=b"N"), BILLION))),
+    "an old storage that is never written": old_format(state(tensor(OLD, 4)), (), b""),
+    "an old storage that ends": old_format(state(tensor(OLD, 4)), values=bytes(15)),
+    "an old tensor beyond its storage": old_format(state(tensor(OLD, BILLION))),
+    "an old view": old_format(state(tensor(storage(4, view=b"(" + whole(0) + b"t"), 4))),
+    "an old module": old_format(state(b"(" + text("module") + b"]" + text("a.py") + b"NtQ")),
+}
+
+
+def enter_crafted(folder, log):
+    """Opens every file with 2 GiB more of address space; logs name, exit code and errors."""
+    with open("/proc/self/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2 ** 31, now + 2 ** 31))
+    for name in CRAFTED:
+        err = sys.stderr = io.StringIO()
+        (folder / "model.pt").write_bytes(CRAFTED[name])
+        words = f"--todo evaluate --task digits --device -1 --load-path {folder / 'model.pt'}"
+        code = main.main(words.split())
+        with open(log, "a") as file:
+            file.write(f"{name}\t{code}\t{err.getvalue()!r}\n")
+
+
+def test_no_pickle_ends_the_interpreter_or_takes_memory(tmp_path):
+    process = context.Process(target=enter_crafted, args=(tmp_path, tmp_path / "log"))
+    process.start()
+    process.join(120)
+    process.kill()
+    lines = [line.split("\t") for line in (tmp_path / "log").read_text().splitlines()]
+    assert [name for name, *_ in lines] == list(CRAFTED), f"ended in {list(CRAFTED)[len(lines)]}"
+    for _, code, err in lines:
+        assert code == "2" and err.count("\\n") == 1 and "alloc" not in err, err
 
 
 def test_weights_of_another_floating_type_are_converted(run):

@@ -1,0 +1,209 @@
+"""A restricted reader of torch.save files: it runs no code and allocates no more than the file has.
+
+torch.load(weights_only=True) is not enough. A deep tuple as a dict key crashes the interpreter, 400
+bytes that call bytearray allocate gigabytes, and tensors in the format before PyTorch 1.6 can
+contain memory that was never written.
+"""
+import io
+import pickle
+import re
+import sys
+import zipfile
+from typing import BinaryIO
+
+import torch
+
+from data_files import Call, as_array
+from experiment.old_pickles import OLD_GLOBALS, Pickled
+
+LARGEST_PICKLE = 2 ** 23  # bytes of a checkpoint without its tensors; 10,000 epochs have 2 ** 21
+MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before PyTorch 1.6
+
+OPCODES = [getattr(pickle, name)[0] for name in """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
+    BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES SHORT_BINSTRING
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
+    BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID
+    """.split()]
+
+
+def load(file: BinaryIO, size: int):
+    """Load a torch.save file of `size` bytes: dicts, lists, tuples, text, numbers, tensors on the
+    CPU and `Pickled`. Raises any exception if it contains something else or is damaged."""
+    start = file.read(4)
+    file.seek(0)
+    if start == b"PK\3\4":
+        return _load_archive(file, size)
+    if start[:1] != pickle.PROTO:
+        raise ValueError("it is not a file of torch.save")
+    return _load_old(file, size)
+
+
+def _load_archive(file, size):
+    """The format since PyTorch 1.6: an uncompressed zip archive with a pickle, data.pkl, and a
+    record for each storage. Reading a record compares its checksum."""
+    archive = zipfile.ZipFile(file)
+    records, storages = archive.infolist(), {}
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("it is compressed, as torch.save leaves no file")  # to expand to any size
+    if sum(record.file_size for record in records) > size:
+        raise ValueError("its parts are larger than the file")
+    pickles = [r for r in records if re.fullmatch(r"[^/]*/data\.pkl", r.filename)]
+    if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
+        raise ValueError("it is not an archive of torch.save")
+    root = pickles[0].filename.removesuffix("data.pkl")
+    if f"{root}byteorder" in archive.namelist():
+        _check_byteorder(archive.read(f"{root}byteorder").decode())
+
+    def storage(key, dtype, numel):
+        if key not in storages:
+            storages[key] = bytearray(archive.read(f"{root}data/{key}"))
+        return _values(storages[key], dtype, numel)
+    return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
+
+
+def _load_old(file, size):
+    """The format before PyTorch 1.6: pickles of a magic number, the version, the machine, the state
+    and the keys of its storages; then of each storage the number of values and the values."""
+    pickles, storages, left = io.BytesIO(file.read(min(size, LARGEST_PICKLE))), {}, size
+
+    def storage(key, dtype, numel):
+        nonlocal left
+        if key not in storages:
+            left -= numel * dtype.itemsize
+            if left < 0:
+                raise ValueError(f"storage {key} has {numel:,} values, more than the file")
+            storages[key] = bytearray(numel * dtype.itemsize)
+        return _values(storages[key], dtype, numel)
+    magic, version, machine, state, keys = (_Unpickler(pickles, storage).load() for _ in range(5))
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError("it is not a file of torch.save")
+    _check_byteorder("little" if machine["little_endian"] else "big")
+    file.seek(pickles.tell())
+    for key in keys:
+        content = storages.pop(key)
+        file.read(8)  # the number of values again
+        if file.readinto(content) != len(content):
+            raise ValueError(f"it ends within storage {key}")
+    if storages:
+        raise ValueError(f"it lacks the values of storage {next(iter(storages))}")
+    return state
+
+
+def _check_byteorder(found):
+    if found != sys.byteorder:
+        raise ValueError(f"it is {found}-endian, this machine is {sys.byteorder}-endian")
+
+
+def _values(content, dtype, numel):
+    """The bytes of a storage as a 1-d tensor."""
+    if len(content) != numel * dtype.itemsize:
+        raise ValueError(f"a storage of {numel:,} {dtype} has {len(content):,} bytes")
+    return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's unpickler in Python, restricted to OPCODES and NAMES. What it calls takes little
+    time and memory for any arguments; keys of dicts are text and whole numbers."""
+
+    def __init__(self, content, storage):
+        """storage: (key, dtype, number of values) -> 1-d tensor."""
+        super().__init__(content, encoding="latin1")
+        self.storage = storage
+
+    def find_class(self, module, name):
+        """The function or type that stands for a name in the file."""
+        name = f"{module}.{name}"
+        if name in NAMES:
+            return NAMES[name]
+        if module.partition(".")[0] == "torch":
+            reason = f"it has weights or other parts that are not plain tensors: {name}"
+        else:
+            reason = f"it asks for {name}, which could run code; nothing of it was run"
+        raise pickle.UnpicklingError(reason)
+
+    def persistent_load(self, saved):
+        """The storage that ("storage", type, key, device, number of values) names."""
+        _expect(isinstance(saved, tuple) and len(saved) in (5, 6))
+        kind, dtype, key, _, numel, *view = saved
+        _expect(kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
+                and isinstance(numel, int) and numel >= 0 and not any(view))
+        return self.storage(key, dtype, numel)
+
+    def _call(self):
+        arguments = self.stack.pop()
+        function = self.stack.pop()
+        _expect(isinstance(arguments, tuple) and callable(function))
+        self.append(function(*arguments))
+
+    def _build(self):
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, Call):
+            target.state = state
+            return
+        _expect(isinstance(target, (Pickled, dict)) and isinstance(state, dict))
+        if isinstance(target, Pickled):  # attributes of a dict, metadata, are ignored
+            target.__setstate__(state)
+
+    def _set_item(self):
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self._update([key, value])
+
+    def _set_items(self):
+        self._update(self.pop_mark())
+
+    def _update(self, items):
+        keys = items[::2]
+        _expect(isinstance(self.stack[-1], dict) and all(isinstance(k, (str, int)) for k in keys))
+        self.stack[-1].update(zip(keys, items[1::2], strict=True))
+
+    dispatch = {**dict.fromkeys(range(256), lambda self: _expect(False)),
+                **{op: read for op, read in pickle._Unpickler.dispatch.items() if op in OPCODES},
+                pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _call, pickle.BUILD[0]: _build,
+                pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}
+
+
+def _expect(holds):
+    if not holds:
+        raise pickle.UnpicklingError("it has parts that torch.save does not write")
+
+
+# ---- what stands for the names in a file
+
+
+def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+    """The view of a storage; raises RuntimeError beyond its end. metadata: negated, for example."""
+    _expect(not metadata and isinstance(size, tuple) and len(size) <= 8)
+    return storage.as_strided(size, stride, offset)
+
+
+def _number(dtype, content):
+    """A NumPy number as Python's."""
+    return as_array(Call("numpy.core.multiarray scalar", (dtype, content))).item()
+
+
+def _bytes(text, encoding):
+    """Bytes, which protocol 2 writes as text."""
+    return text.encode("latin1")
+
+
+def _dict(*pairs):
+    """An empty OrderedDict, as which one is pickled before its items."""
+    _expect(not pairs)
+    return {}
+
+
+TYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
+         "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
+         "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
+         "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}
+NAMES = {
+    **OLD_GLOBALS, **{f"torch.{name}Storage": dtype for name, dtype in TYPES.items()},
+    "collections.OrderedDict": _dict, "_codecs.encode": _bytes,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
+    "numpy.dtype": lambda *args: Call("numpy dtype", args),
+    "numpy.core.multiarray.scalar": _number, "numpy._core.multiarray.scalar": _number,
+}
