@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 import reprlib
+import shlex
 import sys
 import unicodedata
 
@@ -12,12 +13,16 @@ from data_utils import TASKS, UserError
 from experiment.flags import (
     ALL,
     ATTACK_STEP,
+    CONVOLUTIONAL,
     FEED_FORWARD,
     LARGEST,
     NO_STEPS,
     OF_STEPS,
     typed,
 )
+
+# Arguments of convolutions that the shapes of weights do not determine
+GEOMETRY = ("pools", "paddings", "strides")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,6 +81,41 @@ def _like_a_number(word):
         return bool(word[1:2].isdigit() or [float(part) for part in word.split("/")])
     except ValueError:
         return word[1:2] == "." and word[2:3].isdigit()
+
+
+def parse_leniently(line: str) -> dict:
+    """Parse a command line of another version of this program: {dest: value} of the known flags.
+
+    Unknown words are skipped; with a flag given twice the last counts, as in argparse. A value
+    that is not valid for its flag stays text.
+    """
+    try:
+        words = shlex.split(line)
+    except ValueError:  # a quotation mark too few
+        words = line.split()
+    flags, texts, last = {flag.name: flag for flag in ALL}, {}, None
+    for word in words:
+        if re.match("--?[A-Za-z]", word):
+            name, _, value = word.lstrip("-").partition("=")
+            last = flags.get(name.replace("_", "-")) if word.startswith("--") else None
+            if last:
+                texts[last.dest] = last, [value] if value else []
+        elif last:
+            texts[last.dest][1].append(word)
+    values = {}
+    for dest, (flag, given) in texts.items():
+        if flag.kind is bool or given:
+            value = given if flag.many or flag.kind is bool else given[0]
+            try:
+                values[dest] = _judge_given(flag, value)
+            except UserError:
+                values[dest] = value
+    return values
+
+
+def implied() -> dict:
+    """{dest: default} of the arguments that a complete command line defines by omitting them."""
+    return {flag.dest: flag.default for flag in ALL if flag.kind is bool or flag.dest in GEOMETRY}
 
 
 def _judge_given(flag, value):
@@ -213,6 +253,8 @@ def resolve(given, saved=None):
         args.attack_step = [min(ATTACK_STEP, args.predict_step or args.T1)]
     if saved is None:
         _fit_to_task(args, given)
+    elif args.model in CONVOLUTIONAL:
+        _fit_to_weights(args, {**known, **given})
     if args.model in FEED_FORWARD:
         _without_steps(args, given, known)
     if overruled:
@@ -231,6 +273,17 @@ def _fit_to_task(args, given):
         args.archi = [task.inputs, *args.archi[1:-1], task.classes]
     if "fc" not in given:
         args.fc = [*args.fc[:-1], task.classes]
+
+
+def _fit_to_weights(args, known):
+    """Sets unknown strides to 1. Raises UserError if poolings or paddings are unknown: weights of
+    the same shapes fit several of them. known: {dest: value} of the saved run and the flags."""
+    unknown = [name for name in GEOMETRY if name not in known]
+    if "pools" in unknown or "paddings" in unknown:
+        raise UserError(f"the saved run does not record --{', --'.join(unknown)} and its weights "
+                        "do not determine them; give these flags as in the training")
+    if unknown:
+        args.strides = [1] * len(args.channels)
 
 
 def _without_steps(args, given, known):

@@ -7,12 +7,16 @@ import os
 import pathlib
 import re
 import stat
+import sys
 import warnings
 
+import torch
+
 from data_utils import UserError, one_line
-from experiment import torch_files, training_state, untrusted
+from experiment import arguments, torch_files, training_state, untrusted
 from experiment.arguments import named
 from experiment.files import open_file, printable
+from experiment.flags import ALL
 from experiment.old_pickles import Pickled, checkpoint_of
 from experiment.story import Story, best_of, changes, chosen_on, other_images, summary
 from experiment.untrusted import Damaged
@@ -20,6 +24,13 @@ from experiment.untrusted import Damaged
 LARGEST_TEXT = 2 ** 20  # bytes of a hyperparameters.txt that are read; ours have two thousand
 LARGEST_VALUE = 2000  # characters of a value in it that can be a list of numbers
 NO_LITERAL = ValueError, SyntaxError, TypeError, MemoryError, RecursionError  # what ast.literal_eval raises
+
+# Labels in the original code's hyperparameters.txt: the argument that each stands for
+LABELS = {"data augmentation": "data_aug", "learning rate decay": "lr_decay",
+          "scale for weight init": "scale", "activation": "act", "learning rates": "lrs",
+          "weight decays": "wds", "momentum": "mmt", "optimizer": "optim",
+          "minibatch size": "mbs", "random beta_2 sign": "random_sign",
+          "random sign beta_2": "random_sign", "same update vfcnn": "same_update"}
 
 
 def read_checkpoint(path):
@@ -45,6 +56,8 @@ def _read(path):
         if pathlib.Path(path).suffix in (".csv", ".txt", ".json", ".png", ".pdf", ".npz"):
             reason = "it is no checkpoint; name the run folder, or its model.pt or checkpoint.tar"
         raise UserError(f"{named(path)} cannot be loaded: {'it is empty' if empty else reason}") from None
+    if isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())):
+        state = {"model_state_dict": state}  # a bare state dict
     if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
         raise UserError(f"{named(path)} is no checkpoint of a model: it holds no model_state_dict")
     return state, status.st_mtime_ns
@@ -53,8 +66,10 @@ def _read(path):
 def read_arguments(folder):
     """The arguments written in a run folder's hyperparameters.txt, as text or plain values; {} where there are none.
 
-    Reads lines `name: value` (any indentation, or a dash before them; value a Python literal or a word), as ours are,
-    and as the original code's are. Of a line that makes no sense, and of a text beyond LARGEST_TEXT, nothing is read.
+    Reads lines `name: value` (any indentation, or a dash before them; value a Python literal or a
+    word) as this program writes them, and as the original code does: its first line is the command
+    line, which has priority, and some of its names are LABELS. Lines that make no sense are
+    ignored, and text beyond LARGEST_TEXT bytes.
     """
     path = pathlib.Path(folder, "hyperparameters.txt")
     try:
@@ -65,9 +80,20 @@ def read_arguments(folder):
     texts = {}
     for line in lines:
         name, colon, value = line.strip().lstrip("- \t").partition(":")
-        if colon and value.strip() and re.fullmatch(r"[A-Za-z]\w*", name.strip()):
-            texts[name.strip()] = value.strip()
-    return {name: _value(text) for name, text in texts.items()}
+        name = name.partition("(")[0].strip()  # as in "momentum (if sgd)"
+        name = LABELS.get(name.lower(), name)
+        if colon and value.strip() and re.fullmatch(r"[A-Za-z]\w*", name):
+            texts[name] = value.strip()
+    values = {name: _value(text) for name, text in texts.items()}
+    values = {name: value for name, value in values.items() if value != []}  # not given
+    first = lines[0] if lines and not lines[0].startswith("command line:") else ""
+    given = arguments.parse_leniently(first)
+    differing = [f"--{flag.name}" for flag in ALL if flag.dest in given and flag.scope != "session"
+                 and values.get(flag.dest, given[flag.dest]) != given[flag.dest]]
+    if differing:
+        print(f"note: {named(path)}: the command line and the lines below it differ in "
+              f"{', '.join(differing)}; used: the command line", file=sys.stderr)
+    return {**(arguments.implied() if given else {}), **values, **given}
 
 
 def _value(text):
@@ -146,10 +172,14 @@ def open_saved(path, todo):
         best = best and {"model_state_dict": best[0], "config": best[1], **summary(best[2])}
         random_states = training_state.checked_random_states(state.get("random_states"))
         history = untrusted.history(state)
-        story = Story(history, best, untrusted.accuracy(state.get("best"), best_of(history)),
+        # the original code's `best` is a number of images, not an accuracy
+        best_accuracy = state.get("best") if "config" in state else None
+        best_accuracy = untrusted.accuracy(best_accuracy, best_of(history))
+        story = Story(history, best, best_accuracy,
                       untrusted.resumptions(state.get("resumptions", {})), untrusted.asked(state.get("asked", 0)))
-        saved = SavedRun(path, weights, _arguments(state, path), stamp, story, random_states, state.get("opt"),
-                         state.get("scheduler"), "config" in state)
+        saved = SavedRun(path, weights, _arguments(state, path, weights), stamp, story,
+                         random_states, state.get("opt"), state.get("scheduler"),
+                         "config" in state)
         if todo == "train" and saved.own:
             _expect_all_for_training(saved)
     except Damaged as e:
@@ -173,16 +203,17 @@ def _expect_all_for_training(saved):
         raise Damaged(f"no training can go on from it without {' and '.join(missing)}")
 
 
-def _arguments(state, path):
-    """{dest: value} of the arguments that a run says: in its config, or, being of the original code, by its module and
-    its text."""
+def _arguments(state, path, weights):
+    """{dest: value} of the arguments that a run records: in its config, or, without one, in its
+    pickled module, then in its hyperparameters.txt, then in the shapes of its weights."""
     if "config" in state:
         config = untrusted.config(state["config"], path)
         return {**untrusted.judged(config, path), **untrusted.data(config)}
     told = state.get("architecture", {})
     untrusted.expect(isinstance(told, dict), "architecture", told)
     text = path.parent / "hyperparameters.txt"
-    return {**untrusted.judged(read_arguments(path.parent), text), **untrusted.judged(told, path)}
+    found = {**untrusted.judged(read_arguments(path.parent), text), **untrusted.judged(told, path)}
+    return {**untrusted.judged(untrusted.architecture(weights), path), **found}
 
 
 def load_weights(model, saved):
@@ -190,8 +221,16 @@ def load_weights(model, saved):
     try:
         model.load_state_dict(saved.weights)
     except RuntimeError as e:
+        kind = saved.args.get("model")
+        unknown = [f"--{flag.name}" for flag in ALL
+                   if flag.scope == "architecture" and flag.dest not in saved.args
+                   and (flag.kind is int and flag.many or flag.dest in ("model", "pools"))
+                   and (kind is None or flag.models is None or kind in flag.models)]
         reason = one_line(e).partition(": ")[2][:600]
-        raise UserError(f"the weights in {named(saved.path)} do not fit the model: {reason}") from None
+        if unknown:
+            reason += f"; the run does not record {', '.join(unknown)}: give these flags"
+        raise UserError(f"the weights in {named(saved.path)} do not fit the model: {reason}"
+                        ) from None
 
 
 def restore(saved, args, optimizer, scheduler, generator):

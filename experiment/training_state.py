@@ -8,7 +8,7 @@ import torch
 
 from data_utils import one_line
 from experiment.flags import LARGEST
-from experiment.untrusted import LARGEST_FLOAT, Damaged, are_numbers, expect, is_number, real_tensor
+from experiment.untrusted import LARGEST_FLOAT, Damaged, are_numbers, expect, is_number, plain, real_tensor
 
 # ------------------------------------------------------------------------------------------------------- random numbers
 
@@ -111,6 +111,7 @@ def _group(saved, own, what):
     ids = saved.get("params")
     expect(isinstance(ids, list) and are_numbers(ids, len(own["params"]), whole=True),
            f"the list of {len(own['params'])} parameters of {what}", ids)
+    saved = {name: plain(value) for name, value in saved.items()}
     rates = {name: saved.get(name) for name in RATES if name in saved or name in own and name != "initial_lr"}
     for name, value in rates.items():
         expect(is_number(value, 0, RATES[name]), f"{name} of {what}", value)
@@ -156,7 +157,7 @@ def scheduler_state(saved, scheduler):
     for name in {**own, **saved}:
         if name == "verbose" or name[:1] == "_" and (name not in ("_step_count", "_last_lr") or name not in saved):
             continue  # how a version of torch keeps its books
-        value = saved.get(name)
+        value = plain(saved.get(name))
         if name in ("last_epoch", "_step_count"):
             good = is_number(value, 0, LARGEST, True)
         elif name in ("base_lrs", "_last_lr"):

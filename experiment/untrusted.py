@@ -37,6 +37,13 @@ def _is_name(value):
     return isinstance(value, str) and len(value) <= 100 and value.isidentifier()
 
 
+def plain(value):
+    """The number in a 0-d tensor, also in lists of them; any other value as it is."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(v.item() if torch.is_tensor(v) and not v.dim() else v for v in value)
+    return value.item() if torch.is_tensor(value) and not value.dim() else value
+
+
 # -------------------------------------------------------------------------------------------------------------- tensors
 
 
@@ -58,18 +65,44 @@ def real_tensor(value, what, shape=None):
 
 
 def weights(saved):
-    """{name: float32 tensor} of a model_state_dict; of batch normalisation also whole numbers."""
+    """{name: float32 tensor} of a model_state_dict; counts of batch normalisation stay int64. The
+    prefixes of DataParallel, DistributedDataParallel and torch.compile are removed from names."""
     expect(isinstance(saved, dict), "model_state_dict", saved)
     for name in saved:
         expect(isinstance(name, str) and len(name) <= 200 and name.isprintable(), "the name of a weight", name)
-    tensors = [value for value in saved.values() if isinstance(value, torch.Tensor)]
+    found = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in saved.items()}
+    expect(len(found) == len(saved), "names of weights, two of which mean the same,", list(saved))
+    tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
     claimed = sum(value.numel() * value.element_size() for value in tensors)
     storages = [value.untyped_storage() for value in tensors]
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if claimed > held:  # views that repeat values; converted, each would be a copy
         raise Damaged(f"model_state_dict claims {claimed:,} bytes, of which the file has {held:,}")
     return {name: _count(value, name) if name.endswith(".num_batches_tracked") else _weight(value, name)
-            for name, value in saved.items()}
+            for name, value in found.items()}
+
+
+def architecture(weights: dict) -> dict:
+    """{dest: value} of the arguments that the shapes of an energy model's weights determine; {}
+    for other weights. weights: {name: tensor}."""
+    synapses = {int(name.split(".")[1]): tuple(value.shape) for name, value in weights.items()
+                if re.fullmatch(r"synapses\.\d{1,4}\.weight", name)}
+    shapes = [synapses[n] for n in sorted(synapses)]
+    convolutions = [shape for shape in shapes if len(shape) == 4]
+    dense = [shape for shape in shapes if len(shape) == 2]
+    if not dense or shapes != convolutions + dense:
+        return {}
+    feedback = sum(name.startswith("B_syn.") and name.endswith(".weight") for name in weights)
+    found = {"model": ("VF" if feedback else "") + ("CNN" if convolutions else "MLP")}
+    if feedback:
+        readout = feedback < len(shapes) - 1  # which has no feedback weights
+        found |= {"softmax": True, "loss": "cel"} if readout else {"softmax": False}
+    if not convolutions:
+        return {**found, "archi": [dense[0][1], *(shape[0] for shape in dense)]}
+    if all(shape[2] == shape[3] for shape in convolutions):
+        found["kernels"] = [shape[2] for shape in convolutions]
+    return {**found, "channels": [shape[0] for shape in convolutions],
+            "fc": [shape[0] for shape in dense]}
 
 
 def _weight(value, name):
@@ -103,11 +136,12 @@ def config(saved, path):
     missing = [name.replace("_", "-") for name in ALWAYS_SAVED if name not in saved]
     if missing:
         raise Damaged(f"its config does not say --{', --'.join(missing)}")
+    saved = {name: plain(value) for name, value in saved.items()}
     judged(saved, path)
     for name, value in saved.items():
         values = value if isinstance(value, (list, tuple)) else [value]
         expect(all(map(_is_plain, values)), f"config's {name}", value)
-    return dict(saved)
+    return saved
 
 
 def data(config):
@@ -126,14 +160,16 @@ def _is_plain(value):
 def history(saved):
     """The history of a checkpoint: [{"epoch": 1, "train_acc": %, "test_acc": %, "seconds": s or "", ...}, ...], the
     rows of metrics.csv. One of the original code, without `config`, may have two lists of accuracies instead."""
+    epoch = plain(saved.get("epoch"))
     if "history" not in saved and "config" not in saved:
-        return _history_of_lists(saved.get("train_acc", []), saved.get("test_acc", []))
-    rows, epoch = saved.get("history"), saved.get("epoch")
-    expect(isinstance(rows, list), "history", rows)
+        return _history_of_lists(saved.get("train_acc", []), saved.get("test_acc", []), epoch)
+    rows = saved.get("history")
+    expect(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), "history", rows)
+    rows = [{name: plain(value) for name, value in row.items()} for row in rows]
     expect(is_number(epoch, len(rows), len(rows), True), f"epoch, with {len(rows)} epochs in history,", epoch)
     for n, row in enumerate(rows, 1):
         what = f"epoch {n} in history"
-        expect(isinstance(row, dict) and all(_is_name(name) for name in row), what, row)
+        expect(all(_is_name(name) for name in row), what, row)
         expect(is_number(row.get("epoch"), n, n, True), f"the number of {what}", row.get("epoch"))
         for name in ("train_acc", "test_acc"):
             expect(is_number(row.get(name), 0, 100), f"{name} of {what}", row.get(name))
@@ -148,16 +184,20 @@ def history(saved):
     return [{**first, **row} for row in rows]
 
 
-def _history_of_lists(*lists):
-    expect(all(isinstance(values, list) for values in lists) and len(lists[0]) == len(lists[1]),
-           "train_acc and test_acc, which are two lists of one length,", lists)
-    rows = []
-    for epoch, pair in enumerate(zip(*lists), 1):
-        what = f"an accuracy of epoch {epoch}"
-        pair = [real_tensor(v, what, torch.Size()).item() if isinstance(v, torch.Tensor) else v for v in pair]
-        expect(are_numbers(pair, 2, 0, 100), what, pair)
-        rows.append({"epoch": epoch, "train_acc": float(pair[0]), "test_acc": float(pair[1]), "seconds": ""})
-    return rows
+def _history_of_lists(train, test, epoch):
+    """The history of a checkpoint of the original code, without the accuracy of 10 % with which
+    its lists begin before the first epoch."""
+    expect(isinstance(train, list) and isinstance(test, list) and len(train) == len(test),
+           "train_acc and test_acc, which are two lists of one length,", (train, test))
+    pairs = [plain([*pair]) for pair in zip(train, test)]
+    for n, pair in enumerate(pairs):
+        expect(are_numbers(pair, 2, 0, 100), f"entry {n} of train_acc and test_acc", pair)
+    # `epoch` of a final_checkpoint.tar counts the epochs of its last session alone
+    if pairs and (pairs[0] == [10.0, 10.0] and epoch != len(pairs)
+                  or pairs[0][0] == pairs[0][1] and epoch == len(pairs) - 1):
+        del pairs[0]
+    return [{"epoch": n, "train_acc": float(pair[0]), "test_acc": float(pair[1]), "seconds": ""}
+            for n, pair in enumerate(pairs, 1)]
 
 
 def resumptions(saved):
@@ -170,6 +210,7 @@ def resumptions(saved):
 
 def asked(saved):
     """The most epochs that a checkpoint was asked to have."""
+    saved = plain(saved)
     expect(is_number(saved, 0, LARGEST, True), "asked", saved)
     return saved
 
@@ -178,7 +219,7 @@ def accuracy(saved, otherwise):
     """The accuracy of the best model, in %, or -1; `otherwise` where the file does not say it."""
     if saved is None:
         return otherwise
-    saved = real_tensor(saved, "best", torch.Size()).item() if isinstance(saved, torch.Tensor) else saved
+    saved = plain(saved)
     expect(is_number(saved, -1, 100), "best", saved)
     return float(saved)
 
