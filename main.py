@@ -82,14 +82,18 @@ class Job:
 
     def convergence(self, T1):
         """An empty `Convergence` for free phases of T1 steps; None of a model without time steps."""
+        import torch
+
         import model_utils
         from experiment import checkpoints
         if not self.model.moves:
             return None
         model = self.model
         if self.args.precision == "bf16":  # whose rounding hides what is left of the changes
-            model = model_utils.build(self.args).to(self.device)
+            with torch.random.fork_rng(devices=[]):
+                model = model_utils.build(self.args).to(self.device)
             checkpoints.load_weights(model, self.saved)
+            model.compiled = self.args.compile
         return model_utils.Convergence(model, T1)
 
     def run_folder(self):
@@ -150,18 +154,18 @@ def train(job):
 
 
 def _complete(job, first, last):
-    """End a command whose --run-dir has all its epochs; write what a kill after the last one left."""
+    """End a command whose --run-dir has all its epochs. Writes what a kill after the last one kept
+    from being written."""
     import model_utils
     from experiment import records, resuming
-    from experiment.story import snapshot
     run, story = job.run, job.saved.story
     if run:
         resuming.finish(run, job.saved)
     if job.workers.broadcast(run and resuming.figures_are_old(run)):
         x, _ = next(iter(job.batches("train")))
         if run:
-            records.draw_training(run, job.model, snapshot(job.model, job.args, story), story,
-                                  model_utils.predicting_neurons(job.model, x, job.rule))
+            neurons = model_utils.predicting_neurons(job.model, x, job.rule)
+            records.draw_training(run, job.model, job.args, story, neurons)
     print(f"nothing to train: {job.args.run_dir} has {first} epochs, --epochs is {last}")
 
 
@@ -186,8 +190,8 @@ def _training_folder(job):
         run.lock()
         resuming.refuse_to_undo(job.saved)
         if not exists(job.saved.path) or job.saved.path.stat().st_mtime_ns != job.saved.stamp:
-            raise UserError(f"{job.saved.path} has changed while it was read: another training was at "
-                            "work; start again")
+            raise UserError(f"{job.saved.path} has changed while it was read: another training was "
+                            "at work; start again")
         run.clean_up()
     return run
 
@@ -415,8 +419,8 @@ def _trains_in_run_dir(given):
 
 
 def _opened(given, workers, folders):
-    """(the RunFolder of --run-dir, for rank 0; the SavedRun in it or of --load-path), None if there is
-    none. Rank 0 reads the files: the machines of the others need not have them."""
+    """(the RunFolder of --run-dir, for rank 0; the SavedRun in it or of --load-path), None for none.
+    Rank 0 reads the files: the machines of the others need not have them."""
     from experiment import checkpoints, resuming
     run = saved = None
     if _trains_in_run_dir(given):
@@ -511,8 +515,8 @@ def work(given, program, argv, name):
 
 def main(argv=None, flags=FLAGS, name="main.py"):
     """Run one command line and return its exit code: 0, 2 for what the user can put right, 1 for a
-    run that cannot continue, 128 + n when signal n ended it. Started by torchrun, it is one of several
-    workers. Wrong flags are answered before torch is loaded."""
+    run that cannot continue, 128 + n when signal n ended it. Started by torchrun, it is one of
+    several workers. Wrong flags are answered before torch is loaded."""
     from experiment.console import command_words, lenient_streams
     with lenient_streams():
         launch = None

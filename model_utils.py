@@ -387,8 +387,8 @@ class Trainer:
     """Trains a model: what stays the same from mini-batch to mini-batch and from epoch to epoch.
 
     args: of the command line, to be written down; run: the `RunFolder` to write to after every epoch, or None; story:
-    of the epochs until now; workers: those that share every mini-batch, whose updates are those of one;
-    last: the number of the last epoch, None for args.epochs after those of the story.
+    of the epochs until now; workers: those that share every mini-batch, whose updates are those of
+    one; last: the number of the last epoch, None for args.epochs after those of the story.
     """
 
     model: EnergyModel

@@ -38,8 +38,8 @@ def trained(path, data_dir, T1, images, mbs, device):
     checks.check(args)
     model = model_utils.make_model(args)
     checkpoints.load_weights(model, saved)
-    batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches(False)
-    return model.to(device), args, batches, len(saved.history)
+    batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches("test")
+    return model.to(device), args, batches, len(saved.story.history)
 
 
 def compare(model, batches, rule, tol, device):

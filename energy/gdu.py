@@ -232,7 +232,9 @@ def gdu_report(model, x, y, rule, images=False):
             if reached:
                 best[name].update(cosine_median=statistics.median(reached), cosine_worst=reached[0])
     chain = model.chain(rule.loss)
-    _, converged = fast.relax_and_check(chain, Phase(chain.input_drive(x)), rule.T1)
+    with torch.no_grad():
+        drive = chain.input_drive(x)
+    _, converged = fast.relax_and_check(chain, Phase(drive), rule.T1)
     return Comparison(rows, BPTT, runs, bptt, ep, converged)
 
 

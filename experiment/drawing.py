@@ -60,9 +60,10 @@ def plain(text):
 
 
 def run_title(folder, about):
-    """Which run a figure is of, in words. folder: its path; about: model and task."""
+    """The title line with a figure's run: model and task (about), and the part of its path (folder)
+    below results/, or of a --run-dir the last two names."""
     parts = folder.resolve().parts
-    name = "/".join(parts[parts.index("results") + 1:] if "results" in parts else parts[-1:])
+    name = "/".join(parts[parts.index("results") + 1:] if "results" in parts else parts[-2:])
     return plain(f"{about}, {name}" if about else name)
 
 

@@ -82,9 +82,9 @@ FLAGS = {
              "train: write a run folder results/ALG/LOSS/date/time (a resumed run always writes to "
              "its own); elsewhere: keep images, predictions or plots", S, todos=("train", "evaluate", "attack",
                      "gducheck")),
-        Flag("run-dir", str, None, "the folder to train in: it is created if it is missing, and the run "
-             "in it is resumed, so that the same command can be started again; --epochs N is then N in "
-             "all; implies --save", S, todos=TRAIN),
+        Flag("run-dir", str, None, "the folder to train in: it is created if it is missing, and the "
+             "run in it is resumed, so that the same command can be started again; --epochs N is then "
+             "N in all; implies --save", S, todos=TRAIN),
         Flag("figures", str, "png", "file format of figures", S, ("png", "pdf")),
         Flag("tensorboard", bool, False, "write the scalars of every epoch to RUN/tensorboard (needs the package "
              "tensorboard)", S, todos=TRAIN),
@@ -174,8 +174,8 @@ FLAGS = {
         Flag("lr-decay", bool, False, "cosine annealing of the learning rates to 1e-5 over 100 epochs", T, todos=TRAIN),
         Flag("lr-step", float, None, "N GAMMA: every N epochs the learning rates become GAMMA times what they were", T,
              low=0, many=True, todos=TRAIN),
-        Flag("epochs", int, 1, "epochs to train; of a resumed run the further ones, with --run-dir all "
-             "of them", S, low=1, todos=TRAIN),
+        Flag("epochs", int, 1, "epochs to train; of a resumed run the further ones, with --run-dir "
+             "all of them", S, low=1, todos=TRAIN),
     ],
     "adversarial training": [
         Flag("adv-train", float, None, "train on images attacked by PGD from a random start, within this bound, images "

@@ -30,15 +30,16 @@ def free_phase(chain, phase, T, tol=0.0, stopwatch=None, output_in=None):
 class Convergence:
     """How many images of a data set have converged after T1 free steps, see `energy.dynamics.has_converged`.
 
-    model: the one that it is measured on, in fp32 where predictions are made by a bf16 copy; images: how many were
-    measured; converged: how many of them have converged. That --tol ends the phases of predictions early plays no
-    part."""
+    model: the one that it is measured on, in fp32 where predictions are made by a bf16 copy; images:
+    how many were measured; converged: how many of them have converged. That --tol ends the phases of
+    predictions early plays no part."""
 
     model: Any
     T1: int
     images: int = 0
     converged: int | torch.Tensor = 0
 
+    OF_COPY = 1000  # images after which no more are measured besides the predictions of a bf16 copy
     TOLERATED = 0.05  # share of images that may not have converged without a warning
 
     def add(self, converged):
@@ -49,7 +50,7 @@ class Convergence:
         """Count the mini-batch x, (mbs, ...), in a free phase of its own."""
         chain = self.model.chain(rule.loss)
         phase = Phase(chain.input_drive(x))
-        self.add(fast.relax_and_check(chain, phase, self.T1, ends_early=rule.tol > 0)[1])
+        self.add(fast.relax_and_check(chain, phase, self.T1, ends_early=True)[1])
 
     def gather(self, workers):
         """Make the count of each worker that of all workers."""
@@ -88,7 +89,9 @@ def predicting_neurons(model, x, rule, stopwatch=None, convergence=None):
     phase = Phase(chain.input_drive(x))
     if convergence is None or rule.tol or convergence.model is not model:
         neurons = free_phase(chain, phase, rule.T1, rule.tol, stopwatch, output_in=0)
-        if convergence is not None:
+        # in fp32 a free phase takes several times as long as that of a bf16 copy
+        of_copy = convergence is not None and convergence.model is not model
+        if convergence is not None and not (of_copy and convergence.images >= convergence.OF_COPY):
             convergence.measure(x, rule)
         return neurons
     with stopwatch.part("free"):  # one free phase gives both

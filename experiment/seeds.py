@@ -61,7 +61,7 @@ def train_each(given, words, start, root="results"):
 
 
 def _train_each_below(given, words, start):
-    """Train each of --seeds in the folder seed_N below --run-dir. Returns what `train_each` does."""
+    """Train each of --seeds in the folder seed_N below --run-dir. Returns as `train_each`."""
     done, root = [], pathlib.Path(given["run_dir"])
     shared = {name: value for name, value in given.items() if name != "seeds"}
     words = _without(_without(words, "--seeds"), "--run-dir")

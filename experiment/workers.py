@@ -93,6 +93,7 @@ class Workers:
     """
 
     PATIENCE = datetime.timedelta(minutes=1)  # without a heartbeat, after which a worker is lost
+    START = datetime.timedelta(minutes=10)  # in which all have to start: libraries can load slowly
 
     def __init__(self, rank=0, size=1, local_rank=0):
         self.rank, self.size, self.local_rank, self.device, self.stderr = rank, size, local_rank, None, sys.stderr
@@ -116,12 +117,13 @@ class Workers:
                 torch.cuda.set_device(device)
             with self._exchange():
                 self._meeting = self._meet()
-                self._board = self._store(self.PATIENCE)
+                self._board = self._store(FOREVER)  # nccl exchanges addresses there when it is first used
                 self._heartbeat = _Heartbeat(self._store(self.PATIENCE), self, self.PATIENCE.total_seconds())
                 self._heartbeat.start()
                 dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self._board,
                                         rank=self.rank, world_size=self.size, timeout=FOREVER)
             self.hosts = self.gather(socket.gethostname())
+            self.sum(0)  # connects the devices now, while all are here
             if len(set(self.hosts)) > 1:
                 print(f"note: the workers are on {', '.join(dict.fromkeys(self.hosts))}; "
                       f"{self.hosts[0]} reads and writes the run folder", file=sys.stderr)
@@ -289,8 +291,8 @@ class Workers:
             return True
 
     def _store(self, timeout, prefix=None):
-        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those that
-        it starts in place of lost ones."""
+        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those
+        that it starts in place of lost ones."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.PrefixStore(prefix or self._meeting,
                                 dist.TCPStore(address, port, timeout=timeout))
@@ -298,10 +300,11 @@ class Workers:
     def _meet(self):
         """A name that all workers of this start have in common, and no earlier start had.
 
-        torchrun's count of restarts is no such name: each machine has its own count. So every worker
-        calls with a random word until rank 0, which may find the call of a lost worker first, answers.
+        torchrun's count of restarts is no such name: each machine has its own count. So every
+        worker calls with a random word until rank 0, which may first find the call of a lost worker,
+        answers.
         """
-        store = self._store(self.PATIENCE, "meeting")
+        store = self._store(self.START, "meeting")
         word = secrets.token_hex(8)
         if self.rank:
             store.set(f"call {self.rank}", word)
@@ -309,7 +312,7 @@ class Workers:
             store.set(f"{name} {self.rank}", "here")
             return name
         missing = set(range(1, self.size))
-        deadline = time.monotonic() + self.PATIENCE.total_seconds()
+        deadline = time.monotonic() + self.START.total_seconds()
         while missing:
             for rank in sorted(missing):
                 if store.check([f"call {rank}"]):
@@ -331,8 +334,8 @@ def computed_on():
 def check_parallel(todo, workers):
     """What --todo demands of the number of workers. Raises UserError."""
     if workers.size > 1 and todo not in PARALLEL:
-        raise UserError(f"--todo {todo} is the work of one process: start it with python instead of "
-                        "torchrun")
+        raise UserError(f"--todo {todo} is the work of one process: start it with python instead "
+                        "of torchrun")
 
 
 def pick_device(index, workers):
@@ -413,8 +416,8 @@ def _first_sentence(error):
 
 
 def check_device(args, device):
-    """What the arguments (compile, precision) demand of the device. Raises UserError. A note says if
-    there is no GPU where one was requested."""
+    """Validate the arguments compile and precision for the device. Raises UserError. Prints a note
+    if a GPU was requested and there is none."""
     if device.type == "cpu" and args.device != -1:
         print("note: there is no CUDA device here, running on the CPU (--device -1 says so without "
               "this note)", file=sys.stderr)
