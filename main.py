@@ -530,11 +530,13 @@ def main(argv=None, flags=FLAGS, name="main.py"):
             if _trains_in_run_dir(given):
                 checks.check_run_dir(given)
                 given["save"] = True
-            has_run = "load_path" in given or "run_dir" in given and exists(given["run_dir"])
+            has_run = "load_path" in given or (_trains_in_run_dir(given)
+                                               and exists(given["run_dir"]))
             if not has_run and given.get("todo") != "compare":  # a run would complete them first
                 if given.get("todo") in NEED_A_RUN:
-                    raise UserError(f"--todo {given['todo']} needs a trained model: name its run folder with "
-                                    "--load-path")
+                    instead = " instead of --run-dir" if "run_dir" in given else ""
+                    raise UserError(f"--todo {given['todo']} needs a trained model: name its run "
+                                    f"folder with --load-path{instead}")
                 checks.check(arguments.resolve(given))
             checks.check_bounds(given)
             if "seeds" in given and given.get("todo", "train") == "train":

@@ -70,6 +70,8 @@ def check_run_dir(given):
     if "load_path" in given:
         raise UserError("argument --run-dir: it resumes the run in its folder; give no --load-path "
                         "with it")
+    if given.get("save") is False:
+        raise UserError("argument --run-dir: it saves the run; give no --no-save with it")
 
 
 def check_held_out(args, saved):

@@ -13,6 +13,7 @@ import secrets
 import socket
 import stat
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -272,11 +273,12 @@ def append(path, text):
 
 
 def left_behind(path):
-    """Whether the writer of a file of `replacing` has ended: its process is gone, and no process,
-    for example of another container, holds its lock. False where the file system has no locks."""
-    if not owner_is_gone(path):
-        return False
+    """Whether the writer of a file of `replacing` has ended: its process is gone, or, on another
+    machine, has not written for a day, and no process, for example of another container, holds its
+    lock. False where the file system has no locks."""
     try:
+        if not owner_is_gone(path) and time.time() - path.stat().st_mtime < 24 * 3600:
+            return False
         with open(path, "r+b", opener=own_file) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -72,26 +72,51 @@ def read_run_dir(run: RunFolder) -> SavedRun | None:
 
 
 def refuse_run_elsewhere(path: str, workers) -> None:
-    """Raise UserError in all workers if the run in --run-dir is on another worker's machine only.
-
-    Rank 0, which reads and writes it, would start a second run."""
-    found = workers.gather(os.path.lexists(pathlib.Path(path, "checkpoint.tar")))
-    if any(found) and not found[0]:
-        owner = workers.hosts[found.index(True)]
-        raise UserError(f"argument --run-dir: {path}/checkpoint.tar is on {owner}, but "
+    """Raise UserError in all workers if another worker's machine has the run in --run-dir, or more
+    epochs of it, than that of rank 0, which reads and writes it."""
+    checkpoint = pathlib.Path(path, "checkpoint.tar")
+    stamps = workers.gather(_stamp(checkpoint))
+    if len(set(stamps)) == 1:  # one file system, or no run anywhere
+        return
+    epochs = workers.gather(_saved_epochs(checkpoint))
+    if max(epochs) > epochs[0]:
+        owner = workers.hosts[epochs.index(max(epochs))]
+        more = "" if epochs[0] < 0 else f" with {max(epochs)} epochs, not {epochs[0]}"
+        raise UserError(f"argument --run-dir: {path}/checkpoint.tar is on {owner}{more}, but "
                         f"{workers.hosts[0]} reads and writes the run folder; give {owner} the "
                         "--node_rank 0, or copy the folder")
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int] | None:
+    """(time of change in ns, bytes) of a file; None if there is none."""
+    try:
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size
+    except (OSError, ValueError):
+        return None
+
+
+def _saved_epochs(path: pathlib.Path) -> int:
+    """The epochs in a checkpoint; -1 if there is none, 0 if it cannot be read."""
+    if not os.path.lexists(path):
+        return -1
+    try:
+        epoch = read_checkpoint(path).get("epoch")
+    except UserError:
+        return 0
+    return epoch if isinstance(epoch, int) else 0
 
 
 def refuse_changes(saved: SavedRun, given: dict) -> None:
     """Raise UserError, naming them, if flags differ from those that the run was trained with.
 
-    given: the judged flags of the command line. Session flags and places of data may differ."""
+    given: the judged flags of the command line. Flags of one call (--device), how the steps are
+    computed (--precision, --compile) and places of data may differ."""
     before = {**{flag.dest: flag.default for flag in ALL}, **saved.args}
     now = vars(arguments.resolve({**saved.args, **given}))
     differing = []
     for flag in ALL:
-        of_training = flag.scope != "session" and (flag.todos is None or "train" in flag.todos)
+        of_training = flag.scope not in ("session", "resumed") and (flag.todos is None or "train" in flag.todos)
         if flag.dest in given and of_training and flag.dest not in PLACES:
             saved_value, value = before[flag.dest], now[flag.dest]
             if saved_value != value:

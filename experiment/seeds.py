@@ -65,6 +65,7 @@ def _train_each_below(given, words, start):
     done, root = [], pathlib.Path(given["run_dir"])
     shared = {name: value for name, value in given.items() if name != "seeds"}
     words = _without(_without(words, "--seeds"), "--run-dir")
+    wanted = given.get("epochs")  # without it those of the first run
     for seed in dict.fromkeys(given["seeds"]):
         folder = root / f"seed_{seed}"
         with _claimed_folder(folder, seed) as mine:
@@ -73,7 +74,13 @@ def _train_each_below(given, words, start):
                 code = start(one, [*words, "--run-dir", str(folder), "--seed", str(seed)])
                 if code:
                     return code
-                done.append(folder)
+                epochs = _epochs(folder, wanted)
+                wanted = wanted or epochs
+                if epochs == wanted:
+                    done.append(folder)
+                else:
+                    print(f"seed {seed}: {folder} has {epochs} epochs, not {wanted}; it is left "
+                          "out of the mean")
     _say(done, len(set(given["seeds"])))
     return 0
 
@@ -189,10 +196,10 @@ def _command(one, words, folder, epochs):
 
 
 def _without(words, name):
-    """The words of a command line without those of a flag that takes several numbers."""
+    """The words of a command line without those of a flag and its values."""
     kept, inside = [], False
     for word in words:
-        inside = word == name or inside and not word.startswith("--")
+        inside = word.partition("=")[0] == name or inside and not word.startswith("--")
         kept += [] if inside else [word]
     return kept
 

@@ -189,6 +189,31 @@ def test_fewer_epochs_than_the_run_has_are_complete(ok, tmp_path):
         assert torch.load(tmp_path / "d" / name, weights_only=True)["epoch"] == 3
 
 
+def test_a_complete_run_draws_figures_of_another_format(ok, tmp_path):
+    ok(RUN, "--epochs 1")
+    assert "nothing to train" in ok(RUN, "--epochs 1 --figures pdf")
+    assert (tmp_path / "d" / "train-test_acc.pdf").exists()
+    assert (tmp_path / "d" / "neural_activity.pdf").exists()
+
+
+def test_a_run_resumes_in_another_precision(ok, cli, tmp_path):
+    """On a machine without the GPU that the first job had."""
+    ok(RUN, "--epochs 1")
+    path = tmp_path / "d" / "checkpoint.tar"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "config": {**state["config"], "precision": "tf32"}}, path)
+    code, _, err = cli(RUN, "--epochs 2")
+    assert code == 2 and "give --precision fp32" in err
+    assert "note: --precision fp32 (until now tf32)" in ok(RUN, "--epochs 2 --precision fp32")
+
+
+@pytest.mark.parametrize("todo", ["evaluate", "attack", "audit --eps 1"])
+def test_a_run_to_examine_is_named_by_load_path(ok, cli, todo):
+    ok(RUN, "--epochs 1")
+    code, _, err = cli("--todo", todo, "--run-dir d --device -1")
+    assert code == 2 and err.count("\n") == 1 and "--load-path instead of --run-dir" in err
+
+
 @pytest.mark.parametrize("words, named", [
     ("--T1 9", "--T1 (saved: 4, given: 9)"),
     ("--archi 784 8 10", "--archi (saved: 784 12 10, given: 784 8 10)"),
@@ -243,6 +268,7 @@ def test_what_another_program_left_is_not_overwritten(cli, tmp_path, whole, what
 @pytest.mark.parametrize("words, message", [
     ("--load-path d", "give no --load-path"), ("--seeds 1 --load-path d", "--load-path"),
     ("--run-dir file", "file is no folder"), ("--run-dir file/d", "cannot make file/d"),
+    ("--no-save", "give no --no-save"),
     ("--lrs 1", "--lrs")])
 def test_what_makes_no_sense_is_one_line(cli, tmp_path, words, message):
     (tmp_path / "file").write_text("")
@@ -327,6 +353,16 @@ def test_each_seed_has_a_folder_of_its_own(ok, tmp_path, monkeypatch):
     ok("--todo compare --load-path d/seed_5 d/seed_6")
     table = next(tmp_path.glob("results/compare/*/*/comparison.md")).read_text()
     assert "(2)" in table
+
+
+def test_seeds_of_other_epochs_are_left_out_of_the_mean(ok, tmp_path):
+    line = RUN.replace("--seed 5 ", "").replace("--run-dir d", "--run-dir=d")
+    ok(line, "--epochs 3 --seeds=5")
+    first = (tmp_path / "d/seed_5/hyperparameters.txt").read_text().splitlines()[0]
+    assert "--seeds" not in first and first.count("--run-dir") == 1
+    out = ok(line, "--epochs 2 --seeds 5 6")
+    assert "d/seed_5 has 3 epochs, not 2; it is left out of the mean" in out
+    assert "1 of 2 seeds are done" in out
 
 
 def test_a_seed_that_another_process_trains_is_left_to_it(cli, tmp_path):
@@ -423,6 +459,11 @@ def test_workers_without_a_shared_file_system(tmp_path, whole, store):
     errs = "".join((node / "err").read_text() for node in nodes)
     assert "d/checkpoint.tar is on node0, but node1 reads and writes" in errs
     assert {path.name for path in nodes[1].iterdir()} == {"out", "err"}
+    shutil.copytree(nodes[0] / "d", nodes[1] / "d")
+    assert codes(on_nodes(store, nodes, f"{RUN} --epochs 8", (10, 10))) == [0, 0]
+    assert codes(on_nodes(store, nodes[::-1], f"{RUN} --epochs 9", (11, 11))) == [2, 2]
+    errs = "".join((node / "err").read_text() for node in nodes)
+    assert "d/checkpoint.tar is on node0 with 8 epochs, not 7, but node1" in errs
 
 
 def test_a_lost_worker_names_the_machine_with_the_run_and_restarted_workers_resume(tmp_path, store):
