@@ -350,6 +350,8 @@ def open_corruptions(folder, task, size=None):
 def _opened_array(folder, name):
     """(path, array) of a file of a folder of corrupted images, memory-mapped."""
     path = pathlib.Path(folder, f"{name}.npy")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} cannot be read: it is not a regular file")  # a pipe would block
     try:
         return path, np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:

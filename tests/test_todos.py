@@ -204,6 +204,9 @@ def damage(folder, what):
     images = np.load(folder / "snow.npy")
     if what == "missing":
         (folder / "snow.npy").unlink()
+    elif what == "a pipe":
+        (folder / "snow.npy").unlink()
+        os.mkfifo(folder / "snow.npy")
     elif what == "truncated":
         (folder / "snow.npy").write_bytes((folder / "snow.npy").read_bytes()[:1000])
     elif what == "pickled":
@@ -241,6 +244,7 @@ def damage(folder, what):
 
 DAMAGES = {
     "missing": "snow.npy is missing",
+    "a pipe": "snow.npy cannot be read: it is not a regular file",
     "truncated": "snow.npy cannot be read",
     "pickled": "snow.npy cannot be read",
     "several arrays": "snow.npy holds several arrays",
