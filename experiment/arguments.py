@@ -104,8 +104,10 @@ def parse_leniently(line: str) -> dict:
             texts[last.dest][1].append(word)
     values = {}
     for dest, (flag, given) in texts.items():
-        if flag.kind is bool or given:
-            value = given if flag.many or flag.kind is bool else given[0]
+        if flag.kind is bool:
+            values[dest] = True
+        elif given:
+            value = given if flag.many else given[0]
             try:
                 values[dest] = _judge_given(flag, value)
             except UserError:

@@ -232,8 +232,8 @@ def test_other_arguments_than_those_of_the_run_are_refused(cli, tmp_path, whole,
 
 
 def test_a_flag_without_effect_does_not_keep_a_command_from_resuming(ok):
-    line = ("--task digits --device -1 --train-size 20 --test-size 20 --model FFMLP --archi 784 8 "
-            "10 --T1 7 --attack-norm inf --scale 0.5 --run-dir d")
+    line = ("--todo train --task digits --device -1 --train-size 20 --test-size 20 --model FFMLP "
+            "--archi 784 8 10 --T1 7 --attack-norm inf --scale 0.5 --run-dir d")
     ok(line, "--epochs 1")
     assert "from epoch 2 on" in ok(line, "--epochs 2")
 

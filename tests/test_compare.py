@@ -124,8 +124,12 @@ def test_a_figure_for_all_that_runs_have(comparison):
 
 def test_tables_of_15_and_of_19_corruptions_are_compared_by_the_15(ok, runs, tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(RunFolder, "save_figure", lambda self, name, figure: titles.append(
-        (name, figure.get_suptitle(), [line.get_label() for line in figure.axes[0].get_lines()])))
+
+    def save_figure(self, name, draw, *data):
+        figure = draw(*data)
+        lines = [line.get_label() for line in figure.axes[0].get_lines()]
+        titles.append((name, figure.get_suptitle(), lines))
+    monkeypatch.setattr(RunFolder, "save_figure", save_figure)
     copies = []
     for n, (name, count) in enumerate((("EP", 15), ("EP", 19), ("BPTT", 15))):
         copies.append(shutil.copytree(runs[name][n], tmp_path / f"run{n}"))

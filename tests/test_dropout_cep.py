@@ -108,7 +108,9 @@ def test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none(ok, mon
     monkeypatch.setattr(dynamics, "relax", watched)
     monkeypatch.setattr(fast, "TABLE", {})  # every phase on its own, by the plain way
     ok(QUICK, "--thirdphase --dropouts 0.9 0.5 --save", flags=main_dropout.FLAGS, name="main_dropout.py")
-    batches, evaluations, looks = 5, 3, 4  # a look of `Health` at the first mini-batch, without masks
+    batches = 5
+    evaluations = 2 * 3  # of 3 mini-batches, each until five steps before the end and then to it
+    looks = 3  # phases of `Health` on the first mini-batch, without masks
     assert len(drawn) == batches and len(relaxed) == looks + 3 * batches + evaluations
     assert all(not phase for phase in relaxed[:looks])
     for n, batch in enumerate(drawn):

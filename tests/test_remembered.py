@@ -106,7 +106,7 @@ def test_a_compiled_training_resumes_on_a_cpu_with_a_note(ok, tmp_path):
     ok(DIGITS)
     run = only_run(tmp_path)
     rewrite(run, compile=True)
-    assert "note: --compile False (until now True)" in ok(f"--device -1 --load-path {run}")
+    assert "note: --no-compile (until now --compile)" in ok(f"--device -1 --load-path {run}")
     assert state(run)["config"]["compile"] is False
     ok(f"--todo evaluate --device -1 --load-path {run}")
 
