@@ -51,6 +51,8 @@ def train_each(given, words, start, root="results"):
                 folder, epochs = _found(args, runs, data, unreadable)
             elif mine and epochs == args.epochs:
                 print(f"seed {seed}: {epochs} epochs are in {folder} already")
+        if not mine:
+            continue  # it may have any number of epochs at this moment
         if epochs == args.epochs:
             done.append(folder)
         elif epochs > args.epochs:
