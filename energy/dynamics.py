@@ -4,20 +4,24 @@ A model has layers s_0 = x (the image, fixed), s_1 ... s_N and, per sample, the 
 
     Phi = sum_n s_n . up_n(s_{n-1}) - beta * L(read-out of s_N, y).
 
-Its neurons follow s_n(t+1) = act(dPhi/ds_n at t): the drive from below, up_n(s_{n-1}), plus the drive from above, the
-adjoint of up_{n+1} applied to s_{n+1}, both written out in `connections`, and minus beta dL/ds_N at the top. No step
-needs automatic differentiation.
+Its neurons follow s_n(t+1) = act(dPhi/ds_n at t): the bottom-up drive up_n(s_{n-1}), plus the
+top-down drive, the adjoint of up_{n+1} applied to s_{n+1}, both written out in `connections`, and
+minus beta dL/ds_N at the top. No step needs automatic differentiation.
 
-Neurons are a list of N tensors (mbs, *shape of the layer), and `neurons[n - 1]` is s_n. Other ways to take the same
-steps, faster, are in `fast`.
+Neurons are a list of N tensors (mbs, *shape of the layer), and `neurons[n - 1]` is s_n. Faster ways
+to take the same steps are in `fast`.
 """
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from energy.activations import Activation
 from energy.connections import Connection, Dense, take_samples
+
+Neurons = list[Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,67 +30,78 @@ class Chain:
 
     connections     one per layer of neurons: into s_1, ..., s_N
     activation      of the neurons
-    readout         the connection that reads logits out of s_N, whose other end is no neuron; None: the read-out is s_N
-                    itself
-    linear_output   whether s_N takes dPhi/ds_N as it is: logits under the cross-entropy, where there is no `readout`
-    schedule        `sync`: all layers step at once; `async`: odd and even ones in turn, each seeing the other's new
-                    state
+    readout         the connection that reads logits out of s_N, whose other end is no neuron;
+                    None: the read-out is s_N itself
+    linear_output   whether s_N takes dPhi/ds_N without activation: logits under the cross-entropy,
+                    where there is no `readout`
+    schedule        `sync`: all layers step at once; `async`: odd and even ones in turn, each from
+                    the other's new state
     compiled        whether steps without a graph go through torch.compile
     """
 
     connections: tuple[Connection, ...]
-    activation: Callable
+    activation: Activation
     readout: Dense | None = None
     linear_output: bool = False
     schedule: str = "sync"
     compiled: bool = False
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.connections)
 
-    def input_drive(self, x):
-        """up_1(x), which does not change in time: computed once, it serves every step of every phase on x, (mbs,
-        ...)."""
+    def input_drive(self, x: Tensor) -> Tensor:
+        """up_1(x), (mbs, *shape of s_1), which does not change in time: computed once, it serves
+        every step of every phase on x, (mbs, ...)."""
         return self.connections[0].up(x.to(self.dtype))[0]
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.connections[0].synapse.weight.dtype
 
-    def zeros(self, drive):
+    def zeros(self, drive: Tensor) -> Neurons:
         """Zero neurons for the mini-batch of `drive`."""
         zeros = [drive.new_zeros(len(drive), *c.post_shape) for c in self.connections]
-        return [z.contiguous(memory_format=torch.channels_last) if z.dim() == 4 else z for z in zeros]
+        return [z.contiguous(memory_format=torch.channels_last) if z.dim() == 4 else z
+                for z in zeros]
 
-    def read(self, neurons):
+    def read(self, neurons: Sequence[Tensor]) -> Tensor:
         """The read-out, (mbs, classes)."""
         return neurons[-1] if self.readout is None else self.readout.up(neurons[-1])[0]
 
-    def activate(self, n, drive):
-        """The new state of neurons[n], driven by `drive`."""
-        return drive if self.linear_output and n == len(self) - 1 else self.activation(drive)
+    def activate(self, n: int, drive: Tensor) -> Tensor:
+        """The new state of neurons[n] under `drive`."""
+        if self.linear_output and n == len(self) - 1:
+            return drive
+        return self.activation(drive)
 
-    def nudge(self, drive, phase, neurons):
+    def nudge(self, drive: Tensor, phase: "Phase", neurons: Sequence[Tensor]) -> Tensor:
         """`drive` on s_N minus beta dL/ds_N."""
         if phase.target is None:
             return drive
-        slope = phase.slope(self.read(neurons))
+        slope = phase.slope(self.read(neurons))  # (mbs, classes)
         if self.readout is not None:
             return self.readout.down(-phase.beta * slope, None, drive)
-        return drive - phase.beta * slope if torch.is_tensor(phase.beta) else torch.sub(drive, slope, alpha=phase.beta)
+        if torch.is_tensor(phase.beta):
+            return drive - phase.beta * slope
+        return torch.sub(drive, slope, alpha=phase.beta)
 
-    def masked(self, masks):
-        """The chain whose connections, and read-out, see the layers below through masks (or None), see
+    def masked(self, masks: Sequence[Tensor | None]) -> "Chain":
+        """The chain with a dropout mask (or None) for each connection, the read-out's last, see
         `Connection.mask`."""
-        *masks, last = [*masks, None] if self.readout is None else masks
-        connections = tuple(dataclasses.replace(c, mask=mask) for c, mask in zip(self.connections, masks))
-        readout = self.readout and dataclasses.replace(self.readout, mask=last)
+        readout = self.readout
+        if readout is not None:
+            readout = dataclasses.replace(readout, mask=masks[-1])
+            masks = masks[:-1]
+        connections = tuple(dataclasses.replace(c, mask=mask)
+                            for c, mask in zip(self.connections, masks))
         return dataclasses.replace(self, connections=connections, readout=readout)
 
-    def take(self, chosen):
-        """The chain for some samples of the mini-batch, by their indices: of its masks, if it has any, those."""
+    def take(self, chosen: Tensor) -> "Chain":
+        """The chain for some samples of the mini-batch, by their indices: with their dropout
+        masks, if it has any."""
+        connections = tuple(c.take(chosen) for c in self.connections)
         readout = self.readout and self.readout.take(chosen)
-        return dataclasses.replace(self, connections=tuple(c.take(chosen) for c in self.connections), readout=readout)
+        return dataclasses.replace(self, connections=connections, readout=readout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,165 +110,212 @@ class Phase:
 
     drive    of the image on s_1, (mbs, *shape of s_1)
     target   one-hot labels, (mbs, classes); None in a free phase
-    beta     how strongly they nudge: a number, or one per sample, (mbs, 1)
-    loss     `mse`: L = 0.5 ||read-out - target||^2; `cel`: the cross-entropy; `linear`: L = read-out . target
+    beta     nudging strength: a number, or one per sample, (mbs, 1)
+    loss     `mse`: L = 0.5 ||read-out - target||^2; `cel`: the cross-entropy;
+             `linear`: L = read-out . target
     """
 
-    drive: torch.Tensor
-    target: torch.Tensor | None = None
-    beta: float | torch.Tensor = 0.0
+    drive: Tensor
+    target: Tensor | None = None
+    beta: Any = 0.0  # float, or Tensor (mbs, 1)
     loss: str = "mse"
 
-    def slope(self, readout):
-        """dL/d(read-out), (mbs, classes)."""
+    def slope(self, readout: Tensor) -> Tensor:
+        """dL/d(read-out), (mbs, classes), of a nudged phase."""
+        assert self.target is not None
         if self.loss == "linear":
             return self.target
         return (readout.softmax(1) if self.loss == "cel" else readout) - self.target
 
-    def take(self, chosen):
+    def take(self, chosen: Tensor) -> "Phase":
         """The phase of some samples, by their indices."""
+        target = self.target if self.target is None else take_samples(self.target, chosen)
         beta = self.beta[chosen] if torch.is_tensor(self.beta) else self.beta
-        drive, target = take_samples(self.drive, chosen), take_samples(self.target, chosen)
+        drive = take_samples(self.drive, chosen)
         return dataclasses.replace(self, drive=drive, target=target, beta=beta)
 
 
-def step(chain, phase, neurons):
+def step(chain: Chain, phase: Phase, neurons: Sequence[Tensor]) -> Neurons:
     """One synchronous step: s_n <- act(dPhi/ds_n) for all n at once."""
     drives = [phase.drive]
     for n, connection in enumerate(chain.connections[1:], 1):
-        up, route = connection.up(neurons[n - 1])
-        drives[n - 1] = connection.down(neurons[n], route, drives[n - 1])
+        up, route = connection.up(neurons[n - 1])  # (mbs, *shape of s_{n+1})
+        drives[n - 1] = connection.down(neurons[n], route, drives[n - 1])  # (mbs, *shape of s_n)
         drives.append(up)
-    drives[-1] = chain.nudge(drives[-1], phase, neurons)
+    drives[-1] = chain.nudge(drives[-1], phase, neurons)  # (mbs, *shape of s_N)
     return [chain.activate(n, drive) for n, drive in enumerate(drives)]
 
 
-def half_step(chain, phase, neurons, parity):
+def half_step(chain: Chain, phase: Phase, neurons: Sequence[Tensor], parity: int) -> Neurons:
     """Every second layer, from neurons[parity] on, from its neighbours; the others stay."""
-    neurons = list(neurons)
+    state = list(neurons)
     for n in range(parity, len(chain), 2):
-        drive = phase.drive if n == 0 else chain.connections[n].up(neurons[n - 1])[0]
+        drive = phase.drive if n == 0 else chain.connections[n].up(state[n - 1])[0]
         if n + 1 < len(chain):
             above = chain.connections[n + 1]
-            drive = above.down(neurons[n + 1], above.route(neurons[n]), drive)
+            drive = above.down(state[n + 1], above.route(state[n]), drive)
         else:
-            drive = chain.nudge(drive, phase, neurons)
-        neurons[n] = chain.activate(n, drive)
-    return neurons
+            drive = chain.nudge(drive, phase, state)
+        state[n] = chain.activate(n, drive)  # (mbs, *shape of s_{n+1})
+    return state
 
 
-def async_step(chain, phase, neurons):
-    """One asynchronous step: s_1, s_3, ... from their neighbours, then s_2, s_4, ... from the new ones. A fixed point
-    that keeps its max-pooling winners is one of the synchronous step too, but from zero the two can reach different
-    ones."""
+def async_step(chain: Chain, phase: Phase, neurons: Sequence[Tensor]) -> Neurons:
+    """One asynchronous step: s_1, s_3, ... from their neighbours, then s_2, s_4, ... from the new
+    ones. A fixed point that keeps its max-pooling winners is one of the synchronous step too, but
+    from zero the two can reach different ones."""
     return half_step(chain, phase, half_step(chain, phase, neurons, 0), 1)
 
 
-STEPS = {"sync": step, "async": async_step}
+Step = Callable[[Chain, Phase, Sequence[Tensor]], Neurons]
+STEPS: dict[str, Step] = {"sync": step, "async": async_step}
 
 
-def relax(chain, phase, neurons, T):
-    """The neurons after T steps from `neurons` (from zero if None), which stay as they are."""
-    neurons = chain.zeros(phase.drive) if neurons is None else list(neurons)
+def relax(chain: Chain, phase: Phase, neurons: Sequence[Tensor] | None, T: int) -> Neurons:
+    """The neurons after T steps from `neurons` (from zero if None), which stay unchanged."""
+    state = chain.zeros(phase.drive) if neurons is None else list(neurons)
     for _ in range(T):
-        neurons = STEPS[chain.schedule](chain, phase, neurons)
-    return neurons
+        state = STEPS[chain.schedule](chain, phase, state)
+    return state
 
 
-# An image has converged once WINDOW steps have together changed no layer of it by this share of the layer's norm. A
-# single step is no measure: near a saddle an image can creep, and leave it later.
+# An image has converged once WINDOW steps have together changed no layer of it by this share of the
+# layer's norm. A single step is no measure: near a saddle an image can creep, and leave it later.
 CONVERGED, WINDOW = 1e-4, 5
 
 
-def relative_change(before, after):
-    """How far each image moved: the largest over the layers of ||after - before|| / ||after||, (mbs,). before, after:
-    neurons."""
-    changes = [(b - a).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1).clamp(min=1e-12) for a,
-               b in zip(before, after)]
+def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """How far each image moved, (mbs,): the largest over the layers of ||after - before|| /
+    ||after||. before, after: neurons."""
+    changes = []
+    for b, a in zip(before, after):
+        length = a.flatten(1).norm(dim=1).clamp(min=1e-12)  # (mbs,)
+        changes.append((a - b).flatten(1).norm(dim=1) / length)
     return torch.stack(changes).amax(0)
 
 
-def window(T):
+def window(T: int) -> int:
     """How many of T steps, the last ones, decide whether an image has converged by then."""
     return min(WINDOW, T)
 
 
-def has_converged(before, after, tol=CONVERGED):
-    """Whether each image has converged, (mbs,) bool: the one meaning that all the program has of it. before, after:
-    its neurons `window(T)` steps before the T-th step, and after it. tol: where --tol asks for another threshold."""
+def has_converged(before: Sequence[Tensor], after: Sequence[Tensor],
+                  tol: float = CONVERGED) -> Tensor:
+    """Whether each image has converged, (mbs,) bool: the one meaning that all the program has of
+    it. before, after: its neurons `window(T)` steps before the T-th step, and after it. tol: where
+    --tol asks for another threshold."""
     return relative_change(before, after) < tol
 
 
 class Settling(NamedTuple):
-    """steps: how many each image took, (mbs,) whole numbers; settled: whether it had settled by then, (mbs,) bool."""
+    """steps: how many each image took, (mbs,) whole numbers; settled: whether it had converged to
+    the tolerance by then, (mbs,) bool."""
 
-    steps: torch.Tensor
-    settled: torch.Tensor
+    steps: Tensor
+    settled: Tensor
 
 
 class Leaving(NamedTuple):
-    """When images that have settled leave the batch: at every `looks`-th look, if they are more than `share` of it. The
-    host only then asks the device how many they are, and waits for it."""
+    """When images that have converged leave the batch: at every `looks`-th look, if they are more
+    than `share` of it. Only then the host asks the device how many they are, and waits for it."""
 
     looks: int
     share: float
 
     @property
-    def at_once(self):
-        """Whether none that has settled stays."""
+    def at_once(self) -> bool:
+        """Whether none that has converged stays."""
         return self.looks == 1 and not self.share
 
     @classmethod
-    def of(cls, device):
-        """On a CPU as soon as they can; on a GPU rarely, as waiting for it costs more than a few images do."""
+    def of(cls, device: torch.device) -> "Leaving":
+        """On a CPU as soon as they can; on a GPU rarely, as waiting for it costs more than a few
+        images do."""
         return cls(4, 0.25) if device.type == "cuda" else cls(1, 0.0)
 
 
-@torch.no_grad()
-def relax_until_settled(chain, phase, T, tol, every=WINDOW, advance=None, leaving=None):
-    """As `relax` from zero neurons for at most T steps, but an image stops once it has settled: once `every` steps have
-    together changed no layer of it by `tol` of that layer's norm. Images that have settled leave the batch, see
-    `Leaving`, by default that of the device; it changes no state and no number of steps. advance: what takes a step,
-    the chain's own unless given.
+@dataclasses.dataclass
+class _Moving:
+    """The part of a mini-batch that still takes steps, n images.
 
+    chain, phase   for these images
+    images         which of the mini-batch they are, (n,) indices
+    state          their neurons now
+    before         their neurons at the last look
+    stopped        what to return: neurons at convergence, at the last look of those that move
+    moves          whether they still move, (n,) bool: images leave together, see `Leaving`
+    """
+
+    chain: Chain
+    phase: Phase
+    images: Tensor
+    state: Neurons
+    before: Neurons
+    stopped: Neurons
+    moves: Tensor
+
+    @classmethod
+    def from_zero(cls, chain: Chain, phase: Phase) -> "_Moving":
+        """All images of a mini-batch, at zero neurons."""
+        mbs, device = len(phase.drive), phase.drive.device
+        zeros = chain.zeros(phase.drive)
+        return cls(chain, phase, torch.arange(mbs, device=device), zeros, zeros, zeros,
+                   torch.ones(mbs, dtype=torch.bool, device=device))
+
+    def without_stopped(self, result: Neurons) -> "_Moving":
+        """The images that still move; the neurons of the others are written to `result`."""
+        left, gone = self.moves.nonzero().flatten(), (~self.moves).nonzero().flatten()
+        _put(result, self.images[gone], [s[gone] for s in self.stopped])
+        state = [take_samples(s, left) for s in self.state]
+        return _Moving(self.chain.take(left), self.phase.take(left), self.images[left], state,
+                       state, state, self.moves[left])
+
+
+@torch.no_grad()
+def relax_until_settled(chain: Chain, phase: Phase, T: int, tol: float, every: int = WINDOW,
+                        advance: Step | None = None,
+                        leaving: Leaving | None = None) -> tuple[Neurons, Settling]:
+    """`relax` from zero neurons for at most T steps, but an image stops once it has converged: once
+    `every` steps have together changed no layer of it by `tol` of that layer's norm.
+
+    Images that have converged leave the batch, see `Leaving`, by default that of the device; it
+    changes no state and no number of steps. advance: what takes a step, by default the chain's own.
     Returns (neurons, Settling)."""
-    advance, device = advance or STEPS[chain.schedule], phase.drive.device
-    leaving, mbs, looks = leaving or Leaving.of(device), len(phase.drive), 0
-    result, state = chain.zeros(phase.drive), chain.zeros(phase.drive)
-    steps, settled = torch.full((mbs,), T, device=device), torch.zeros(mbs, dtype=torch.bool, device=device)
-    # of the batch: which images they are, their states at the last look and where they stopped, whether they move
-    active, before, stopped, moves = torch.arange(mbs, device=device), state, state, torch.ones_like(settled)
+    advance = advance or STEPS[chain.schedule]
+    leaving = leaving or Leaving.of(phase.drive.device)
+    result, batch, looks = chain.zeros(phase.drive), _Moving.from_zero(chain, phase), 0
+    steps = torch.full_like(batch.images, T)  # (mbs,)
+    settled = torch.zeros_like(batch.moves)  # (mbs,)
     for done in range(1, T + 1):
-        state = advance(chain, phase, state)
+        batch.state = advance(batch.chain, batch.phase, batch.state)
         if done % every and done < T:
             continue
-        stopped, looks = state if leaving.at_once else _where(moves, state, stopped), looks + 1
+        looks += 1
+        batch.stopped = (batch.state if leaving.at_once
+                         else _where(batch.moves, batch.state, batch.stopped))
         if done % every == 0:  # else the last look came early
-            still = moves & has_converged(before, state, tol)
-            steps[active] = torch.where(still, done, steps[active])
-            settled[active] |= still
-            moves = moves & ~still
-        before = state
+            still = batch.moves & has_converged(batch.before, batch.state, tol)
+            steps[batch.images] = torch.where(still, done, steps[batch.images])
+            settled[batch.images] |= still
+            batch.moves = batch.moves & ~still
+        batch.before = batch.state
         if looks % leaving.looks or done == T:
             continue
-        count = int(moves.sum())
-        if count < len(active) * (1 - leaving.share) or not count:
-            left, gone = (chosen.nonzero().flatten() for chosen in (moves, ~moves))
-            _put(result, active[gone], stopped, gone)
-            chain, phase, active, moves = chain.take(left), phase.take(left), active[left], moves[left]
-            state = before = [take_samples(s, left) for s in state]
-            stopped = state
+        count = int(batch.moves.sum())
+        if count < len(batch.images) * (1 - leaving.share) or not count:
+            batch = batch.without_stopped(result)
         if not count:
             return result, Settling(steps, settled)
-    _put(result, active, stopped, slice(None))
+    _put(result, batch.images, batch.stopped)
     return result, Settling(steps, settled)
 
 
-def _where(chosen, ours, theirs):
+def _where(chosen: Tensor, ours: Neurons, theirs: Neurons) -> Neurons:
     """The neurons `ours` of the chosen samples, (mbs,) bool, `theirs` of the others."""
     return [torch.where(chosen.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(ours, theirs)]
 
 
-def _put(result, images, neurons, chosen):
+def _put(result: Neurons, images: Tensor, neurons: Neurons) -> None:
+    """Write the neurons of some images to those of all."""
     for all_images, some in zip(result, neurons):
-        all_images[images] = some[chosen]
+        all_images[images] = some

@@ -1,75 +1,79 @@
-"""Faster ways to take the steps of `dynamics`. All of it is optional: with TABLE emptied every number stays, to
-rounding.
+"""Faster ways to take the steps of `dynamics`. All of it is optional: with TABLE emptied every
+number stays, to rounding.
 
-A row of the table says when it applies and what it does then: it rewrites the chain and the phase into ones whose steps
-cost less, or takes the steps its own way. Rows are asked once a phase, in their order: every row that rewrites does,
-then the first way that applies is taken, and may leave part of the steps to the others.
+A row of the table names when it applies and what it does then: it rewrites the chain and the phase
+into ones whose steps cost less, or takes the steps its own way. Rows are asked once a phase, in
+their order: every row that rewrites does, then the first way that applies is taken, and may leave
+part of the steps to the others.
 """
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from energy import dynamics
 from energy.activations import RESCALED, affine, my_hard_sig
-from energy.connections import Convolution, Dense
-from energy.dynamics import CONVERGED, Chain, Phase, half_step, step
+from energy.connections import Connection, Convolution, Dense
+from energy.dynamics import CONVERGED, Chain, Neurons, Phase, Settling, half_step, step
 
-# Neurons in a mini-batch up to which two phases, or two trajectories, are faster as one of twice the size.
+# Neurons in a mini-batch up to which two phases, or two trajectories, are faster as one mini-batch
+# of twice the size.
 PAIRED = 2 ** 20
 
 
 class Steps(NamedTuple):
-    """What is to be done: T steps of `chain` in `phase` from `neurons` (from zero if None). output_in: None where all
+    """T steps of `chain` in `phase` from `neurons` (from zero if None). output_in: None where all
     neurons are wanted; a number k where only the read-out is, k steps after these."""
 
     chain: Chain
     phase: Phase
-    neurons: Any = None
+    neurons: Sequence[Tensor] | None = None
     T: int = 1
     output_in: int | None = None
 
     @property
-    def mbs(self):
+    def mbs(self) -> int:
         return len(self.phase.drive)
 
     @property
-    def size(self):
+    def size(self) -> int:
         """Neurons in the mini-batch."""
         return self.mbs * sum(math.prod(c.post_shape) for c in self.chain.connections)
 
     @property
-    def routed(self):
+    def routed(self) -> bool:
         """Whether there is a max-pooling above the first connection, which only drives."""
         return any(c.routed for c in self.chain.connections[1:])
 
 
 class Row(NamedTuple):
-    """applies(steps) -> bool, and either of rewrite(steps) -> Steps and way(steps) -> neurons; neither where a function
-    of its own asks for the row."""
+    """applies(steps) -> bool, and either of rewrite(steps) -> Steps and way(steps) -> neurons;
+    neither where a function of its own asks for the row."""
 
-    applies: Callable
-    rewrite: Callable | None = None
-    way: Callable | None = None
+    applies: Callable[[Steps], bool]
+    rewrite: Callable[[Steps], Steps] | None = None
+    way: Callable[[Steps], Neurons] | None = None
 
 
-def relax(chain, phase, neurons, T, output_in=None):
-    """`dynamics.relax` by the first way that applies. With `output_in` layers that do not reach the output may be as of
-    an earlier step."""
+def relax(chain: Chain, phase: Phase, neurons: Sequence[Tensor] | None, T: int,
+          output_in: int | None = None) -> Neurons:
+    """`dynamics.relax` by the first way that applies. With `output_in` layers that do not reach the
+    output may be as of an earlier step."""
     return _taken(rewritten(Steps(chain, phase, neurons, T, output_in)))
 
 
-def _taken(steps):
+def _taken(steps: Steps) -> Neurons:
     for row in TABLE.values():
         if row.way and row.applies(steps):
             return row.way(steps)
-    return dynamics.relax(*steps[:4])
+    return dynamics.relax(steps.chain, steps.phase, steps.neurons, steps.T)
 
 
-def rewritten(steps):
+def rewritten(steps: Steps) -> Steps:
     """The same steps by the rows that rewrite them: to rounding the same numbers, at less cost."""
     for row in TABLE.values():
         if row.rewrite and row.applies(steps):
@@ -77,80 +81,94 @@ def rewritten(steps):
     return steps
 
 
-def relax_until_settled(chain, phase, T, tol, every=dynamics.WINDOW):
-    """`dynamics.relax_until_settled`, of the rewritten chain, and compiled where that was asked for."""
+def relax_until_settled(chain: Chain, phase: Phase, T: int, tol: float,
+                        every: int = dynamics.WINDOW) -> tuple[Neurons, Settling]:
+    """`dynamics.relax_until_settled`, of the rewritten chain, and compiled where requested."""
     steps = rewritten(Steps(chain, phase, None, T))
     advance = _compiled_step if "compiled" in TABLE and _compiles(steps) else None
     return dynamics.relax_until_settled(steps.chain, steps.phase, T, tol, every, advance)
 
 
-def from_zero(chain, phase, T, tol=0.0, output_in=None):
-    """(the neurons after T steps from zero, None); with `tol` what `relax_until_settled` gives, after at most T. Then
-    output_in, see `relax`, plays no part."""
+def from_zero(chain: Chain, phase: Phase, T: int, tol: float = 0.0,
+              output_in: int | None = None) -> tuple[Neurons, Settling | None]:
+    """(the neurons after T steps from zero, None); with `tol` what `relax_until_settled` returns,
+    after at most T steps; `output_in`, see `relax`, then has no effect."""
     if tol:
         return relax_until_settled(chain, phase, T, tol)
     return relax(chain, phase, None, T, output_in), None
 
 
-FIXED = CONVERGED / 100  # what five steps change by less than this is not followed further, see `relax_and_check`
+# Five steps that change an image by less than this are its end, see `relax_and_check`.
+FIXED = CONVERGED / 100
 
 
 @torch.no_grad()
-def relax_and_check(chain, phase, T, ends_early=False):
-    """(the neurons after T free steps from zero; whether each image has converged by then, (mbs,) bool, see
-    `dynamics.has_converged`). The read-out is bit for bit that of `relax` from zero with output_in 0.
+def relax_and_check(chain: Chain, phase: Phase, T: int,
+                    ends_early: bool = False) -> tuple[Neurons, Tensor]:
+    """(the neurons after T free steps from zero; whether each image has converged by then, (mbs,)
+    bool, see `dynamics.has_converged`). The read-out is bit for bit that of `relax` from zero with
+    output_in 0.
 
-    ends_early: leave out the steps between those that change an image by less than FIXED and the last five, where only
-    the convergence is wanted."""
-    steps, last, before = rewritten(Steps(chain, phase, None, T)), dynamics.window(T), None
-    if T > last:
-        before = (relax_until_settled(chain, phase, T - last, FIXED)[0] if ends_early
-                  else _every_layer(steps._replace(T=T - last)))
+    ends_early: where only convergence is wanted: leave out the steps between those that change an
+    image by less than FIXED and the last five."""
+    steps, last = rewritten(Steps(chain, phase, None, T)), dynamics.window(T)
+    before = None
+    if T > last and ends_early:
+        before = relax_until_settled(chain, phase, T - last, FIXED)[0]
+    elif T > last:
+        before = _every_layer(steps._replace(T=T - last))
     after = _every_layer(steps._replace(neurons=before, T=last))
     return after, dynamics.has_converged(before or chain.zeros(phase.drive), after)
 
 
-def _every_layer(steps):
-    """The steps without the ways that leave out layers, and without those that take more images at once, which can
-    round in another way."""
+def _every_layer(steps: Steps) -> Neurons:
+    """The steps without the ways that leave out layers, and without those that take more images at
+    once, which can round differently."""
     if "first step" in TABLE and _starts_from_zero(steps):
         steps = steps._replace(neurons=_first_step(steps), T=steps.T - 1)
     if "compiled" in TABLE and _compiles(steps):
         return _compiled_relax(steps)
-    return dynamics.relax(*steps[:4])
+    return dynamics.relax(steps.chain, steps.phase, steps.neurons, steps.T)
 
 
-def relax_both_signs(chain, phase, neurons, T):
-    """The neurons after T steps nudged by phase.beta, and after T steps nudged by -phase.beta, each from `neurons`."""
+def relax_both_signs(chain: Chain, phase: Phase, neurons: Sequence[Tensor],
+                     T: int) -> tuple[Neurons, Neurons]:
+    """The neurons after T steps nudged by phase.beta, and after T steps nudged by -phase.beta, each
+    from `neurons`."""
     if "both signs" in TABLE and TABLE["both signs"].applies(Steps(chain, phase)):
         twice, both = _twice(chain, phase)
-        beta = both.drive.new_full((len(both.drive), 1), phase.beta)
+        beta = both.drive.new_full((len(both.drive), 1), phase.beta)  # (2 mbs, 1)
         beta[len(phase.drive):] *= -1
-        states = relax(twice, dataclasses.replace(both, beta=beta), [torch.cat([s, s]) for s in neurons], T)
-        return [list(state) for state in zip(*(s.chunk(2) for s in states))]
-    return [relax(chain, dataclasses.replace(phase, beta=beta), neurons, T) for beta in (phase.beta, -phase.beta)]
+        both = dataclasses.replace(both, beta=beta)
+        states = relax(twice, both, [torch.cat([s, s]) for s in neurons], T)
+        halves = [s.chunk(2) for s in states]
+        return [plus for plus, _ in halves], [minus for _, minus in halves]
+    opposite = dataclasses.replace(phase, beta=-phase.beta)
+    return relax(chain, phase, neurons, T), relax(chain, opposite, neurons, T)
 
 
-def suited(chain, mbs):
-    """The chain whose convolutions go the way that is fastest for mini-batches of mbs samples."""
+def suited(chain: Chain, mbs: int) -> Chain:
+    """The chain whose convolutions are computed the fastest way for mini-batches of mbs samples."""
     return _with_windows(chain, mbs) if "window products" in TABLE else chain
 
 
-def _twice(chain, phase):
-    """Chain and phase for a mini-batch that holds every sample twice, the whole batch behind itself."""
+def _twice(chain: Chain, phase: Phase) -> tuple[Chain, Phase]:
+    """Chain and phase for a mini-batch that holds every sample twice, the whole batch behind
+    itself."""
     n = len(phase.drive)
     chosen = torch.arange(2 * n, device=phase.drive.device) % n
     return chain.take(chosen), phase.take(chosen)
 
 
-def _small(steps):
+def _small(steps: Steps) -> bool:
     return steps.size <= PAIRED
 
 
-# ---- convolutions of small maps as products over their windows: pays on a CPU where weights outnumber the pixels
+# ---- convolutions of small maps as products over their windows: pays on a CPU where weights
+# outnumber the pixels
 
 
-def _pays_as_product(connection, mbs):
+def _pays_as_product(connection: Connection, mbs: int) -> bool:
     if type(connection) is not Convolution:
         return False
     weight = connection.synapse.weight
@@ -158,48 +176,51 @@ def _pays_as_product(connection, mbs):
             and weight.is_contiguous(memory_format=torch.channels_last))
 
 
-def _with_windows(chain, mbs):
-    pays = [_pays_as_product(c, mbs) for c in chain.connections]
-    if not any(pays):
+def _with_windows(chain: Chain, mbs: int) -> Chain:
+    connections = tuple(c.windowed() if isinstance(c, Convolution) and _pays_as_product(c, mbs)
+                        else c for c in chain.connections)
+    if connections == chain.connections:
         return chain
-    connections = tuple(c.windowed() if product else c for c, product in zip(chain.connections, pays))
     return dataclasses.replace(chain, connections=connections)
 
 
-# ---- the affine part of an activation in the weights: pays where the steps save more passes than the weights take
+# ---- the affine part of an activation in the weights: pays where the steps save more passes than
+# the weights take
 
 
-def _folds(steps):
+def _folds(steps: Steps) -> bool:
     chain = steps.chain
     if torch.is_grad_enabled() and steps.routed:
-        return False  # rounding decides between equal winners of a max-pooling, and published attacks depend on it
-    return (steps.T > 1 and chain.activation in RESCALED and not chain.linear_output and not chain.compiled
-            and (steps.phase.drive.dtype != torch.bfloat16 or chain.activation is my_hard_sig)  # half is exact
-            and steps.T * steps.size >= 2 * sum(c.synapse.weight.numel() for c in chain.connections[1:]))
+        # rounding decides between equal winners of a max-pooling, and published attacks depend on it
+        return False
+    exact = steps.phase.drive.dtype != torch.bfloat16 or chain.activation is my_hard_sig  # x / 2 is
+    weights = sum(c.synapse.weight.numel() for c in chain.connections[1:])
+    return (steps.T > 1 and chain.activation in RESCALED and not chain.linear_output
+            and not chain.compiled and exact and steps.T * steps.size >= 2 * weights)
 
 
-def _folded(steps):
-    activation, gain, offset = RESCALED[steps.chain.activation]
-    first, *upper = steps.chain.connections  # of the first only the drive is left
-    chain = dataclasses.replace(steps.chain, activation=activation,
-                                connections=(first, *(c.scaled(gain, offset) for c in upper)))
+def _folded(steps: Steps) -> Steps:
+    base, gain, offset = RESCALED[steps.chain.activation]
+    first, *upper = steps.chain.connections  # of the first only its drive is used
+    connections = (first, *(c.scaled(gain, offset) for c in upper))
+    chain = dataclasses.replace(steps.chain, activation=base, connections=connections)
     phase = dataclasses.replace(steps.phase, drive=affine(steps.phase.drive, gain, offset),
                                 beta=gain * steps.phase.beta)
     return steps._replace(chain=chain, phase=phase)
 
 
-# ---- the first step from zero neurons: there is no drive from above, and the bias from below
+# ---- the first step from zero neurons: no top-down drive, and bottom-up the bias alone
 
 
-def _starts_from_zero(steps):
+def _starts_from_zero(steps: Steps) -> bool:
     return steps.neurons is None and steps.T > 0 and steps.chain.schedule == "sync"
 
 
-def _from_zero(steps):
+def _from_zero(steps: Steps) -> Neurons:
     return _taken(steps._replace(neurons=_first_step(steps), T=steps.T - 1))
 
 
-def _first_step(steps):
+def _first_step(steps: Steps) -> Neurons:
     chain, phase = steps.chain, steps.phase
     drives = [phase.drive, *(c.bias_drive(steps.mbs) for c in chain.connections[1:])]
     if chain.linear_output:
@@ -209,122 +230,142 @@ def _first_step(steps):
     return [chain.activate(n, drive) for n, drive in enumerate(drives)]
 
 
-# ---- two trajectories: where a layer's next state depends on its neighbours alone, the odd layers at odd times with
-# the even ones at even times never meet the others. They do where a nudge reads the top layer itself, and where the
-# winners of a max-pooling are its own.
+# ---- two trajectories: where a layer's next state depends on its neighbours alone, the odd layers
+# at odd times with the even ones at even times never meet the others. They do where a nudge reads
+# the top layer itself, and where the winners of a max-pooling are its own.
 
 
-def _has_two_trajectories(steps):
+def _has_two_trajectories(steps: Steps) -> bool:
     free = steps.phase.target is None and steps.neurons is not None
     return free and steps.chain.schedule == "sync" and not steps.routed
 
 
-def _one_trajectory(steps):
+def _one_trajectory(steps: Steps) -> Neurons:
     """Only the trajectory that ends in the output: half of the work."""
-    top, neurons = len(steps.chain) - 1, steps.neurons
-    for to_go in reversed(range(steps.output_in, steps.output_in + steps.T)):  # steps left until the output is read
+    assert steps.neurons is not None and steps.output_in is not None
+    top, neurons = len(steps.chain) - 1, list(steps.neurons)
+    for to_go in reversed(range(steps.output_in, steps.output_in + steps.T)):
+        # to_go: steps left until the output is read
         lowest = max(0, top - to_go)
-        neurons = _upper(steps, neurons, lowest, functools.partial(half_step, parity=(top - to_go % 2 - lowest) % 2))
-    return list(neurons)
+        parity = (top - to_go % 2 - lowest) % 2
+        neurons = _upper(steps, neurons, lowest, functools.partial(half_step, parity=parity))
+    return neurons
 
 
-def _both_trajectories(steps):
+def _both_trajectories(steps: Steps) -> Neurons:
     """Both in one mini-batch of twice the size, one a step ahead: half of the calls."""
-    chain, phase, neurons, T, _ = steps
-    ahead = half_step(chain, phase, neurons, 1)
+    assert steps.neurons is not None
+    chain, phase, T = steps.chain, steps.phase, steps.T
+    first = half_step(chain, phase, steps.neurons, 1)
     twice, both = _twice(chain, phase)
-    states = [torch.cat(pair) for pair in zip(ahead, neurons)]
+    states = [torch.cat(pair) for pair in zip(first, steps.neurons)]  # (2 mbs, ...)
     for t in range(T - 1):
         states = half_step(twice, both, states, t % 2)
-    ahead, behind = zip(*(s.chunk(2) for s in states))
-    behind = half_step(chain, phase, behind, (T - 1) % 2)
-    return [(ahead if n % 2 == T % 2 else behind)[n] for n in range(len(chain))]
+    halves = [s.chunk(2) for s in states]
+    ahead = [a for a, _ in halves]
+    behind = half_step(chain, phase, [b for _, b in halves], (T - 1) % 2)
+    return [ahead[n] if n % 2 == T % 2 else behind[n] for n in range(len(chain))]
 
 
 # ---- only what still reaches the output
 
 
-def _output_cone(steps):
-    neurons = steps.neurons
+def _output_cone(steps: Steps) -> Neurons:
+    assert steps.neurons is not None and steps.output_in is not None
+    neurons = list(steps.neurons)
     for to_go in reversed(range(steps.output_in, steps.output_in + steps.T)):
         neurons = _upper(steps, neurons, max(0, len(steps.chain) - 1 - to_go), step)
-    return list(neurons)
+    return neurons
 
 
-def _upper(steps, neurons, lowest, advance):
+def _upper(steps: Steps, neurons: Neurons, lowest: int, advance: dynamics.Step) -> Neurons:
     """`advance` of the layers from neurons[lowest] on; those below stay as they are."""
     if lowest == 0:
         return advance(steps.chain, steps.phase, neurons)
     drive = steps.chain.connections[lowest].up(neurons[lowest - 1])[0]
     upper = dataclasses.replace(steps.chain, connections=steps.chain.connections[lowest:])
-    return [*neurons[:lowest], *advance(upper, dataclasses.replace(steps.phase, drive=drive), neurons[lowest:])]
+    phase = dataclasses.replace(steps.phase, drive=drive)
+    return [*neurons[:lowest], *advance(upper, phase, neurons[lowest:])]
 
 
-# ---- asynchronous steps: a layer does not change between its connection's way up and the next way down
+# ---- asynchronous steps: a layer does not change between its connection's bottom-up drive and the
+# next top-down one
 
 
 class _Remembering:
-    """A connection that remembers the route of the state it last drove up, so that none is found twice."""
+    """A connection that remembers the route of the state that it drove up last, so that none is
+    computed twice."""
 
-    def __init__(self, connection):
-        self._connection, self._pre, self._route = connection, None, None
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._pre: Tensor | None = None
+        self._route: Tensor | None = None
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
 
-    def up(self, pre):
+    def up(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
         drive, route = self._connection.up(pre)
-        self._pre, self._route = pre, route
+        self._pre = pre
+        self._route = route
         return drive, route
 
-    def route(self, pre):
+    def route(self, pre: Tensor) -> Tensor | None:
         return self._route if pre is self._pre else self._connection.route(pre)
 
-    def take(self, chosen):
+    def take(self, chosen: Tensor) -> "_Remembering":
         return _Remembering(self._connection.take(chosen))
 
 
-def _remembers(steps):
+def _remembers(steps: Steps) -> bool:
     return steps.chain.schedule == "async" and steps.routed and not steps.chain.compiled
 
 
-def _with_remembered_routes(steps):
-    connections = tuple(_Remembering(c) if c.routed else c for c in steps.chain.connections)
+def _with_remembered_routes(steps: Steps) -> Steps:
+    connections: Any = tuple(_Remembering(c) if c.routed else c for c in steps.chain.connections)
     return steps._replace(chain=dataclasses.replace(steps.chain, connections=connections))
 
 
 # ---- steps through torch.compile
 
 
-def _compiles(steps):
+def _compiles(steps: Steps) -> bool:
     return steps.chain.compiled and not torch.is_grad_enabled()
 
 
 @functools.cache
-def _compiled(function):
-    # of a training these are far fewer; what is beyond the limit would run uncompiled without a word
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+def _compiled(function: dynamics.Step) -> dynamics.Step:
+    # a training compiles far fewer; beyond the limit steps would run uncompiled without a word
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(64, config.recompile_limit)
     return torch.compile(function)
 
 
-def _with_beta_as_tensor(phase):
+def _with_beta_as_tensor(phase: Phase) -> Phase:
     if phase.target is None or torch.is_tensor(phase.beta):
         return phase
     return dataclasses.replace(phase, beta=phase.drive.new_full((len(phase.drive), 1), phase.beta))
 
 
-def _laid_out(chain, phase, neurons):
-    """The neurons as a step leaves them: a map that a dense layer above has driven lies as one row an image, and one of
-    a single pixel has strides that say nothing."""
+def _laid_out(chain: Chain, phase: Phase, neurons: Sequence[Tensor]) -> Neurons:
+    """The neurons in the layout in which a step leaves them: a map that a dense layer above has
+    driven lies as one row an image, and one of a single pixel has strides without meaning."""
     above = [*chain.connections[1:], None if phase.target is None else chain.readout]
-    return [n if n.dim() == 2 else n.flatten(1).view(n.shape) if isinstance(c, Dense) or n.shape[2:] == (1, 1)
-            else n.contiguous(memory_format=torch.channels_last) for n, c in zip(neurons, above)]
+    found = []
+    for n, c in zip(neurons, above):
+        if n.dim() == 2:
+            found.append(n)
+        elif isinstance(c, Dense) or n.shape[2:] == (1, 1):
+            found.append(n.flatten(1).view(n.shape))
+        else:
+            found.append(n.contiguous(memory_format=torch.channels_last))
+    return found
 
 
-def _compiled_step(chain, phase, neurons):
-    """A step that is compiled once for each kind of phase (nudged or not, with masks or without), for any number of
-    images and any beta."""
-    if len(phase.drive) == 1:  # to the compiler a number of its own
+def _compiled_step(chain: Chain, phase: Phase, neurons: Sequence[Tensor]) -> Neurons:
+    """A step that is compiled once for each kind of phase (nudged or not, with dropout masks or
+    without), for any number of images and any beta."""
+    if len(phase.drive) == 1:  # the compiler would specialise on it
         return dynamics.STEPS[chain.schedule](chain, phase, neurons)
     phase, neurons = _with_beta_as_tensor(phase), _laid_out(chain, phase, neurons)
     masks = [c.mask for c in (*chain.connections, chain.readout) if c is not None]
@@ -334,25 +375,28 @@ def _compiled_step(chain, phase, neurons):
     return _compiled(dynamics.STEPS[chain.schedule])(chain, phase, neurons)
 
 
-def _compiled_relax(steps):
-    chain, phase, neurons = steps[:3]
-    neurons = chain.zeros(phase.drive) if neurons is None else list(neurons)
-    phase = _with_beta_as_tensor(phase)
+def _compiled_relax(steps: Steps) -> Neurons:
+    chain, phase = steps.chain, _with_beta_as_tensor(steps.phase)
+    neurons = chain.zeros(phase.drive) if steps.neurons is None else list(steps.neurons)
     for _ in range(steps.T):
         neurons = _compiled_step(chain, phase, neurons)
     return neurons
 
 
-TABLE = {
-    "window products": Row(lambda s: any(_pays_as_product(c, s.mbs) for c in s.chain.connections),
-                           rewrite=lambda s: s._replace(chain=_with_windows(s.chain, s.mbs))),
+TABLE: dict[str, Row] = {
+    "window products": Row(
+        lambda s: any(_pays_as_product(c, s.mbs) for c in s.chain.connections),
+        rewrite=lambda s: s._replace(chain=_with_windows(s.chain, s.mbs))),
     "folded activation": Row(_folds, rewrite=_folded),
     "remembered routes": Row(_remembers, rewrite=_with_remembered_routes),
     "both signs": Row(_small),
     "first step": Row(_starts_from_zero, way=_from_zero),
     "compiled": Row(_compiles, way=_compiled_relax),
-    "one trajectory": Row(lambda s: s.output_in is not None and _has_two_trajectories(s), way=_one_trajectory),
-    "both trajectories": Row(lambda s: s.T >= 7 and _has_two_trajectories(s) and _small(s), way=_both_trajectories),
-    "output cone": Row(lambda s: s.output_in is not None and s.neurons is not None and s.chain.schedule == "sync",
-                       way=_output_cone),
+    "one trajectory": Row(
+        lambda s: s.output_in is not None and _has_two_trajectories(s), way=_one_trajectory),
+    "both trajectories": Row(
+        lambda s: s.T >= 7 and _has_two_trajectories(s) and _small(s), way=_both_trajectories),
+    "output cone": Row(
+        lambda s: (s.output_in is not None and s.neurons is not None
+                   and s.chain.schedule == "sync"), way=_output_cone),
 }

@@ -1,41 +1,57 @@
-"""EP against BPTT, time step by time step (Ernoult et al., 2019): the update between successive steps of the nudged
-phase is to be the gradient through the same step of BPTT, counted from the end. `model` is an energy model of
-`model_utils`."""
+"""Gradient-descending updates (GDU): EP compared with BPTT, time step by time step (Ernoult et al.,
+2019). The EP update between successive steps of the nudged phase is to be the BPTT gradient through
+the same step, counted from the end.
+
+`model` is an energy model of `model_utils`, `rule` a `model_utils.Rule`.
+"""
 import dataclasses
+import functools
 import math
 import statistics
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 
 from energy import fast
-from energy.dynamics import Phase, step
+from energy.dynamics import Neurons, Phase, step
+
+Criterion = nn.Module | str  # a loss of PyTorch, or its name: `mse` or `cel`
+Contributions = dict[str, Tensor]  # name of a parameter, or `neurons_i`: time first
+Row = dict[str, Any]
 
 
-def bptt_contributions(model, x, y, T1, T2, beta, criterion):
-    """What each of the last T2 of T1 free steps contributes to the gradient of the loss, by one backward pass.
+def bptt_contributions(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, beta: float,
+                       criterion: Criterion) -> Contributions:
+    """The contribution of each of the last T2 of T1 free steps to the gradient of the loss, by one
+    backward pass.
 
-    Every step gets parameters of its own, that share the model's memory, so that one pass keeps their gradients apart.
-    Returns a dict: each parameter's name -> (T2, *shape), the gradient of the mean loss through the k-th step from the
-    end; `neurons_i` -> (T2, mbs, *shape of the layer), minus the gradient of each sample's loss with respect to that
-    layer k steps before the end. Time T2 forward and backward steps; memory the graph of T2 steps and the result, T2
-    times parameters and neurons.
+    Every step gets parameters of its own, that share the model's memory, so that one pass keeps
+    their gradients apart. Returns a dict: each parameter's name -> (T2, *shape), the gradient of
+    the mean loss through the k-th step from the end; `neurons_i` -> (T2, mbs, *shape of the layer),
+    minus the gradient of each sample's loss with respect to that layer k steps before the end. Time
+    T2 forward and backward steps; memory the graph of T2 steps and the result, T2 times parameters
+    and neurons.
     """
     neurons = model(x, y, None, T1 - T2, beta, criterion)
     steps, states = [], []
     for _ in range(T2):
         steps.append({name: p.detach().requires_grad_() for name, p in model.named_parameters()})
-        neurons = torch.func.functional_call(model, steps[-1], (x, y, neurons, 1, beta, criterion, True))
+        arguments = (x, y, neurons, 1, beta, criterion, True)
+        neurons = torch.func.functional_call(model, steps[-1], arguments)
         states.append(neurons)
     with torch.enable_grad():  # the read-out is part of the loss and counts as the last step's
         last = {f"model.{name}": p for name, p in steps[-1].items()}
         loss = torch.func.functional_call(_Loss(model), last, (neurons, y, criterion))
     wanted = [*(p for step in steps for p in step.values()), *(s for state in states for s in state)]
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    names = [name for step in steps for name in step] + [f"neurons_{i}" for i in range(len(neurons))] * T2
-    result, filled = {}, dict.fromkeys(names, T2)
+    names = [name for step in steps for name in step]
+    names += [f"neurons_{i}" for i in range(len(neurons))] * T2
+    result: Contributions = {}
+    filled = dict.fromkeys(names, T2)
     for name, like, grad in zip(names, wanted, grads):
         if name not in result:
             result[name] = like.new_empty(T2, *like.shape, requires_grad=False)
@@ -53,42 +69,49 @@ def bptt_contributions(model, x, y, T1, T2, beta, criterion):
 class _Loss(nn.Module):
     """The mean loss of given neurons, as a module, for `functional_call`."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, neurons, y, criterion):
+    def forward(self, neurons: Neurons, y: Tensor, criterion: Criterion) -> Tensor:
         return self.model.loss(neurons, y, criterion).mean()
 
 
-def ep_contributions(model, x, y, T1, T2, betas, criterion):
-    """The EP update between successive steps of the nudged phase, in the form of `bptt_contributions`: entry k is that
-    of the k-th nudged step, which the theorem holds against the k-th free step from the end. p.grad is left as it is.
+def ep_contributions(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, betas: Sequence[float],
+                     criterion: Criterion) -> Contributions:
+    """The EP update between successive steps of the nudged phase, in the form of
+    `bptt_contributions`: entry k is that of the k-th nudged step, which the theorem compares with
+    the k-th free step from the end. p.grad is left unchanged.
 
-    For the neurons it is (s(k+1) - s(k)) / (beta_2 - beta_1), which tends to minus the gradient times the activation's
-    slope.
+    For the neurons it is (s(k+1) - s(k)) / (beta_2 - beta_1), which tends to minus the gradient
+    times the activation's slope.
     """
     kept = [p.grad for p in model.parameters()]
-    state = model(x, y, None, T1, betas[0], criterion)
-    result = {name: [] for name in [*dict(model.named_parameters()), *(f"neurons_{i}" for i in range(len(state)))]}
+    beta_1, beta_2 = betas
+    state = model(x, y, None, T1, beta_1, criterion)
+    names = [*dict(model.named_parameters()), *(f"neurons_{i}" for i in range(len(state)))]
+    result: dict[str, list[Tensor]] = {name: [] for name in names}
     for _ in range(T2):
-        before, state = state, model(x, y, state, 1, betas[1], criterion)
+        before = state
+        state = model(x, y, before, 1, beta_2, criterion)
         model.compute_syn_grads(x, y, before, state, betas, criterion, check_thm=True)
         for name, p in model.named_parameters():
             result[name].append(p.grad.clone())
         for i, (a, b) in enumerate(zip(before, state)):
-            result[f"neurons_{i}"].append((b - a) / (betas[1] - betas[0]))
+            result[f"neurons_{i}"].append((b - a) / (beta_2 - beta_1))
     for p, grad in zip(model.parameters(), kept):
         p.grad = grad
     return {name: torch.stack(values) for name, values in result.items()}
 
 
-def check_gdu(model, x, y, T1, T2, betas, criterion, alg="EP"):
-    """EP's updates step by step, and what BPTT says they should be (Ernoult et al., 2019).
+def check_gdu(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, betas: Sequence[float],
+              criterion: Criterion, alg: str = "EP") -> tuple[Contributions, Contributions]:
+    """EP's updates step by step, and BPTT's gradients, which they should be (Ernoult et al., 2019).
 
-    Returns (BPTT, EP), dicts over parameter names and `neurons_i`, time first: see `bptt_contributions` for shapes,
-    time and memory, and `ep_contributions`. The model and its p.grad are left as they are. `alg`: EP is all there is to
-    compare.
+    Returns (BPTT, EP), dicts over parameter names and `neurons_i`, time first: see
+    `bptt_contributions` for shapes, time and memory, and `ep_contributions`. The model and its
+    p.grad are left unchanged. Raises ValueError for an empty mini-batch, T2 above T1, and any
+    `alg` but EP.
     """
     if alg != "EP":
         raise ValueError(f"gducheck compares EP with BPTT, not {alg}")
@@ -96,42 +119,47 @@ def check_gdu(model, x, y, T1, T2, betas, criterion, alg="EP"):
         raise ValueError("the mini-batch is empty: it has no gradient")
     if T2 > T1:
         raise ValueError(f"BPTT goes back through at most T1 = {T1} steps, got T2 = {T2}")
-    return bptt_contributions(model, x, y, T1, T2, betas[0], criterion), ep_contributions(model, x, y, T1, T2, betas,
-            criterion)
+    return (bptt_contributions(model, x, y, T1, T2, betas[0], criterion),
+            ep_contributions(model, x, y, T1, T2, betas, criterion))
 
 
-def cosine(a, b):
+def cosine(a: Tensor, b: Tensor) -> float:
     """The cosine similarity of two tensors of any one shape."""
-    return F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0, eps=1e-30).item()
+    a, b = a.flatten().double(), b.flatten().double()
+    return F.cosine_similarity(a, b, dim=0, eps=1e-30).item()
 
 
-# ---- like against like
+# ---- like compared with like
 
 
 class Comparison(NamedTuple):
-    """EP against BPTT on one mini-batch.
+    """EP compared with BPTT on one mini-batch.
 
-    rows      of `compare_gdu`, for the estimate `one-sided` and, with `thirdphase`, `symmetric`
-    BPTT, runs   of `check_gdu`: the contributions of BPTT, and those of EP at beta_2 and, with `thirdphase`, -beta_2
-    bptt, ep  what is held against each other, of the best estimate, see `comparable`
-    converged   which images have converged after T1 free steps, (mbs,) bool, see `energy.dynamics.has_converged`
+    rows        of `compare_gdu`, for the estimate `one-sided` and, with `thirdphase`, `symmetric`
+    BPTT, runs  of `check_gdu`: the contributions of BPTT, and those of EP at beta_2 and, with
+                `thirdphase`, -beta_2
+    bptt, ep    the sides of the comparison, of the best estimate, see `comparable`
+    converged   which images have converged after T1 free steps, (mbs,) bool, see
+                `energy.dynamics.has_converged`
     """
 
-    rows: list
-    BPTT: dict
-    runs: list
-    bptt: dict
-    ep: dict
-    converged: torch.Tensor
+    rows: list[Row]
+    BPTT: Contributions
+    runs: list[Contributions]
+    bptt: Contributions
+    ep: Contributions
+    converged: Tensor
 
 
-def activation_slopes(model, x, y, rule):
-    """act'(dPhi/ds_n) after T1 free steps: a list of tensors, one per layer, (mbs, *shape of the layer)."""
+def activation_slopes(model: Any, x: Tensor, y: Tensor, rule: Any) -> Neurons:
+    """act'(dPhi/ds_n) after T1 free steps: a list of tensors, one per layer, (mbs, *shape of the
+    layer)."""
     chain = model.chain(rule.loss)
     with torch.no_grad():
         phase = model.phase(chain.input_drive(x), y, rule.betas[0], rule.loss)
         free = model(x, y, None, rule.T1, rule.betas[0], rule.loss)
-        drives = step(dataclasses.replace(chain, activation=lambda drive: drive), phase, free)
+        identity: Callable[[Tensor], Tensor] = lambda drive: drive  # noqa: E731
+        drives = step(dataclasses.replace(chain, activation=identity), phase, free)
     slopes = []
     for n, drive in enumerate(drives):
         leaf = drive.clone().requires_grad_()
@@ -140,8 +168,9 @@ def activation_slopes(model, x, y, rule):
     return slopes
 
 
-def complete_ep(model, x, y, rule, beta):
-    """The EP update {name: gradient} from the whole of a phase nudged by `beta`. p.grad is left as it is."""
+def complete_ep(model: Any, x: Tensor, y: Tensor, rule: Any, beta: float) -> dict[str, Tensor]:
+    """The EP update {name: gradient} from the whole of a phase nudged by `beta`. p.grad is left
+    unchanged."""
     kept = [p.grad for p in model.parameters()]
     free = model(x, y, None, rule.T1, rule.betas[0], rule.loss)
     nudged = model(x, y, free, rule.T2, beta, rule.loss)
@@ -152,56 +181,63 @@ def complete_ep(model, x, y, rule, beta):
     return found
 
 
-def mean(dicts):
+def mean(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several dicts of tensors, entry by entry."""
-    return {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]}
+    return {name: functools.reduce(torch.add, [d[name] for d in dicts]) / len(dicts)
+            for name in dicts[0]}
 
 
-def comparable(model, x, y, rule, BPTT, runs):
-    """What the theorem compares, of EP's `runs` nudged by beta_2, and of two the second by -beta_2: (BPTT's side, EP's
-    side), {name: tensor}, time first.
+def comparable(model: Any, x: Tensor, y: Tensor, rule: Any, BPTT: Contributions,
+               runs: Sequence[Contributions]) -> tuple[Contributions, Contributions]:
+    """The sides that the theorem compares, from EP's `runs` nudged by beta_2, and of two the second
+    by -beta_2: (BPTT's side, EP's side), {name: tensor}, time first.
 
-    A neuron's change in a step is its gradient times the slope of its activation at the equilibrium: BPTT's side gets
-    that slope. A `softmax` read-out learns from the loss at every step alike: of it the complete gradients are held
-    against each other, as one entry in time."""
+    A neuron's change in a step is its gradient times the slope of its activation at the
+    equilibrium: BPTT's side gets that slope. A `softmax` read-out learns from the loss at every
+    step alike: its complete gradients are compared, as one entry in time."""
     bptt, ep = dict(BPTT), mean(runs)
     for n, slope in enumerate(activation_slopes(model, x, y, rule)):
         bptt[f"neurons_{n}"] = bptt[f"neurons_{n}"] * slope
     if model.softmax:
-        whole = mean([complete_ep(model, x, y, rule, sign * rule.betas[1]) for sign in (1, -1)[:len(runs)]])
+        signs = (1, -1)[:len(runs)]
+        whole = mean([complete_ep(model, x, y, rule, sign * rule.betas[1]) for sign in signs])
         for name in whole:
             if name.startswith(f"synapses.{len(model.synapses) - 1}."):
-                bptt[name], ep[name] = bptt[name].sum(0, keepdim=True), whole[name].unsqueeze(0)
+                bptt[name] = bptt[name].sum(0, keepdim=True)
+                ep[name] = whole[name].unsqueeze(0)
     return bptt, ep
 
 
-def compare_gdu(bptt, ep, estimate):
+def compare_gdu(bptt: Contributions, ep: Contributions, estimate: str) -> list[Row]:
     """How far an EP estimate is from BPTT: a list of dicts, one per parameter and layer, with
 
-    rmse        root mean square over time of their difference, divided by the larger of their own, mean over the
-                entries
+    rmse        root mean square over time of their difference, divided by the larger of their own,
+                mean over the entries
     sign_error  share of entries and times where their signs differ
-    cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||; nan where T2 steps
-                        of BPTT do not reach the parameter or layer
+    cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||;
+                nan where T2 steps of BPTT do not reach the parameter or layer
     """
-    def rms(values):
+    def rms(values: Tensor) -> Tensor:
         return values.pow(2).mean(0).sqrt()
 
     rows = []
     for name in bptt:
         a, b = ep[name].double(), bptt[name].double()
-        totals, reached = (a.sum(0).flatten(), b.sum(0).flatten()), bool(b.sum(0).any())
+        total_a, total_b = a.sum(0).flatten(), b.sum(0).flatten()
+        reached = bool(total_b.any())
+        distance = (total_a - total_b).norm() / total_b.norm()
         rows.append({"name": name, "estimate": estimate,
                      "rmse": (rms(a - b) / (torch.maximum(rms(a), rms(b)) + 1e-30)).mean().item(),
                      "sign_error": (a * b < 0).double().mean().item(),
-                     "cosine": cosine(*totals) if reached else math.nan,
-                     "distance": ((totals[0] - totals[1]).norm() / totals[1].norm()).item() if reached else math.nan})
+                     "cosine": cosine(total_a, total_b) if reached else math.nan,
+                     "distance": distance.item() if reached else math.nan})
     return rows
 
 
-def image_cosines(model, x, y, rule):
-    """{parameter: [cosine of the complete EP and BPTT gradients of each image alone]}, of the rule's estimate."""
-    found = {name: [] for name, _ in model.named_parameters()}
+def image_cosines(model: Any, x: Tensor, y: Tensor, rule: Any) -> dict[str, list[float]]:
+    """{parameter: [cosine of the complete EP and BPTT gradients of each image alone]}, of the
+    rule's estimate."""
+    found: dict[str, list[float]] = {name: [] for name, _ in model.named_parameters()}
     signs = (1, -1) if rule.thirdphase else (1,)
     for i in range(len(x)):
         one = (x[i:i + 1], y[i:i + 1])
@@ -213,16 +249,19 @@ def image_cosines(model, x, y, rule):
     return found
 
 
-def gdu_report(model, x, y, rule, images=False):
-    """The `Comparison` for the rule's T1, T2, betas, thirdphase and loss. images: also say in the rows of the best
-    estimate, for every parameter, the median and the worst image's cosine (takes as long as the images one by one)."""
+def gdu_report(model: Any, x: Tensor, y: Tensor, rule: Any, images: bool = False) -> Comparison:
+    """The `Comparison` for the rule's T1, T2, betas, thirdphase and loss.
+
+    images: also report in the rows of the best estimate, for every parameter, the median and the
+    worst image's cosine (takes as long as the images one by one)."""
     beta_1, beta_2 = rule.betas
     BPTT, EP = check_gdu(model, x, y, rule.T1, rule.T2, (beta_1, beta_2), rule.loss)
     runs = [EP]
     bptt, ep = comparable(model, x, y, rule, BPTT, runs)
     rows = compare_gdu(bptt, ep, "one-sided")
     if rule.thirdphase:
-        runs.append(ep_contributions(model, x, y, rule.T1, rule.T2, (beta_1, -beta_2), rule.loss))
+        opposite = (beta_1, -beta_2)
+        runs.append(ep_contributions(model, x, y, rule.T1, rule.T2, opposite, rule.loss))
         bptt, ep = comparable(model, x, y, rule, BPTT, runs)
         rows += compare_gdu(bptt, ep, "symmetric")
     if images:
@@ -238,10 +277,11 @@ def gdu_report(model, x, y, rule, images=False):
     return Comparison(rows, BPTT, runs, bptt, ep, converged)
 
 
-def verdict(comparison, rule, enough=0.99):
-    """One line: whether EP agrees with BPTT (every row's cosine of the best estimate above `enough`), or what to
-    change."""
-    best = [row for row in comparison.rows if row["estimate"] == comparison.rows[-1]["estimate"]]
+def verdict(comparison: Comparison, rule: Any, enough: float = 0.99) -> str:
+    """One line: whether EP agrees with BPTT (every row's cosine of the best estimate above
+    `enough`), or what to change."""
+    estimate = comparison.rows[-1]["estimate"]
+    best = [row for row in comparison.rows if row["estimate"] == estimate]
     reached = [row for row in best if not math.isnan(row["cosine"])]
     images, moving = len(comparison.converged), int((~comparison.converged).sum())
     if not reached:
@@ -254,10 +294,12 @@ def verdict(comparison, rule, enough=0.99):
     if moving > 0.051 * images:
         advice = far
     elif worst.get("cosine_median", 0) > enough:
-        advice = (f"most images agree, and beta = {rule.betas[1]:g} takes some to another state (other winners of a "
-                  "max-pooling, say): a smaller beta (--betas)")
+        advice = (f"most images agree, and beta = {rule.betas[1]:g} takes some to another state "
+                  "(other winners of a max-pooling, say): a smaller beta (--betas)")
     elif not rule.thirdphase:
-        advice = "the one-sided estimate has an error of first order in beta: --thirdphase, or a smaller beta (--betas)"
+        advice = ("the one-sided estimate has an error of first order in beta: --thirdphase, or a "
+                  "smaller beta (--betas)")
     else:
-        advice = f"beta = {rule.betas[1]:g} is too large (or, below 0.001, drowns in rounding): another one (--betas)"
+        advice = (f"beta = {rule.betas[1]:g} is too large (or, below 0.001, drowns in rounding): "
+                  "another one (--betas)")
     return f"EP does not agree with BPTT: {found}; {advice}"

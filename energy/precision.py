@@ -1,51 +1,62 @@
-"""How exactly products of float32 numbers are computed."""
+"""Precision of float32 products on a CUDA device."""
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import backends
 
+_mkldnn: Any = backends.mkldnn  # their stubs lack the newer settings
+_cudnn: Any = backends.cudnn
 
-def set_precision(name):
-    """How float32 products are computed on a CUDA device: `tf32` in that format, of 10 bits, otherwise exactly.
 
-    PyTorch has an older and a newer way to say so, and whoever asks by the one for what was said by the other alone,
-    as torch.compile does, gets an error: both are told the same."""
+def set_precision(name: str) -> None:
+    """Compute float32 products on a CUDA device in the format `tf32` (10 bits), or exactly.
+
+    PyTorch has an older and a newer setting for this. Code that reads the one after only the other
+    was set, as torch.compile does, gets an error: both are set alike."""
     low = name == "tf32"
-    _tell({"matmul": "high" if low else "highest", "cudnn": low, **dict.fromkeys(_newer(), "tf32" if low else "ieee"),
-           "cpu": backends.mkldnn.matmul.fp32_precision})
+    _set({"matmul": "high" if low else "highest", "cudnn": low,
+          **dict.fromkeys(_newer(), "tf32" if low else "ieee"),
+          "cpu": _mkldnn.matmul.fp32_precision})
 
 
-def _newer():
-    return {"cuda.matmul": backends.cuda.matmul, "cudnn.conv": backends.cudnn.conv, "cudnn.rnn": backends.cudnn.rnn}
+def _newer() -> dict[str, Any]:
+    return {"cuda.matmul": backends.cuda.matmul, "cudnn.conv": _cudnn.conv,
+            "cudnn.rnn": _cudnn.rnn}
 
 
-def _tell(settings):
-    torch.set_float32_matmul_precision(settings["matmul"])  # the older ways first: they change the newer ones
+def _set(settings: dict[str, Any]) -> None:
+    # the older settings first: they change the newer ones
+    torch.set_float32_matmul_precision(settings["matmul"])
     backends.cudnn.allow_tf32 = settings["cudnn"]
     for name, setting in _newer().items():
         setting.fp32_precision = settings[name]
-    backends.mkldnn.matmul.fp32_precision = settings["cpu"]
+    _mkldnn.matmul.fp32_precision = settings["cpu"]
 
 
-def _told():
+def _current() -> dict[str, Any]:
     newer = {name: setting.fp32_precision for name, setting in _newer().items()}
+    older: dict[str, Any]
     try:
-        older = {"matmul": torch.get_float32_matmul_precision(), "cudnn": backends.cudnn.allow_tf32}
-    except RuntimeError:  # someone has told only one of the two
+        older = {"matmul": torch.get_float32_matmul_precision(),
+                 "cudnn": backends.cudnn.allow_tf32}
+    except RuntimeError:  # the caller has set only one of the two
         older = {"matmul": "high" if newer["cuda.matmul"] == "tf32" else "highest",
                  "cudnn": newer["cudnn.conv"] == "tf32"}
-    return {**older, **newer, "cpu": backends.mkldnn.matmul.fp32_precision}
+    return {**older, **newer, "cpu": _mkldnn.matmul.fp32_precision}
 
 
 @contextlib.contextmanager
-def exactly():
-    """A block whose float32 products are exact: EP's contrast is a small difference of large ones."""
+def exactly() -> Iterator[None]:
+    """Within the block float32 products are exact: EP's contrast is a small difference of large
+    numbers."""
     if all(setting.fp32_precision == "ieee" for setting in _newer().values()):
         yield
         return
-    before = _told()
+    before = _current()
     set_precision("fp32")
     try:
         yield
     finally:
-        _tell(before)
+        _set(before)

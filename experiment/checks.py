@@ -2,6 +2,7 @@
 import importlib.util
 
 from data_utils import TASKS, UserError
+from energy.names import POOLINGS
 from experiment.arguments import shown
 from experiment.flags import ALL, DENSE, ENERGY, FEED_FORWARD, OF_STEPS, TRANSFORMER, WITHOUT_GRADIENT, typed
 
@@ -109,7 +110,7 @@ def _check_model(args):
             if len(getattr(args, name)) != len(args.channels):
                 raise _length_error(name, getattr(args, name), len(args.channels),
                                     "one per convolution, as many as --channels")
-        if set(args.pools) - set("mai"):
+        if set(args.pools) - set(POOLINGS):
             raise UserError(f"argument --pools: got {args.pools!r}, expected the letters m, a and i")
         layers, last = len(args.channels) + len(args.fc), "fc"
     if getattr(args, last)[-1] != task.classes:

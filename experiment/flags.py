@@ -2,6 +2,7 @@
 from typing import Any, NamedTuple
 
 from data_utils import TASKS
+from energy.names import ACTIVATIONS
 
 LEAST_EPS, MOST_EPS = 1e-9, 1e9  # range of eps other than 0; images are float32 in [0, 1]
 LARGEST = 10 ** 9  # of whole numbers: beyond anything that could run
@@ -136,7 +137,7 @@ FLAGS = {
         Flag("width", int, 128, "ViT: size of a token, a multiple of --heads", A, low=1, models=TRANSFORMER),
         Flag("mlp-width", int, 256, "ViT: hidden size of the dense part of a layer", A, low=1, models=TRANSFORMER),
         Flag("act", str, "mysig", "activation of the neurons", A,
-             ("mysig", "sigmoid", "tanh", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig"), models=ENERGY),
+             ACTIVATIONS, models=ENERGY),
         Flag("loss", str, "mse", "what nudges the output: squared error or cross-entropy", A, ("mse", "cel")),
         Flag("softmax", bool, False, "with cel: the output is a linear read-out of the last hidden layer", A,
              models=ENERGY),

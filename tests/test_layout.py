@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+from energy import activations, names, poolings
 from experiment import arguments, checks, flag_table
 from experiment.flags import ALL, DROPOUTS, FLAGS
 
@@ -73,6 +74,13 @@ def test_no_model_is_copied_and_no_private_kernel_called():
     for path in FILES:
         text = path.read_text()
         assert "copy.copy" not in text and "torch.ops.mkldnn" not in text, path.name
+
+
+def test_names_are_those_of_the_implementations():
+    """`energy.names` is read by the command line before torch is loaded."""
+    assert names.ACTIVATIONS == tuple(activations.ACTIVATIONS) and set(activations.RANGES) == set(
+        activations.ACTIVATIONS.values())
+    assert names.POOLINGS == tuple(poolings.POOLS)
 
 
 def test_every_room_is_known():
