@@ -19,7 +19,7 @@ from ART_Timesteps_Addition.pytorch import Unrolled
 from data_utils import TASKS, Batches
 from energy import fast
 from energy.poolings import MaxPool
-from energy.precision import _tell, _told
+from energy.precision import _current, _set
 from experiment import arguments
 from experiment.flags import FLAGS
 from experiment.health import Health, report_precision
@@ -187,7 +187,7 @@ def test_precision_is_the_same_to_whoever_asks(name):
         return (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
                 torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision,
                 torch.backends.cudnn.conv.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
-    before = _told()
+    before = _current()
     try:
         mu.set_precision(name)
         low, told = name == "tf32", asked()
@@ -197,7 +197,7 @@ def test_precision_is_the_same_to_whoever_asks(name):
             assert asked()[:5] == (False, False, "highest", "ieee", "ieee")
         assert asked() == told
     finally:
-        _tell(before)
+        _set(before)
 
 
 def test_attacking_a_mini_batch_does_not_wait_for_the_device():
