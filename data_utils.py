@@ -91,13 +91,18 @@ def _torchvision(name, read):
     return read_split
 
 
+def _refuse_pipe(path):
+    """Raises ValueError for what is there and is no regular file: opening a pipe would block."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a regular file")
+
+
 @contextlib.contextmanager
 def _opened(path):
     """The file at `path`, to be read in the block, whose errors become a UserError. FileNotFoundError alone stays: only
     what is not there at all is downloaded."""
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is not a regular file")  # a pipe would be waited for
+        _refuse_pipe(path)
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:
@@ -350,9 +355,8 @@ def open_corruptions(folder, task, size=None):
 def _opened_array(folder, name):
     """(path, array) of a file of a folder of corrupted images, memory-mapped."""
     path = pathlib.Path(folder, f"{name}.npy")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} cannot be read: it is not a regular file")  # a pipe would block
     try:
+        _refuse_pipe(path)
         return path, np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         near = (place for place, files in data_files.nearby(path.parent)

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -158,8 +158,7 @@ def activation_slopes(model: Any, x: Tensor, y: Tensor, rule: Any) -> Neurons:
     with torch.no_grad():
         phase = model.phase(chain.input_drive(x), y, rule.betas[0], rule.loss)
         free = model(x, y, None, rule.T1, rule.betas[0], rule.loss)
-        identity: Callable[[Tensor], Tensor] = lambda drive: drive  # noqa: E731
-        drives = step(dataclasses.replace(chain, activation=identity), phase, free)
+        drives = step(dataclasses.replace(chain, activation=lambda drive: drive), phase, free)
     slopes = []
     for n, drive in enumerate(drives):
         leaf = drive.clone().requires_grad_()

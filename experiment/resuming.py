@@ -116,7 +116,8 @@ def refuse_changes(saved: SavedRun, given: dict) -> None:
     now = vars(arguments.resolve({**saved.args, **given}))
     differing = []
     for flag in ALL:
-        of_training = flag.scope not in ("session", "resumed") and (flag.todos is None or "train" in flag.todos)
+        trains = flag.todos is None or "train" in flag.todos
+        of_training = trains and flag.scope not in ("session", "resumed")
         if flag.dest in given and of_training and flag.dest not in PLACES:
             saved_value, value = before[flag.dest], now[flag.dest]
             if saved_value != value:
