@@ -60,6 +60,15 @@ def only_run(folder):
     return runs[0]
 
 
+def trained_run(tmp_path_factory, line):
+    """The folder of a run that the command line trains, in a folder of its own: for fixtures of a module."""
+    root = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main.main(line.split()) == 0
+    return only_run(root)
+
+
 @pytest.fixture(scope="session")
 def cifar(tmp_path_factory):
     """A data folder with files in the format of CIFAR-10: random images, 20 in each training batch, 40 for testing."""

@@ -6,9 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import criterion_of, only_run, sample
+from conftest import criterion_of, only_run, sample, trained_run
 
-import main
 import model_utils as mu
 from ART_Timesteps_Addition.adversary import Adversary
 from data_utils import TASKS, Batches, load_split
@@ -42,11 +41,7 @@ def share(model, T1, data, loss="mse"):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder to look at, of a network some of whose test images have converged."""
-    root = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        assert main.main(TINY.split()) == 0
-    return only_run(root)
+    return trained_run(tmp_path_factory, TINY)
 
 
 @pytest.mark.parametrize("words", ["", "--T1 3", "--tol 0.5", CNN, "--val-size 30", "--schedule async --T1 14",

@@ -7,9 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, only_run
+from conftest import ROOT, only_run, trained_run
 
-import main
 import model_utils as mu
 from experiment import figures
 from experiment.run_folder import RunFolder
@@ -35,11 +34,7 @@ WARNING = re.compile(r"warning: (\S+) was not drawn: (.+)")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        assert main.main(TINY.split()) == 0
-    return only_run(root)
+    return trained_run(tmp_path_factory, TINY)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, only_run
+from conftest import ROOT, only_run, trained_run
 
 import main
 import model_utils as mu
@@ -25,11 +25,7 @@ def rows(run):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run folder to look at."""
-    root = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        assert main.main(TINY.split()) == 0
-    return only_run(root)
+    return trained_run(tmp_path_factory, TINY)
 
 
 # ---- which model is examined
