@@ -1,8 +1,9 @@
-"""The files of data sets: downloading them, and their formats, the IDX files of MNIST and the pickles of CIFAR.
+"""The files of data sets: downloading them, and their formats, the IDX files of MNIST and the
+pickles of CIFAR.
 
-A file may come from anywhere: none runs code, ends the interpreter or takes much more memory than it has bytes. One
-that is damaged raises an exception of any type.
-"""
+A file may come from anywhere: none runs code, ends the interpreter or takes much more memory than
+it has bytes. One that is damaged raises an exception of any type."""
+
 import contextlib
 import gzip
 import io
@@ -21,12 +22,13 @@ import tempfile
 
 import numpy as np
 
-LARGEST = 2 ** 31  # bytes of one file; the largest of these data sets has 2 ** 27.2
+LARGEST = 2**31  # bytes of one file; the largest of these data sets has 2 ** 27.2
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
 def read_idx(file):
-    """The array in an IDX file: two zeros, type, number of dimensions, their sizes, the values; all big-endian."""
+    """The array in an IDX file: two zeros, type, number of dimensions, their sizes, the values; all
+    big-endian."""
     header = file.read(4)
     zeros, kind, ndim = struct.unpack(">HBB", header) if len(header) == 4 else (0, 0, 0)
     if zeros or kind not in IDX_TYPES or not ndim:
@@ -100,8 +102,10 @@ def misplaced_idx(data_dir, wanted):
                 for root in path.parents:
                     if path in forms(root.joinpath(*wanted.parts[-3:])):
                         return f"found {path}, which looks like it: give --data-dir {root}"
-                return (f"found {path}, which looks like it: move it, and the others like it, to "
-                        f"{wanted}")
+                return (
+                    f"found {path}, which looks like it: move it, and the others like it, to "
+                    f"{wanted}"
+                )
     return None
 
 
@@ -120,32 +124,66 @@ def misplaced_archive(data_dir, folder, names, archive):
 # ---- pickles of arrays
 
 # What arrays are pickled as: by Python 2 and 3, NumPy 1 and 2, and in every protocol.
-ARRAY_MAKERS = {f"numpy.{core}.{function}" for core in ("core", "_core")
-                for function in ("multiarray _reconstruct", "multiarray scalar", "numeric _frombuffer")}
+ARRAY_MAKERS = {
+    f"numpy.{core}.{function}"
+    for core in ("core", "_core")
+    for function in ("multiarray _reconstruct", "multiarray scalar", "numeric _frombuffer")
+}
 NAMES = {*ARRAY_MAKERS, "numpy ndarray", "numpy dtype", "_codecs encode"}
-LITERALS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT",
-            "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-            "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+LITERALS = {
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "FLOAT",
+    "BINFLOAT",
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
 MARKED = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS"}
-TAKEN = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2, "BUILD": 1}
-MOST = 2 ** 21  # opcodes of one file: 40 for each image of the largest
+TAKEN = {
+    "TUPLE1": 1,
+    "TUPLE2": 2,
+    "TUPLE3": 3,
+    "APPEND": 1,
+    "SETITEM": 2,
+    "STACK_GLOBAL": 2,
+    "REDUCE": 2,
+    "BUILD": 1,
+}
+MOST = 2**21  # opcodes of one file: 40 for each image of the largest
 
 
 class Call:
-    """What a pickle asks to be called, with which arguments, and the state to be set then: noted down, never done."""
+    """What a pickle asks to be called, with which arguments, and the state to be set then: noted
+    down, never done."""
 
     def __init__(self, name, args=None):
         self.name, self.args, self.state = name, args, None
 
 
 def read_pickle(file):
-    """What a pickle holds: dicts, lists, tuples, text, bytes, numbers and, for arrays, Calls (see `as_array`).
+    """What a pickle holds: dicts, lists, tuples, text, bytes, numbers and, for arrays, Calls (see
+    `as_array`).
 
-    It interprets the few opcodes that such files need. Nothing is imported or called, and no key is hashed but text,
-    bytes and numbers. A pickle.Unpickler that may import little is not enough: a deep tuple as a key ends the
-    interpreter, and ten bytes make it take 34 GB. Raises UnpicklingError where a file asks for more."""
+    It interprets the few opcodes that such files need. Nothing is imported or called, and no key is
+    hashed but text, bytes and numbers. A pickle.Unpickler that may import little is not enough: a
+    deep tuple as a key ends the interpreter, and ten bytes make it take 34 GB. Raises
+    UnpicklingError where a file asks for more."""
     stack, marks, memo = [], [], {}
     for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if step == MOST:
@@ -192,13 +230,15 @@ def _combine(name, argument, stack, marks):
         case "REDUCE":
             stack.append(Call(items[0].name, items[1]))
         case "BUILD" if isinstance(stack[-1], Call):
-            stack[-1].state, = items
+            (stack[-1].state,) = items
         case _:
             raise _refusal(name if argument is None else f"{name} {argument}")
 
 
 def _refusal(what):
-    return pickle.UnpicklingError(f"it asks for {what[:100]}, which could run code; nothing of it was run")
+    return pickle.UnpicklingError(
+        f"it asks for {what[:100]}, which could run code; nothing of it was run"
+    )
 
 
 def _pairs(items):
@@ -210,7 +250,8 @@ def _pairs(items):
 
 
 def as_array(call):
-    """The array of numbers that a Call from `read_pickle` means; it may share memory with the bytes that were read."""
+    """The array of numbers that a Call from `read_pickle` means; it may share memory with the bytes
+    that were read."""
     if not isinstance(call, Call) or call.name not in ARRAY_MAKERS:
         raise ValueError("it holds something else in place of an array")
     shape, order = (), "C"
@@ -234,7 +275,8 @@ def as_array(call):
 
 
 def as_labels(values):
-    """The array of a list of numbers, NumPy's among them, or that of an array; of dtype object if one is no number."""
+    """The array of a list of numbers, NumPy's among them, or that of an array; of dtype object if
+    one is no number."""
     if isinstance(values, Call):
         return as_array(values)
     values = [as_array(value).item() if isinstance(value, Call) else value for value in values]
@@ -246,8 +288,9 @@ def as_labels(values):
 
 
 def download(dataset, data_dir, read):
-    """What `read()` returns, once torchvision has downloaded `dataset` to a place of its own inside `data_dir`, and
-    those of its files that are not there yet are where they belong. Raises what the download does, of any type."""
+    """What `read()` returns, once torchvision has downloaded `dataset` to a place of its own inside
+    `data_dir`, and those of its files that are not there yet are where they belong. Raises what the
+    download does, of any type."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
@@ -271,8 +314,9 @@ def download(dataset, data_dir, read):
 
 @contextlib.contextmanager
 def _download_folder(data_dir):
-    """A new folder inside `data_dir`, of one process at a time where the file system has locks. It goes in the end, and
-    with it what killed downloads have left, and every folder that was made for it and is empty."""
+    """A new folder inside `data_dir`, of one process at a time where the file system has locks. It
+    goes in the end, and with it what killed downloads have left, and every folder that was made for
+    it and is empty."""
     made, lock, locked = [], None, False
     try:
         lock, locked = _lock(data_dir / ".download.lock", made)
@@ -282,7 +326,9 @@ def _download_folder(data_dir):
             yield pathlib.Path(folder)
     finally:
         with lock or contextlib.nullcontext():
-            for remove in ([pathlib.Path(lock.name).unlink] if lock else []) + [folder.rmdir for folder in made]:
+            for remove in ([pathlib.Path(lock.name).unlink] if lock else []) + [
+                folder.rmdir for folder in made
+            ]:
                 with contextlib.suppress(OSError):
                     remove()
 
@@ -294,8 +340,9 @@ def _no_link(path, flags):
 
 
 def _lock(path, made):
-    """Waits for the lock file `path`: (the file, to be removed and then closed; whether it is locked, for not every
-    file system can). Notes in `made` the folders that are made for it, the innermost first."""
+    """Waits for the lock file `path`: (the file, to be removed and then closed; whether it is
+    locked, for not every file system can). Notes in `made` the folders that are made for it, the
+    innermost first."""
     attempts = 0
     while True:
         made.extend(folder for folder in path.parents if not folder.exists())
@@ -309,6 +356,7 @@ def _lock(path, made):
             continue  # another run, whose download failed, has just removed the folder
         try:
             import fcntl
+
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

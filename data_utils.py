@@ -1,7 +1,9 @@
-"""Tasks and their mini-batches, files of corrupted images, and the two kinds of errors that a user hears of.
+"""Tasks and their mini-batches, files of corrupted images, and the two kinds of errors that a user
+hears of.
 
-torch and torchvision are imported where they are used: the command line asks for names and sizes of tasks before it
-loads them."""
+torch and torchvision are imported where they are used: the command line asks for names and sizes of
+tasks before it loads them."""
+
 import contextlib
 import dataclasses
 import hashlib
@@ -23,7 +25,8 @@ class UserError(Exception):
 
 
 class RunFailed(UserError):
-    """A run that began well and cannot go on. resumable: whether going on from what is saved is the advice."""
+    """A run that began well and cannot go on. resumable: whether going on from what is saved is the
+    advice."""
 
     code, resumable = 1, False
 
@@ -33,7 +36,7 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# --------------------------------------------------------------------------------------------------------------- tasks
+# -------------------------------------------------------------------------------------------- tasks
 # A task is its name, the geometry of its images, and a function that reads one split: for each file of images a tuple
 # (where it is, images (n, C, H, W), labels (n,)) of NumPy arrays as they were found, which `load_split` checks.
 
@@ -41,11 +44,15 @@ CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), tuple(3 * s for s in (0.2023, 
 
 
 class Task:
-    """A data set: the geometry of its images, how they are normalised, and how one split is read."""
+    """A data set: the geometry of its images, how they are normalised, and how one split is
+    read."""
 
     def __init__(self, read, channels, size, classes, mean=(0.0,), std=(1.0,), augments=False):
         self.read, self.channels, self.size, self.classes = read, channels, size, classes
-        self.mean, self.std = mean, std  # of the normalisation (image / 255 - mean) / std, per channel
+        self.mean, self.std = (
+            mean,
+            std,
+        )  # of the normalisation (image / 255 - mean) / std, per channel
         self.augments = augments  # whether flips and shifts keep the meaning of its images
 
     @property
@@ -54,10 +61,12 @@ class Task:
 
 
 def _digits(data_dir, train):
-    """scikit-learn's 1797 handwritten digits, 8x8 with 17 grey values, enlarged to 28x28; 360 are for testing."""
+    """scikit-learn's 1797 handwritten digits, 8x8 with 17 grey values, enlarged to 28x28; 360 are
+    for testing."""
     import torch
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=360, random_state=0, stratify=labels)
     images, labels = (split[0], split[2]) if train else (split[1], split[3])
@@ -67,10 +76,12 @@ def _digits(data_dir, train):
 
 
 def _torchvision(name, read):
-    """Reads the files of torchvision's data set `name` by `read(dataset, data_dir, train)`; where that finds that one
-    does not exist (FileNotFoundError), they are downloaded."""
+    """Reads the files of torchvision's data set `name` by `read(dataset, data_dir, train)`; where
+    that finds that one does not exist (FileNotFoundError), they are downloaded."""
+
     def read_split(data_dir, train):
         import torchvision
+
         dataset = getattr(torchvision.datasets, name)
         data_dir = pathlib.Path(os.path.abspath(os.path.expanduser(data_dir)))
         try:
@@ -82,12 +93,18 @@ def _torchvision(name, read):
         except UserError:
             raise
         except Exception as e:  # a download can fail in any way
-            reason, left = re.search(r"<urlopen error (.*?)>", str(e)), data_dir / name / "processed"
+            reason, left = (
+                re.search(r"<urlopen error (.*?)>", str(e)),
+                data_dir / name / "processed",
+            )
             note = f"; {left}, of an old torchvision, is not read" if os.path.exists(left) else ""
-            raise UserError(f"the files of {name} are missing: {missing} not found in {data_dir} "
-                            "(--data-dir), and the download failed "
-                            f"({reason[1] if reason else one_line(e)}){note}; "
-                            "--task digits needs no files and no network") from None
+            raise UserError(
+                f"the files of {name} are missing: {missing} not found in {data_dir} "
+                "(--data-dir), and the download failed "
+                f"({reason[1] if reason else one_line(e)}){note}; "
+                "--task digits needs no files and no network"
+            ) from None
+
     return read_split
 
 
@@ -99,8 +116,8 @@ def _refuse_pipe(path):
 
 @contextlib.contextmanager
 def _opened(path):
-    """The file at `path`, to be read in the block, whose errors become a UserError. FileNotFoundError alone stays: only
-    what is not there at all is downloaded."""
+    """The file at `path`, to be read in the block, whose errors become a UserError.
+    FileNotFoundError alone stays: only what is not there at all is downloaded."""
     try:
         _refuse_pipe(path)
         with open(path, "rb") as file:
@@ -111,19 +128,23 @@ def _opened(path):
         reason = one_line(e)[:300]
         if isinstance(e, pickle.UnpicklingError) or isinstance(e, OSError) and e.errno:
             raise UserError(f"{path} cannot be read: {reason}") from None
-        raise UserError(f"{path} is damaged and cannot be read: {reason}; delete it to download it again") from None
+        raise UserError(
+            f"{path} is damaged and cannot be read: {reason}; delete it to download it again"
+        ) from None
 
 
 def _refuse_misplaced(dataset, path, found):
     """Raises UserError where a file that is not at `path` was `found` in another place: a download
     would go before what somebody has put there."""
     if found:
-        raise UserError(f"the files of {dataset.__name__} are missing: {path} does not exist; "
-                        f"{found}")
+        raise UserError(
+            f"the files of {dataset.__name__} are missing: {path} does not exist; {found}"
+        )
 
 
 def _read_mnist(dataset, data_dir, train):
     """From the files, in whichever of their forms they are there (see `data_files.forms`)."""
+
     def read(name):
         path = folder / f"{'train' if train else 't10k'}-{name}-ubyte"
         form = next(filter(os.path.isfile, data_files.forms(path)), path)
@@ -131,15 +152,24 @@ def _read_mnist(dataset, data_dir, train):
             _refuse_misplaced(dataset, path, data_files.misplaced_idx(data_dir, path))
         with _opened(form) as file:
             return data_files.read_idx(data_files.unpacked(file))
+
     folder = data_dir / dataset.__name__ / "raw"
     images, labels = read("images-idx3"), read("labels-idx1")
     return [(folder, images[:, None] if images.ndim == 3 else images, labels)]
 
 
 def _read_cifar(dataset, data_dir, train):
-    """From the files, or where one is not there from the archive that they come in, which stays as it is."""
-    folder, archive, meta = data_dir / dataset.base_folder, data_dir / dataset.filename, dataset.meta["filename"]
-    names, parts = [*(name for name, _ in (dataset.train_list if train else dataset.test_list)), meta], {}
+    """From the files, or where one is not there from the archive that they come in, which stays as
+    it is."""
+    folder, archive, meta = (
+        data_dir / dataset.base_folder,
+        data_dir / dataset.filename,
+        dataset.meta["filename"],
+    )
+    names, parts = (
+        [*(name for name, _ in (dataset.train_list if train else dataset.test_list)), meta],
+        {},
+    )
 
     def read(where, name, file):
         entry = data_files.read_pickle(file)
@@ -149,7 +179,11 @@ def _read_cifar(dataset, data_dir, train):
         if name != meta:
             images = data_files.as_array(entry.get("data"))
             images = images.reshape(-1, 3, 32, 32) if images.shape[1:] == (3072,) else images
-            parts[name] = where, images, data_files.as_labels(entry.get("labels", entry.get("fine_labels", [])))
+            parts[name] = (
+                where,
+                images,
+                data_files.as_labels(entry.get("labels", entry.get("fine_labels", []))),
+            )
 
     if os.path.exists(archive) and not all(os.path.exists(folder / name) for name in names):
         with _opened(archive) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
@@ -159,7 +193,9 @@ def _read_cifar(dataset, data_dir, train):
                 if ours and member.isfile() and member.size <= data_files.LARGEST:
                     read(archive, name, tar.extractfile(member))
             if len(parts) < len(names):
-                raise ValueError("it lacks " + ", ".join(name for name in names if name not in parts))
+                raise ValueError(
+                    "it lacks " + ", ".join(name for name in names if name not in parts)
+                )
     else:
         for name in names:
             if not os.path.exists(folder / name):
@@ -170,26 +206,35 @@ def _read_cifar(dataset, data_dir, train):
     return [parts[name] for name in names[:-1]]
 
 
-TASKS = {"digits": Task(_digits, 1, 28, 10),
-         "MNIST": Task(_torchvision("MNIST", _read_mnist), 1, 28, 10),
-         "FashionMNIST": Task(_torchvision("FashionMNIST", _read_mnist), 1, 28, 10),
-         "CIFAR10": Task(_torchvision("CIFAR10", _read_cifar), 3, 32, 10, CIFAR_MEAN, CIFAR_STD, augments=True),
-         "CIFAR100": Task(_torchvision("CIFAR100", _read_cifar), 3, 32, 100, CIFAR_MEAN, CIFAR_STD, augments=True)}
+TASKS = {
+    "digits": Task(_digits, 1, 28, 10),
+    "MNIST": Task(_torchvision("MNIST", _read_mnist), 1, 28, 10),
+    "FashionMNIST": Task(_torchvision("FashionMNIST", _read_mnist), 1, 28, 10),
+    "CIFAR10": Task(
+        _torchvision("CIFAR10", _read_cifar), 3, 32, 10, CIFAR_MEAN, CIFAR_STD, augments=True
+    ),
+    "CIFAR100": Task(
+        _torchvision("CIFAR100", _read_cifar), 3, 32, 100, CIFAR_MEAN, CIFAR_STD, augments=True
+    ),
+}
 
 
 class Batches:
-    """Mini-batches of a data set that sits in memory, on the GPU if there is one, as uint8; one iteration is an epoch.
+    """Mini-batches of a data set that sits in memory, on the GPU if there is one, as uint8; one
+    iteration is an epoch.
 
-    images: uint8 (n, C, H, W); labels: (n,). Yields x, float32 (mbs, C, H, W) normalised, and y, (mbs,); the last batch
-    may be smaller. With `generator`, order and augmentation are drawn from it, on the CPU, so that they are the same on
-    every device.
-    """
+    images: uint8 (n, C, H, W); labels: (n,). Yields x, float32 (mbs, C, H, W) normalised, and y,
+    (mbs,); the last batch may be smaller. With `generator`, order and augmentation are drawn from
+    it, on the CPU, so that they are the same on every device."""
 
     def __init__(self, images, labels, mbs, task, device, generator=None, augment=False):
         import torch
+
         self.images, self.labels, self.mbs = images.to(device), labels.to(device), mbs
         self.generator, self.augment = generator, augment
-        self.mean, self.std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (task.mean, task.std))
+        self.mean, self.std = (
+            torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (task.mean, task.std)
+        )
 
     def __len__(self):
         return -(-len(self.labels) // self.mbs)
@@ -200,8 +245,13 @@ class Batches:
 
     def __iter__(self):
         import torch
+
         n = self.samples
-        order = torch.arange(n) if self.generator is None else torch.randperm(n, generator=self.generator)
+        order = (
+            torch.arange(n)
+            if self.generator is None
+            else torch.randperm(n, generator=self.generator)
+        )
         for chosen in order.to(self.labels.device).split(self.mbs):
             images = self.images[chosen]
             if self.augment:
@@ -213,35 +263,49 @@ class Batches:
 
 
 def brought(tensor, device):
-    """A tensor of the CPU on that device, without waiting for what the device computes meanwhile."""
+    """A tensor of the CPU on that device, without waiting for what the device computes
+    meanwhile."""
     if device.type == "cuda" and tensor.is_cpu and not hasattr(tensor, "fake_mode"):
-        tensor = tensor.pin_memory()  # only then the copy waits its turn on the device, and the host does not
+        tensor = (
+            tensor.pin_memory()
+        )  # only then the copy waits its turn on the device, and the host does not
     return tensor.to(device, non_blocking=True)
 
 
 def flip_and_shift(images, generator, reach=4):
-    """Each image, of (mbs, C, H, W), H = W, mirrored with probability 1/2, then cut to its size at a random place after
-    edge padding by `reach`. Both are one look-up: row and column of the source pixel, held at the edge."""
+    """Each image, of (mbs, C, H, W), H = W, mirrored with probability 1/2, then cut to its size at
+    a random place after edge padding by `reach`. Both are one look-up: row and column of the source
+    pixel, held at the edge."""
     import torch
+
     (mbs, channels, size, _), device = images.shape, images.device
     shift = brought(torch.randint(0, 2 * reach + 1, (mbs, 2), generator=generator) - reach, device)
     mirrored = brought(torch.rand(mbs, 1, generator=generator) < 0.5, device)
     place, sample, channel = (torch.arange(n, device=device) for n in (size, mbs, channels))
-    rows, columns = ((place + shift[:, i:i + 1]).clamp(0, size - 1) for i in (0, 1))
+    rows, columns = ((place + shift[:, i : i + 1]).clamp(0, size - 1) for i in (0, 1))
     columns = torch.where(mirrored, size - 1 - columns, columns)
-    return images[sample.view(-1, 1, 1, 1), channel.view(-1, 1, 1), rows.view(mbs, 1, size, 1),
-                  columns.view(mbs, 1, 1, size)]
+    return images[
+        sample.view(-1, 1, 1, 1),
+        channel.view(-1, 1, 1),
+        rows.view(mbs, 1, size, 1),
+        columns.view(mbs, 1, 1, size),
+    ]
 
 
 def load_split(name, data_dir, train, size=None):
-    """The first `size` (default: all) samples of one split: images, uint8 (n, C, H, W), and labels, int64 (n,). Raises
-    UserError where the files are missing, damaged, not what the task needs, or too few."""
+    """The first `size` (default: all) samples of one split: images, uint8 (n, C, H, W), and labels,
+    int64 (n,). Raises UserError where the files are missing, damaged, not what the task needs, or
+    too few."""
     import torch
+
     parts = TASKS[name].read(data_dir, train)
     for part in parts:
         _check(name, *part)
     _, images, labels = zip(*parts)
-    images, labels = np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels).astype(np.int64)
+    images, labels = (
+        np.ascontiguousarray(np.concatenate(images)),
+        np.concatenate(labels).astype(np.int64),
+    )
     if size is not None and size > len(labels):
         flag = f"--{'train' if train else 'test'}-size"
         raise UserError(f"argument {flag}: got {size}, {name} has {len(labels)} such images")
@@ -273,15 +337,35 @@ def _check(name, where, images, labels):
         found = f"labels from {labels.min()} to {labels.max()}"
     else:
         return
-    raise UserError(f"{where} does not fit --task {name}: it holds {found}; expected are uint8 images "
-                    f"(n, {str(shape)[1:]}, at least one, and as many labels, whole numbers from 0 to {last}")
+    raise UserError(
+        f"{where} does not fit --task {name}: it holds {found}; expected are uint8 images "
+        f"(n, {str(shape)[1:]}, at least one, and as many labels, whole numbers from 0 to {last}"
+    )
 
 
 # CIFAR-10-C and its like: a file per corruption, the n test images at severity 1, then at severity
 # 2 and so on. Published means are over the first 15.
-CORRUPTIONS = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur",
-               "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate",
-               "jpeg_compression", "speckle_noise", "gaussian_blur", "spatter", "saturate")
+CORRUPTIONS = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+    "speckle_noise",
+    "gaussian_blur",
+    "spatter",
+    "saturate",
+)
 PUBLISHED = CORRUPTIONS[:15]
 SEVERITIES = 5
 
@@ -301,9 +385,10 @@ class Corruptions:
         """Yields images (n, C, H, W), a tensor of numbers from 0 to 255, and labels (n,) at
         severity 1, 2, ... Raises UserError where the file holds something else."""
         import torch
+
         path, array = _opened_array(self.folder, name)
         for images, labels in zip(_by_severity(array), self.labels):
-            yield torch.from_numpy(_pixels(path, array, images[:len(labels)])), labels
+            yield torch.from_numpy(_pixels(path, array, images[: len(labels)])), labels
 
     def fingerprint(self, name):
         """A digest of what `severities` yields, all of which is read."""
@@ -317,38 +402,49 @@ def open_corruptions(folder, task, size=None):
     those of all images, or of one severity, the same for each. Raises UserError, naming the file,
     where one is not as it should be."""
     import torch
+
     folder, notes = pathlib.Path(folder).absolute(), []
     path, labels = _labels_in(folder, task)
     missing = [name for name in CORRUPTIONS if not (folder / f"{name}.npy").exists()]
     lacking = [name for name in missing if name in PUBLISHED]
     if lacking:
         more = f", and so are {len(lacking) - 1} others" * (len(lacking) > 1)
-        raise UserError(f"{folder / lacking[0]}.npy is missing{more}: published means are over "
-                        f"{len(PUBLISHED)} corruptions, whose files --corruptions-dir must have")
+        raise UserError(
+            f"{folder / lacking[0]}.npy is missing{more}: published means are over "
+            f"{len(PUBLISHED)} corruptions, whose files --corruptions-dir must have"
+        )
     if missing:
-        notes.append(f"{folder} lacks {', '.join(missing)}: the mean is over the first "
-                     f"{len(PUBLISHED)} corruptions, not over all {len(CORRUPTIONS)}")
+        notes.append(
+            f"{folder} lacks {', '.join(missing)}: the mean is over the first "
+            f"{len(PUBLISHED)} corruptions, not over all {len(CORRUPTIONS)}"
+        )
     names = [name for name in CORRUPTIONS if name not in missing]
     n, counts = len(labels), {name: _images_in(folder, name, task) for name in names}
     if 2 * sum(count == SEVERITIES * n for count in counts.values()) > len(counts):
-        notes.append(f"{path} has {n} labels for {SEVERITIES * n} images: taken for each of "
-                     f"{SEVERITIES} severities")
+        notes.append(
+            f"{path} has {n} labels for {SEVERITIES * n} images: taken for each of "
+            f"{SEVERITIES} severities"
+        )
         labels = np.tile(labels, SEVERITIES)
     for name, count in counts.items():
         if count != len(labels):
             shape = len(labels), task.size, task.size, task.channels
-            raise _unexpected(*_opened_array(folder, name), f"uint8 {shape}, as many images as "
-                              "there are labels")
+            raise _unexpected(
+                *_opened_array(folder, name), f"uint8 {shape}, as many images as there are labels"
+            )
     by_severity = labels.reshape(SEVERITIES, -1) if len(labels) % SEVERITIES == 0 else None
     if by_severity is None or (by_severity != by_severity[0]).any():
         raise UserError(
             f"{path} holds {n} labels that do not repeat {SEVERITIES} times: one severity alone, "
             "or images in another order; expected are all images at severity 1, then at severity "
-            f"2 to {SEVERITIES}, and their labels {SEVERITIES} times or once")
+            f"2 to {SEVERITIES}, and their labels {SEVERITIES} times or once"
+        )
     labels = torch.from_numpy(by_severity.astype(np.int64))
     if size is not None and size > labels.size(1):
-        raise UserError(f"argument --test-size: got {size}, {folder} has {labels.size(1)} images "
-                        "of each severity")
+        raise UserError(
+            f"argument --test-size: got {size}, {folder} has {labels.size(1)} images "
+            "of each severity"
+        )
     return Corruptions(folder, names, labels[:, :size], notes)
 
 
@@ -359,11 +455,15 @@ def _opened_array(folder, name):
         _refuse_pipe(path)
         return path, np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        near = (place for place, files in data_files.nearby(path.parent)
-                if {f"{name}.npy", f"{CORRUPTIONS[0]}.npy"} <= set(files))
+        near = (
+            place
+            for place, files in data_files.nearby(path.parent)
+            if {f"{name}.npy", f"{CORRUPTIONS[0]}.npy"} <= set(files)
+        )
         hint = next((f"; found {place}: give --corruptions-dir {place}" for place in near), "")
-        raise UserError(f"{path} is missing: --corruptions-dir names the folder of the corrupted "
-                        f"images{hint}") from None
+        raise UserError(
+            f"{path} is missing: --corruptions-dir names the folder of the corrupted images{hint}"
+        ) from None
     except Exception as e:  # a damaged file can fail in any way
         raise UserError(f"{path} cannot be read: {one_line(e)}") from None
 
@@ -383,11 +483,14 @@ def _labels_in(folder, task):
     kind = labels.dtype.kind
     whole = kind in "iu" or kind == "f" and (labels == np.floor(labels)).all()
     if not whole or labels.ndim != 1 or not len(labels):
-        raise _unexpected(path, found, f"whole numbers, as many for each of {SEVERITIES} "
-                          "severities")
+        raise _unexpected(
+            path, found, f"whole numbers, as many for each of {SEVERITIES} severities"
+        )
     if not (labels.min() >= 0 and labels.max() < task.classes):
-        raise UserError(f"{path} holds labels from {labels.min():g} to {labels.max():g}, the task "
-                        f"has {task.classes} classes")
+        raise UserError(
+            f"{path} holds labels from {labels.min():g} to {labels.max():g}, the task "
+            f"has {task.classes} classes"
+        )
     return path, labels
 
 
@@ -417,8 +520,11 @@ def _pixels(path, array, images):
         return images
     low, high = images.min(), images.max()
     if not (low >= 0 and high <= 1):
-        raise _unexpected(path, array, f"uint8 {array.shape}, or numbers from 0 to 1; they go from "
-                          f"{low:g} to {high:g}")
+        raise _unexpected(
+            path,
+            array,
+            f"uint8 {array.shape}, or numbers from 0 to 1; they go from {low:g} to {high:g}",
+        )
     # the error of a whole number that was divided by 255 in that type, and more
     rounding = 0.1 if images.dtype.itemsize == 2 else 1e-3
     images = 255 * images.astype(np.float32)

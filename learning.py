@@ -1,10 +1,11 @@
-"""Learning rules: Equilibrium Propagation, its continual form, back-propagation through time, and back-propagation.
+"""Learning rules: Equilibrium Propagation, its continual form, back-propagation through time, and
+back-propagation.
 
-Of all: model: an energy model of `model_utils` or a network of `baselines`; x: (mbs, ...), y: class indices (mbs,);
-masks: of dropout, see `model_utils.draw_masks`; twin: a copy of the model in lower precision that the time steps are
-left to; stopwatch: where the time goes, and how many steps free phases take. They fill p.grad and return the neurons of
-the free phase.
-"""
+Of all: model: an energy model of `model_utils` or a network of `baselines`; x: (mbs, ...), y: class
+indices (mbs,); masks: of dropout, see `model_utils.draw_masks`; twin: a copy of the model in lower
+precision that the time steps are left to; stopwatch: where the time goes, and how many steps free
+phases take. They fill p.grad and return the neurons of the free phase."""
+
 import dataclasses
 
 import torch
@@ -22,12 +23,18 @@ EMPTY = "the mini-batch is empty: it has no gradient"
 
 def loss_name(criterion):
     """`mse` or `cel` for a loss of PyTorch (or for such a name)."""
-    return criterion if isinstance(criterion, str) else "mse" if isinstance(criterion, nn.MSELoss) else "cel"
+    return (
+        criterion
+        if isinstance(criterion, str)
+        else "mse"
+        if isinstance(criterion, nn.MSELoss)
+        else "cel"
+    )
 
 
 def readout_loss(out, y, loss):
-    """L of each sample, (mbs,): 0.5 * ||read-out - onehot(y)||^2 for `mse`, the cross-entropy of the read-out for
-    `cel`. y: (mbs,)."""
+    """L of each sample, (mbs,): 0.5 * ||read-out - onehot(y)||^2 for `mse`, the cross-entropy of
+    the read-out for `cel`. y: (mbs,)."""
     if loss == "mse":
         return 0.5 * (out - F.one_hot(y, out.size(1)).to(out.dtype)).square().sum(1)
     return F.cross_entropy(out, y, reduction="none")
@@ -57,13 +64,15 @@ class Rule:
 def ep_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
     """Equilibrium Propagation on one mini-batch: fills p.grad and returns the free neurons.
 
-    A free phase of T1 steps at betas[0] from zero neurons; from there a nudged phase of T2 steps at betas[1], and with
-    `thirdphase` a second one at -betas[1], whose contrast has no error of first order in beta.
-    """
+    A free phase of T1 steps at betas[0] from zero neurons; from there a nudged phase of T2 steps at
+    betas[1], and with `thirdphase` a second one at -betas[1], whose contrast has no error of first
+    order in beta."""
     stopwatch, moving, (beta_1, beta_2) = stopwatch or Stopwatch(), twin or model, rule.betas
     chain = moving.chain(rule.loss, masks)
     drive = chain.input_drive(x)
-    free = free_phase(chain, moving.phase(drive, y, beta_1, rule.loss), rule.T1, rule.tol, stopwatch)
+    free = free_phase(
+        chain, moving.phase(drive, y, beta_1, rule.loss), rule.T1, rule.tol, stopwatch
+    )
     with stopwatch.part("nudged"):
         nudging = moving.phase(drive, y, beta_2, rule.loss)
         if rule.thirdphase:
@@ -74,16 +83,18 @@ def ep_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
         dtype = model.synapses[0].weight.dtype
         free, nudged, *opposite = ([s.to(dtype) for s in state] for state in states)
         if rule.thirdphase:
-            model.compute_syn_grads(x, y, free, nudged, (beta_2, -beta_2), rule.loss, neurons_3=opposite[0],
-                                    masks=masks)
+            model.compute_syn_grads(
+                x, y, free, nudged, (beta_2, -beta_2), rule.loss, neurons_3=opposite[0], masks=masks
+            )
         else:
             model.compute_syn_grads(x, y, free, nudged, rule.betas, rule.loss, masks=masks)
     return free
 
 
 def bptt_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
-    """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and returns the neurons, of
-    which the output is as of T1 steps (the layers below it as of a few steps earlier, see `energy.fast`)."""
+    """Back-propagation through the last T2 of T1 free steps on one mini-batch: fills p.grad and
+    returns the neurons, of which the output is as of T1 steps (the layers below it as of a few
+    steps earlier, see `energy.fast`)."""
     if not len(x):
         raise ValueError(EMPTY)
     stopwatch, moving, neurons = stopwatch or Stopwatch(), twin or model, None
@@ -91,7 +102,9 @@ def bptt_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
     if rule.T1 > rule.T2:
         with torch.no_grad():
             drive = chain.input_drive(x)
-        neurons = free_phase(chain, Phase(drive), rule.T1 - rule.T2, rule.tol, stopwatch, output_in=rule.T2)
+        neurons = free_phase(
+            chain, Phase(drive), rule.T1 - rule.T2, rule.tol, stopwatch, output_in=rule.T2
+        )
     with stopwatch.part("BPTT"):
         neurons = fast.relax(chain, Phase(chain.input_drive(x)), neurons, rule.T2, output_in=0)
         moving.zero_grad()
@@ -106,16 +119,23 @@ def bptt_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
 
 @torch.no_grad()
 def cep_updates(model, x, y, rule, change, masks=None, stopwatch=None):
-    """Continual Equilibrium Propagation on one mini-batch (Ernoult et al., 2020): in the nudged phase every step
-    changes the weights at once, by its own share of the EP update, lr * [dPhi(s(t+1))/dp - dPhi(s(t))/dp] / (beta_2 -
-    beta_1). With `thirdphase` a phase at beta_2 and one at -beta_2, each from the free neurons and each with half of
-    the rate. As the rates go to zero the sum of the changes tends to that of EP. Returns the free neurons.
+    """Continual Equilibrium Propagation on one mini-batch (Ernoult et al., 2020): in the nudged
+    phase every step changes the weights at once, by its own share of the EP update, lr *
+    [dPhi(s(t+1))/dp - dPhi(s(t))/dp] / (beta_2 - beta_1). With `thirdphase` a phase at beta_2 and
+    one at -beta_2, each from the free neurons and each with half of the rate. As the rates go to
+    zero the sum of the changes tends to that of EP. Returns the free neurons.
 
-    change(share): changes the weights by that share of a gradient step along p.grad, see `gradient_step`. p.grad is
-    zero in the end: a step of the optimizer (sgd without momentum) that follows decays the weights and does no more.
-    """
-    stopwatch, (beta_1, beta_2), chain = stopwatch or Stopwatch(), rule.betas, model.chain(rule.loss, masks)
-    free = free_phase(chain, model.phase(chain.input_drive(x), y, beta_1, rule.loss), rule.T1, rule.tol, stopwatch)
+    change(share): changes the weights by that share of a gradient step along p.grad, see
+    `gradient_step`. p.grad is zero in the end: a step of the optimizer (sgd without momentum) that
+    follows decays the weights and does no more."""
+    stopwatch, (beta_1, beta_2), chain = (
+        stopwatch or Stopwatch(),
+        rule.betas,
+        model.chain(rule.loss, masks),
+    )
+    free = free_phase(
+        chain, model.phase(chain.input_drive(x), y, beta_1, rule.loss), rule.T1, rule.tol, stopwatch
+    )
     betas = (beta_2, -beta_2) if rule.thirdphase else (beta_2,)
     for beta in betas:
         state = free
@@ -124,8 +144,17 @@ def cep_updates(model, x, y, rule, change, masks=None, stopwatch=None):
                 phase = model.phase(chain.input_drive(x), y, beta, rule.loss)
                 before, state = state, fast.relax(chain, phase, state, 1)
             with stopwatch.part("update"):
-                model.compute_syn_grads(x, y, free, before, (beta_1, beta), rule.loss, check_thm=t > 0,
-                                        neurons_3=state, masks=masks)
+                model.compute_syn_grads(
+                    x,
+                    y,
+                    free,
+                    before,
+                    (beta_1, beta),
+                    rule.loss,
+                    check_thm=t > 0,
+                    neurons_3=state,
+                    masks=masks,
+                )
                 change(1 / len(betas))
     for p in model.parameters():
         p.grad.zero_()
@@ -141,8 +170,8 @@ def gradient_step(optimizer, share=1.0):
 
 
 def bp_gradients(model, x, y, rule, masks=None, twin=None, stopwatch=None):
-    """Back-propagation on one mini-batch: fills p.grad and returns [logits]. It is that through time of a network whose
-    one step is all, in the mode of training."""
+    """Back-propagation on one mini-batch: fills p.grad and returns [logits]. It is that through
+    time of a network whose one step is all, in the mode of training."""
     model.train()
     try:
         return bptt_gradients(model, x, y, rule, masks, twin, stopwatch)

@@ -1,5 +1,6 @@
-"""main.py with --dropouts: a keep-probability for each connection, masks drawn per image and batch and held through all
-phases."""
+"""main.py with --dropouts: a keep-probability for each connection, masks drawn per image and batch
+and held through all phases."""
+
 import sys
 
 import main

@@ -1,1 +1,2 @@
-"""The Adversarial Robustness Toolbox, for models whose output is the state of a dynamics after some time steps."""
+"""The Adversarial Robustness Toolbox, for models whose output is the state of a dynamics after some
+time steps."""

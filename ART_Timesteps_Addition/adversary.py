@@ -1,6 +1,8 @@
-"""Attacked mini-batches to train on: projected gradient descent from a random start, all of it on the device of the
-model. The loss is the cross-entropy of the read-out, whose slope is written out, so that with the gradient by
-Equilibrium Propagation nothing is ever differentiated automatically."""
+"""Attacked mini-batches to train on: projected gradient descent from a random start, all of it on
+the device of the model. The loss is the cross-entropy of the read-out, whose slope is written out,
+so that with the gradient by Equilibrium Propagation nothing is ever differentiated
+automatically."""
+
 import dataclasses
 import typing
 
@@ -40,10 +42,11 @@ class _Way:
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    """An attack on mini-batches, within eps of images in [0, 1] by the norm, "2" or "inf", in steps of 2.5 eps / iters.
+    """An attack on mini-batches, within eps of images in [0, 1] by the norm, "2" or "inf", in steps
+    of 2.5 eps / iters.
 
-    grad: of `gradients.WAYS`, through so many `steps`; T1, tol, loss: of the model's rule; mean, std: of the
-    normalisation of images, (C, 1, 1)."""
+    grad: of `gradients.WAYS`, through so many `steps`; T1, tol, loss: of the model's rule; mean,
+    std: of the normalisation of images, (C, 1, 1)."""
 
     eps: float
     norm: str
@@ -58,24 +61,39 @@ class Adversary:
 
     @classmethod
     def of(cls, args, device=None):
-        """That of the command line's arguments, for mini-batches on that device; None where they ask for none."""
+        """That of the command line's arguments, for mini-batches on that device; None where they
+        ask for none."""
         if not getattr(args, "adv_train", None):
             return None
         task = TASKS[args.task]
-        mean, std = (torch.tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
-                     for value in (task.mean, task.std))
-        return cls(args.adv_train, args.adv_norm, args.adv_iters, args.adv_step, args.adv_grad, args.T1, args.tol,
-                   args.loss, mean, std)
+        mean, std = (
+            torch.tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
+            for value in (task.mean, task.std)
+        )
+        return cls(
+            args.adv_train,
+            args.adv_norm,
+            args.adv_iters,
+            args.adv_step,
+            args.adv_grad,
+            args.T1,
+            args.tol,
+            args.loss,
+            mean,
+            std,
+        )
 
     def words(self, moves=True):
         """What it does, for the log. moves: whether the model has time steps."""
         through = f", gradient {self.grad}" + f" through {self.steps} steps" * moves
-        return (f"the training images are attacked: PGD, {self.norm}-norm, eps {self.eps:g}, {self.iters} iterations"
-                f"{through}; train accuracies are of the attacked images")
+        return (
+            f"the training images are attacked: PGD, {self.norm}-norm, eps {self.eps:g}, {self.iters} iterations"
+            f"{through}; train accuracies are of the attacked images"
+        )
 
     def draw(self, shape):
-        """Random starts for a mini-batch of that shape, (mbs, C, H, W), uniform in the ball, on the CPU: the same on
-        every device."""
+        """Random starts for a mini-batch of that shape, (mbs, C, H, W), uniform in the ball, on the
+        CPU: the same on every device."""
         if self.norm == "inf":
             return (2 * torch.rand(shape) - 1) * self.eps
         direction, size = torch.randn(shape), torch.Size(shape[1:]).numel()
@@ -84,8 +102,8 @@ class Adversary:
 
     @torch.no_grad()
     def attack(self, model, x, y, start):
-        """The attacked images of x, (mbs, C, H, W), normalised as the model sees them, with labels y, (mbs,); start: of
-        `draw`."""
+        """The attacked images of x, (mbs, C, H, W), normalised as the model sees them, with labels
+        y, (mbs,); start: of `draw`."""
         mean, std, start = self.mean.to(x), self.std.to(x), brought(start, x.device).to(x)
         way = _Way(model, self.loss, self.T1, self.steps, self.grad, self.tol)
         images = (x * std + mean).clamp(0, 1)
@@ -97,14 +115,17 @@ class Adversary:
         return (found - mean) / std
 
     def _gradient(self, way, x, y):
-        """That of the loss with respect to x. With its end the graph is gone, before the next one is made."""
+        """That of the loss with respect to x. With its end the graph is gone, before the next one
+        is made."""
         with exactly():
             out, pullback = WAYS[self.grad](way, x)
             return pullback(self._slope(out, y))
 
     def _slope(self, out, y):
-        """d cross-entropy / d(read-out), at length 1: an image that is classified with certainty is attacked alike."""
-        # outputs of the squared error range over [0, 1]: too little for a softmax to tell classes apart
+        """d cross-entropy / d(read-out), at length 1: an image that is classified with certainty is
+        attacked alike."""
+        # outputs of the squared error range over [0, 1]: too little for a softmax to tell classes
+        # apart
         shares = ((10.0 if self.loss == "mse" else 1.0) * out.double()).softmax(1)
         own = F.one_hot(y, out.size(1)).bool()
         others = shares.masked_fill(own, 0)
@@ -116,7 +137,9 @@ class Adversary:
         if self.norm == "inf":
             delta = delta.clamp(-self.eps, self.eps)
         else:
-            delta = _scaled(delta, delta.flatten(1).norm(dim=1).clamp(max=self.eps).view(-1, 1, 1, 1))
+            delta = _scaled(
+                delta, delta.flatten(1).norm(dim=1).clamp(max=self.eps).view(-1, 1, 1, 1)
+            )
         return (images + delta).clamp(0, 1)
 
 

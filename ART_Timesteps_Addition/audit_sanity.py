@@ -1,4 +1,5 @@
 """Whether the numbers of an audit make sense: its last stage."""
+
 import dataclasses
 import math
 
@@ -9,9 +10,10 @@ from ART_Timesteps_Addition.measures import margins, norms
 
 
 def sanity(audit):
-    """The strongest gradient at growing eps, in one step, along its way; what attacked images do at 2 T1."""
+    """The strongest gradient at growing eps, in one step, along its way; what attacked images do at
+    2 T1."""
     subject, state, facts = audit.subject, audit.state, audit.state.facts
-    rows = np.flatnonzero(margins(subject.logits(subject.x), subject.y) > 0)[:audit.budget.sample]
+    rows = np.flatnonzero(margins(subject.logits(subject.x), subject.y) > 0)[: audit.budget.sample]
     x, y = subject.x[rows], subject.y[rows]
     whole = 1.0 if audit.norm == "inf" else math.sqrt(math.prod(x.shape[1:]))
     curve = [(0.0, len(rows))]
@@ -19,19 +21,30 @@ def sanity(audit):
         curve.append((eps, int((_margins(audit, audit.way, "pgd", eps, x, y)[0] > 0).sum())))
         if not curve[-1][1]:
             break
-    facts |= {"curve": [(eps, count / max(len(rows), 1)) for eps, count in curve],
-              "rise": max(0, *(b[1] - a[1] for a, b in zip(curve, curve[1:]))),
-              "sample": len(rows), "unbounded": _unbounded(audit, x, y, whole) if curve[-1][1] else 0}
+    facts |= {
+        "curve": [(eps, count / max(len(rows), 1)) for eps, count in curve],
+        "rise": max(0, *(b[1] - a[1] for a, b in zip(curve, curve[1:]))),
+        "sample": len(rows),
+        "unbounded": _unbounded(audit, x, y, whole) if curve[-1][1] else 0,
+    }
     start = margins(subject.logits(x), y)
-    single, many = (_margins(audit, audit.way, name, audit.eps, x, y)[0] for name in ("fgsm", "pgd"))
-    facts |= {"single": int((single > 0).sum()), "iterative": int((many > 0).sum()),
-              "loss_rises": float((many < start).mean()) if len(rows) else 1.0}
+    single, many = (
+        _margins(audit, audit.way, name, audit.eps, x, y)[0] for name in ("fgsm", "pgd")
+    )
+    facts |= {
+        "single": int((single > 0).sum()),
+        "iterative": int((many > 0).sum()),
+        "loss_rises": float((many < start).mean()) if len(rows) else 1.0,
+    }
     attacked = norms(state.x_adv - subject.x, audit.norm) > 0
     fallen = np.flatnonzero(~state.standing & attacked)
     later = subject.logits(state.x_adv[fallen], 2 * subject.T1).argmax(1)
     moved = subject.trajectory(state.x_adv)[1]
-    facts |= {"fallen": len(fallen), "recovered": int((later == subject.y[fallen]).sum()),
-              "attacked_settled": float((moved < STILL).mean())}
+    facts |= {
+        "fallen": len(fallen),
+        "recovered": int((later == subject.y[fallen]).sum()),
+        "attacked_settled": float((moved < STILL).mean()),
+    }
 
 
 def _margins(audit, way, name, eps, x, y, iters=None):
@@ -39,7 +52,9 @@ def _margins(audit, way, name, eps, x, y, iters=None):
     generate, found = audit.by(way, name, eps, iters=iters or audit.budget.iters), []
     for i in range(0, len(y), audit.subject.args.mbs):
         rows = slice(i, i + audit.subject.args.mbs)
-        found.append(generate(x[rows].copy(), y[rows], (audit.subject.args.seed, audit.number, i))[0])
+        found.append(
+            generate(x[rows].copy(), y[rows], (audit.subject.args.seed, audit.number, i))[0]
+        )
     found = np.concatenate(found) if found else x
     return margins(audit.subject.logits(found), y), found
 

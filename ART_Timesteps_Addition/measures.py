@@ -1,4 +1,6 @@
-"""What is measured of attacked images: norms, margins, which gradients were masked; and what an attack draws."""
+"""What is measured of attacked images: norms, margins, which gradients were masked; and what an
+attack draws."""
+
 import contextlib
 import math
 import random
@@ -8,8 +10,8 @@ import torch
 
 
 def within(x_adv, x, norm, eps, clip):
-    """x_adv, brought back into the ball around x (against rounding; ART's attacks should not leave it) and, with
-    `clip`, [0, 1]."""
+    """x_adv, brought back into the ball around x (against rounding; ART's attacks should not leave
+    it) and, with `clip`, [0, 1]."""
     delta = (x_adv - x).astype(np.float64)
     failed = ~np.isfinite(delta.reshape(len(delta), -1)).all(1)  # ART's Square can divide by zero
     delta[failed] = 0
@@ -27,7 +29,11 @@ def random_in_ball(shape, norm, eps):
     if norm == "inf":
         return np.random.uniform(-eps, eps, shape).astype(np.float32)
     direction, size = np.random.normal(size=shape), math.prod(shape[1:])
-    radius = eps * np.random.uniform(size=shape[0]) ** (1 / size) / np.maximum(norms(direction, "2"), 1e-30)
+    radius = (
+        eps
+        * np.random.uniform(size=shape[0]) ** (1 / size)
+        / np.maximum(norms(direction, "2"), 1e-30)
+    )
     return (direction * radius.reshape(-1, *[1] * (len(shape) - 1))).astype(np.float32)
 
 
@@ -38,8 +44,8 @@ def norms(delta, norm):
 
 
 def margins(logits, y):
-    """By how much the logit of each image's own class is above the best other one, (n,): above 0 exactly where the
-    image is classified as its label, also where logits tie."""
+    """By how much the logit of each image's own class is above the best other one, (n,): above 0
+    exactly where the image is classified as its label, also where logits tie."""
     rows, tiny = np.arange(len(y)), np.finfo(np.float64).tiny
     right = logits.argmax(1) == y  # of what the model computed, nan included
     logits = np.nan_to_num(logits.astype(np.float64))
@@ -50,9 +56,11 @@ def margins(logits, y):
 
 
 class GradientMonitor:
-    """Remembers which images of a mini-batch had, at any iteration, a gradient that was exactly zero or not finite.
+    """Remembers which images of a mini-batch had, at any iteration, a gradient that was exactly
+    zero or not finite.
 
-    Attacks go on with some of the images and do not say which: those are the nearest ones of the mini-batch."""
+    Attacks go on with some of the images and do not say which: those are the nearest ones of the
+    mini-batch."""
 
     def __init__(self):
         self.start(torch.zeros(0, 1))
@@ -70,15 +78,17 @@ class GradientMonitor:
             self.masked |= bad.numpy()
         elif bad.any():
             images = self.images.to(x.device, torch.float32)
-            nearest = torch.cdist(torch.nan_to_num(x[bad.to(x.device)].flatten(1).float()), images).argmin(1)
+            nearest = torch.cdist(
+                torch.nan_to_num(x[bad.to(x.device)].flatten(1).float()), images
+            ).argmin(1)
             self.masked[nearest.cpu().numpy()] = True
 
 
 @contextlib.contextmanager
 def seeded(*numbers):
-    """A block in which all random draws follow from these whole numbers, of at least 0: those of Python, NumPy and
-    PyTorch, and of generators that NumPy would seed from the system, as ART's HopSkipJump makes them. Afterwards all
-    are as they were before."""
+    """A block in which all random draws follow from these whole numbers, of at least 0: those of
+    Python, NumPy and PyTorch, and of generators that NumPy would seed from the system, as ART's
+    HopSkipJump makes them. Afterwards all are as they were before."""
     sequence = np.random.SeedSequence(numbers)
     system_seeded, default_rng = np.random.RandomState, np.random.default_rng
 

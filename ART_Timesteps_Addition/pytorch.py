@@ -1,11 +1,14 @@
-"""ART's PyTorchClassifier for energy models: predictions after T1 free steps, gradients through T2 steps.
+"""ART's PyTorchClassifier for energy models: predictions after T1 free steps, gradients through T2
+steps.
 
-ART calls a model as `model(x)`. `Unrolled` gives it such a model: it passes (x, y, neurons, T, beta, criterion,
-check_thm) on to the energy model and chooses T, by whether ART asks for a gradient. All that ART builds from
-`classifier.model` (the loss variants of Auto-PGD, AutoAttack) therefore keeps T1 and T2, and no file of ART is changed.
+ART calls a model as `model(x)`. `Unrolled` gives it such a model: it passes (x, y, neurons, T,
+beta, criterion, check_thm) on to the energy model and chooses T, by whether ART asks for a
+gradient. All that ART builds from `classifier.model` (the loss variants of Auto-PGD, AutoAttack)
+therefore keeps T1 and T2, and no file of ART is changed.
 
 Nothing here changes the energy model. How gradients are got is in `gradients`.
 """
+
 import contextlib
 import dataclasses
 import typing
@@ -18,8 +21,8 @@ from energy.precision import exactly
 
 
 class _Differentiable(torch.autograd.Function):
-    """The read-out for x by one of the ways above. The pullback runs whenever ART's own code goes backwards, and makes
-    products exact by itself: no block around a call of ours would reach it."""
+    """The read-out for x by one of the ways above. The pullback runs whenever ART's own code goes
+    backwards, and makes products exact by itself: no block around a call of ours would reach it."""
 
     @staticmethod
     def forward(ctx, x, way, watch):
@@ -38,7 +41,7 @@ class _Differentiable(torch.autograd.Function):
         return grad, None, None
 
 
-# --------------------------------------------------------------------------------------------------- what ART is given
+# -------------------------------------------------------------------------------- what ART is given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +86,19 @@ class Options:
     def __post_init__(self):
         for name, allowed in (("grad", GRADIENTS), ("start", STARTS), ("states", STATES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
 
 
-SATURATED = 14.0  # a gap between two logits beyond which a softmax in fp32 knows little but the first
+SATURATED = (
+    14.0  # a gap between two logits beyond which a softmax in fp32 knows little but the first
+)
 
 
 def desaturated(out):
-    """Logits, (mbs, classes), scaled for each image so that the first is at most SATURATED above the second: the
-    cross-entropy of them has a slope. The factors are constants to a gradient."""
+    """Logits, (mbs, classes), scaled for each image so that the first is at most SATURATED above
+    the second: the cross-entropy of them has a slope. The factors are constants to a gradient."""
     first, second = out.detach().topk(2, 1).values.unbind(1)
     return out * (SATURATED / (first - second).clamp(min=SATURATED)).unsqueeze(1)
 
@@ -105,20 +112,22 @@ def _belonging_to(predicted, out, pullback):
 
 
 class Unrolled(torch.nn.Module):
-    """x -> read-out of an energy model, (mbs, classes): after T1 free steps, or, where a gradient with respect to x is
-    asked for, T2.
+    """x -> read-out of an energy model, (mbs, classes): after T1 free steps, or, where a gradient
+    with respect to x is asked for, T2.
 
-    criterion: the loss that the model was trained with (it decides whether output neurons have an activation).
-    last_layer: 1 reads out logits, 0 gives the neurons of the last layer. options: see `Options`. Raises ValueError for
-    an option that does not exist or fit.
-    """
+    criterion: the loss that the model was trained with (it decides whether output neurons have an
+    activation). last_layer: 1 reads out logits, 0 gives the neurons of the last layer. options: see
+    `Options`. Raises ValueError for an option that does not exist or fit."""
 
     def __init__(self, model, T1, T2, criterion, last_layer=1, **options):
         super().__init__()
         self.options = Options(**options)
         if self.options.grad == "ep" and model.softmax and not last_layer:
-            raise ValueError("the gradient by EP is that of a loss on the read-out: it needs last_layer=1")
-        # No submodule: ART sets p.grad of all that it finds to None, changes its mode and, asked to, its weights.
+            raise ValueError(
+                "the gradient by EP is that of a loss on the read-out: it needs last_layer=1"
+            )
+        # No submodule: ART sets p.grad of all that it finds to None, changes its mode and, asked
+        # to, its weights.
         self._out_of_sight = (model,)
         self.T1, self.T2, self.criterion, self.last_layer = T1, T2, criterion, last_layer
         self.loss = "mse" if isinstance(criterion, torch.nn.MSELoss) else "cel"
@@ -129,8 +138,12 @@ class Unrolled(torch.nn.Module):
 
     def with_options(self, **changes):
         """The same with other options."""
-        options = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)}
-        return Unrolled(self.model, self.T1, self.T2, self.criterion, self.last_layer, **{**options, **changes})
+        options = {
+            field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)
+        }
+        return Unrolled(
+            self.model, self.T1, self.T2, self.criterion, self.last_layer, **{**options, **changes}
+        )
 
     @contextlib.contextmanager
     def changed(self, **changes):
@@ -171,8 +184,11 @@ class Unrolled(torch.nn.Module):
         """The read-out that attacks see, and its pullback."""
         options = self.options
         out, pullback = WAYS[options.grad](self, x)
-        predicts = options.grad != "soft" and (options.grad == "ep" or self.T1 == self.T2 or (
-            options.start == "equilibrium" and self.T1 > self.T2))
+        predicts = options.grad != "soft" and (
+            options.grad == "ep"
+            or self.T1 == self.T2
+            or (options.start == "equilibrium" and self.T1 > self.T2)
+        )
         of_copy = options.grad == "soft" and not options.rescale
         if of_copy or options.exact and not predicts:
             with torch.no_grad():
@@ -200,21 +216,33 @@ class Unrolled(torch.nn.Module):
 class PyTorchClassifier(ArtClassifier):
     """ART's PyTorchClassifier for an energy model.
 
-    model: one of `model_utils`; loss: as ART takes it, and, with its reduction set aside, the loss of the model unless
-    `criterion` names another; T1: free steps of a prediction; T2: steps that a loss or class gradient goes through,
-    from zero neurons; last_layer: 1 reads out logits. grad, start, beta, gain, predict, watch: see
-    `Options`.
-    All other arguments are ART's own.
-    """
+    model: one of `model_utils`; loss: as ART takes it, and, with its reduction set aside, the loss
+    of the model unless `criterion` names another; T1: free steps of a prediction; T2: steps that a
+    loss or class gradient goes through, from zero neurons; last_layer: 1 reads out logits. grad,
+    start, beta, gain, predict, watch: see `Options`. All other arguments are ART's own."""
 
     estimator_params = ArtClassifier.estimator_params
 
-    def __init__(self, model, loss, input_shape, nb_classes, T1, T2, last_layer=1, *, criterion=None, **more):
-        options = {field.name: more.pop(field.name) for field in dataclasses.fields(Options) if field.name in more}
+    def __init__(
+        self, model, loss, input_shape, nb_classes, T1, T2, last_layer=1, *, criterion=None, **more
+    ):
+        options = {
+            field.name: more.pop(field.name)
+            for field in dataclasses.fields(Options)
+            if field.name in more
+        }
         if not isinstance(model, Unrolled):
-            kind = torch.nn.MSELoss if isinstance(loss, torch.nn.MSELoss) else torch.nn.CrossEntropyLoss
-            model = Unrolled(model, T1, T2, criterion or kind(reduction="none"), last_layer, **options)
-        super().__init__(model=model, loss=loss, input_shape=input_shape, nb_classes=nb_classes, **more)
+            kind = (
+                torch.nn.MSELoss
+                if isinstance(loss, torch.nn.MSELoss)
+                else torch.nn.CrossEntropyLoss
+            )
+            model = Unrolled(
+                model, T1, T2, criterion or kind(reduction="none"), last_layer, **options
+            )
+        super().__init__(
+            model=model, loss=loss, input_shape=input_shape, nb_classes=nb_classes, **more
+        )
         model.model.to(self.device)
         self.T1, self.T2, self.last_layer = T1, T2, last_layer
 
@@ -239,12 +267,18 @@ class PyTorchClassifier(ArtClassifier):
             return super().class_gradient(x, label, training_mode, **kwargs)
 
     def _refuse(self, *args, **kwargs):
-        """Raises NotImplementedError: ART would follow a gradient that an energy model does not learn by."""
-        raise NotImplementedError("an energy model has its own learning rule: use model_utils.train or main.py")
+        """Raises NotImplementedError: ART would follow a gradient that an energy model does not
+        learn by."""
+        raise NotImplementedError(
+            "an energy model has its own learning rule: use model_utils.train or main.py"
+        )
 
     fit = fit_generator = reset = clone_for_refitting = _refuse
 
     def get_activations(self, *args, **kwargs):
-        """Raises NotImplementedError: ART looks for modules that are called once, not for neurons that take steps."""
-        raise NotImplementedError("the layers of an energy model are its neurons after T steps: use "
-                                  "model(x, None, None, T), which gives a tensor for each")
+        """Raises NotImplementedError: ART looks for modules that are called once, not for neurons
+        that take steps."""
+        raise NotImplementedError(
+            "the layers of an energy model are its neurons after T steps: use "
+            "model(x, None, None, T), which gives a tensor for each"
+        )

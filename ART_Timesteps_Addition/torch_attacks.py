@@ -1,5 +1,7 @@
-"""Attacks that the Adversarial Robustness Toolbox has not, from torchattacks; and several attacks as one. All have the
-`generate(x, y)` of ART's attacks: images (n, C, H, W) and one-hot labels, NumPy arrays; returns images."""
+"""Attacks that the Adversarial Robustness Toolbox has not, from torchattacks; and several attacks
+as one. All have the `generate(x, y)` of ART's attacks: images (n, C, H, W) and one-hot labels,
+NumPy arrays; returns images."""
+
 import numpy as np
 import torch
 import torchattacks
@@ -8,13 +10,17 @@ MOST_CLASSES = 10  # the standard ensemble goes for the nine classes nearest to 
 
 
 class _UnitCube(torch.nn.Module):
-    """A classifier as torchattacks wants it: a module from images whose values range over [0, 1] to logits. low, width:
-    what that range is to the classifier; options: of its `pytorch.Options`, changed."""
+    """A classifier as torchattacks wants it: a module from images whose values range over [0, 1] to
+    logits. low, width: what that range is to the classifier; options: of its `pytorch.Options`,
+    changed."""
 
     def __init__(self, classifier, low, width, **options):
         super().__init__()
-        self.place = torch.nn.Parameter(torch.empty(0, device=classifier.device), requires_grad=False)
-        # No submodules: torchattacks changes modes. `exact`, as it stops once it sees its success beside a gradient.
+        self.place = torch.nn.Parameter(
+            torch.empty(0, device=classifier.device), requires_grad=False
+        )
+        # No submodules: torchattacks changes modes. `exact`, as it stops once it sees its success
+        # beside a gradient.
         self._out_of_sight = (classifier, classifier.model.with_options(exact=True, **options))
         self.low, self.width = low, width
 
@@ -27,7 +33,8 @@ class _UnitCube(torch.nn.Module):
 
 
 class FromTorch:
-    """An attack of torchattacks on a classifier of ours, reproducible: its seed is drawn from torch's generator."""
+    """An attack of torchattacks on a classifier of ours, reproducible: its seed is drawn from
+    torch's generator."""
 
     def __init__(self, kind, classifier, norm, eps, rescale=True, **options):
         """kind: the class in torchattacks; norm: "2" or "inf"; rescale: see `pytorch.Options`,
@@ -40,23 +47,40 @@ class FromTorch:
         low, high = (float(value) for value in self.classifier.clip_values)
         width = high - low
         module = _UnitCube(self.classifier, low, width, rescale=self.rescale)
-        attack = self.kind(module, norm=self.norm, eps=self.eps / width, seed=int(torch.randint(2 ** 31, ())),
-                           **self.options)
-        images = torch.from_numpy(np.clip((x - low) / width, 0, 1).astype(np.float32)).to(self.classifier.device)
+        attack = self.kind(
+            module,
+            norm=self.norm,
+            eps=self.eps / width,
+            seed=int(torch.randint(2**31, ())),
+            **self.options,
+        )
+        images = torch.from_numpy(np.clip((x - low) / width, 0, 1).astype(np.float32)).to(
+            self.classifier.device
+        )
         found = attack(images, torch.from_numpy(y.argmax(1)).to(self.classifier.device))
         return found.detach().cpu().numpy() * width + low
 
 
 def targeted_apgd(classifier, norm, eps, iters):
     """Auto-PGD towards each other class in turn, with the difference of logits ratio."""
-    return FromTorch(torchattacks.APGDT, classifier, norm, eps, steps=iters, n_classes=_classes(classifier))
+    return FromTorch(
+        torchattacks.APGDT, classifier, norm, eps, steps=iters, n_classes=_classes(classifier)
+    )
 
 
 def targeted_fab(classifier, norm, eps, iters):
     """Fast Adaptive Boundary attack towards each other class in turn."""
     classes = _classes(classifier)
-    return FromTorch(torchattacks.FAB, classifier, norm, eps, rescale=False, steps=iters,
-                     n_classes=classes, multi_targeted=True)
+    return FromTorch(
+        torchattacks.FAB,
+        classifier,
+        norm,
+        eps,
+        rescale=False,
+        steps=iters,
+        n_classes=classes,
+        multi_targeted=True,
+    )
 
 
 def square(classifier, norm, eps, queries):
@@ -69,14 +93,19 @@ def _classes(classifier):
 
 
 class Ensemble:
-    """Attacks one after another, each on the images that still stand. Of one that none breaks, the attempt that came
-    nearest is returned.
+    """Attacks one after another, each on the images that still stand. Of one that none breaks, the
+    attempt that came nearest is returned.
 
-    bounded(x_adv, x): brings images back to where they may be; margin(logits, y): how far each image is from being
-    misclassified, at most 0 where it is."""
+    bounded(x_adv, x): brings images back to where they may be; margin(logits, y): how far each
+    image is from being misclassified, at most 0 where it is."""
 
     def __init__(self, attacks, classifier, bounded, margin):
-        self.attacks, self.classifier, self.bounded, self.margin = attacks, classifier, bounded, margin
+        self.attacks, self.classifier, self.bounded, self.margin = (
+            attacks,
+            classifier,
+            bounded,
+            margin,
+        )
 
     def generate(self, x, y):
         x_adv = x.copy()

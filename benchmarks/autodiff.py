@@ -1,6 +1,8 @@
-"""The textbook form, the yardstick of every benchmark here: a step differentiates Phi automatically with respect to the
-neurons, an EP update differentiates it with respect to the parameters, and BPTT differentiates through those
-derivatives a second time. Nothing is kept between steps, the layout is PyTorch's default."""
+"""The textbook form, the yardstick of every benchmark here: a step differentiates Phi automatically
+with respect to the neurons, an EP update differentiates it with respect to the parameters, and BPTT
+differentiates through those derivatives a second time. Nothing is kept between steps, the layout is
+PyTorch's default."""
+
 import copy
 
 import torch
@@ -20,9 +22,14 @@ def relax(model, x, y, neurons, T, beta, criterion, check_thm=False):
         if torch.is_tensor(phi):
             drives = torch.autograd.grad(phi.sum(), neurons, create_graph=check_thm)
         else:
-            drives = [torch.autograd.grad(p.sum(), n, create_graph=check_thm, retain_graph=True)[0] for p,
-                      n in zip(phi, neurons)]
-        neurons = [d if linear_output and n == len(drives) - 1 else model.activation(d) for n, d in enumerate(drives)]
+            drives = [
+                torch.autograd.grad(p.sum(), n, create_graph=check_thm, retain_graph=True)[0]
+                for p, n in zip(phi, neurons)
+            ]
+        neurons = [
+            d if linear_output and n == len(drives) - 1 else model.activation(d)
+            for n, d in enumerate(drives)
+        ]
         if not check_thm:
             neurons = [n.detach().requires_grad_() for n in neurons]
     return neurons
@@ -41,9 +48,15 @@ def ep_gradients(model, x, y, rule):
     free = relax(model, x, y, zeros(model, x), rule.T1, betas[0], criterion)
     first, second, (b1, b2) = free, relax(model, x, y, free, rule.T2, betas[1], criterion), betas
     if rule.thirdphase:
-        first, second, (b1, b2) = second, relax(model, x, y, free, rule.T2, -betas[1], criterion), (betas[1], -betas[1])
+        first, second, (b1, b2) = (
+            second,
+            relax(model, x, y, free, rule.T2, -betas[1], criterion),
+            (betas[1], -betas[1]),
+        )
     model.zero_grad()
-    delta = (model.Phi(x, y, second, b2, criterion).mean() - model.Phi(x, y, first, b1, criterion).mean()) / (b1 - b2)
+    delta = (
+        model.Phi(x, y, second, b2, criterion).mean() - model.Phi(x, y, first, b1, criterion).mean()
+    ) / (b1 - b2)
     delta.backward()
     return free
 
@@ -58,24 +71,32 @@ def bptt_gradients(model, x, y, rule):
 
 
 def separate_backpropagations(model, x, y, T1, T2, criterion):
-    """gducheck as T2 + 1 back-propagations: the one through the last K steps, less the one through the last K - 1, is
-    what the K-th step from the end contributes. The same numbers as `model_utils.bptt_contributions`; cost grows with
-    T2 squared."""
+    """gducheck as T2 + 1 back-propagations: the one through the last K steps, less the one through
+    the last K - 1, is what the K-th step from the end contributes. The same numbers as
+    `model_utils.bptt_contributions`; cost grows with T2 squared."""
     names = [name for name, _ in model.named_parameters()]
     result = {name: [] for name in names}
     before = None
     for K in range(T2 + 1):
-        neurons = [n.detach().requires_grad_() for n in model(x, None, None, T1 - K, criterion=criterion)]
+        neurons = [
+            n.detach().requires_grad_() for n in model(x, None, None, T1 - K, criterion=criterion)
+        ]
         last = model(x, None, neurons, K, criterion=criterion, check_thm=True)
         wanted = [*model.parameters(), *neurons]
-        grads = torch.autograd.grad(model.loss(last, y, criterion).mean(), wanted, allow_unused=True)
+        grads = torch.autograd.grad(
+            model.loss(last, y, criterion).mean(), wanted, allow_unused=True
+        )
         grads = [torch.zeros_like(w) if g is None else g for g, w in zip(grads, wanted)]
         if K > 0:
             for n, name in enumerate(names):
-                readout = K == 1 and model.softmax and name.startswith(f"synapses.{len(model.synapses) - 1}.")
+                readout = (
+                    K == 1
+                    and model.softmax
+                    and name.startswith(f"synapses.{len(model.synapses) - 1}.")
+                )
                 result[name].append(grads[n] if readout else grads[n] - before[n])
         if K < T2:
-            for i, grad in enumerate(grads[len(names):]):
+            for i, grad in enumerate(grads[len(names) :]):
                 result.setdefault(f"neurons_{i}", []).append(-grad * x.size(0))
         before = grads
     return {name: torch.stack(values) for name, values in result.items()}

@@ -1,15 +1,17 @@
-"""Ours against automatic differentiation of Phi (benchmarks/autodiff.py): time per mini-batch, peak memory, and the
-floor.
+"""Ours against automatic differentiation of Phi (benchmarks/autodiff.py): time per mini-batch, peak
+memory, and the floor.
 
-Usage, from the project's root:  python benchmarks/bench.py [--device -1] [--only mlp cnn] [--repeats 7] [--write]
+Usage, from the project's root:  python benchmarks/bench.py [--device -1] [--only mlp cnn]
+[--repeats 7] [--write]
 
-Both sides run in turn, A B A B ..., in one process, so that a drift of the machine's speed meets both; the ratio is the
-median of the ratios of neighbours. Memory is what a process of its own needed at most above what it held before the
-update: resident memory on a CPU, allocated memory on a GPU. Floor: the floating-point operations of our side, as
-PyTorch's FlopCounterMode counts them, at the rate that this machine reaches on a large matrix product just before and
-after; `of the floor` is our time over it. The second table is of our side alone, and says how cost grows with the
-batch, T1 and depth. `--write` appends the tables to benchmarks/RESULTS.md.
-"""
+Both sides run in turn, A B A B ..., in one process, so that a drift of the machine's speed meets
+both; the ratio is the median of the ratios of neighbours. Memory is what a process of its own
+needed at most above what it held before the update: resident memory on a CPU, allocated memory on a
+GPU. Floor: the floating-point operations of our side, as PyTorch's FlopCounterMode counts them, at
+the rate that this machine reaches on a large matrix product just before and after; `of the floor`
+is our time over it. The second table is of our side alone, and says how cost grows with the batch,
+T1 and depth. `--write` appends the tables to benchmarks/RESULTS.md."""
+
 import argparse
 import ctypes
 import datetime
@@ -42,57 +44,125 @@ MSE, CEL = (model_utils.make_criterion(name) for name in ("mse", "cel"))
 
 def mlp(device):
     model = model_utils.P_MLP([784, 512, 10], model_utils.my_sigmoid).to(device)
-    return model, torch.rand(50, 1, 28, 28, device=device), torch.randint(0, 10, (50,), device=device)
+    return (
+        model,
+        torch.rand(50, 1, 28, 28, device=device),
+        torch.randint(0, 10, (50,), device=device),
+    )
 
 
 def cnn(device, mbs=None):
     """The CIFAR-10 network of the published recipe."""
     mbs = mbs or (16 if device.type == "cpu" else 128)
     pools = model_utils.make_pools("mmmm")
-    model = model_utils.P_CNN(32, [3, 128, 256, 512, 512], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0],
-                              model_utils.my_hard_sig,
-                              softmax=True).to(device)
-    return model, torch.randn(mbs, 3, 32, 32, device=device), torch.randint(0, 10, (mbs,), device=device)
+    model = model_utils.P_CNN(
+        32,
+        [3, 128, 256, 512, 512],
+        [3] * 4,
+        [1] * 4,
+        [10],
+        pools,
+        [1, 1, 1, 0],
+        model_utils.my_hard_sig,
+        softmax=True,
+    ).to(device)
+    return (
+        model,
+        torch.randn(mbs, 3, 32, 32, device=device),
+        torch.randint(0, 10, (mbs,), device=device),
+    )
 
 
 def cases(device):
     """name -> (network, function of (side, model, x, y)); the same function serves both sides."""
     small = device.type == "cpu"
-    ep, bptt, gdu, attacked = ((30, 10), (10, 10), (10, 5, 2), (10, 4)) if small else ((250, 30), (30, 30),
-            (60, 15, 20), (29, 128))
+    ep, bptt, gdu, attacked = (
+        ((30, 10), (10, 10), (10, 5, 2), (10, 4))
+        if small
+        else ((250, 30), (30, 30), (60, 15, 20), (29, 128))
+    )
     batches = {"": cnn, ", batch 8": lambda device: cnn(device, 8)} if small else {"": cnn}
-    recipe = {} if small else {"cnn symmetric EP update, T1 250, T2 30, the published recipe":
-                               (cnn, lambda side, m, x, y: side.ep_gradients(m, x, y,
-                                       Rule(T1=250, T2=30, betas=(0.0, 1.0), loss="cel", thirdphase=True)))}
+    recipe = (
+        {}
+        if small
+        else {
+            "cnn symmetric EP update, T1 250, T2 30, the published recipe": (
+                cnn,
+                lambda side, m, x, y: side.ep_gradients(
+                    m, x, y, Rule(T1=250, T2=30, betas=(0.0, 1.0), loss="cel", thirdphase=True)
+                ),
+            )
+        }
+    )
     return {
-        "mlp EP update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.ep_gradients(m, x, y,
-                Rule(T1=30, T2=10, betas=(0.0, 0.1)))),
-        "mlp BPTT update, T1 30, T2 10": (mlp, lambda side, m, x, y: side.bptt_gradients(m, x, y, Rule(T1=30, T2=10))),
+        "mlp EP update, T1 30, T2 10": (
+            mlp,
+            lambda side, m, x, y: side.ep_gradients(m, x, y, Rule(T1=30, T2=10, betas=(0.0, 0.1))),
+        ),
+        "mlp BPTT update, T1 30, T2 10": (
+            mlp,
+            lambda side, m, x, y: side.bptt_gradients(m, x, y, Rule(T1=30, T2=10)),
+        ),
         "mlp free phase, T1 30": (mlp, lambda side, m, x, y: free_phase(side, m, x, 30, MSE)),
-        "mlp gducheck, T1 60, T2 30": (mlp, lambda side, m, x, y: gducheck(side, m, x[:20], y[:20], 60, 30, MSE)),
-        "mlp attack gradient, 29 steps": (mlp, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, MSE)),
-        **{f"cnn EP update, T1 {ep[0]}, T2 {ep[1]}{batch}": (network, lambda side, m, x, y: side.ep_gradients(m, x, y,
-                Rule(T1=ep[0], T2=ep[1], betas=(0.0, 1.0), loss="cel")))
-           for batch, network in batches.items()},
+        "mlp gducheck, T1 60, T2 30": (
+            mlp,
+            lambda side, m, x, y: gducheck(side, m, x[:20], y[:20], 60, 30, MSE),
+        ),
+        "mlp attack gradient, 29 steps": (
+            mlp,
+            lambda side, m, x, y: attack_gradient(side, m, x, y, 29, MSE),
+        ),
+        **{
+            f"cnn EP update, T1 {ep[0]}, T2 {ep[1]}{batch}": (
+                network,
+                lambda side, m, x, y: side.ep_gradients(
+                    m, x, y, Rule(T1=ep[0], T2=ep[1], betas=(0.0, 1.0), loss="cel")
+                ),
+            )
+            for batch, network in batches.items()
+        },
         **recipe,
-        f"cnn BPTT update, T1 {bptt[0]}, T2 {bptt[1]}": (cnn, lambda side, m, x, y: side.bptt_gradients(m, x, y,
-                Rule(T1=bptt[0], T2=bptt[1], loss="cel"))),
-        **{f"cnn free phase, T1 {ep[0]}{batch}": (network, lambda side, m, x, y: free_phase(side, m, x, ep[0], CEL))
-           for batch, network in batches.items()},
-        f"cnn gducheck, T1 {gdu[0]}, T2 {gdu[1]}, {gdu[2]} images":
-            (lambda device: cnn(device, gdu[2]), lambda side, m, x, y: gducheck(side, m, x, y, gdu[0], gdu[1], CEL)),
-        f"cnn attack gradient, {attacked[0]} steps, {attacked[1]} images":
-            (lambda device: cnn(device, attacked[1]), lambda side, m, x, y: attack_gradient(side, m, x, y, attacked[0],
-                    CEL)),
-        "small cnn gducheck, T1 60, T2 30": (small_cnn, lambda side, m, x, y: gducheck(side, m, x, y, 60, 30, CEL)),
-        "small cnn attack gradient, 29 steps, 40 images": (attacked_cnn, lambda side, m, x,
-                                                           y: attack_gradient(side, m, x, y, 29, CEL)),
-        "average-pooling small cnn attack gradient, 29 steps, 40 images":
-            (averaging_cnn, lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL)),
-        "average-pooling small cnn predictions, T1 60, 40 images": (averaging_cnn, lambda side, m, x,
-                                                                    y: predictions(side, m, x, 60)),
-        "small cnn attack per eps, PGD, 20 iterations, 40 images": (attacked_cnn, lambda side, m, x,
-                                                                    y: attack(side, m, x, y, 60, 29)),
+        f"cnn BPTT update, T1 {bptt[0]}, T2 {bptt[1]}": (
+            cnn,
+            lambda side, m, x, y: side.bptt_gradients(
+                m, x, y, Rule(T1=bptt[0], T2=bptt[1], loss="cel")
+            ),
+        ),
+        **{
+            f"cnn free phase, T1 {ep[0]}{batch}": (
+                network,
+                lambda side, m, x, y: free_phase(side, m, x, ep[0], CEL),
+            )
+            for batch, network in batches.items()
+        },
+        f"cnn gducheck, T1 {gdu[0]}, T2 {gdu[1]}, {gdu[2]} images": (
+            lambda device: cnn(device, gdu[2]),
+            lambda side, m, x, y: gducheck(side, m, x, y, gdu[0], gdu[1], CEL),
+        ),
+        f"cnn attack gradient, {attacked[0]} steps, {attacked[1]} images": (
+            lambda device: cnn(device, attacked[1]),
+            lambda side, m, x, y: attack_gradient(side, m, x, y, attacked[0], CEL),
+        ),
+        "small cnn gducheck, T1 60, T2 30": (
+            small_cnn,
+            lambda side, m, x, y: gducheck(side, m, x, y, 60, 30, CEL),
+        ),
+        "small cnn attack gradient, 29 steps, 40 images": (
+            attacked_cnn,
+            lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL),
+        ),
+        "average-pooling small cnn attack gradient, 29 steps, 40 images": (
+            averaging_cnn,
+            lambda side, m, x, y: attack_gradient(side, m, x, y, 29, CEL),
+        ),
+        "average-pooling small cnn predictions, T1 60, 40 images": (
+            averaging_cnn,
+            lambda side, m, x, y: predictions(side, m, x, 60),
+        ),
+        "small cnn attack per eps, PGD, 20 iterations, 40 images": (
+            attacked_cnn,
+            lambda side, m, x, y: attack(side, m, x, y, 60, 29),
+        ),
     }
 
 
@@ -110,9 +180,14 @@ def free_phase(side, model, x, T, criterion):
 
 def small_cnn(device):
     pools = model_utils.make_pools("mm")
-    model = model_utils.P_CNN(28, [1, 16, 32], [5, 5], [1, 1], [10], pools, [0, 0], model_utils.my_sigmoid,
-                              softmax=True).to(device)
-    return model, torch.rand(20, 1, 28, 28, device=device), torch.randint(0, 10, (20,), device=device)
+    model = model_utils.P_CNN(
+        28, [1, 16, 32], [5, 5], [1, 1], [10], pools, [0, 0], model_utils.my_sigmoid, softmax=True
+    ).to(device)
+    return (
+        model,
+        torch.rand(20, 1, 28, 28, device=device),
+        torch.randint(0, 10, (20,), device=device),
+    )
 
 
 def averaging_cnn(device):
@@ -122,9 +197,22 @@ def averaging_cnn(device):
 def attacked_cnn(device, pools="mmmm"):
     """The network of the published attack figures, at a quarter of its width or less."""
     pools = model_utils.make_pools(pools)
-    model = model_utils.P_CNN(32, [3, 16, 32, 32, 32], [3] * 4, [1] * 4, [10], pools, [1, 1, 1, 0],
-                              model_utils.my_sigmoid, softmax=True).to(device)
-    return model, torch.randn(40, 3, 32, 32, device=device), torch.randint(0, 10, (40,), device=device)
+    model = model_utils.P_CNN(
+        32,
+        [3, 16, 32, 32, 32],
+        [3] * 4,
+        [1] * 4,
+        [10],
+        pools,
+        [1, 1, 1, 0],
+        model_utils.my_sigmoid,
+        softmax=True,
+    ).to(device)
+    return (
+        model,
+        torch.randn(40, 3, 32, 32, device=device),
+        torch.randint(0, 10, (40,), device=device),
+    )
 
 
 def attack_gradient(side, model, x, y, T, criterion):
@@ -132,13 +220,18 @@ def attack_gradient(side, model, x, y, T, criterion):
     if side is model_utils:
         out = Unrolled(model, 60, T, criterion)(x)
     else:  # as the original code: gradients of the parameters come along
-        out = model.readout(autodiff.relax(model, x, None, autodiff.zeros(model, x), T, 0.0, criterion, check_thm=True))
+        out = model.readout(
+            autodiff.relax(
+                model, x, None, autodiff.zeros(model, x), T, 0.0, criterion, check_thm=True
+            )
+        )
     torch.nn.functional.cross_entropy(out, y).backward()
     return x.grad
 
 
 class Textbook(torch.nn.Module):
-    """What the original code hands to ART: T1 steps for a prediction, T2 steps where a gradient is asked for."""
+    """What the original code hands to ART: T1 steps for a prediction, T2 steps where a gradient is
+    asked for."""
 
     def __init__(self, model, T1, T2):
         super().__init__()
@@ -147,22 +240,40 @@ class Textbook(torch.nn.Module):
     def forward(self, x):
         gradient = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():  # the steps themselves differentiate
-            neurons = autodiff.relax(self.model, x, None, autodiff.zeros(self.model, x), self.T2 if gradient
-                                     else self.T1, 0.0, CEL, gradient)
+            neurons = autodiff.relax(
+                self.model,
+                x,
+                None,
+                autodiff.zeros(self.model, x),
+                self.T2 if gradient else self.T1,
+                0.0,
+                CEL,
+                gradient,
+            )
             return self.model.readout(neurons)
 
 
 def attack(side, model, x, y, T1, T2, iterations=20, eps=0.03):
-    """PGD in the L-infinity norm on images that are standardised already, and the predictions on the adversarial
-    ones."""
-    common = {"input_shape": x.shape[1:], "nb_classes": 10, "device_type": x.device.type.replace("cuda", "gpu")}
+    """PGD in the L-infinity norm on images that are standardised already, and the predictions on
+    the adversarial ones."""
+    common = {
+        "input_shape": x.shape[1:],
+        "nb_classes": 10,
+        "device_type": x.device.type.replace("cuda", "gpu"),
+    }
     if side is model_utils:
         classifier = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), T1=T1, T2=T2, **common)
     else:
         classifier = ArtClassifier(Textbook(model, T1, T2), torch.nn.CrossEntropyLoss(), **common)
-    pgd = ProjectedGradientDescent(classifier, norm=np.inf, eps=eps, eps_step=2.5 * eps / iterations,
-                                   max_iter=iterations, batch_size=len(x),
-                                   verbose=False)
+    pgd = ProjectedGradientDescent(
+        classifier,
+        norm=np.inf,
+        eps=eps,
+        eps_step=2.5 * eps / iterations,
+        max_iter=iterations,
+        batch_size=len(x),
+        verbose=False,
+    )
     adversarial = pgd.generate(x.cpu().numpy(), np.eye(10, dtype=np.float32)[y.cpu()])
     return classifier.predict(adversarial, batch_size=len(x))
 
@@ -179,27 +290,38 @@ def growth(device):
     calls = {}
     for mbs in (4, 8, 16, 32) if device.type == "cpu" else (32, 64, 128, 256):
         model, x, y = cnn(device, mbs)
-        calls[f"cnn free phase, {T} steps, batch {mbs}"] = lambda model=model, x=x: model(x, None, None, T,
-                criterion=CEL)
+        calls[f"cnn free phase, {T} steps, batch {mbs}"] = lambda model=model, x=x: model(
+            x, None, None, T, criterion=CEL
+        )
     model, x, y = mlp(device)
     for T1 in (10, 50, 250):
-        calls[f"mlp EP update, T1 {T1}, T2 10"] = lambda T1=T1, model=model, x=x, y=y: model_utils.ep_gradients(
-            model, x, y, Rule(T1=T1, T2=10, betas=(0.0, 0.1)))
+        calls[f"mlp EP update, T1 {T1}, T2 10"] = lambda T1=T1, model=model, x=x, y=y: (
+            model_utils.ep_gradients(model, x, y, Rule(T1=T1, T2=10, betas=(0.0, 0.1)))
+        )
     for depth in (1, 2, 3, 4):
         torch.manual_seed(0)
-        model = model_utils.P_CNN(32, [3, 64, 64, 64, 64][:depth + 1], [3] * depth, [1] * depth, [10], pools(depth),
-                                  [1] * depth, model_utils.my_hard_sig,
-                                  softmax=True).to(device)
+        model = model_utils.P_CNN(
+            32,
+            [3, 64, 64, 64, 64][: depth + 1],
+            [3] * depth,
+            [1] * depth,
+            [10],
+            pools(depth),
+            [1] * depth,
+            model_utils.my_hard_sig,
+            softmax=True,
+        ).to(device)
         x = torch.randn(16, 3, 32, 32, device=device)
-        calls[f"free phase, {T} steps, {depth} convolutions of 64 maps, batch 16"] = lambda model=model, x=x: model(x,
-                None, None, T, criterion=CEL)
+        calls[f"free phase, {T} steps, {depth} convolutions of 64 maps, batch 16"] = (
+            lambda model=model, x=x: model(x, None, None, T, criterion=CEL)
+        )
     return calls
 
 
 def matrix_rates(device, size=2048):
     """Floating-point operations a second of large products of float32 matrices, one by one."""
     a, b = torch.randn(2, size, size, device=device)
-    return [2 * size ** 3 / clock(lambda: a @ b, device) for _ in range(12)]
+    return [2 * size**3 / clock(lambda: a @ b, device) for _ in range(12)]
 
 
 def operations(call):
@@ -249,13 +371,21 @@ def resident():
 
 def memory_of(name, side, device):
     """`peak_of` one side of a case, in a process of its own."""
-    command = [sys.executable, __file__, "--device", str(device_index(device)), "--memory-of", name, str(side)]
+    command = [
+        sys.executable,
+        __file__,
+        "--device",
+        str(device_index(device)),
+        "--memory-of",
+        name,
+        str(side),
+    ]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def peak_of(call, device):
-    """Bytes that a call needs at most above what was held before it. A first call is not measured: with it the process
-    loads code that stays."""
+    """Bytes that a call needs at most above what was held before it. A first call is not measured:
+    with it the process loads code that stays."""
     call()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -263,7 +393,9 @@ def peak_of(call, device):
         call()
         return torch.cuda.max_memory_allocated(device) - before
     if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # or else the second call would take what the first has given back
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # or else the second call would take what the first has given back
     before, peak, done = resident(), [0], threading.Event()
 
     def watch():
@@ -288,10 +420,14 @@ def measure(name, device, repeats, size=2048):
     memory = [memory_of(name, side, device) for side in (0, 1)]
     cells = [name]
     for times in zip(*pairs):
-        cells.append(f"{1e3 * statistics.median(times):.1f} ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})")
+        cells.append(
+            f"{1e3 * statistics.median(times):.1f} ({1e3 * min(times):.1f} to {1e3 * max(times):.1f})"
+        )
     cells.append(f"**{statistics.median(b / a for a, b in pairs):.2f}**")
     cells += [f"{1e3 * floor:.1f}", f"{statistics.median(a for a, _ in pairs) / floor:.2f}"]
-    cells += [f"{m / 2 ** 20:.0f}" for m in memory] + [f"{memory[0] / memory[1]:.2f}" if memory[1] else ""]
+    cells += [f"{m / 2**20:.0f}" for m in memory] + [
+        f"{memory[0] / memory[1]:.2f}" if memory[1] else ""
+    ]
     return cells
 
 
@@ -302,15 +438,22 @@ def device_index(device):
 def machine(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-                 platform.processor())
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
     return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def command_of(argv):
     """The command line as it stands in RESULTS.md."""
-    return f"python benchmarks/{pathlib.Path(argv[0]).name}" + "".join(f" {shlex.quote(a)}" for a in argv[1:]
-                                                                       if a != "--write")
+    return f"python benchmarks/{pathlib.Path(argv[0]).name}" + "".join(
+        f" {shlex.quote(a)}" for a in argv[1:] if a != "--write"
+    )
 
 
 def publish(lines):
@@ -321,10 +464,16 @@ def publish(lines):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=int, default=-1)
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose names contain one of these words")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases whose names contain one of these words"
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--matrix", type=int, default=2048, help="rows of the matrices whose product is timed")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32"), help="of both sides, on a GPU")
+    parser.add_argument(
+        "--matrix", type=int, default=2048, help="rows of the matrices whose product is timed"
+    )
+    parser.add_argument(
+        "--precision", default="fp32", choices=("fp32", "tf32"), help="of both sides, on a GPU"
+    )
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -334,29 +483,45 @@ def main():
         return
     model_utils.set_precision(args.precision)
     rate = statistics.median(matrix_rates(device, args.matrix))
-    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in "
-             "a matrix product", "",
-             f"`{command_of(sys.argv)}`", "",
-             "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | floor, ms | of the floor | "
-             "ours, MiB | theirs, MiB | share |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in "
+        "a matrix product",
+        "",
+        f"`{command_of(sys.argv)}`",
+        "",
+        "| case | ours, ms (range) | automatic differentiation, ms (range) | ratio | floor, ms | of the floor | "
+        "ours, MiB | theirs, MiB | share |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
     print("\n".join(lines), flush=True)
 
     def say(line):
         lines.append(line)
         print(line, flush=True)
+
     for name in cases(device):
         if any(word in name for word in args.only):
             say("| " + " | ".join(measure(name, device, args.repeats, args.matrix)) + " |")
     if args.only == [""] or "growth" in args.only:
         say("\n| ours alone | ms (range) |\n| --- | --- |")
         for name, call in growth(device).items():
-            times = sorted(clock(call, device) for _ in range(args.repeats + 1))[:-1]  # the first is the slowest
-            say(f"| {name} | {1e3 * statistics.median(times):.1f} ({1e3 * times[0]:.1f} to {1e3 * times[-1]:.1f}) |")
-        say("\n| memory of an EP update, MiB | T1 10, T2 10 | T1 250, T2 250 |\n| --- | --- | --- |")
+            times = sorted(clock(call, device) for _ in range(args.repeats + 1))[
+                :-1
+            ]  # the first is the slowest
+            say(
+                f"| {name} | {1e3 * statistics.median(times):.1f} ({1e3 * times[0]:.1f} to {1e3 * times[-1]:.1f}) |"
+            )
+        say(
+            "\n| memory of an EP update, MiB | T1 10, T2 10 | T1 250, T2 250 |\n| --- | --- | --- |"
+        )
         for network in ("mlp", "small_cnn"):
-            say(f"| {network} | " + " | ".join(f"{memory_of(f'{network} {T}', 0, device) / 2 ** 20:.1f}"
-                                               for T in (10, 250)) + " |")
+            say(
+                f"| {network} | "
+                + " | ".join(
+                    f"{memory_of(f'{network} {T}', 0, device) / 2**20:.1f}" for T in (10, 250)
+                )
+                + " |"
+            )
     if args.write:
         publish(lines)
 

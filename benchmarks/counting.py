@@ -1,15 +1,16 @@
-"""What a piece of work consists of, operation by operation, without a device to run it on: how many operations, the
-bytes that they read and write, their floating-point operations, and what in them costs more than it should.
+"""What a piece of work consists of, operation by operation, without a device to run it on: how many
+operations, the bytes that they read and write, their floating-point operations, and what in them
+costs more than it should.
 
     with on_pretended_gpu() as device, Counting() as counted:
         model(torch.rand(128, 784, device=device), T=20)
     print(len(counted.operations), counted.bytes)
 
-`on_pretended_gpu` gives tensors without numbers on a CUDA device that need not exist: shapes, layouts and devices are
-those of the real one, and what mixes devices or number formats fails as it would there. A model comes onto it by
-`moved`. A backward pass needs a real device; on the `meta` device, whose layouts are those of no backend, it can be
-counted.
-"""
+`on_pretended_gpu` gives tensors without numbers on a CUDA device that need not exist: shapes,
+layouts and devices are those of the real one, and what mixes devices or number formats fails as it
+would there. A model comes onto it by `moved`. A backward pass needs a real device; on the `meta`
+device, whose layouts are those of no backend, it can be counted."""
+
 import contextlib
 import math
 from typing import NamedTuple
@@ -23,14 +24,20 @@ from torch.utils.flop_counter import flop_registry
 aten = torch.ops.aten
 COPIES = {aten.clone.default, aten.copy_.default, aten._to_copy.default, aten.contiguous.default}
 # what gives the host a number, or a shape that depends on numbers
-READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default,
-         aten.equal.default}
+READS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten._unique2.default,
+    aten.equal.default,
+}
 
 
 class Operation(NamedTuple):
-    """name: of PyTorch's operation; bytes: of its inputs and outputs, each once; flops: of a product or convolution,
-    else 0; copies: whether it only copies; waits: whether the host waits in it for the device; relaid: whether a map
-    goes in with the channels innermost and one comes out that lies otherwise."""
+    """name: of PyTorch's operation; bytes: of its inputs and outputs, each once; flops: of a
+    product or convolution, else 0; copies: whether it only copies; waits: whether the host waits in
+    it for the device; relaid: whether a map goes in with the channels innermost and one comes out
+    that lies otherwise."""
 
     name: str
     bytes: int
@@ -42,15 +49,15 @@ class Operation(NamedTuple):
 
 @contextlib.contextmanager
 def on_pretended_gpu(index=1):
-    """Within the block new tensors on the device that it gives have no numbers, see above. index: of that device; not
-    the current one, so that what forgets to name it is found."""
+    """Within the block new tensors on the device that it gives have no numbers, see above. index:
+    of that device; not the current one, so that what forgets to name it is found."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.device("cuda", index)
 
 
 def moved(model, device):
-    """The model, with new parameters and buffers of the same shapes and layouts on that device; without numbers where
-    that has none."""
+    """The model, with new parameters and buffers of the same shapes and layouts on that device;
+    without numbers where that has none."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -63,8 +70,8 @@ def moved(model, device):
 
 
 class Counting(TorchDispatchMode):
-    """Within the block every operation is written down in `operations`, views excepted. read: what a number that the
-    host reads is said to be, where tensors have none."""
+    """Within the block every operation is written down in `operations`, views excepted. read: what
+    a number that the host reads is said to be, where tensors have none."""
 
     def __init__(self, read=1):
         super().__init__()
@@ -73,7 +80,9 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and hasattr(args[0], "fake_mode"):
-            self.operations.append(Operation("_local_scalar_dense", 0, 0, False, args[0].device.type != "cpu", False))
+            self.operations.append(
+                Operation("_local_scalar_dense", 0, 0, False, args[0].device.type != "cpu", False)
+            )
             return type(self.read)(self.read)
         out = func(*args, **kwargs)
         if not _is_view(func):
@@ -102,34 +111,65 @@ def _is_view(func):
         return not func._schema.is_mutable
     aliases = [r.alias_info for r in returns]
     return all(a is not None and not a.is_write for a in aliases) or func in {
-        aten._unsafe_view.default, aten.detach.default, aten.lift_fresh.default, aten.empty.memory_format,
-        aten.empty_strided.default, aten.new_empty.default, aten.new_empty_strided.default, aten.empty_like.default}
+        aten._unsafe_view.default,
+        aten.detach.default,
+        aten.lift_fresh.default,
+        aten.empty.memory_format,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+        aten.empty_like.default,
+    }
 
 
 def _operation(func, args, kwargs, out):
     inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
     devices = {t.device.type for t in (*inputs, *outputs)}
-    crosses = func in COPIES and len(devices) > 1 and not (kwargs.get("non_blocking")
-                                                           or func is aten.copy_.default and len(args) > 2 and args[2])
-    by_mask = any(isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in _indices(func, args))
+    crosses = (
+        func in COPIES
+        and len(devices) > 1
+        and not (
+            kwargs.get("non_blocking") or func is aten.copy_.default and len(args) > 2 and args[2]
+        )
+    )
+    by_mask = any(
+        isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in _indices(func, args)
+    )
     waits = crosses or (func in READS or by_mask) and devices != {"cpu"}
     flops = 0
     if func.overloadpacket in flop_registry:
         flops = int(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
-    relaid = any(map(_channels_last, inputs)) and any(t.dim() == 4 and not _channels_last(t, True) for t in outputs)
-    return Operation(str(func.overloadpacket).removeprefix("aten."), sum(map(_footprint, (*inputs, *outputs))), flops,
-                     func in COPIES, waits, relaid)
+    relaid = any(map(_channels_last, inputs)) and any(
+        t.dim() == 4 and not _channels_last(t, True) for t in outputs
+    )
+    return Operation(
+        str(func.overloadpacket).removeprefix("aten."),
+        sum(map(_footprint, (*inputs, *outputs))),
+        flops,
+        func in COPIES,
+        waits,
+        relaid,
+    )
 
 
 def _indices(func, args):
     packet = func.overloadpacket
-    return args[1] if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_) else ()
+    return (
+        args[1]
+        if packet in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+        else ()
+    )
 
 
 def _channels_last(t, or_both=False):
-    """Whether a map lies with the channels innermost, and not also (or_both: or also) as one with them outermost."""
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and (or_both or not t.is_contiguous())
+    """Whether a map lies with the channels innermost, and not also (or_both: or also) as one with
+    them outermost."""
+    return (
+        t.dim() == 4
+        and t.is_contiguous(memory_format=torch.channels_last)
+        and (or_both or not t.is_contiguous())
+    )
 
 
 def _footprint(t):

@@ -1,12 +1,14 @@
-"""All that is to be known of a GPU, in one Markdown file: its tests, benchmarks, the published recipe with a profile,
-the prediction of the roofline beside what was measured, and trainings of the quick start.
+"""All that is to be known of a GPU, in one Markdown file: its tests, benchmarks, the published
+recipe with a profile, the prediction of the roofline beside what was measured, and trainings of the
+quick start.
 
-Usage, from the project's root:  python benchmarks/gpu_report.py [--out gpu_report.md] [--minutes 9] [--small]
+Usage, from the project's root:  python benchmarks/gpu_report.py [--out gpu_report.md] [--minutes 9]
+[--small]
 
-Each part is a command of its own. A part that the time does not reach, or that fails, is said to, and the others go on;
-the exit code is 1 if any failed. Without a GPU it says what would run. `--small` runs every part on the CPU with small
-sizes, which shows only that it runs.
-"""
+Each part is a command of its own. A part that the time does not reach, or that fails, is said to,
+and the others go on; the exit code is 1 if any failed. Without a GPU it says what would run.
+`--small` runs every part on the CPU with small sizes, which shows only that it runs."""
+
 import argparse
 import datetime
 import os
@@ -21,14 +23,16 @@ from typing import NamedTuple
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-QUICK = ("main.py --task digits --model MLP --archi 784 512 10 --act mysig --loss mse --alg EP --thirdphase --T1 30 "
-         "--T2 10 --betas 0.0 0.1 --optim adam --lrs 5e-4 5e-4 --mbs 20")
+QUICK = (
+    "main.py --task digits --model MLP --archi 784 512 10 --act mysig --loss mse --alg EP --thirdphase --T1 30 "
+    "--T2 10 --betas 0.0 0.1 --optim adam --lrs 5e-4 5e-4 --mbs 20"
+)
 PYTEST = "-m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py"
 
 
 class Part(NamedTuple):
-    """title; words: of the command, after the interpreter; seconds: what it may take; small: its words with `--small`,
-    where there are none it is left out."""
+    """title; words: of the command, after the interpreter; seconds: what it may take; small: its
+    words with `--small`, where there are none it is left out."""
 
     title: str
     words: str
@@ -38,20 +42,45 @@ class Part(NamedTuple):
 
 PARTS = [
     Part("Tests", PYTEST, 150, PYTEST + " -k 'vfmlp or VFMLP or goes_on'"),
-    Part("Roofline", "benchmarks/roofline.py", 60, "benchmarks/roofline.py --batch 2 --task digits --archi 784 8 10"),
-    Part("Recipe", "benchmarks/recipe.py --device 0 --repeats 2 --without compiled", 150,
-         "benchmarks/recipe.py --repeats 1 --only async --without compiled"),
-    Part("Quick start, seed 1", f"{QUICK} --device 0 --epochs 20 --seed 1", 60,
-         f"{QUICK} --device -1 --epochs 1 --train-size 40 --test-size 20 --seed 1"),
+    Part(
+        "Roofline",
+        "benchmarks/roofline.py",
+        60,
+        "benchmarks/roofline.py --batch 2 --task digits --archi 784 8 10",
+    ),
+    Part(
+        "Recipe",
+        "benchmarks/recipe.py --device 0 --repeats 2 --without compiled",
+        150,
+        "benchmarks/recipe.py --repeats 1 --only async --without compiled",
+    ),
+    Part(
+        "Quick start, seed 1",
+        f"{QUICK} --device 0 --epochs 20 --seed 1",
+        60,
+        f"{QUICK} --device -1 --epochs 1 --train-size 40 --test-size 20 --seed 1",
+    ),
     Part("Quick start, seed 2", f"{QUICK} --device 0 --epochs 20 --seed 2", 60, ""),
-    Part("Recipe, compiled", "benchmarks/recipe.py --device 0 --repeats 2 --only compiled", 200, ""),
-    Part("Bench", "benchmarks/bench.py --device 0 --repeats 3 --only mlp symmetric predictions", 120,
-         "benchmarks/bench.py --repeats 1 --only 'mlp free' --matrix 256"),
+    Part(
+        "Recipe, compiled", "benchmarks/recipe.py --device 0 --repeats 2 --only compiled", 200, ""
+    ),
+    Part(
+        "Bench",
+        "benchmarks/bench.py --device 0 --repeats 3 --only mlp symmetric predictions",
+        120,
+        "benchmarks/bench.py --repeats 1 --only 'mlp free' --matrix 256",
+    ),
 ]
 
 # setting of recipe.py: that of roofline.py
-SAME = {"fp32": "fp32, sync", "tf32": "tf32, sync", "bf16": "bf16, sync", "fp32, compiled": "fp32, sync, fused",
-        "tf32, compiled": "tf32, sync, fused", "bf16, compiled": "bf16, sync, fused"}
+SAME = {
+    "fp32": "fp32, sync",
+    "tf32": "tf32, sync",
+    "bf16": "bf16, sync",
+    "fp32, compiled": "fp32, sync, fused",
+    "tf32, compiled": "tf32, sync, fused",
+    "bf16, compiled": "bf16, sync, fused",
+}
 
 
 def rows(text):
@@ -62,10 +91,13 @@ def rows(text):
 
 
 def against_measured(roofline, recipe):
-    """Lines of a table: the prediction for each setting, and what the recipe took. roofline, recipe: what they
-    printed."""
+    """Lines of a table: the prediction for each setting, and what the recipe took. roofline,
+    recipe: what they printed."""
     predicted, measured = rows(roofline), rows(recipe)
-    lines = ["| setting | predicted, ms | measured, ms | measured over predicted |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| setting | predicted, ms | measured, ms | measured over predicted |",
+        "| --- | --- | --- | --- |",
+    ]
     for name, same in SAME.items():
         if name in measured and same in predicted:
             ms, least = float(measured[name][1].split()[0]), max(map(float, predicted[same][7:9]))
@@ -81,22 +113,38 @@ def run(part, small, deadline):
         return "", "the time was used up"
     environment = {**os.environ, **({"GPU_TESTS_ON_CPU": "1"} if small else {})}
     try:
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True,
-                              timeout=limit)
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
     except subprocess.TimeoutExpired as e:
         return (e.stdout or b"").decode(errors="replace"), f"not done in {limit:.0f} s"
-    failure = None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
+    failure = (
+        None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
+    )
     return done.stdout, failure and f"exit code {done.returncode}: {failure}"
 
 
 def machine(small):
     """Card, driver and versions, as lines."""
-    versions = [f"torch {torch.__version__}", f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}",
-                f"Python {sys.version.split()[0]}"]
+    versions = [
+        f"torch {torch.__version__}",
+        f"CUDA {torch.version.cuda}",
+        f"cuDNN {torch.backends.cudnn.version()}",
+        f"Python {sys.version.split()[0]}",
+    ]
     if small:
         return ["the CPU, with small sizes: no measurement", ", ".join(versions)]
     try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,memory.total,power.limit",
+            "--format=csv,noheader",
+        ]
         card = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         card = torch.cuda.get_device_name(0)
@@ -110,8 +158,12 @@ def main():
     parser.add_argument("--small", action="store_true", help="on the CPU, with small sizes")
     options = parser.parse_args()
     if not options.small and not torch.cuda.is_available():
-        print("There is no CUDA device here. On a machine with one this would run, in at most "
-              f"{options.minutes:g} minutes:", *(f"  {part.title}: python {part.words}" for part in PARTS), sep="\n")
+        print(
+            "There is no CUDA device here. On a machine with one this would run, in at most "
+            f"{options.minutes:g} minutes:",
+            *(f"  {part.title}: python {part.words}" for part in PARTS),
+            sep="\n",
+        )
         return 0
     deadline, failed, printed = time.monotonic() + 60 * options.minutes - 10, [], {}
     lines = [f"# GPU report, {datetime.date.today()}", "", *machine(options.small)]
@@ -124,11 +176,24 @@ def main():
         print(f"{part.title}: {said} ({time.monotonic() - start:.0f} s)", flush=True)
         body = out.strip() if "| ---" in out else f"```\n{out.strip()}\n```"
         command = part.small if options.small else part.words
-        lines += ["", f"## {part.title}", "", f"`python {command}`" + (f" **{failure}**" if failure else ""), "",
-                  re.sub(r"^## ", "### ", body, flags=re.MULTILINE)]
+        lines += [
+            "",
+            f"## {part.title}",
+            "",
+            f"`python {command}`" + (f" **{failure}**" if failure else ""),
+            "",
+            re.sub(r"^## ", "### ", body, flags=re.MULTILINE),
+        ]
         recipe = "\n".join(out for title, out in printed.items() if title.startswith("Recipe"))
-        compared = ["", "## Roofline against measured", "", *against_measured(printed.get("Roofline", ""), recipe)]
-        options.out.write_text("\n".join([*lines, *compared, ""]))  # whatever happens to the next part
+        compared = [
+            "",
+            "## Roofline against measured",
+            "",
+            *against_measured(printed.get("Roofline", ""), recipe),
+        ]
+        options.out.write_text(
+            "\n".join([*lines, *compared, ""])
+        )  # whatever happens to the next part
     print(f"the report is in {options.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 

@@ -1,16 +1,18 @@
-"""A training step of the published CIFAR-10 recipe (EP, symmetric, T1 250, T2 30, batch 128), setting by setting, and
-what limits it.
+"""A training step of the published CIFAR-10 recipe (EP, symmetric, T1 250, T2 30, batch 128),
+setting by setting, and what limits it.
 
-Usage, from the project's root:  python benchmarks/recipe.py [--device 0] [--load-path RUN] [--only bf16 ...] [--repeats
-3] [--write]
+Usage, from the project's root:  python benchmarks/recipe.py [--device 0] [--load-path RUN] [--only
+bf16 ...] [--repeats 3] [--write]
 
-Each setting (precision, torch.compile, --tol, asynchronous steps) runs in turn with automatic differentiation of Phi in
-exact float32, in one process; the ratio is the median of the ratios of neighbours. Its gradient is held against that of
-exact float32 steps: the cosine similarity of the whole, and the smallest of a layer. Then a profile of the fastest
-setting whose smallest cosine is above 0.99. Without `--load-path` weights and images are random: times hold, but the
-cosines of a trained network are better known from one. On a CPU, where only some settings exist, the network and the
-numbers of steps are small: there the script only shows that it runs. `--write` appends to benchmarks/RESULTS.md.
-"""
+Each setting (precision, torch.compile, --tol, asynchronous steps) runs in turn with automatic
+differentiation of Phi in exact float32, in one process; the ratio is the median of the ratios of
+neighbours. Its gradient is held against that of exact float32 steps: the cosine similarity of the
+whole, and the smallest of a layer. Then a profile of the fastest setting whose smallest cosine is
+above 0.99. Without `--load-path` weights and images are random: times hold, but the cosines of a
+trained network are better known from one. On a CPU, where only some settings exist, the network and
+the numbers of steps are small: there the script only shows that it runs. `--write` appends to
+benchmarks/RESULTS.md."""
+
 import argparse
 import datetime
 import pathlib
@@ -54,11 +56,13 @@ def rule_of(T1, T2, betas, loss, tol, schedule):
 
 
 def training_step(model, x, y, T1, T2, betas, loss, setting):
-    """A call that takes one training step (with a rate of zero, so that all take the same one) and returns its
-    gradient."""
+    """A call that takes one training step (with a rate of zero, so that all take the same one) and
+    returns its gradient."""
     precision, compiled, tol, schedule = setting
-    rule, twin = rule_of(T1, T2, betas, loss, tol, schedule), model_utils.lowered(model,
-            torch.bfloat16) if precision == "bf16" else None
+    rule, twin = (
+        rule_of(T1, T2, betas, loss, tol, schedule),
+        model_utils.lowered(model, torch.bfloat16) if precision == "bf16" else None,
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
     stopwatch = Stopwatch()
 
@@ -71,6 +75,7 @@ def training_step(model, x, y, T1, T2, betas, loss, setting):
         if twin:
             model_utils.refresh(twin, model)
         return [p.grad for p in model.parameters()]
+
     return step, stopwatch.settling
 
 
@@ -82,6 +87,7 @@ def textbook_step(model, x, y, T1, T2, betas, loss):
         model_utils.set_precision("fp32")
         autodiff.ep_gradients(model, x, y, rule)
         optimizer.step()
+
     return step
 
 
@@ -96,8 +102,12 @@ def main():
     parser.add_argument("--device", type=int, default=-1)
     parser.add_argument("--load-path", help="a run folder, for its weights and test images")
     parser.add_argument("--data-dir", default=None, help="that of the run unless it is given")
-    parser.add_argument("--only", nargs="+", default=[""], help="settings whose names contain one of these words")
-    parser.add_argument("--without", nargs="+", default=[], help="but not those whose names contain one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="settings whose names contain one of these words"
+    )
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="but not those whose names contain one of these"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
@@ -107,10 +117,14 @@ def main():
     torch.manual_seed(0)
     try:
         if options.load_path:
-            model, args, batches, _ = trained(options.load_path, options.data_dir, T1, mbs, mbs, device)
+            model, args, batches, _ = trained(
+                options.load_path, options.data_dir, T1, mbs, mbs, device
+            )
             if len(model.B_syn):
-                raise data_utils.UserError(f"{options.load_path} has separate backward weights; the textbook form "
-                                           "here is that of tied ones")
+                raise data_utils.UserError(
+                    f"{options.load_path} has separate backward weights; the textbook form "
+                    "here is that of tied ones"
+                )
             betas, loss = tuple(args.betas), args.loss
             x, y = next(iter(batches))
         else:
@@ -118,16 +132,25 @@ def main():
             x, y = x[:mbs], y[:mbs]
     except data_utils.UserError as e:
         sys.exit(str(e))
-    settings = {name: setting for name, setting in SETTINGS.items() if any(word in name for word in options.only)
-                and not any(word in name for word in options.without)
-                and (device.type == "cuda" or setting[0] == "fp32")}
-    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "",
-             f"`{command_of(sys.argv)}`", "",
-             f"EP symmetric, T1 {T1}, T2 {T2}, betas {betas[0]:g} {betas[1]:g}, batch {len(y)}, weights and images "
-             f"{'of a run' if options.load_path else 'at random'}", "",
-             "| setting | training step, ms (range) | automatic differentiation, ms | ratio | gradient cosine, whole "
-             "| smallest of a layer | free steps, mean |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    settings = {
+        name: setting
+        for name, setting in SETTINGS.items()
+        if any(word in name for word in options.only)
+        and not any(word in name for word in options.without)
+        and (device.type == "cuda" or setting[0] == "fp32")
+    }
+    lines = [
+        f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}",
+        "",
+        f"`{command_of(sys.argv)}`",
+        "",
+        f"EP symmetric, T1 {T1}, T2 {T2}, betas {betas[0]:g} {betas[1]:g}, batch {len(y)}, weights and images "
+        f"{'of a run' if options.load_path else 'at random'}",
+        "",
+        "| setting | training step, ms (range) | automatic differentiation, ms | ratio | gradient cosine, whole "
+        "| smallest of a layer | free steps, mean |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     print("\n".join(lines), flush=True)
     common = (model, x, y, T1, T2, betas, loss)
     theirs = textbook_step(*common)
@@ -142,11 +165,16 @@ def main():
         times = [(clock(ours, device), clock(theirs, device)) for _ in range(options.repeats)]
         own, other = ([1e3 * t for t in side] for side in zip(*times))
         ratio = statistics.median(b / a for a, b in times)
-        steps = f"{int(settling.steps) / settling.images:.1f}" if settling.images else rule_of(T1, T2, betas, loss,
-                *setting[2:]).T1
-        lines.append(f"| {name} | {statistics.median(own):.1f} ({min(own):.1f} to {max(own):.1f}) | "
-                     f"{statistics.median(other):.0f} | **{ratio:.2f}** "
-                     f"| {whole:.5f} | {smallest:.5f} | {steps} |")
+        steps = (
+            f"{int(settling.steps) / settling.images:.1f}"
+            if settling.images
+            else rule_of(T1, T2, betas, loss, *setting[2:]).T1
+        )
+        lines.append(
+            f"| {name} | {statistics.median(own):.1f} ({min(own):.1f} to {max(own):.1f}) | "
+            f"{statistics.median(other):.0f} | **{ratio:.2f}** "
+            f"| {whole:.5f} | {smallest:.5f} | {steps} |"
+        )
         print(lines[-1], flush=True)
         if smallest > 0.99 and (best is None or ratio > best[0]):
             best = ratio, name, ours
@@ -165,16 +193,25 @@ def profiled(name, step, device):
     with profile(activities=activities) as found:
         wall = clock(step, device)
     events, own = found.key_averages(), lambda e: e.self_cpu_time_total
-    if device.type == "cuda":  # kernels alone: the operators that start them carry their times once more
-        events = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    if (
+        device.type == "cuda"
+    ):  # kernels alone: the operators that start them carry their times once more
+        events = [
+            e
+            for e in events
+            if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+        ]
         own = lambda e: e.self_device_time_total  # noqa: E731
     busy = sum(own(e) for e in events) / 1e6
     first = sorted(events, key=own, reverse=True)[:12]
-    return [f"Profile of `{name}`: {1e3 * wall:.1f} ms with the profiler, {device.type} busy for "
-            f"{100 * busy / wall:.0f} % of it, "
-            f"{sum(e.count for e in events if own(e))} calls.", "",
-            "| what | share of the busy time | calls |\n| --- | --- | --- |",
-            *(f"| `{e.key[:90]}` | {100 * own(e) / 1e6 / busy:.1f} % | {e.count} |" for e in first)]
+    return [
+        f"Profile of `{name}`: {1e3 * wall:.1f} ms with the profiler, {device.type} busy for "
+        f"{100 * busy / wall:.0f} % of it, "
+        f"{sum(e.count for e in events if own(e))} calls.",
+        "",
+        "| what | share of the busy time | calls |\n| --- | --- | --- |",
+        *(f"| `{e.key[:90]}` | {100 * own(e) / 1e6 / busy:.1f} % | {e.count} |" for e in first),
+    ]
 
 
 if __name__ == "__main__":

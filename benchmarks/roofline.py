@@ -1,17 +1,20 @@
-"""How long a training update by EP must take on a GPU at least, from what it computes and moves; no GPU is needed.
+"""How long a training update by EP must take on a GPU at least, from what it computes and moves; no
+GPU is needed.
 
-Usage, from the project's root:  python benchmarks/roofline.py [--batch 128] [--steps 250 30] [--async-steps 60 20]
-[--tflops fp32=67 tf32=495 bf16=990] [--bandwidth 3.35] [--launch 4] [--write] [flags of main.py that describe a model]
+Usage, from the project's root:  python benchmarks/roofline.py [--batch 128] [--steps 250 30]
+[--async-steps 60 20] [--tflops fp32=67 tf32=495 bf16=990] [--bandwidth 3.35] [--launch 4] [--write]
+[flags of main.py that describe a model]
 
-Without flags of main.py the model is that of the published CIFAR-10 recipe: symmetric EP, T1 250, T2 30, batch 128.
-Operations are counted on tensors without numbers (benchmarks/counting.py). The bound of an operation is the larger of
-its arithmetic at the peak rate and its bytes at the peak bandwidth, and of an update the sum of them: nothing overlaps,
-every operation reads its inputs from memory and writes its outputs there. The host's bound is --launch microseconds an
-operation. The defaults are an H100 SXM. Beside it the textbook form (benchmarks/autodiff.py), counted in PyTorch's
-default layout; its two settings are exact float32 and PyTorch's default, whose convolutions are in tf32. `fused`: all
-that is neither product nor convolution costs nothing, as if a compiler had put it into those; the most that could be
-gained by fusing.
-"""
+Without flags of main.py the model is that of the published CIFAR-10 recipe: symmetric EP, T1 250,
+T2 30, batch 128. Operations are counted on tensors without numbers (benchmarks/counting.py). The
+bound of an operation is the larger of its arithmetic at the peak rate and its bytes at the peak
+bandwidth, and of an update the sum of them: nothing overlaps, every operation reads its inputs from
+memory and writes its outputs there. The host's bound is --launch microseconds an operation. The
+defaults are an H100 SXM. Beside it the textbook form (benchmarks/autodiff.py), counted in PyTorch's
+default layout; its two settings are exact float32 and PyTorch's default, whose convolutions are in
+tf32. `fused`: all that is neither product nor convolution costs nothing, as if a compiler had put
+it into those; the most that could be gained by fusing."""
+
 import argparse
 import collections
 import datetime
@@ -32,14 +35,17 @@ import model_utils  # noqa: E402
 from experiment import arguments  # noqa: E402
 from experiment.flags import FLAGS  # noqa: E402
 
-PUBLISHED = ("--task CIFAR10 --model CNN --channels 128 256 512 512 --kernels 3 3 3 3 --strides 1 1 1 1 --paddings 1 1 "
-             "1 0 --pools mmmm --fc 10 --act my_hard_sig --loss cel --softmax")
+PUBLISHED = (
+    "--task CIFAR10 --model CNN --channels 128 256 512 512 --kernels 3 3 3 3 --strides 1 1 1 1 --paddings 1 1 "
+    "1 0 --pools mmmm --fc 10 --act my_hard_sig --loss cel --softmax"
+)
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Update:
-    """The operations of an EP update, {operation: how many}: `free` and `nudged` of a step, `rest` of all else, counted
-    by count(T1, T2) -> {operation: how many} of an update with so many steps."""
+    """The operations of an EP update, {operation: how many}: `free` and `nudged` of a step, `rest`
+    of all else, counted by count(T1, T2) -> {operation: how many} of an update with so many
+    steps."""
 
     def __init__(self, count):
         base, one_free, one_nudged = count(9, 4), count(10, 4), count(9, 5)
@@ -60,16 +66,19 @@ def total(counter, value):
 
 
 class Device:
-    """A GPU by its figures: operations a second by precision, bytes a second, seconds to start an operation."""
+    """A GPU by its figures: operations a second by precision, bytes a second, seconds to start an
+    operation."""
 
     def __init__(self, tflops, bandwidth, launch):
         self.rates = {precision: 1e12 * rate for precision, rate in tflops.items()}
         self.bandwidth, self.launch = 1e12 * bandwidth, 1e-6 * launch
 
     def seconds(self, parts, precisions, fused=False):
-        """{what bounds: seconds}: of arithmetic, of memory, of both operation by operation, of the host.
+        """{what bounds: seconds}: of arithmetic, of memory, of both operation by operation, of the
+        host.
 
-        parts: of `Update`; precisions: of each, a name of `rates`; fused: only products and convolutions count."""
+        parts: of `Update`; precisions: of each, a name of `rates`; fused: only products and
+        convolutions count."""
         found = dict.fromkeys(("arithmetic", "memory", "both", "host"), 0.0)
         for counter, precision in zip(parts, precisions):
             rate = self.rates[precision]
@@ -96,6 +105,7 @@ def ours(args, batch, precision, schedule):
             with Counting() as counted:
                 model_utils.ep_gradients(model, x, y, rule, None, twin)
         return collections.Counter(counted.operations)
+
     return Update(count)
 
 
@@ -111,13 +121,16 @@ def textbook(args, batch):
             with Counting() as counted:
                 autodiff.ep_gradients(model, *sample(args, batch, "cpu"), rule)
         return collections.Counter(counted.operations)
+
     return Update(count)
 
 
 def sample(args, batch, device):
     task = data_utils.TASKS[args.task]
-    return (torch.rand(batch, task.channels, task.size, task.size, device=device),
-            torch.zeros(batch, dtype=torch.int64, device=device))
+    return (
+        torch.rand(batch, task.channels, task.size, task.size, device=device),
+        torch.zeros(batch, dtype=torch.int64, device=device),
+    )
 
 
 def bound(found):
@@ -129,10 +142,15 @@ def bound(found):
 
 def table(args, options, device):
     """The lines of the prediction."""
-    steps = ["| step | free: operations | GFLOP | MB read and written | nudged: operations | MB |",
-             "|" + " --- |" * 6]
-    lines = ["| setting | T1, T2 | operations | TFLOP | GB | arithmetic, ms | memory, ms | both, ms | host, ms "
-             "| bound by | over textbook fp32 | over textbook default |", "|" + " --- |" * 12]
+    steps = [
+        "| step | free: operations | GFLOP | MB read and written | nudged: operations | MB |",
+        "|" + " --- |" * 6,
+    ]
+    lines = [
+        "| setting | T1, T2 | operations | TFLOP | GB | arithmetic, ms | memory, ms | both, ms | host, ms "
+        "| bound by | over textbook fp32 | over textbook default |",
+        "|" + " --- |" * 12,
+    ]
     book = textbook(args, options.batch)
     parts = book.parts(options.steps[0], 2 * options.steps[1])
     yardsticks = [device.seconds(parts, ("fp32", "fp32")), device.seconds(parts, ("tf32", "tf32"))]
@@ -140,11 +158,18 @@ def table(args, options, device):
     def row(name, T, parts, found):
         both, whole = max(found["both"], found["host"]), parts[0] + parts[1]
         ratios = [f"{max(y['both'], y['host']) / both:.1f}" for y in yardsticks]
-        cells = [name, f"{T[0]}, {T[1]}", sum(whole.values()), f"{total(whole, lambda o: o.flops) / 1e12:.1f}",
-                 f"{total(whole, lambda o: o.bytes) / 1e9:.0f}",
-                 *(f"{1e3 * found[key]:.0f}" for key in ("arithmetic", "memory", "both", "host")), bound(found),
-                 *ratios]
+        cells = [
+            name,
+            f"{T[0]}, {T[1]}",
+            sum(whole.values()),
+            f"{total(whole, lambda o: o.flops) / 1e12:.1f}",
+            f"{total(whole, lambda o: o.bytes) / 1e9:.0f}",
+            *(f"{1e3 * found[key]:.0f}" for key in ("arithmetic", "memory", "both", "host")),
+            bound(found),
+            *ratios,
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+
     for name, found in zip(("textbook, fp32", "textbook, PyTorch's default"), yardsticks):
         row(name, options.steps, parts, found)
     for schedule, T in (("sync", options.steps), ("async", options.async_steps)):
@@ -153,14 +178,20 @@ def table(args, options, device):
             # both signs are one phase of twice the size where that is small, else two phases
             phases = 1 if sum(update.nudged.values()) < 1.5 * sum(update.free.values()) else 2
             parts = update.parts(*T)
-            steps.append(f"| {precision}, {schedule} | {sum(update.free.values())} | "
-                         f"{total(update.free, lambda o: o.flops) / 1e9:.1f} | "
-                         f"{total(update.free, lambda o: o.bytes) / 1e6:.1f} | "
-                         f"{sum(update.nudged.values()) // phases} | "
-                         f"{total(update.nudged, lambda o: o.bytes) / phases / 1e6:.1f} |")
+            steps.append(
+                f"| {precision}, {schedule} | {sum(update.free.values())} | "
+                f"{total(update.free, lambda o: o.flops) / 1e9:.1f} | "
+                f"{total(update.free, lambda o: o.bytes) / 1e6:.1f} | "
+                f"{sum(update.nudged.values()) // phases} | "
+                f"{total(update.nudged, lambda o: o.bytes) / phases / 1e6:.1f} |"
+            )
             for fused in (False, True):
-                row(f"{precision}, {schedule}{', fused' * fused}", T, parts,
-                    device.seconds(parts, (precision, "fp32"), fused))
+                row(
+                    f"{precision}, {schedule}{', fused' * fused}",
+                    T,
+                    parts,
+                    device.seconds(parts, (precision, "fp32"), fused),
+                )
     return [*steps, "", *lines]
 
 
@@ -168,24 +199,37 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, nargs=2, default=(250, 30), help="T1 and T2")
-    parser.add_argument("--async-steps", type=int, nargs=2, default=(60, 20), help="T1 and T2 of asynchronous steps")
+    parser.add_argument(
+        "--async-steps", type=int, nargs=2, default=(60, 20), help="T1 and T2 of asynchronous steps"
+    )
     parser.add_argument("--tflops", nargs="+", default=["fp32=67", "tf32=495", "bf16=990"])
     parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s")
-    parser.add_argument("--launch", type=float, default=4.0, help="microseconds of the host for an operation")
+    parser.add_argument(
+        "--launch", type=float, default=4.0, help="microseconds of the host for an operation"
+    )
     parser.add_argument("--write", action="store_true")
     options, words = parser.parse_known_args()
     try:
         args = arguments.resolve(arguments.parse(words or PUBLISHED.split(), FLAGS))
         args.dropouts = None
-        device = Device({k: float(v) for k, v in (word.split("=") for word in options.tflops)}, options.bandwidth,
-                        options.launch)
+        device = Device(
+            {k: float(v) for k, v in (word.split("=") for word in options.tflops)},
+            options.bandwidth,
+            options.launch,
+        )
         rows = table(args, options, device)
     except (data_utils.UserError, ValueError, KeyError) as e:
         sys.exit(str(e))
-    lines = [f"## {datetime.date.today()}, prediction, torch {torch.__version__}", "", f"`{command_of(sys.argv)}`", "",
-             f"EP symmetric, batch {options.batch}; {', '.join(options.tflops)} TFLOP/s, {options.bandwidth:g} TB/s, "
-             f"{options.launch:g} us an operation; a kernel for each operation; the contrast of the phases in fp32",
-             "", *rows]
+    lines = [
+        f"## {datetime.date.today()}, prediction, torch {torch.__version__}",
+        "",
+        f"`{command_of(sys.argv)}`",
+        "",
+        f"EP symmetric, batch {options.batch}; {', '.join(options.tflops)} TFLOP/s, {options.bandwidth:g} TB/s, "
+        f"{options.launch:g} us an operation; a kernel for each operation; the contrast of the phases in fp32",
+        "",
+        *rows,
+    ]
     print("\n".join(lines))
     if options.write:
         publish(lines)

@@ -1,12 +1,14 @@
-"""What --tol saves on a trained network, and what it changes: image-steps, time, predictions, and the EP gradient.
+"""What --tol saves on a trained network, and what it changes: image-steps, time, predictions, and
+the EP gradient.
 
-Usage, from the project's root:  python benchmarks/settling.py --load-path RUN [--tol 1e-4] [--T1 250] [--images 2000]
-[--data-dir DIR] [--write]
+Usage, from the project's root:  python benchmarks/settling.py --load-path RUN [--tol 1e-4] [--T1
+250] [--images 2000] [--data-dir DIR] [--write]
 
 Of RUN's best model, on its test images: free phases of T1 steps against free phases that end early
-(`EnergyModel.settle`), in turn, mini-batch by mini-batch; then, over 10 mini-batches, the smallest cosine similarity of
-a layer's EP gradient from either of them. `--write` appends the table to benchmarks/RESULTS.md.
-"""
+(`EnergyModel.settle`), in turn, mini-batch by mini-batch; then, over 10 mini-batches, the smallest
+cosine similarity of a layer's EP gradient from either of them. `--write` appends the table to
+benchmarks/RESULTS.md."""
+
 import argparse
 import dataclasses
 import datetime
@@ -32,8 +34,13 @@ from experiment.workers import Workers  # noqa: E402
 def trained(path, data_dir, T1, images, mbs, device):
     """(model, arguments, mini-batches of test images, epochs trained) of the run folder `path`."""
     saved = checkpoints.open_saved(path, "evaluate")
-    given = {"todo": "evaluate", "T1": T1, "test_size": images, "mbs": mbs,
-             **({"data_dir": data_dir} if data_dir else {})}
+    given = {
+        "todo": "evaluate",
+        "T1": T1,
+        "test_size": images,
+        "mbs": mbs,
+        **({"data_dir": data_dir} if data_dir else {}),
+    }
     args = arguments.resolve(given, saved.args)
     checks.check(args)
     model = model_utils.make_model(args)
@@ -43,30 +50,40 @@ def trained(path, data_dir, T1, images, mbs, device):
 
 
 def compare(model, batches, rule, tol, device):
-    """(image-steps on average, share unsettled, share of identical predictions, median ratio of times)."""
+    """(image-steps on average, share unsettled, share of identical predictions, median ratio of
+    times)."""
     stopwatch, ratios, same, chain = Stopwatch(), [], 0, model.chain(rule.loss)
     for x, _ in progress(batches, "predictions"):
         outputs = []
 
         def predict(tol):
-            neurons = model_utils.predicting_neurons(model, x, dataclasses.replace(rule, tol=tol),
-                                                     stopwatch if tol else None)
+            neurons = model_utils.predicting_neurons(
+                model, x, dataclasses.replace(rule, tol=tol), stopwatch if tol else None
+            )
             outputs.append(chain.read(neurons))
+
         times = [clock(lambda: predict(t), device) for t in (0.0, tol)]
         ratios.append(times[0] / times[1])
         same += int((outputs[0].argmax(1) == outputs[1].argmax(1)).sum())
     count = stopwatch.settling
-    return (int(count.steps) / count.images, int(count.unsettled) / count.images, same / batches.samples,
-            statistics.median(ratios))
+    return (
+        int(count.steps) / count.images,
+        int(count.unsettled) / count.images,
+        same / batches.samples,
+        statistics.median(ratios),
+    )
 
 
 def smallest_cosine(model, batches, args, tol):
-    """The smallest cosine similarity of a parameter's gradient with and without `tol`, over 10 mini-batches."""
+    """The smallest cosine similarity of a parameter's gradient with and without `tol`, over 10
+    mini-batches."""
     smallest = 1.0
     for _, (x, y) in zip(range(10), batches):
         found = []
         for t in (0.0, tol):
-            model_utils.ep_gradients(model, x, y, dataclasses.replace(model_utils.Rule.of(args), alg="EP", tol=t))
+            model_utils.ep_gradients(
+                model, x, y, dataclasses.replace(model_utils.Rule.of(args), alg="EP", tol=t)
+            )
             found.append([p.grad.clone() for p in model.parameters()])
         smallest = min(smallest, *(cosine(a, b) for a, b in zip(*found)))
     return smallest
@@ -87,28 +104,38 @@ def main():
         parser.error("argument --tol: expected numbers above 0")
     device = chosen(options.device)
     try:
-        model, args, batches, epochs = trained(options.load_path, options.data_dir, options.T1, options.images,
-                                               options.mbs, device)
+        model, args, batches, epochs = trained(
+            options.load_path, options.data_dir, options.T1, options.images, options.mbs, device
+        )
     except data_utils.UserError as e:
         sys.exit(str(e))
     model_utils.set_precision("fp32")
     rule = model_utils.Rule.of(args)
-    shape = f"--channels {' '.join(map(str, args.channels))} --fc" if "CNN" in args.model else "--archi"
-    lines = [f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}", "",
-             f"`{command_of(sys.argv)}`", "",
-             f"{args.model} {shape} {' '.join(map(str, args.fc if 'CNN' in args.model else args.archi))} --act "
-             f"{args.act} on {args.task}, "
-             f"{epochs} epochs, schedule {args.schedule}; {batches.samples} test images, T1 {args.T1}, T2 {args.T2}, "
-             f"betas {args.betas[0]:g} {args.betas[1]:g}{', symmetric' if args.thirdphase else ''}", "",
-             "| --tol | steps, mean | fewer image-steps | unsettled | same predictions | time, ratio | gradient "
-             "cosine at least |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    shape = (
+        f"--channels {' '.join(map(str, args.channels))} --fc" if "CNN" in args.model else "--archi"
+    )
+    lines = [
+        f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}",
+        "",
+        f"`{command_of(sys.argv)}`",
+        "",
+        f"{args.model} {shape} {' '.join(map(str, args.fc if 'CNN' in args.model else args.archi))} --act "
+        f"{args.act} on {args.task}, "
+        f"{epochs} epochs, schedule {args.schedule}; {batches.samples} test images, T1 {args.T1}, T2 {args.T2}, "
+        f"betas {args.betas[0]:g} {args.betas[1]:g}{', symmetric' if args.thirdphase else ''}",
+        "",
+        "| --tol | steps, mean | fewer image-steps | unsettled | same predictions | time, ratio | gradient "
+        "cosine at least |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     print("\n".join(lines), flush=True)
     for tol in options.tol:
         steps, unsettled, same, ratio = compare(model, batches, rule, tol, device)
-        lines.append(f"| {tol:g} | {steps:.1f} | **{args.T1 / steps:.2f}** | {100 * unsettled:.2f} % | "
-                     f"{100 * same:.2f} % | {ratio:.2f} | "
-                     f"{smallest_cosine(model, batches, args, tol):.6f} |")
+        lines.append(
+            f"| {tol:g} | {steps:.1f} | **{args.T1 / steps:.2f}** | {100 * unsettled:.2f} % | "
+            f"{100 * same:.2f} % | {ratio:.2f} | "
+            f"{smallest_cosine(model, batches, args, tol):.6f} |"
+        )
         print(lines[-1], flush=True)
     if options.write:
         publish(lines)

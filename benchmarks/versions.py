@@ -1,13 +1,14 @@
-"""This version against another one, case by case of bench.py: time per call in one process, and peak memory in
-processes of their own.
+"""This version against another one, case by case of bench.py: time per call in one process, and
+peak memory in processes of their own.
 
-Usage, from the project's root:  git worktree add /tmp/before COMMIT; python benchmarks/versions.py /tmp/before [--only
-cnn] [--repeats 9] [--write]
+Usage, from the project's root:  git worktree add /tmp/before COMMIT; python benchmarks/versions.py
+/tmp/before [--only cnn] [--repeats 9] [--write]
 
-Both versions are loaded side by side and run in turn, A B A B ..., so that a drift of the machine's speed meets both;
-the ratio, the other version's time over this one's, is the median of the ratios of neighbours. The case is what each
-version's own bench.py makes of its name. `--write` appends to benchmarks/RESULTS.md.
-"""
+Both versions are loaded side by side and run in turn, A B A B ..., so that a drift of the machine's
+speed meets both; the ratio, the other version's time over this one's, is the median of the ratios
+of neighbours. The case is what each version's own bench.py makes of its name. `--write` appends to
+benchmarks/RESULTS.md."""
+
 import argparse
 import datetime
 import importlib
@@ -43,7 +44,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", type=pathlib.Path, help="a checkout of the other version")
     parser.add_argument("--device", type=int, default=-1)
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose names contain one of these words")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="cases whose names contain one of these words"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -57,24 +60,34 @@ def main():
         return
     if theirs is None:
         parser.error("the other version is this one")
-    lines = [f"## {datetime.date.today()}, this version against the one before, {ours.machine(device)}", "",
-             f"`{ours.command_of(sys.argv)}`", "",
-             "| case | before, ms (range) | now, ms (range) | ratio | before, MiB | now, MiB | memory |",
-             "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        f"## {datetime.date.today()}, this version against the one before, {ours.machine(device)}",
+        "",
+        f"`{ours.command_of(sys.argv)}`",
+        "",
+        "| case | before, ms (range) | now, ms (range) | ratio | before, MiB | now, MiB | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     print("\n".join(lines), flush=True)
     for name in ours.cases(device):
         if name in theirs.cases(device) and any(word in name for word in args.only):
             calls = [bench.sides(name, device)[0] for bench in (theirs, ours)]
             for call in calls * 2:
                 call()
-            pairs = [[bench.clock(call, device) for bench, call in zip((theirs, ours), calls)]
-                     for _ in range(args.repeats)]
-            memory = [memory_of(name, root, args.device) / 2 ** 20 for root in (other, own)]
-            cells = [f"{1e3 * statistics.median(times):.2f} ({1e3 * min(times):.2f} to {1e3 * max(times):.2f})"
-                     for times in zip(*pairs)]
+            pairs = [
+                [bench.clock(call, device) for bench, call in zip((theirs, ours), calls)]
+                for _ in range(args.repeats)
+            ]
+            memory = [memory_of(name, root, args.device) / 2**20 for root in (other, own)]
+            cells = [
+                f"{1e3 * statistics.median(times):.2f} ({1e3 * min(times):.2f} to {1e3 * max(times):.2f})"
+                for times in zip(*pairs)
+            ]
             ratio = statistics.median(before / now for before, now in pairs)
-            lines.append(f"| {name} | {cells[0]} | {cells[1]} | **{ratio:.2f}** | {memory[0]:.1f} | {memory[1]:.1f} | "
-                         f"{memory[1] / memory[0]:.2f} |")
+            lines.append(
+                f"| {name} | {cells[0]} | {cells[1]} | **{ratio:.2f}** | {memory[0]:.1f} | {memory[1]:.1f} | "
+                f"{memory[1] / memory[0]:.2f} |"
+            )
             print(lines[-1], flush=True)
     if args.write:
         ours.publish(lines)

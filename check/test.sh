@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash check/setup.sh
-[ $# -gt 0 ] || { .venv/bin/ruff check . && .venv/bin/mypy; }
+[ $# -gt 0 ] || { .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy; }
 # Processes of one thread each: the tests' models are too small to gain from more, and those that start processes
 # themselves leave the others waiting.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

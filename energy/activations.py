@@ -1,4 +1,5 @@
 """Activations: the state of a neuron as a function of its drive."""
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,8 +41,13 @@ def ctrd_hard_sig(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "mysig": my_sigmoid, "sigmoid": torch.sigmoid, "tanh": torch.tanh,
-    "hard_sigmoid": hard_sigmoid, "my_hard_sig": my_hard_sig, "ctrd_hard_sig": ctrd_hard_sig}
+    "mysig": my_sigmoid,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "hard_sigmoid": hard_sigmoid,
+    "my_hard_sig": my_hard_sig,
+    "ctrd_hard_sig": ctrd_hard_sig,
+}
 
 
 class Rescaled(NamedTuple):
@@ -54,9 +60,15 @@ class Rescaled(NamedTuple):
 
 RESCALED: dict[Activation, Rescaled] = {
     my_sigmoid: Rescaled(torch.sigmoid, 4.0, _MINUS_TWO),
-    my_hard_sig: Rescaled(hard_sigmoid, 0.5, torch.tensor(0.0))}
+    my_hard_sig: Rescaled(hard_sigmoid, 0.5, torch.tensor(0.0)),
+}
 
 # activation: (smallest, largest value)
 RANGES: dict[Activation, tuple[float, float]] = {
-    my_sigmoid: (0.0, 1.0), torch.sigmoid: (0.0, 1.0), torch.tanh: (-1.0, 1.0),
-    hard_sigmoid: (0.0, 1.0), my_hard_sig: (0.0, 1.0), ctrd_hard_sig: (-0.5, 0.5)}
+    my_sigmoid: (0.0, 1.0),
+    torch.sigmoid: (0.0, 1.0),
+    torch.tanh: (-1.0, 1.0),
+    hard_sigmoid: (0.0, 1.0),
+    my_hard_sig: (0.0, 1.0),
+    ctrd_hard_sig: (-0.5, 0.5),
+}

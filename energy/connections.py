@@ -4,6 +4,7 @@ The term of a connection in Phi is s_post . up(s_pre), with up(s) = pool(conv(s)
 determines everything else: the drive on s_post is up(s_pre), the drive on s_pre is the adjoint of
 up applied to s_post, and a weight learns from d[s_post . up(s_pre)]/dW.
 """
+
 import dataclasses
 import types
 from typing import TYPE_CHECKING, Any, Protocol
@@ -194,8 +195,9 @@ class _ConvUp(torch.autograd.Function):
     between them."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, weight: Tensor, bias: Tensor | None,
-                c: "Convolution") -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, pre: Tensor, weight: Tensor, bias: Tensor | None, c: "Convolution"
+    ) -> tuple[Tensor, Tensor | None]:
         post, route = c.pool.pool(c.convolve(pre, weight, bias))
         ctx.c = c
         ctx.save_for_backward(pre, weight, route)
@@ -209,9 +211,12 @@ class _ConvUp(torch.autograd.Function):
         pre, weight, route = ctx.saved_tensors
         needs_pre, needs_weight, needs_bias, _ = ctx.needs_input_grad
         u = ctx.c.pool.adjoint(grad, route, ctx.c.size)  # (mbs, C, H, W)
-        return (ctx.c.transposed(u, weight) if needs_pre else None,
-                ctx.c.weight_grad(pre, u, weight) if needs_weight else None,
-                u.sum((0, 2, 3)) if needs_bias else None, None)
+        return (
+            ctx.c.transposed(u, weight) if needs_pre else None,
+            ctx.c.weight_grad(pre, u, weight) if needs_weight else None,
+            u.sum((0, 2, 3)) if needs_bias else None,
+            None,
+        )
 
 
 class _ConvDown(torch.autograd.Function):
@@ -219,8 +224,9 @@ class _ConvDown(torch.autograd.Function):
     route, not the map between them."""
 
     @staticmethod
-    def forward(ctx: Any, post: Tensor, weight: Tensor, route: Tensor | None,
-                c: "Convolution") -> Tensor:
+    def forward(
+        ctx: Any, post: Tensor, weight: Tensor, route: Tensor | None, c: "Convolution"
+    ) -> Tensor:
         ctx.c = c
         ctx.save_for_backward(post, weight, route)
         return c.transposed(c.pool.adjoint(post, route, c.size), weight)
@@ -264,11 +270,18 @@ class Convolution(Connection):
         pools = not isinstance(self.pool, NoPool)
         pooled = size // 2 if pools else size
         if room < 0 or pooled < 1:
-            raise ValueError(f"a {kernel}x{kernel} convolution with stride {self.stride} and "
-                             f"padding {self.padding}{' and 2x2 pooling' if pools else ''} "
-                             f"leaves nothing of a {side}x{side} map")
-        derived = {"kernel": kernel, "size": (size, size), "pooled": pooled,
-                   "unreached": room % self.stride, "routed": self.pool.routed}
+            raise ValueError(
+                f"a {kernel}x{kernel} convolution with stride {self.stride} and "
+                f"padding {self.padding}{' and 2x2 pooling' if pools else ''} "
+                f"leaves nothing of a {side}x{side} map"
+            )
+        derived = {
+            "kernel": kernel,
+            "size": (size, size),
+            "pooled": pooled,
+            "unreached": room % self.stride,
+            "routed": self.pool.routed,
+        }
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # frozen for everyone else
 
@@ -343,7 +356,8 @@ class WindowConvolution(Convolution):
 
     def transposed(self, u: Tensor, weight: Tensor) -> Tensor:
         windows = (_pixels(u) @ _rows(weight)).view(
-            u.size(0), *self.size, self.kernel, self.kernel, weight.size(1))
+            u.size(0), *self.size, self.kernel, self.kernel, weight.size(1)
+        )
         side = self.pre_shape[1] + 2 * self.padding
         pre = u.new_zeros(u.size(0), side, side, weight.size(1))
         last = self.stride * (self.size[0] - 1) + 1
@@ -370,8 +384,9 @@ def _pixels(u: Tensor) -> Tensor:
     return u.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def convolution(synapse: nn.Conv2d, pool: Pooling, pre_shape: Shape,
-                feedback: nn.Conv2d | None = None) -> Convolution:
+def convolution(
+    synapse: nn.Conv2d, pool: Pooling, pre_shape: Shape, feedback: nn.Conv2d | None = None
+) -> Convolution:
     """The connection through a convolution and a pooling. Raises ValueError where nothing is left
     of a map."""
     stride, padding = synapse.stride[0], int(synapse.padding[0])

@@ -11,6 +11,7 @@ minus beta dL/ds_N at the top. No step needs automatic differentiation.
 Neurons are a list of N tensors (mbs, *shape of the layer), and `neurons[n - 1]` is s_n. Faster ways
 to take the same steps are in `fast`.
 """
+
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -61,8 +62,9 @@ class Chain:
     def zeros(self, drive: Tensor) -> Neurons:
         """Zero neurons for the mini-batch of `drive`."""
         zeros = [drive.new_zeros(len(drive), *c.post_shape) for c in self.connections]
-        return [z.contiguous(memory_format=torch.channels_last) if z.dim() == 4 else z
-                for z in zeros]
+        return [
+            z.contiguous(memory_format=torch.channels_last) if z.dim() == 4 else z for z in zeros
+        ]
 
     def read(self, neurons: Sequence[Tensor]) -> Tensor:
         """The read-out, (mbs, classes)."""
@@ -92,8 +94,9 @@ class Chain:
         if readout is not None:
             readout = dataclasses.replace(readout, mask=masks[-1])
             masks = masks[:-1]
-        connections = tuple(dataclasses.replace(c, mask=mask)
-                            for c, mask in zip(self.connections, masks))
+        connections = tuple(
+            dataclasses.replace(c, mask=mask) for c, mask in zip(self.connections, masks)
+        )
         return dataclasses.replace(self, connections=connections, readout=readout)
 
     def take(self, chosen: Tensor) -> "Chain":
@@ -199,8 +202,9 @@ def window(T: int) -> int:
     return min(WINDOW, T)
 
 
-def has_converged(before: Sequence[Tensor], after: Sequence[Tensor],
-                  tol: float = CONVERGED) -> Tensor:
+def has_converged(
+    before: Sequence[Tensor], after: Sequence[Tensor], tol: float = CONVERGED
+) -> Tensor:
     """Whether each image has converged, (mbs,) bool: the one meaning that all the program has of
     it. before, after: its neurons `window(T)` steps before the T-th step, and after it. tol: where
     --tol asks for another threshold."""
@@ -259,22 +263,42 @@ class _Moving:
         """All images of a mini-batch, at zero neurons."""
         mbs, device = len(phase.drive), phase.drive.device
         zeros = chain.zeros(phase.drive)
-        return cls(chain, phase, torch.arange(mbs, device=device), zeros, zeros, zeros,
-                   torch.ones(mbs, dtype=torch.bool, device=device))
+        return cls(
+            chain,
+            phase,
+            torch.arange(mbs, device=device),
+            zeros,
+            zeros,
+            zeros,
+            torch.ones(mbs, dtype=torch.bool, device=device),
+        )
 
     def without_stopped(self, result: Neurons) -> "_Moving":
         """The images that still move; the neurons of the others are written to `result`."""
         left, gone = self.moves.nonzero().flatten(), (~self.moves).nonzero().flatten()
         _put(result, self.images[gone], [s[gone] for s in self.stopped])
         state = [take_samples(s, left) for s in self.state]
-        return _Moving(self.chain.take(left), self.phase.take(left), self.images[left], state,
-                       state, state, self.moves[left])
+        return _Moving(
+            self.chain.take(left),
+            self.phase.take(left),
+            self.images[left],
+            state,
+            state,
+            state,
+            self.moves[left],
+        )
 
 
 @torch.no_grad()
-def relax_until_settled(chain: Chain, phase: Phase, T: int, tol: float, every: int = WINDOW,
-                        advance: Step | None = None,
-                        leaving: Leaving | None = None) -> tuple[Neurons, Settling]:
+def relax_until_settled(
+    chain: Chain,
+    phase: Phase,
+    T: int,
+    tol: float,
+    every: int = WINDOW,
+    advance: Step | None = None,
+    leaving: Leaving | None = None,
+) -> tuple[Neurons, Settling]:
     """`relax` from zero neurons for at most T steps, but an image stops once it has converged: once
     `every` steps have together changed no layer of it by `tol` of that layer's norm.
 
@@ -291,8 +315,9 @@ def relax_until_settled(chain: Chain, phase: Phase, T: int, tol: float, every: i
         if done % every and done < T:
             continue
         looks += 1
-        batch.stopped = (batch.state if leaving.at_once
-                         else _where(batch.moves, batch.state, batch.stopped))
+        batch.stopped = (
+            batch.state if leaving.at_once else _where(batch.moves, batch.state, batch.stopped)
+        )
         if done % every == 0:  # else the last look came early
             still = batch.moves & has_converged(batch.before, batch.state, tol)
             steps[batch.images] = torch.where(still, done, steps[batch.images])

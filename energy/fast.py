@@ -6,6 +6,7 @@ into ones whose steps cost less, or takes the steps its own way. Rows are asked 
 their order: every row that rewrites does, then the first way that applies is taken, and may leave
 part of the steps to the others.
 """
+
 import dataclasses
 import functools
 import math
@@ -22,7 +23,7 @@ from energy.dynamics import CONVERGED, Chain, Neurons, Phase, Settling, half_ste
 
 # Neurons in a mini-batch up to which two phases, or two trajectories, are faster as one mini-batch
 # of twice the size.
-PAIRED = 2 ** 20
+PAIRED = 2**20
 
 
 class Steps(NamedTuple):
@@ -59,8 +60,13 @@ class Row(NamedTuple):
     way: Callable[[Steps], Neurons] | None = None
 
 
-def relax(chain: Chain, phase: Phase, neurons: Sequence[Tensor] | None, T: int,
-          output_in: int | None = None) -> Neurons:
+def relax(
+    chain: Chain,
+    phase: Phase,
+    neurons: Sequence[Tensor] | None,
+    T: int,
+    output_in: int | None = None,
+) -> Neurons:
     """`dynamics.relax` by the first way that applies. With `output_in` layers that do not reach the
     output may be as of an earlier step."""
     return _taken(rewritten(Steps(chain, phase, neurons, T, output_in)))
@@ -81,16 +87,18 @@ def rewritten(steps: Steps) -> Steps:
     return steps
 
 
-def relax_until_settled(chain: Chain, phase: Phase, T: int, tol: float,
-                        every: int = dynamics.WINDOW) -> tuple[Neurons, Settling]:
+def relax_until_settled(
+    chain: Chain, phase: Phase, T: int, tol: float, every: int = dynamics.WINDOW
+) -> tuple[Neurons, Settling]:
     """`dynamics.relax_until_settled`, of the rewritten chain, and compiled where requested."""
     steps = rewritten(Steps(chain, phase, None, T))
     advance = _compiled_step if "compiled" in TABLE and _compiles(steps) else None
     return dynamics.relax_until_settled(steps.chain, steps.phase, T, tol, every, advance)
 
 
-def from_zero(chain: Chain, phase: Phase, T: int, tol: float = 0.0,
-              output_in: int | None = None) -> tuple[Neurons, Settling | None]:
+def from_zero(
+    chain: Chain, phase: Phase, T: int, tol: float = 0.0, output_in: int | None = None
+) -> tuple[Neurons, Settling | None]:
     """(the neurons after T steps from zero, None); with `tol` what `relax_until_settled` returns,
     after at most T steps; `output_in`, see `relax`, then has no effect."""
     if tol:
@@ -103,8 +111,9 @@ FIXED = CONVERGED / 100
 
 
 @torch.no_grad()
-def relax_and_check(chain: Chain, phase: Phase, T: int,
-                    ends_early: bool = False) -> tuple[Neurons, Tensor]:
+def relax_and_check(
+    chain: Chain, phase: Phase, T: int, ends_early: bool = False
+) -> tuple[Neurons, Tensor]:
     """(the neurons after T free steps from zero; whether each image has converged by then, (mbs,)
     bool, see `dynamics.has_converged`). The read-out is bit for bit that of `relax` from zero with
     output_in 0.
@@ -131,14 +140,15 @@ def _every_layer(steps: Steps) -> Neurons:
     return dynamics.relax(steps.chain, steps.phase, steps.neurons, steps.T)
 
 
-def relax_both_signs(chain: Chain, phase: Phase, neurons: Sequence[Tensor],
-                     T: int) -> tuple[Neurons, Neurons]:
+def relax_both_signs(
+    chain: Chain, phase: Phase, neurons: Sequence[Tensor], T: int
+) -> tuple[Neurons, Neurons]:
     """The neurons after T steps nudged by phase.beta, and after T steps nudged by -phase.beta, each
     from `neurons`."""
     if "both signs" in TABLE and TABLE["both signs"].applies(Steps(chain, phase)):
         twice, both = _twice(chain, phase)
         beta = both.drive.new_full((len(both.drive), 1), phase.beta)  # (2 mbs, 1)
-        beta[len(phase.drive):] *= -1
+        beta[len(phase.drive) :] *= -1
         both = dataclasses.replace(both, beta=beta)
         states = relax(twice, both, [torch.cat([s, s]) for s in neurons], T)
         halves = [s.chunk(2) for s in states]
@@ -172,13 +182,18 @@ def _pays_as_product(connection: Connection, mbs: int) -> bool:
     if type(connection) is not Convolution:
         return False
     weight = connection.synapse.weight
-    return (weight.device.type == "cpu" and 2 * mbs * connection.size[0] ** 2 <= weight.size(0)
-            and weight.is_contiguous(memory_format=torch.channels_last))
+    return (
+        weight.device.type == "cpu"
+        and 2 * mbs * connection.size[0] ** 2 <= weight.size(0)
+        and weight.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _with_windows(chain: Chain, mbs: int) -> Chain:
-    connections = tuple(c.windowed() if isinstance(c, Convolution) and _pays_as_product(c, mbs)
-                        else c for c in chain.connections)
+    connections = tuple(
+        c.windowed() if isinstance(c, Convolution) and _pays_as_product(c, mbs) else c
+        for c in chain.connections
+    )
     if connections == chain.connections:
         return chain
     return dataclasses.replace(chain, connections=connections)
@@ -191,12 +206,19 @@ def _with_windows(chain: Chain, mbs: int) -> Chain:
 def _folds(steps: Steps) -> bool:
     chain = steps.chain
     if torch.is_grad_enabled() and steps.routed:
-        # rounding decides between equal winners of a max-pooling, and published attacks depend on it
+        # rounding decides between equal winners of a max-pooling, and published attacks depend on
+        # it
         return False
     exact = steps.phase.drive.dtype != torch.bfloat16 or chain.activation is my_hard_sig  # x / 2 is
     weights = sum(c.synapse.weight.numel() for c in chain.connections[1:])
-    return (steps.T > 1 and chain.activation in RESCALED and not chain.linear_output
-            and not chain.compiled and exact and steps.T * steps.size >= 2 * weights)
+    return (
+        steps.T > 1
+        and chain.activation in RESCALED
+        and not chain.linear_output
+        and not chain.compiled
+        and exact
+        and steps.T * steps.size >= 2 * weights
+    )
 
 
 def _folded(steps: Steps) -> Steps:
@@ -204,8 +226,9 @@ def _folded(steps: Steps) -> Steps:
     first, *upper = steps.chain.connections  # of the first only its drive is used
     connections = (first, *(c.scaled(gain, offset) for c in upper))
     chain = dataclasses.replace(steps.chain, activation=base, connections=connections)
-    phase = dataclasses.replace(steps.phase, drive=affine(steps.phase.drive, gain, offset),
-                                beta=gain * steps.phase.beta)
+    phase = dataclasses.replace(
+        steps.phase, drive=affine(steps.phase.drive, gain, offset), beta=gain * steps.phase.beta
+    )
     return steps._replace(chain=chain, phase=phase)
 
 
@@ -386,17 +409,21 @@ def _compiled_relax(steps: Steps) -> Neurons:
 TABLE: dict[str, Row] = {
     "window products": Row(
         lambda s: any(_pays_as_product(c, s.mbs) for c in s.chain.connections),
-        rewrite=lambda s: s._replace(chain=_with_windows(s.chain, s.mbs))),
+        rewrite=lambda s: s._replace(chain=_with_windows(s.chain, s.mbs)),
+    ),
     "folded activation": Row(_folds, rewrite=_folded),
     "remembered routes": Row(_remembers, rewrite=_with_remembered_routes),
     "both signs": Row(_small),
     "first step": Row(_starts_from_zero, way=_from_zero),
     "compiled": Row(_compiles, way=_compiled_relax),
     "one trajectory": Row(
-        lambda s: s.output_in is not None and _has_two_trajectories(s), way=_one_trajectory),
+        lambda s: s.output_in is not None and _has_two_trajectories(s), way=_one_trajectory
+    ),
     "both trajectories": Row(
-        lambda s: s.T >= 7 and _has_two_trajectories(s) and _small(s), way=_both_trajectories),
+        lambda s: s.T >= 7 and _has_two_trajectories(s) and _small(s), way=_both_trajectories
+    ),
     "output cone": Row(
-        lambda s: (s.output_in is not None and s.neurons is not None
-                   and s.chain.schedule == "sync"), way=_output_cone),
+        lambda s: s.output_in is not None and s.neurons is not None and s.chain.schedule == "sync",
+        way=_output_cone,
+    ),
 }

@@ -4,6 +4,7 @@ the same step, counted from the end.
 
 `model` is an energy model of `model_utils`, `rule` a `model_utils.Rule`.
 """
+
 import dataclasses
 import functools
 import math
@@ -24,8 +25,9 @@ Contributions = dict[str, Tensor]  # name of a parameter, or `neurons_i`: time f
 Row = dict[str, Any]
 
 
-def bptt_contributions(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, beta: float,
-                       criterion: Criterion) -> Contributions:
+def bptt_contributions(
+    model: Any, x: Tensor, y: Tensor, T1: int, T2: int, beta: float, criterion: Criterion
+) -> Contributions:
     """The contribution of each of the last T2 of T1 free steps to the gradient of the loss, by one
     backward pass.
 
@@ -46,7 +48,10 @@ def bptt_contributions(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, beta:
     with torch.enable_grad():  # the read-out is part of the loss and counts as the last step's
         last = {f"model.{name}": p for name, p in steps[-1].items()}
         loss = torch.func.functional_call(_Loss(model), last, (neurons, y, criterion))
-    wanted = [*(p for step in steps for p in step.values()), *(s for state in states for s in state)]
+    wanted = [
+        *(p for step in steps for p in step.values()),
+        *(s for state in states for s in state),
+    ]
     grads = torch.autograd.grad(loss, wanted, allow_unused=True)
     names = [name for step in steps for name in step]
     names += [f"neurons_{i}" for i in range(len(neurons))] * T2
@@ -77,8 +82,9 @@ class _Loss(nn.Module):
         return self.model.loss(neurons, y, criterion).mean()
 
 
-def ep_contributions(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, betas: Sequence[float],
-                     criterion: Criterion) -> Contributions:
+def ep_contributions(
+    model: Any, x: Tensor, y: Tensor, T1: int, T2: int, betas: Sequence[float], criterion: Criterion
+) -> Contributions:
     """The EP update between successive steps of the nudged phase, in the form of
     `bptt_contributions`: entry k is that of the k-th nudged step, which the theorem compares with
     the k-th free step from the end. p.grad is left unchanged.
@@ -104,8 +110,16 @@ def ep_contributions(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, betas: 
     return {name: torch.stack(values) for name, values in result.items()}
 
 
-def check_gdu(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, betas: Sequence[float],
-              criterion: Criterion, alg: str = "EP") -> tuple[Contributions, Contributions]:
+def check_gdu(
+    model: Any,
+    x: Tensor,
+    y: Tensor,
+    T1: int,
+    T2: int,
+    betas: Sequence[float],
+    criterion: Criterion,
+    alg: str = "EP",
+) -> tuple[Contributions, Contributions]:
     """EP's updates step by step, and BPTT's gradients, which they should be (Ernoult et al., 2019).
 
     Returns (BPTT, EP), dicts over parameter names and `neurons_i`, time first: see
@@ -119,8 +133,10 @@ def check_gdu(model: Any, x: Tensor, y: Tensor, T1: int, T2: int, betas: Sequenc
         raise ValueError("the mini-batch is empty: it has no gradient")
     if T2 > T1:
         raise ValueError(f"BPTT goes back through at most T1 = {T1} steps, got T2 = {T2}")
-    return (bptt_contributions(model, x, y, T1, T2, betas[0], criterion),
-            ep_contributions(model, x, y, T1, T2, betas, criterion))
+    return (
+        bptt_contributions(model, x, y, T1, T2, betas[0], criterion),
+        ep_contributions(model, x, y, T1, T2, betas, criterion),
+    )
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -182,12 +198,15 @@ def complete_ep(model: Any, x: Tensor, y: Tensor, rule: Any, beta: float) -> dic
 
 def mean(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of several dicts of tensors, entry by entry."""
-    return {name: functools.reduce(torch.add, [d[name] for d in dicts]) / len(dicts)
-            for name in dicts[0]}
+    return {
+        name: functools.reduce(torch.add, [d[name] for d in dicts]) / len(dicts)
+        for name in dicts[0]
+    }
 
 
-def comparable(model: Any, x: Tensor, y: Tensor, rule: Any, BPTT: Contributions,
-               runs: Sequence[Contributions]) -> tuple[Contributions, Contributions]:
+def comparable(
+    model: Any, x: Tensor, y: Tensor, rule: Any, BPTT: Contributions, runs: Sequence[Contributions]
+) -> tuple[Contributions, Contributions]:
     """The sides that the theorem compares, from EP's `runs` nudged by beta_2, and of two the second
     by -beta_2: (BPTT's side, EP's side), {name: tensor}, time first.
 
@@ -198,7 +217,7 @@ def comparable(model: Any, x: Tensor, y: Tensor, rule: Any, BPTT: Contributions,
     for n, slope in enumerate(activation_slopes(model, x, y, rule)):
         bptt[f"neurons_{n}"] = bptt[f"neurons_{n}"] * slope
     if model.softmax:
-        signs = (1, -1)[:len(runs)]
+        signs = (1, -1)[: len(runs)]
         whole = mean([complete_ep(model, x, y, rule, sign * rule.betas[1]) for sign in signs])
         for name in whole:
             if name.startswith(f"synapses.{len(model.synapses) - 1}."):
@@ -216,6 +235,7 @@ def compare_gdu(bptt: Contributions, ep: Contributions, estimate: str) -> list[R
     cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||;
                 nan where T2 steps of BPTT do not reach the parameter or layer
     """
+
     def rms(values: Tensor) -> Tensor:
         return values.pow(2).mean(0).sqrt()
 
@@ -225,11 +245,16 @@ def compare_gdu(bptt: Contributions, ep: Contributions, estimate: str) -> list[R
         total_a, total_b = a.sum(0).flatten(), b.sum(0).flatten()
         reached = bool(total_b.any())
         distance = (total_a - total_b).norm() / total_b.norm()
-        rows.append({"name": name, "estimate": estimate,
-                     "rmse": (rms(a - b) / (torch.maximum(rms(a), rms(b)) + 1e-30)).mean().item(),
-                     "sign_error": (a * b < 0).double().mean().item(),
-                     "cosine": cosine(total_a, total_b) if reached else math.nan,
-                     "distance": distance.item() if reached else math.nan})
+        rows.append(
+            {
+                "name": name,
+                "estimate": estimate,
+                "rmse": (rms(a - b) / (torch.maximum(rms(a), rms(b)) + 1e-30)).mean().item(),
+                "sign_error": (a * b < 0).double().mean().item(),
+                "cosine": cosine(total_a, total_b) if reached else math.nan,
+                "distance": distance.item() if reached else math.nan,
+            }
+        )
     return rows
 
 
@@ -239,7 +264,7 @@ def image_cosines(model: Any, x: Tensor, y: Tensor, rule: Any) -> dict[str, list
     found: dict[str, list[float]] = {name: [] for name, _ in model.named_parameters()}
     signs = (1, -1) if rule.thirdphase else (1,)
     for i in range(len(x)):
-        one = (x[i:i + 1], y[i:i + 1])
+        one = (x[i : i + 1], y[i : i + 1])
         bptt = bptt_contributions(model, *one, rule.T1, rule.T2, rule.betas[0], rule.loss)
         ep = mean([complete_ep(model, *one, rule, sign * rule.betas[1]) for sign in signs])
         for name, cosines in found.items():
@@ -293,12 +318,18 @@ def verdict(comparison: Comparison, rule: Any, enough: float = 0.99) -> str:
     if moving > 0.051 * images:
         advice = far
     elif worst.get("cosine_median", 0) > enough:
-        advice = (f"most images agree, and beta = {rule.betas[1]:g} takes some to another state "
-                  "(other winners of a max-pooling, say): a smaller beta (--betas)")
+        advice = (
+            f"most images agree, and beta = {rule.betas[1]:g} takes some to another state "
+            "(other winners of a max-pooling, say): a smaller beta (--betas)"
+        )
     elif not rule.thirdphase:
-        advice = ("the one-sided estimate has an error of first order in beta: --thirdphase, or a "
-                  "smaller beta (--betas)")
+        advice = (
+            "the one-sided estimate has an error of first order in beta: --thirdphase, or a "
+            "smaller beta (--betas)"
+        )
     else:
-        advice = (f"beta = {rule.betas[1]:g} is too large (or, below 0.001, drowns in rounding): "
-                  "another one (--betas)")
+        advice = (
+            f"beta = {rule.betas[1]:g} is too large (or, below 0.001, drowns in rounding): "
+            "another one (--betas)"
+        )
     return f"EP does not agree with BPTT: {found}; {advice}"

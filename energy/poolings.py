@@ -9,6 +9,7 @@ of a feature map u, (mbs, C, H, W):
 
 Feature maps are channels-last in memory.
 """
+
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -116,7 +117,7 @@ def _windows(pixels: Tensor) -> Tensor:
     """The 2x2 windows of a map (mbs, H, W, C), (mbs, h, 2, w, 2, C): a view, without an odd last
     row or column."""
     h, w = pixels.size(1) // 2, pixels.size(2) // 2
-    return pixels[:, :2 * h, :2 * w].unflatten(2, (w, 2)).unflatten(1, (h, 2))
+    return pixels[:, : 2 * h, : 2 * w].unflatten(2, (w, 2)).unflatten(1, (h, 2))
 
 
 def _spread(post: Tensor) -> Tensor:
@@ -167,8 +168,7 @@ class NoPool(_Linear, nn.Identity):
         return post
 
 
-POOLS: dict[str, Callable[[], nn.Module]] = {
-    "m": MaxPool, "a": lambda: AvgPool(2, 2), "i": NoPool}
+POOLS: dict[str, Callable[[], nn.Module]] = {"m": MaxPool, "a": lambda: AvgPool(2, 2), "i": NoPool}
 
 
 def make_pools(letters: str) -> nn.ModuleList:

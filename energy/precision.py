@@ -1,4 +1,5 @@
 """Precision of float32 products on a CUDA device."""
+
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,14 +17,18 @@ def set_precision(name: str) -> None:
     PyTorch has an older and a newer setting for this. Code that reads the one after only the other
     was set, as torch.compile does, gets an error: both are set alike."""
     low = name == "tf32"
-    _set({"matmul": "high" if low else "highest", "cudnn": low,
-          **dict.fromkeys(_newer(), "tf32" if low else "ieee"),
-          "cpu": _mkldnn.matmul.fp32_precision})
+    _set(
+        {
+            "matmul": "high" if low else "highest",
+            "cudnn": low,
+            **dict.fromkeys(_newer(), "tf32" if low else "ieee"),
+            "cpu": _mkldnn.matmul.fp32_precision,
+        }
+    )
 
 
 def _newer() -> dict[str, Any]:
-    return {"cuda.matmul": backends.cuda.matmul, "cudnn.conv": _cudnn.conv,
-            "cudnn.rnn": _cudnn.rnn}
+    return {"cuda.matmul": backends.cuda.matmul, "cudnn.conv": _cudnn.conv, "cudnn.rnn": _cudnn.rnn}
 
 
 def _set(settings: dict[str, Any]) -> None:
@@ -39,11 +44,12 @@ def _current() -> dict[str, Any]:
     newer = {name: setting.fp32_precision for name, setting in _newer().items()}
     older: dict[str, Any]
     try:
-        older = {"matmul": torch.get_float32_matmul_precision(),
-                 "cudnn": backends.cudnn.allow_tf32}
+        older = {"matmul": torch.get_float32_matmul_precision(), "cudnn": backends.cudnn.allow_tf32}
     except RuntimeError:  # the caller has set only one of the two
-        older = {"matmul": "high" if newer["cuda.matmul"] == "tf32" else "highest",
-                 "cudnn": newer["cudnn.conv"] == "tf32"}
+        older = {
+            "matmul": "high" if newer["cuda.matmul"] == "tf32" else "highest",
+            "cudnn": newer["cudnn.conv"] == "tf32",
+        }
     return {**older, **newer, "cpu": _mkldnn.matmul.fp32_precision}
 
 

@@ -1,5 +1,7 @@
-"""From the words of a command line to checked arguments. Words stay text until all are known, and are judged then, so
-that of a flag given twice only the last counts, and a saved run can fill in what was not given."""
+"""From the words of a command line to checked arguments. Words stay text until all are known, and
+are judged then, so that of a flag given twice only the last counts, and a saved run can fill in
+what was not given."""
+
 import argparse
 import difflib
 import math
@@ -39,11 +41,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv, flags, description=None):
-    """The flags that were given, judged: {dest: value}. Raises UserError; SystemExit(0) after --help.
+    """The flags that were given, judged: {dest: value}. Raises UserError; SystemExit(0) after
+    --help.
 
     argv: the words; flags: {title of a group: list of Flag}."""
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     known = {}
     for title, group in flags.items():
         arguments = parser.add_argument_group(title)
@@ -53,20 +60,33 @@ def parse(argv, flags, description=None):
             if flag.kind is bool:
                 _add_switch(arguments, flag, {other.name for other in ALL})
             else:
-                metavar = "{" + ",".join(flag.choices) + "}" if flag.choices else {int: "N", float: "X",
-                        str: "TEXT"}[flag.kind]
-                arguments.add_argument(f"--{flag.name}", nargs="+" if flag.many else None, metavar=metavar,
-                                       help=(flag.help + default).replace("%", "%%"))
-    given = vars(parser.parse_args([_SHIELD + word if _like_a_number(word) else word for word in argv]))
+                metavar = (
+                    "{" + ",".join(flag.choices) + "}"
+                    if flag.choices
+                    else {int: "N", float: "X", str: "TEXT"}[flag.kind]
+                )
+                arguments.add_argument(
+                    f"--{flag.name}",
+                    nargs="+" if flag.many else None,
+                    metavar=metavar,
+                    help=(flag.help + default).replace("%", "%%"),
+                )
+    given = vars(
+        parser.parse_args([_SHIELD + word if _like_a_number(word) else word for word in argv])
+    )
     return {dest: _judge_given(known[dest], value) for dest, value in given.items()}
 
 
 def _add_switch(arguments, flag, names):
     """Adds a switch and its negative, unless that is among `names`, those of all flags."""
     off = "" if flag.negative in names else f" (off: --{flag.negative})"
-    arguments.add_argument(f"--{flag.name}", action="store_true", help=(flag.help + off).replace("%", "%%"))
+    arguments.add_argument(
+        f"--{flag.name}", action="store_true", help=(flag.help + off).replace("%", "%%")
+    )
     if off:
-        arguments.add_argument(f"--{flag.negative}", action="store_false", dest=flag.dest, help=argparse.SUPPRESS)
+        arguments.add_argument(
+            f"--{flag.negative}", action="store_false", dest=flag.dest, help=argparse.SUPPRESS
+        )
 
 
 # Put in front of negative numbers, because argparse takes -1e-3, -1., -1/2 and -inf for flags.
@@ -74,7 +94,8 @@ _SHIELD = " "
 
 
 def _like_a_number(word):
-    """Whether a word is a number with a minus sign (also a fraction, infinite or nan), or begins like one."""
+    """Whether a word is a number with a minus sign (also a fraction, infinite or nan), or begins
+    like one."""
     if not word.startswith("-"):
         return False
     try:
@@ -140,21 +161,26 @@ def shown(value):
 
 
 def contrast(flag, value, word, other):
-    """Two values of a flag as one would type them: `--T1 9 (until now 8)`, of a switch `--no-save (until now --save)`.
-    word: the `until now`."""
+    """Two values of a flag as one would type them: `--T1 9 (until now 8)`, of a switch `--no-save
+    (until now --save)`. word: the `until now`."""
     if flag.kind is bool:
         return f"{typed(flag, value)[0]} ({word} {typed(flag, other)[0]})"
     return f"--{flag.name} {shown(value)} ({word} {shown(other)})"
 
 
 def judge(flag, text):
-    """The value of one word for `flag`; UserError, naming the flag, what was given and what is allowed, if it has
-    none."""
+    """The value of one word for `flag`; UserError, naming the flag, what was given and what is
+    allowed, if it has none."""
     low, high = flag.low, flag.high
     if flag.kind is int and high is None:
         high = LARGEST
-    allowed = "one of " + ", ".join(flag.choices) if flag.choices else {
-        int: "a whole number", float: "a number", str: "a text without control characters"}[flag.kind]
+    allowed = (
+        "one of " + ", ".join(flag.choices)
+        if flag.choices
+        else {int: "a whole number", float: "a number", str: "a text without control characters"}[
+            flag.kind
+        ]
+    )
     if low is not None:
         allowed += f" of at least {low}"
     if high is not None and (flag.high is not None or _beyond(text, high)):
@@ -165,11 +191,21 @@ def judge(flag, text):
         value = _fraction(text) if flag.kind is float and "/" in text else flag.kind(text)
     except (ValueError, ZeroDivisionError):
         value = None
-    if (value is None or flag.choices and value not in flag.choices
-            or flag.kind is str and _has_control_characters(value)
-            or flag.kind is float and not math.isfinite(value)
-            or low is not None and value < low or high is not None and value > high
-            or flag.least and 0 < value < flag.least):
+    if (
+        value is None
+        or flag.choices
+        and value not in flag.choices
+        or flag.kind is str
+        and _has_control_characters(value)
+        or flag.kind is float
+        and not math.isfinite(value)
+        or low is not None
+        and value < low
+        or high is not None
+        and value > high
+        or flag.least
+        and 0 < value < flag.least
+    ):
         given = repr(text) if len(text) <= 200 else f"{text[:40]!r}..., {len(text)} characters"
         raise UserError(f"argument --{flag.name}: got {given}, expected {allowed}")
     return value
@@ -189,11 +225,14 @@ def _has_control_characters(text):
 def _beyond(text, high):
     """Whether a word is a number, and too large a one."""
     digits = text.strip().lstrip("+")
-    return digits.isdecimal() and (len(digits) > 4000 or int(digits) > high)  # int() takes no longer ones
+    return digits.isdecimal() and (
+        len(digits) > 4000 or int(digits) > high
+    )  # int() takes no longer ones
 
 
 def described(value):
-    """Any value in a few words, on one line: what a file holds may be large, nested deeply, or impossible to print."""
+    """Any value in a few words, on one line: what a file holds may be large, nested deeply, or
+    impossible to print."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
     short = reprlib.Repr()
@@ -201,7 +240,11 @@ def described(value):
     try:
         return " ".join(short.repr(value).split())
     except ValueError:  # a number of more digits than Python writes
-        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+        return (
+            f"a number of {value.bit_length()} bits"
+            if isinstance(value, int)
+            else f"a {type(value).__name__}"
+        )
 
 
 def named(path):
@@ -211,8 +254,8 @@ def named(path):
 
 
 def judge_saved(flag, value, path):
-    """The value of one flag as a saved run has it, held to the same rules; None where the flag may be unset. Raises
-    UserError."""
+    """The value of one flag as a saved run has it, held to the same rules; None where the flag may
+    be unset. Raises UserError."""
     if flag.kind is bool:
         if isinstance(value, bool):
             return value
@@ -227,18 +270,27 @@ def judge_saved(flag, value, path):
             try:
                 values = [judge(flag, str(v)) for v in values]
                 return values if flag.many else values[0]
-            except (UserError, ValueError):  # ValueError: a number of more digits than Python writes
+            except (
+                UserError,
+                ValueError,
+            ):  # ValueError: a number of more digits than Python writes
                 pass
     raise UserError(f"{path} has no sensible --{flag.name}: {described(value)}")
 
 
 def resolve(given, saved=None):
-    """Every argument's value: as given, else as in the saved run, else the default. Returns a Namespace.
+    """Every argument's value: as given, else as in the saved run, else the default. Returns a
+    Namespace.
 
-    given: of `parse`; saved: the arguments of the run that it knows, judged; None where there is no run. Says on
-    standard error which given ones the run overrules, and what neither says of the model."""
+    given: of `parse`; saved: the arguments of the run that it knows, judged; None where there is no
+    run. Says on standard error which given ones the run overrules, and what neither says of the
+    model."""
     # a run that does not say --val-size has held nothing out
-    args, overruled, known = argparse.Namespace(), [], {} if saved is None else {"val_size": None, **saved}
+    args, overruled, known = (
+        argparse.Namespace(),
+        [],
+        {} if saved is None else {"val_size": None, **saved},
+    )
     resumes = given.get("todo", "train") == "train"
     fixed = {"architecture", "training"} if resumes else {"architecture"}
     forgotten = {"session"} if resumes else {"session", "resumed"}
@@ -261,15 +313,23 @@ def resolve(given, saved=None):
         _without_steps(args, given, known)
     if overruled:
         print(f"note: the saved run decides {', '.join(overruled)}", file=sys.stderr)
-    guessed = [flag for flag in ALL if flag.dest not in {**known, **given} and _describes_model(flag, args)]
+    guessed = [
+        flag for flag in ALL if flag.dest not in {**known, **given} and _describes_model(flag, args)
+    ]
     if saved is not None and guessed:
-        print("note: the saved run does not say " + ", ".join(f"--{flag.name}" for flag in guessed) + "; taken: "
-              + ", ".join(f"{flag.name} {shown(getattr(args, flag.dest))}" for flag in guessed), file=sys.stderr)
+        print(
+            "note: the saved run does not say "
+            + ", ".join(f"--{flag.name}" for flag in guessed)
+            + "; taken: "
+            + ", ".join(f"{flag.name} {shown(getattr(args, flag.dest))}" for flag in guessed),
+            file=sys.stderr,
+        )
     return args
 
 
 def _fit_to_task(args, given):
-    """Gives the sizes of the first and last layer, where no flag does, the values that the task has."""
+    """Gives the sizes of the first and last layer, where no flag does, the values that the task
+    has."""
     task = TASKS[args.task]
     if "archi" not in given:
         args.archi = [task.inputs, *args.archi[1:-1], task.classes]
@@ -282,15 +342,17 @@ def _fit_to_weights(args, known):
     the same shapes fit several of them. known: {dest: value} of the saved run and the flags."""
     unknown = [name for name in GEOMETRY if name not in known]
     if "pools" in unknown or "paddings" in unknown:
-        raise UserError(f"the saved run does not record --{', --'.join(unknown)} and its weights "
-                        "do not determine them; give these flags as in the training")
+        raise UserError(
+            f"the saved run does not record --{', --'.join(unknown)} and its weights "
+            "do not determine them; give these flags as in the training"
+        )
     if unknown:
         args.strides = [1] * len(args.channels)
 
 
 def _without_steps(args, given, known):
-    """Gives the flags of time steps what stands for them in a model that has none, and --alg, where no one says it, its
-    rule."""
+    """Gives the flags of time steps what stands for them in a model that has none, and --alg, where
+    no one says it, its rule."""
     for name, value in NO_STEPS.items():
         setattr(args, name, value)
     args.attack_grad = [grad for grad in args.attack_grad if grad not in OF_STEPS] or ["bptt"]
@@ -299,6 +361,10 @@ def _without_steps(args, given, known):
 
 
 def _describes_model(flag, args):
-    """Whether a flag says something about the model of `args` that every run has known, the original code's too."""
-    return (flag.scope == "architecture" and flag.dest != "schedule"
-            and (flag.models is None or args.model in flag.models))
+    """Whether a flag says something about the model of `args` that every run has known, the
+    original code's too."""
+    return (
+        flag.scope == "architecture"
+        and flag.dest != "schedule"
+        and (flag.models is None or args.model in flag.models)
+    )

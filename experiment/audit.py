@@ -1,4 +1,5 @@
 """The files of an audit in a run folder: one for each stage that is done, and the result."""
+
 import json
 
 import numpy as np
@@ -19,30 +20,55 @@ from experiment.run_folder import fingerprint
 from experiment.workers import computed_on
 
 # of the arguments, what an audit's numbers depend on
-NAMES = ("task", "attack_norm", "eps", "attack_step", "predict_step", "T1", "no_clip", "seed", "mbs", "tol",
-         "precision", "compile", "surrogate", "budget", "test_size")
+NAMES = (
+    "task",
+    "attack_norm",
+    "eps",
+    "attack_step",
+    "predict_step",
+    "T1",
+    "no_clip",
+    "seed",
+    "mbs",
+    "tol",
+    "precision",
+    "compile",
+    "surrogate",
+    "budget",
+    "test_size",
+)
 
 
 class AuditFiles:
-    """Audit_<norm>_<eps>.json, .txt, .png and .npz of a run folder, and Audit_<norm>_<eps>_<stage>.npz of each stage,
-    which an audit that was stopped goes on from. Stages of other settings are replaced, results moved aside.
+    """Audit_<norm>_<eps>.json, .txt, .png and .npz of a run folder, and
+    Audit_<norm>_<eps>_<stage>.npz of each stage, which an audit that was stopped goes on from.
+    Stages of other settings are replaced, results moved aside.
 
-    settings: all that the numbers depend on, a dict that JSON can say; source: what is audited, in words."""
+    settings: all that the numbers depend on, a dict that JSON can say; source: what is audited, in
+    words."""
 
     ENDS = (".json", ".png", ".pdf", ".npz", ".txt")  # in the order in which they move aside
 
     def __init__(self, run, args, saved, surrogate=None, ends_early=None, data=None):
-        """run: the RunFolder; args: of the command line; saved: the SavedRun that is audited; surrogate: of
-        `open_surrogate`; ends_early: see `ART_Timesteps_Addition.audit_checks.conduct`; data: the
-        fingerprint of images and labels. Raises UserError where another process writes this
-        audit."""
+        """run: the RunFolder; args: of the command line; saved: the SavedRun that is audited;
+        surrogate: of `open_surrogate`; ends_early: see
+        `ART_Timesteps_Addition.audit_checks.conduct`; data: the fingerprint of images and labels.
+        Raises UserError where another process writes this audit."""
         self.run, self.args, self.stem = run, args, f"Audit_{args.attack_norm}_{args.eps:g}"
         self.source = saved.source
-        self.settings = {**{name: getattr(args, name) for name in NAMES}, "weights": fingerprint(saved.weights),
-                         "ends_early": ends_early, "data": data}
+        self.settings = {
+            **{name: getattr(args, name) for name in NAMES},
+            "weights": fingerprint(saved.weights),
+            "ends_early": ends_early,
+            "data": data,
+        }
         self.computed_on = []  # the places where stages were computed, in words
         if surrogate:
-            self.settings["surrogate"] = [fingerprint(surrogate[0].state_dict()), surrogate[1].T1, surrogate[1].loss]
+            self.settings["surrogate"] = [
+                fingerprint(surrogate[0].state_dict()),
+                surrogate[1].T1,
+                surrogate[1].loss,
+            ]
         run.lock(self.stem)
         run.finish_move(self.stem, self.ENDS)
 
@@ -61,7 +87,8 @@ class AuditFiles:
         return self.run.folder / f"{self.stem}_{name}.npz"
 
     def load(self, name):
-        """(arrays, record) of a stage as `save` got them; None where there is none of these settings."""
+        """(arrays, record) of a stage as `save` got them; None where there is none of these
+        settings."""
         try:
             arrays = read_arrays(self._stage(name))
             if not same_settings(parse_json(str(arrays.pop("settings"))), self.settings):
@@ -77,8 +104,13 @@ class AuditFiles:
             if path.name > self._stage(name).name:
                 path.unlink(missing_ok=True)
         self._note_place(computed_on())
-        self._write(self._stage(name), **arrays, record=json.dumps(record),
-                    settings=json.dumps(self.settings), computed_on=computed_on())
+        self._write(
+            self._stage(name),
+            **arrays,
+            record=json.dumps(record),
+            settings=json.dumps(self.settings),
+            computed_on=computed_on(),
+        )
 
     def _note_place(self, place):
         if place and place not in self.computed_on:
@@ -89,8 +121,8 @@ class AuditFiles:
             np.savez_compressed(file, **arrays)
 
     def write(self, result, lines, x_adv, labels):
-        """The result: a dict; its text: lines; the strongest adversarial images with their labels. That of another
-        audit of this bound is kept, with a number behind its name."""
+        """The result: a dict; its text: lines; the strongest adversarial images with their labels.
+        That of another audit of this bound is kept, with a number behind its name."""
         before = self._settings_of_result()
         if before is not None and not same_settings(before, self.settings):
             self.run.move_aside(self.stem, self.ENDS)
@@ -121,7 +153,9 @@ def open_surrogate(args, build, attack_step=None):
     own = arguments.resolve(given, saved.args)
     own.attack_norm, own.eps, own.no_clip = args.attack_norm, args.eps, args.no_clip
     if own.task != args.task:
-        raise UserError(f"argument --surrogate: its task is {own.task}, that of the audited run {args.task}")
+        raise UserError(
+            f"argument --surrogate: its task is {own.task}, that of the audited run {args.task}"
+        )
     try:
         checks.check(own)
     except UserError as e:

@@ -1,5 +1,7 @@
-"""Checkpoints: what is written of a run, and how it is read back. A file can come from anywhere: `open_saved` hands on
-nothing that `untrusted` has not looked at, and `restore` nothing that `training_state` has not held against the run."""
+"""Checkpoints: what is written of a run, and how it is read back. A file can come from anywhere:
+`open_saved` hands on nothing that `untrusted` has not looked at, and `restore` nothing that
+`training_state` has not held against the run."""
+
 import ast
 import contextlib
 import dataclasses
@@ -21,22 +23,37 @@ from experiment.old_pickles import Pickled, checkpoint_of
 from experiment.story import Story, best_of, changes, chosen_on, other_images, summary
 from experiment.untrusted import Damaged
 
-LARGEST_TEXT = 2 ** 20  # bytes of a hyperparameters.txt that are read; ours have two thousand
+LARGEST_TEXT = 2**20  # bytes of a hyperparameters.txt that are read; ours have two thousand
 LARGEST_VALUE = 2000  # characters of a value in it that can be a list of numbers
-NO_LITERAL = ValueError, SyntaxError, TypeError, MemoryError, RecursionError  # what ast.literal_eval raises
+NO_LITERAL = (
+    ValueError,
+    SyntaxError,
+    TypeError,
+    MemoryError,
+    RecursionError,
+)  # what ast.literal_eval raises
 
 # Labels in the original code's hyperparameters.txt: the argument that each stands for
-LABELS = {"data augmentation": "data_aug", "learning rate decay": "lr_decay",
-          "scale for weight init": "scale", "activation": "act", "learning rates": "lrs",
-          "weight decays": "wds", "momentum": "mmt", "optimizer": "optim",
-          "minibatch size": "mbs", "random beta_2 sign": "random_sign",
-          "random sign beta_2": "random_sign", "same update vfcnn": "same_update"}
+LABELS = {
+    "data augmentation": "data_aug",
+    "learning rate decay": "lr_decay",
+    "scale for weight init": "scale",
+    "activation": "act",
+    "learning rates": "lrs",
+    "weight decays": "wds",
+    "momentum": "mmt",
+    "optimizer": "optim",
+    "minibatch size": "mbs",
+    "random beta_2 sign": "random_sign",
+    "random sign beta_2": "random_sign",
+    "same update vfcnn": "same_update",
+}
 
 
 def read_checkpoint(path):
-    """What a checkpoint file holds: a dict with a model_state_dict, of which nothing else has been looked at; a module
-    pickled by the original code is read as one. Raises UserError, one line with the file's name, for anything else;
-    runs no code."""
+    """What a checkpoint file holds: a dict with a model_state_dict, of which nothing else has been
+    looked at; a module pickled by the original code is read as one. Raises UserError, one line with
+    the file's name, for anything else; runs no code."""
     return _read(path)[0]
 
 
@@ -55,7 +72,9 @@ def _read(path):
         reason = printable(one_line(e))[:300]  # it can quote the file
         if pathlib.Path(path).suffix in (".csv", ".txt", ".json", ".png", ".pdf", ".npz"):
             reason = "it is no checkpoint; name the run folder, or its model.pt or checkpoint.tar"
-        raise UserError(f"{named(path)} cannot be loaded: {'it is empty' if empty else reason}") from None
+        raise UserError(
+            f"{named(path)} cannot be loaded: {'it is empty' if empty else reason}"
+        ) from None
     if isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())):
         state = {"model_state_dict": state}  # a bare state dict
     if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
@@ -64,7 +83,8 @@ def _read(path):
 
 
 def read_arguments(folder):
-    """The arguments written in a run folder's hyperparameters.txt, as text or plain values; {} where there are none.
+    """The arguments written in a run folder's hyperparameters.txt, as text or plain values; {}
+    where there are none.
 
     Reads lines `name: value` (any indentation, or a dash before them; value a Python literal or a
     word) as this program writes them, and as the original code does: its first line is the command
@@ -88,11 +108,19 @@ def read_arguments(folder):
     values = {name: value for name, value in values.items() if value != []}  # not given
     first = lines[0] if lines and not lines[0].startswith("command line:") else ""
     given = arguments.parse_leniently(first)
-    differing = [f"--{flag.name}" for flag in ALL if flag.dest in given and flag.scope != "session"
-                 and values.get(flag.dest, given[flag.dest]) != given[flag.dest]]
+    differing = [
+        f"--{flag.name}"
+        for flag in ALL
+        if flag.dest in given
+        and flag.scope != "session"
+        and values.get(flag.dest, given[flag.dest]) != given[flag.dest]
+    ]
     if differing:
-        print(f"note: {named(path)}: the command line and the lines below it differ in "
-              f"{', '.join(differing)}; used: the command line", file=sys.stderr)
+        print(
+            f"note: {named(path)}: the command line and the lines below it differ in "
+            f"{', '.join(differing)}; used: the command line",
+            file=sys.stderr,
+        )
     return {**(arguments.implied() if given else {}), **values, **given}
 
 
@@ -106,14 +134,14 @@ def _value(text):
 
 @dataclasses.dataclass
 class SavedRun:
-    """What --load-path opened, all of it checked but `optimizer` and `scheduler`: state dicts as the file has them, or
-    None, which `restore` holds against the run's own.
+    """What --load-path opened, all of it checked but `optimizer` and `scheduler`: state dicts as
+    the file has them, or None, which `restore` holds against the run's own.
 
-    path: the checkpoint file; weights: {name: float32 tensor}; args: {dest: value} of those arguments that the run
-    says, and fingerprints of its data (see `flags.DATA`); stamp: when the file was written in ns,
-    to notice that it is another by now; story: what its training went through; random_states: those
-    that `training_state.random_states` read, or None; own: whether this program wrote the file;
-    best_beside: see `_best_beside`, only read to train."""
+    path: the checkpoint file; weights: {name: float32 tensor}; args: {dest: value} of those
+    arguments that the run says, and fingerprints of its data (see `flags.DATA`); stamp: when the
+    file was written in ns, to notice that it is another by now; story: what its training went
+    through; random_states: those that `training_state.random_states` read, or None; own: whether
+    this program wrote the file; best_beside: see `_best_beside`, only read to train."""
 
     path: pathlib.Path
     weights: dict
@@ -132,19 +160,24 @@ class SavedRun:
         epochs = len(self.story.history)
         if not epochs:
             return self.path.name
-        chosen = {"model.pt": "the best on " + chosen_on(self.args), "final_model.pt": "the last of its training"}
+        chosen = {
+            "model.pt": "the best on " + chosen_on(self.args),
+            "final_model.pt": "the last of its training",
+        }
         return f"{self.path.name} (epoch {epochs}, {chosen.get(self.path.name, 'the latest')})"
 
 
 def find_saved(path, todo):
-    """The checkpoint file that --load-path names: itself, or in a folder the latest epoch to go on with training, the
-    best model to examine."""
+    """The checkpoint file that --load-path names: itself, or in a folder the latest epoch to go on
+    with training, the best model to examine."""
     names = ["checkpoint.tar"] if todo == "train" else ["model.pt", "checkpoint.tar"]
     if stat.S_ISREG(_mode(path)):
         return pathlib.Path(path)
     if not stat.S_ISDIR(_mode(path)):
         raise UserError(f"argument --load-path: {named(path)} is no folder and no file")
-    found = next((pathlib.Path(path, name) for name in names if _mode(pathlib.Path(path, name))), None)
+    found = next(
+        (pathlib.Path(path, name) for name in names if _mode(pathlib.Path(path, name))), None
+    )
     if found is None:
         raise UserError(f"argument --load-path: {named(path)} has no {' or '.join(names)}")
     if not stat.S_ISREG(_mode(found)):
@@ -157,7 +190,9 @@ def _mode(path):
     try:
         return os.stat(path).st_mode
     except PermissionError:
-        raise UserError(f"argument --load-path: {named(path)} cannot be read: permission denied") from None
+        raise UserError(
+            f"argument --load-path: {named(path)} cannot be read: permission denied"
+        ) from None
     except (OSError, ValueError):  # ValueError: no path can be written like this
         return 0
 
@@ -175,11 +210,24 @@ def open_saved(path, todo):
         # the original code's `best` is a number of images, not an accuracy
         best_accuracy = state.get("best") if "config" in state else None
         best_accuracy = untrusted.accuracy(best_accuracy, best_of(history))
-        story = Story(history, best, best_accuracy,
-                      untrusted.resumptions(state.get("resumptions", {})), untrusted.asked(state.get("asked", 0)))
-        saved = SavedRun(path, weights, _arguments(state, path, weights), stamp, story,
-                         random_states, state.get("opt"), state.get("scheduler"),
-                         "config" in state)
+        story = Story(
+            history,
+            best,
+            best_accuracy,
+            untrusted.resumptions(state.get("resumptions", {})),
+            untrusted.asked(state.get("asked", 0)),
+        )
+        saved = SavedRun(
+            path,
+            weights,
+            _arguments(state, path, weights),
+            stamp,
+            story,
+            random_states,
+            state.get("opt"),
+            state.get("scheduler"),
+            "config" in state,
+        )
         if todo == "train" and saved.own:
             _expect_all_for_training(saved)
     except Damaged as e:
@@ -190,15 +238,17 @@ def open_saved(path, todo):
 
 
 def _expect_all_for_training(saved):
-    """Raises Damaged where a checkpoint of this program lacks what its training needs to go on as if it had not
-    stopped."""
+    """Raises Damaged where a checkpoint of this program lacks what its training needs to go on as
+    if it had not stopped."""
     needed = {"opt": saved.optimizer, "random_states": saved.random_states}
     if saved.args["lr_decay"] or saved.args.get("lr_step"):
         needed["scheduler"] = saved.scheduler
     missing = [name for name, value in needed.items() if value is None]
     if missing and saved.path.suffix == ".pt":  # a model, as every run saves it
-        raise UserError(f"{named(saved.path)} holds a model without {' and '.join(missing)}, which "
-                        "resuming needs: name the run folder, or a checkpoint.tar")
+        raise UserError(
+            f"{named(saved.path)} holds a model without {' and '.join(missing)}, which "
+            "resuming needs: name the run folder, or a checkpoint.tar"
+        )
     if missing:
         raise Damaged(f"no training can go on from it without {' and '.join(missing)}")
 
@@ -222,21 +272,26 @@ def load_weights(model, saved):
         model.load_state_dict(saved.weights)
     except RuntimeError as e:
         kind = saved.args.get("model")
-        unknown = [f"--{flag.name}" for flag in ALL
-                   if flag.scope == "architecture" and flag.dest not in saved.args
-                   and (flag.kind is int and flag.many or flag.dest in ("model", "pools"))
-                   and (kind is None or flag.models is None or kind in flag.models)]
+        unknown = [
+            f"--{flag.name}"
+            for flag in ALL
+            if flag.scope == "architecture"
+            and flag.dest not in saved.args
+            and (flag.kind is int and flag.many or flag.dest in ("model", "pools"))
+            and (kind is None or flag.models is None or kind in flag.models)
+        ]
         reason = one_line(e).partition(": ")[2][:600]
         if unknown:
             reason += f"; the run does not record {', '.join(unknown)}: give these flags"
-        raise UserError(f"the weights in {named(saved.path)} do not fit the model: {reason}"
-                        ) from None
+        raise UserError(
+            f"the weights in {named(saved.path)} do not fit the model: {reason}"
+        ) from None
 
 
 def restore(saved, args, optimizer, scheduler, generator):
-    """Puts the rest of a checkpoint back and returns the Story that goes on, told of the arguments that change. A
-    checkpoint of the original code has no random states. Raises UserError, with nothing changed, where optimizer or
-    scheduler of the checkpoint are not those of this run."""
+    """Puts the rest of a checkpoint back and returns the Story that goes on, told of the arguments
+    that change. A checkpoint of the original code has no random states. Raises UserError, with
+    nothing changed, where optimizer or scheduler of the checkpoint are not those of this run."""
     moments = rates = None
     try:
         if saved.optimizer is not None:
@@ -265,8 +320,8 @@ def _continued(saved, args):
 
 
 def _best_beside(saved):
-    """The snapshot in the model.pt beside a checkpoint that carries none, as those of earlier versions; None where
-    there is none."""
+    """The snapshot in the model.pt beside a checkpoint that carries none, as those of earlier
+    versions; None where there is none."""
     try:
         run = open_saved(saved.path.parent / "model.pt", "evaluate")
     except UserError:

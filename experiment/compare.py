@@ -1,4 +1,6 @@
-"""Runs held against each other: groups of runs that differ in the seed alone, one table, and figures."""
+"""Runs held against each other: groups of runs that differ in the seed alone, one table, and
+figures."""
+
 import csv
 import dataclasses
 import datetime
@@ -21,8 +23,8 @@ COLUMNS = ("group", *Key._fields, "mean", "std", "n")
 
 @dataclasses.dataclass
 class Group:
-    """Runs that are one thing with several seeds. label: what it is; runs: their `Measured`; published: whether it is
-    drawn dashed, of a table."""
+    """Runs that are one thing with several seeds. label: what it is; runs: their `Measured`;
+    published: whether it is drawn dashed, of a table."""
 
     label: str
     runs: list
@@ -33,15 +35,19 @@ class Group:
         return list(dict.fromkeys(key for run in self.runs for key in run.values))
 
     def pooled(self, key):
-        """(mean, standard deviation of the sample or None of one, how many) over the runs that have it; None of
-        none."""
+        """(mean, standard deviation of the sample or None of one, how many) over the runs that have
+        it; None of none."""
         values = [run.values[key] for run in self.runs if key in run.values]
         return pooled(values) if values else None
 
 
 def pooled(values):
     """(mean, standard deviation of the sample or None of one, how many) of some numbers."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+    return (
+        statistics.fmean(values),
+        statistics.stdev(values) if len(values) > 1 else None,
+        len(values),
+    )
 
 
 def _identity(run):
@@ -53,12 +59,15 @@ def _identity(run):
 def _same(identity, other):
     """Whether runs are of one group. Data that a run of an earlier version does not record may be
     the same."""
-    return all(other[name] == value or name in DATA and None in (value, other[name])
-               for name, value in identity.items())
+    return all(
+        other[name] == value or name in DATA and None in (value, other[name])
+        for name, value in identity.items()
+    )
 
 
 def grouped(runs, labels=None):
-    """The `Group`s of some runs, in the order of their first ones. labels: one for each, or None. Raises UserError."""
+    """The `Group`s of some runs, in the order of their first ones. labels: one for each, or None.
+    Raises UserError."""
     found = []
     for run in runs:
         identity = _identity(run)
@@ -69,25 +78,35 @@ def grouped(runs, labels=None):
             known[0].update({name: known[0][name] or identity[name] for name in DATA})
             known[1].append(run)
     if labels and len(labels) != len(found):
-        raise UserError(f"argument --labels: got {len(labels)}, expected {len(found)}: these runs are so many groups, "
-                        "whose arguments differ in more than the seed")
+        raise UserError(
+            f"argument --labels: got {len(labels)}, expected {len(found)}: these runs are so many groups, "
+            "whose arguments differ in more than the seed"
+        )
     labels = labels or _labels([identity for identity, _ in found])
     return [Group(label, group) for label, (_, group) in zip(labels, found)]
 
 
 def _labels(identities):
     """A name for each group: model and rule, and what else differs between groups of the same."""
-    names = [f"{i['model']} {i['alg']}" + (f", adversarial {i['adv_train']:g} by {i['adv_grad']}"
-                                           if i.get("adv_train") else "") for i in identities]
+    names = [
+        f"{i['model']} {i['alg']}"
+        + (f", adversarial {i['adv_train']:g} by {i['adv_grad']}" if i.get("adv_train") else "")
+        for i in identities
+    ]
     result = []
     for name, identity in zip(names, identities):
         same = [other for other, its in zip(identities, names) if its == name]
-        differing = [dest for dest, value in identity.items() if any(other[dest] != value for other in same)]
-        result.append(name + "".join(f", {dest.replace('_', '-')} {shown(identity[dest])}" for dest in differing))
+        differing = [
+            dest for dest, value in identity.items() if any(other[dest] != value for other in same)
+        ]
+        result.append(
+            name
+            + "".join(f", {dest.replace('_', '-')} {shown(identity[dest])}" for dest in differing)
+        )
     return [printable(label)[:LONGEST] for label in result]
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def _keys(groups):
@@ -103,8 +122,16 @@ def rows_of(groups):
             numbers = group.pooled(key)
             if numbers:
                 mean, std, n = numbers
-                rows.append({"group": group.label, **key._asdict(), "eps": f"{key.eps:g}" if key.eps else "",
-                             "mean": f"{mean:.4f}", "std": "" if std is None else f"{std:.4f}", "n": n})
+                rows.append(
+                    {
+                        "group": group.label,
+                        **key._asdict(),
+                        "eps": f"{key.eps:g}" if key.eps else "",
+                        "mean": f"{mean:.4f}",
+                        "std": "" if std is None else f"{std:.4f}",
+                        "n": n,
+                    }
+                )
     return rows
 
 
@@ -112,7 +139,16 @@ ORDER = ("clean", "adversarial", "audit", "audit trusted", "corruptions", "secon
 
 
 def _order(key):
-    return ORDER.index(key.measure), key.attack, key.norm, key.detail, key.grad == "worst", key.grad, key.steps, key.eps
+    return (
+        ORDER.index(key.measure),
+        key.attack,
+        key.norm,
+        key.detail,
+        key.grad == "worst",
+        key.grad,
+        key.steps,
+        key.eps,
+    )
 
 
 def _words(key):
@@ -129,18 +165,27 @@ def _words(key):
     if key.measure == "adversarial":
         through = f"{key.grad}{f'@{key.steps}' if key.steps else ''}" * (key.grad != key.attack)
         return f"{key.attack} {bound}, " + f"{through}, " * bool(through) + f"{key.detail} (%)"
-    return (f"audit, robust at {bound}, {key.detail} (%)" if key.measure == "audit"
-            else f"audit at {bound}, {key.detail}: runs trusted (%)")
+    return (
+        f"audit, robust at {bound}, {key.detail} (%)"
+        if key.measure == "audit"
+        else f"audit at {bound}, {key.detail}: runs trusted (%)"
+    )
 
 
 def markdown(groups, command):
     """The table as Markdown: a row for each number, a column for each group."""
     command = printable(command).replace("<", "&lt;")
-    lines = [f"# Comparison of {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "", f"    {command}", "",
-             "Mean ± standard deviation over seeds (number of runs). Rows on other images or of another budget do not "
-             "compare.", "",
-             "| | " + " | ".join(markdown_cell(group.label) for group in groups) + " |",
-             "| --- |" + " --- |" * len(groups)]
+    lines = [
+        f"# Comparison of {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        "",
+        f"    {command}",
+        "",
+        "Mean ± standard deviation over seeds (number of runs). Rows on other images or of another budget do not "
+        "compare.",
+        "",
+        "| | " + " | ".join(markdown_cell(group.label) for group in groups) + " |",
+        "| --- |" + " --- |" * len(groups),
+    ]
     for key in _keys(groups):
         cells = []
         for group in groups:
@@ -155,17 +200,24 @@ def said(mean, std, n):
     return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}") + f" ({n})"
 
 
-# -------------------------------------------------------------------------------------------------------- the whole
+# ---------------------------------------------------------------------------------------- the whole
 
 
 def compare(paths, labels, published, figures, command, root="results"):
-    """Writes comparison.md, comparison.csv and the figures for which runs have data into a new folder below
-    root/compare, and returns it. paths: of runs; labels: one for each group, or None; published: paths of tables;
-    figures: png or pdf. Raises UserError."""
+    """Writes comparison.md, comparison.csv and the figures for which runs have data into a new
+    folder below root/compare, and returns it. paths: of runs; labels: one for each group, or None;
+    published: paths of tables; figures: png or pdf. Raises UserError."""
     groups = grouped([read_run(path) for path in paths], labels)
     tasks = {run.args.get("task") for group in groups for run in group.runs}
-    tables = [(label, runs) for path in published or () for label, runs in read_published(path, tasks).items()]
-    merged = {label: [run for name, runs in tables if name == label for run in runs] for label, _ in tables}
+    tables = [
+        (label, runs)
+        for path in published or ()
+        for label, runs in read_published(path, tasks).items()
+    ]
+    merged = {
+        label: [run for name, runs in tables if name == label for run in runs]
+        for label, _ in tables
+    }
     everything = [*groups, *(Group(label, runs, True) for label, runs in merged.items())]
     folder = _new_folder(pathlib.Path(root, "compare"))
     table = io.StringIO()
@@ -177,7 +229,10 @@ def compare(paths, labels, published, figures, command, root="results"):
     write_text(folder / "comparison.csv", table.getvalue())
     write_text(folder / "comparison.md", "\n".join(lines) + "\n")
     print("\n".join(lines[6:]))
-    print(f"{_count(len(paths), 'run')} in {_count(len(groups), 'group')}; results are in {folder}", flush=True)
+    print(
+        f"{_count(len(paths), 'run')} in {_count(len(groups), 'group')}; results are in {folder}",
+        flush=True,
+    )
     run = RunFolder(folder, figures, "comparison")
     for name, draw, *data in figures_compare.all_figures(everything):
         run.save_figure(name, draw, *data)
@@ -192,7 +247,11 @@ def _new_folder(root):
     now = datetime.datetime.now()
     try:
         for attempt in itertools.count(1):
-            folder = root / f"{now:%Y-%m-%d}" / (f"{now:%H-%M-%S}" + (f"_{attempt}" if attempt > 1 else ""))
+            folder = (
+                root
+                / f"{now:%Y-%m-%d}"
+                / (f"{now:%H-%M-%S}" + (f"_{attempt}" if attempt > 1 else ""))
+            )
             try:
                 folder.mkdir(parents=True)
                 return folder

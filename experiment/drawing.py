@@ -1,4 +1,6 @@
-"""What all figures share: one style, sizes, intervals, marks. Matplotlib is imported where something is drawn."""
+"""What all figures share: one style, sizes, intervals, marks. Matplotlib is imported where
+something is drawn."""
+
 import contextlib
 import functools
 import os
@@ -12,20 +14,25 @@ COLUMN = 6.0  # inches: the width of a figure with one panel in a row
 
 @contextlib.contextmanager
 def style():
-    """The style of all figures, in a block or as a decorator: of what draws, and of what saves. It is Matplotlib's
-    defaults and paper.mplstyle, whatever the user's own settings are."""
+    """The style of all figures, in a block or as a decorator: of what draws, and of what saves. It
+    is Matplotlib's defaults and paper.mplstyle, whatever the user's own settings are."""
     import_matplotlib()
     import matplotlib
+
     with matplotlib.rc_context(_settings()):
         yield
 
 
 def import_matplotlib():
-    """Import Matplotlib without the user's matplotlibrc and MPLBACKEND, which it reads while it is imported, and which
-    can make that fail. The first matplotlibrc it looks for is that of the current folder."""
+    """Import Matplotlib without the user's matplotlibrc and MPLBACKEND, which it reads while it is
+    imported, and which can make that fail. The first matplotlibrc it looks for is that of the
+    current folder."""
     if "matplotlib" in sys.modules:
         return
-    folder, environment = os.getcwd(), {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+    folder, environment = (
+        os.getcwd(),
+        {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")},
+    )
     os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=str(STYLE))
     try:
         os.chdir(STYLE.parent)
@@ -42,13 +49,20 @@ def import_matplotlib():
 def _settings():
     """{name: value} of every setting of Matplotlib that a figure can depend on."""
     import matplotlib
+
     ours = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
-    return {name: value for name, value in {**matplotlib.rcParamsDefault, **ours}.items() if name != "backend"}
+    return {
+        name: value
+        for name, value in {**matplotlib.rcParamsDefault, **ours}.items()
+        if name != "backend"
+    }
 
 
 def new_figure(title, width=COLUMN, height=3.8):
-    """An empty figure of that many inches. title: what it shows; `RunFolder.save_figure` adds of which run."""
+    """An empty figure of that many inches. title: what it shows; `RunFolder.save_figure` adds of
+    which run."""
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title)
     return figure
@@ -63,7 +77,7 @@ def run_title(folder, about):
     """The title line with a figure's run: model and task (about), and the part of its path (folder)
     below results/, or of a --run-dir the last two names."""
     parts = folder.resolve().parts
-    name = "/".join(parts[parts.index("results") + 1:] if "results" in parts else parts[-2:])
+    name = "/".join(parts[parts.index("results") + 1 :] if "results" in parts else parts[-2:])
     return plain(f"{about}, {name}" if about else name)
 
 
@@ -77,7 +91,8 @@ def grid(figure, panels, columns, **options):
 
 
 def curve_options(n, points, dense=40):
-    """How to mark the n-th curve of so many points: all of few, of many some that fall elsewhere for each curve."""
+    """How to mark the n-th curve of so many points: all of few, of many some that fall elsewhere
+    for each curve."""
     return {"markevery": 1 if points <= dense else (n * points // 40, max(points // 10, 1))}
 
 
@@ -104,6 +119,7 @@ def vertical(axes, x, label, line="-"):
 def wilson(share, images):
     """The 95 % interval of Wilson around a share of so many images: (low, high)."""
     from scipy.stats import binomtest
+
     if not images:
         return 0.0, 1.0
     interval = binomtest(min(round(share * images), images), images).proportion_ci(method="wilson")
@@ -111,7 +127,8 @@ def wilson(share, images):
 
 
 def eps_name(eps, norm):
-    """A bound as a tick says it; in the maximum norm as a fraction of the 255 grey values, where it is one."""
+    """A bound as a tick says it; in the maximum norm as a fraction of the 255 grey values, where it
+    is one."""
     steps = 255 * eps
     if norm == "inf" and abs(steps - round(steps)) < 1e-3 and 1 <= round(steps) <= 128:
         return f"{round(steps)}/255"
@@ -119,7 +136,8 @@ def eps_name(eps, norm):
 
 
 def ticks_at(axes, values, names):
-    """Ticks of a logarithmic x axis at those values alone; where they are too dense, some stay without a name."""
+    """Ticks of a logarithmic x axis at those values alone; where they are too dense, some stay
+    without a name."""
     low, high = min(values), max(values)
     room = (high / low) ** (1 / 28)  # as many names stand side by side
     shown, last = [], 0.0

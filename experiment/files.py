@@ -1,5 +1,6 @@
 """Files of run folders: reading files that can come from anywhere, making their text safe to show,
 replacing files whole, and a lock on a folder that dies with its process."""
+
 import contextlib
 import csv
 import errno
@@ -29,7 +30,7 @@ except ImportError:  # not a Unix system
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
 # Bytes of a text file (metrics.csv of 100,000 epochs has 2 ** 23), and of the arrays in a .npz file
 # (10,000 images of CIFAR-10 in float32 have 2 ** 27), that are read
-LARGEST_TEXT, LARGEST_ARRAYS = 2 ** 26, 2 ** 29
+LARGEST_TEXT, LARGEST_ARRAYS = 2**26, 2**29
 
 
 # Errors of flock that mean that the file system has no locks. Any other error leaves open whether
@@ -56,11 +57,16 @@ class Busy(UserError):
 
 def why(error):
     """The reason of an OSError, in words."""
-    return "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or one_line(error)
+    return (
+        "no space left"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else error.strerror or one_line(error)
+    )
 
 
 def exists(path):
-    """Whether there is a file or folder `path`; there is none where the path cannot be one, being too long, say."""
+    """Whether there is a file or folder `path`; there is none where the path cannot be one, being
+    too long, say."""
     try:
         return pathlib.Path(path).exists()
     except (OSError, ValueError):
@@ -137,8 +143,10 @@ def read_arrays(path: os.PathLike | str) -> dict[str, np.ndarray]:
 
 def _check_array_header(file, size):
     """Raises ValueError if the header of a .npy file of `size` bytes does not match its size."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0,
-               (2, 0): np.lib.format.read_array_header_2_0}
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
     if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"its header announces {dtype} {shape}, which is not what follows")
@@ -254,6 +262,7 @@ def append(path, text):
     """Append `text` in one write, so that two processes that append lose nothing; on a new line,
     where the file ends within one. A link is first replaced by a copy, so that the file it leads to
     does not change. Raises WriteFailed."""
+
     def line_end(file):
         end = file.seek(0, os.SEEK_END)
         file.seek(max(end - 1, 0))
@@ -357,8 +366,11 @@ class Lock:
                 raise
             if not created:
                 raise self._held(file, by_hand=True) from None
-            print(f"note: this file system has no locks ({why(e)}); if this process is killed, "
-                  f"delete {self.path.name} in its folder before you resume", file=sys.stderr)
+            print(
+                f"note: this file system has no locks ({why(e)}); if this process is killed, "
+                f"delete {self.path.name} in its folder before you resume",
+                file=sys.stderr,
+            )
             return False
 
     def _is_current(self, file):

@@ -1,5 +1,6 @@
-"""How the processes of a command were started: by torchrun, to share the work, or each on its own. Imports no torch, so
-that wrong flags are reported at once."""
+"""How the processes of a command were started: by torchrun, to share the work, or each on its own.
+Imports no torch, so that wrong flags are reported at once."""
+
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers ca
 
 @dataclass(frozen=True)
 class Launch:
-    """torchrun: whether it started this process; rank, size: which of how many workers this is; local_rank: which of
-    those on its machine."""
+    """torchrun: whether it started this process; rank, size: which of how many workers this is;
+    local_rank: which of those on its machine."""
 
     torchrun: bool = False
     rank: int = 0
@@ -23,44 +24,59 @@ class Launch:
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launch:
-    """How this process was started, by its environment variables. Raises UserError where torchrun's contradict each
-    other."""
+    """How this process was started, by its environment variables. Raises UserError where torchrun's
+    contradict each other."""
     if not all(environ.get(name, "").strip() for name in TORCHRUN):
         return Launch()
-    rank, size, local_rank, port = (_whole(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
-                                                                       "MASTER_PORT"))
+    rank, size, local_rank, port = (
+        _whole(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    )
     numbers = None not in (rank, size, local_rank, port)
     if not numbers or not local_rank <= rank < size or port > 65535:
         values = ", ".join(f"{name}={environ[name]!r}" for name in TORCHRUN[1:])
-        raise UserError(f"the environment contradicts itself: {values}; start with torchrun, or unset "
-                        "TORCHELASTIC_RUN_ID to run as one process")
+        raise UserError(
+            f"the environment contradicts itself: {values}; start with torchrun, or unset "
+            "TORCHELASTIC_RUN_ID to run as one process"
+        )
     return Launch(True, rank, size, local_rank)
 
 
 def note_on_separate_processes(todo: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """A note for one of several processes that do the same work without torchrun; None for a single process, and for a
-    worker of torchrun."""
+    """A note for one of several processes that do the same work without torchrun; None for a single
+    process, and for a worker of torchrun."""
     if launched(environ).size > 1:
         return None
     count, launcher, one_task = _separate(environ)
     if count < 2:
         return None
     what = todo if todo in PARALLEL else f"run --todo {todo}"
-    advice = (f"to share the work start {one_task}torchrun --standalone --nproc_per_node {count} main.py ..."
-              if todo in PARALLEL else "start one, as this is the work of one process")
+    advice = (
+        f"to share the work start {one_task}torchrun --standalone --nproc_per_node {count} main.py ..."
+        if todo in PARALLEL
+        else "start one, as this is the work of one process"
+    )
     return f"{launcher}: these {count} processes each {what} on their own; {advice}"
 
 
 def _separate(environ):
-    """(number of processes that another launcher started, which one in words, the words that start one of them)."""
+    """(number of processes that another launcher started, which one in words, the words that start
+    one of them)."""
+
     def number(name):
         return _whole(environ.get(name, "")) or 0
+
     # The script of `sbatch --ntasks 4` runs once, with SLURM_NTASKS 4 and SLURM_PROCID 0.
-    batch_script = ("SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ and not number("SLURM_PROCID"))
+    batch_script = (
+        "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ and not number("SLURM_PROCID")
+    )
     if "SLURM_PROCID" in environ and not batch_script:
         tasks = number("SLURM_STEP_NUM_TASKS") or number("SLURM_NTASKS") or number("SLURM_NPROCS")
         if tasks > 1:
-            return tasks, f"srun has started {tasks} tasks", "one task with torchrun: srun --ntasks 1 "
+            return (
+                tasks,
+                f"srun has started {tasks} tasks",
+                "one task with torchrun: srun --ntasks 1 ",
+            )
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if number(name) > 1:
             return number(name), f"{name}={environ[name]}", ""

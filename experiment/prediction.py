@@ -2,6 +2,7 @@
 
 `model` is an energy model; `rule` its `model_utils.Rule`, of which T1, tol and loss count here.
 """
+
 import collections
 import dataclasses
 import math
@@ -16,8 +17,8 @@ from experiment.workers import Workers
 
 
 def free_phase(chain, phase, T, tol=0.0, stopwatch=None, output_in=None):
-    """The neurons after T steps from zero; with `tol` after at most T, see `relax_until_settled`. output_in: see
-    `energy.fast`."""
+    """The neurons after T steps from zero; with `tol` after at most T, see `relax_until_settled`.
+    output_in: see `energy.fast`."""
     stopwatch = stopwatch or Stopwatch()
     with torch.no_grad(), stopwatch.part("free"):
         neurons, settling = fast.from_zero(chain, phase, T, tol, output_in)
@@ -28,11 +29,12 @@ def free_phase(chain, phase, T, tol=0.0, stopwatch=None, output_in=None):
 
 @dataclasses.dataclass
 class Convergence:
-    """How many images of a data set have converged after T1 free steps, see `energy.dynamics.has_converged`.
+    """How many images of a data set have converged after T1 free steps, see
+    `energy.dynamics.has_converged`.
 
-    model: the one that it is measured on, in fp32 where predictions are made by a bf16 copy; images:
-    how many were measured; converged: how many of them have converged. That --tol ends the phases of
-    predictions early plays no part."""
+    model: the one that it is measured on, in fp32 where predictions are made by a bf16 copy;
+    images: how many were measured; converged: how many of them have converged. That --tol ends the
+    phases of predictions early plays no part."""
 
     model: Any
     T1: int
@@ -54,7 +56,9 @@ class Convergence:
 
     def gather(self, workers):
         """Make the count of each worker that of all workers."""
-        self.images, self.converged = (int(workers.sum(count)) for count in (self.images, self.converged))
+        self.images, self.converged = (
+            int(workers.sum(count)) for count in (self.images, self.converged)
+        )
 
     @property
     def percent(self):
@@ -65,13 +69,15 @@ class Convergence:
         return f"{self.percent:.2f} % of {self.images} images converged"
 
     def warning(self, flag="T1"):
-        """The warning, one line, where too many images have not converged; None where they have. flag: that gave the
-        number of steps."""
+        """The warning, one line, where too many images have not converged; None where they have.
+        flag: that gave the number of steps."""
         moving = self.images - int(self.converged)
         if moving <= self.TOLERATED * self.images:
             return None
-        return (f"not converged after {flag} = {self.T1} steps: {moving} of {self.images} images. EP and predictions "
-                f"assume convergence; increase --{flag}")
+        return (
+            f"not converged after {flag} = {self.T1} steps: {moving} of {self.images} images. EP and predictions "
+            f"assume convergence; increase --{flag}"
+        )
 
 
 @torch.no_grad()
@@ -82,9 +88,9 @@ def correct(chain, neurons, y):
 
 @torch.no_grad()
 def predicting_neurons(model, x, rule, stopwatch=None, convergence=None):
-    """The neurons whose read-out is the prediction after rule.T1 free steps; with rule.tol after at most so many, see
-    `relax_until_settled`. rule: also its loss counts, which decides whether output neurons have an activation.
-    convergence: a `Convergence` that counts the mini-batch."""
+    """The neurons whose read-out is the prediction after rule.T1 free steps; with rule.tol after at
+    most so many, see `relax_until_settled`. rule: also its loss counts, which decides whether
+    output neurons have an activation. convergence: a `Convergence` that counts the mini-batch."""
     stopwatch, chain = stopwatch or Stopwatch(), model.chain(rule.loss)
     phase = Phase(chain.input_drive(x))
     if convergence is None or rule.tol or convergence.model is not model:
@@ -101,10 +107,18 @@ def predicting_neurons(model, x, rule, stopwatch=None, convergence=None):
 
 
 @torch.no_grad()
-def evaluate(model, batches, rule, description="evaluating", stopwatch=None, workers=Workers(), convergence=None):
-    """The share of images that are classified correctly, see `predicting_neurons`; nan of none. `workers` take whole
-    mini-batches in turn, so that each rounds as it does for one. convergence: an empty `Convergence` to count in, over
-    all workers; it changes no prediction."""
+def evaluate(
+    model,
+    batches,
+    rule,
+    description="evaluating",
+    stopwatch=None,
+    workers=Workers(),
+    convergence=None,
+):
+    """The share of images that are classified correctly, see `predicting_neurons`; nan of none.
+    `workers` take whole mini-batches in turn, so that each rounds as it does for one. convergence:
+    an empty `Convergence` to count in, over all workers; it changes no prediction."""
     hits, chain = 0, model.chain(rule.loss)
     for x, y in workers.strided(progress(batches, description)):
         hits += correct(chain, predicting_neurons(model, x, rule, stopwatch, convergence), y)
@@ -115,11 +129,13 @@ def evaluate(model, batches, rule, description="evaluating", stopwatch=None, wor
 
 @torch.no_grad()
 def predictions(model, batches, rule, workers=Workers(), convergence=None):
-    """The predicted class of every image, (n,), on the CPU; `workers` take whole mini-batches in turn, and all get all.
-    convergence: as `evaluate` takes it."""
+    """The predicted class of every image, (n,), on the CPU; `workers` take whole mini-batches in
+    turn, and all get all. convergence: as `evaluate` takes it."""
     chain = model.chain(rule.loss)
-    own = [chain.read(predicting_neurons(model, x, rule, None, convergence)).argmax(1).cpu()
-           for x, _ in workers.strided(batches)]
+    own = [
+        chain.read(predicting_neurons(model, x, rule, None, convergence)).argmax(1).cpu()
+        for x, _ in workers.strided(batches)
+    ]
     if convergence is not None:
         convergence.gather(workers)
     return torch.cat(workers.gather_strided(own))
@@ -127,9 +143,10 @@ def predictions(model, batches, rule, workers=Workers(), convergence=None):
 
 @torch.no_grad()
 def characteristic(model, batches, rule, eps=CONVERGED, exact=None):
-    """After t = 1 ... rule.T1 free steps from zero: the share of images classified correctly, as `evaluate` gives it
-    for that t, and the share that has converged to `eps` by then, see `energy.dynamics.has_converged`. Two lists of
-    T1. exact: the model to measure convergence on, where that is another, see `Convergence`."""
+    """After t = 1 ... rule.T1 free steps from zero: the share of images classified correctly, as
+    `evaluate` gives it for that t, and the share that has converged to `eps` by then, see
+    `energy.dynamics.has_converged`. Two lists of T1. exact: the model to measure convergence on,
+    where that is another, see `Convergence`."""
     hits, converged = torch.zeros(2, rule.T1, dtype=torch.int64, device=batches.labels.device)
     for x, y in progress(batches, "characteristic"):
         chain, recent = model.chain(rule.loss), collections.deque(maxlen=WINDOW + 1)
@@ -145,8 +162,8 @@ def characteristic(model, batches, rule, eps=CONVERGED, exact=None):
 
 
 def trajectory(model, x, rule):
-    """The neurons of rule.T1 free steps from zero, one after another, those before the first step included; rounded as
-    `evaluate` does."""
+    """The neurons of rule.T1 free steps from zero, one after another, those before the first step
+    included; rounded as `evaluate` does."""
     chain = model.chain(rule.loss)
     chain, phase, *_ = fast.rewritten(fast.Steps(chain, Phase(chain.input_drive(x)), None, rule.T1))
     neurons = chain.zeros(phase.drive)
@@ -173,23 +190,40 @@ class Judgements(NamedTuple):
     @property
     def accuracy(self):
         """The share of images classified correctly; nan of none."""
-        return int((self.labels == self.classes).sum()) / len(self.labels) if len(self.labels) else math.nan
+        return (
+            int((self.labels == self.classes).sum()) / len(self.labels)
+            if len(self.labels)
+            else math.nan
+        )
 
 
 @torch.no_grad()
-def judgements(model, batches, rule, description="evaluating", stopwatch=None, workers=Workers(), convergence=None):
-    """The `Judgements` of a data set, predicted as `evaluate` does; `workers` take whole mini-batches in turn, and all
-    get all. convergence: as `evaluate` takes it."""
+def judgements(
+    model,
+    batches,
+    rule,
+    description="evaluating",
+    stopwatch=None,
+    workers=Workers(),
+    convergence=None,
+):
+    """The `Judgements` of a data set, predicted as `evaluate` does; `workers` take whole
+    mini-batches in turn, and all get all. convergence: as `evaluate` takes it."""
     stopwatch, own, chain = stopwatch or Stopwatch(), [], model.chain(rule.loss)
     for x, y in workers.strided(progress(batches, description)):
         if rule.tol:
-            neurons, settling = fast.from_zero(chain, Phase(chain.input_drive(x)), rule.T1, rule.tol)
+            neurons, settling = fast.from_zero(
+                chain, Phase(chain.input_drive(x)), rule.T1, rule.tol
+            )
             stopwatch.settling.add(*settling)
             steps = settling.steps.cpu()
             if convergence is not None:
                 convergence.measure(x, rule)
         else:
-            neurons, steps = predicting_neurons(model, x, rule, None, convergence), torch.full((len(y),), rule.T1)
+            neurons, steps = (
+                predicting_neurons(model, x, rule, None, convergence),
+                torch.full((len(y),), rule.T1),
+            )
         out = chain.read(neurons)
         certain = out.float().softmax(1) if rule.loss == "cel" else out.float()
         classes = out.argmax(1)
@@ -201,9 +235,9 @@ def judgements(model, batches, rule, description="evaluating", stopwatch=None, w
 
 @torch.no_grad()
 def relaxation(model, x, rule):
-    """(residual, energy) of one mini-batch over rule.T1 free steps from zero neurons, each a list with an entry per
-    step: the relative change in that step, see `relative_change`, and Phi, means over the images. energy is None of a
-    vector-field model, which has none."""
+    """(residual, energy) of one mini-batch over rule.T1 free steps from zero neurons, each a list
+    with an entry per step: the relative change in that step, see `relative_change`, and Phi, means
+    over the images. energy is None of a vector-field model, which has none."""
     chain, residual, energy = model.chain(rule.loss), [], []
     phase = Phase(chain.input_drive(x))
     neurons = chain.zeros(phase.drive)

@@ -1,4 +1,5 @@
 """How a training resumes: from which file, with which arguments, and by which command."""
+
 import contextlib
 import os
 import pathlib
@@ -13,9 +14,19 @@ from experiment.run_folder import RunFolder
 from experiment.story import RESUMABLE
 
 # What a training writes besides its checkpoint.tar.
-WRITTEN = ("hyperparameters.txt", "config.json", "metrics.csv", "gducheck.csv", "model.pt",
-           "final_model.pt", "final_checkpoint.tar", "train-test_acc.png", "train-test_acc.pdf",
-           "neural_activity.png", "neural_activity.pdf")
+WRITTEN = (
+    "hyperparameters.txt",
+    "config.json",
+    "metrics.csv",
+    "gducheck.csv",
+    "model.pt",
+    "final_model.pt",
+    "final_checkpoint.tar",
+    "train-test_acc.png",
+    "train-test_acc.pdf",
+    "neural_activity.png",
+    "neural_activity.pdf",
+)
 PLACES = ("data_dir", "corruptions_dir")  # arguments that may differ between two calls
 # Flags that a command that resumes has of its own.
 OF_THE_RESUMED = ("todo", "load-path", "run-dir", "save", "epochs")
@@ -32,8 +43,9 @@ def make_folder(path: str) -> None:
         raise UserError(f"argument --run-dir: {arguments.named(path)} is no folder") from None
     except (OSError, ValueError) as e:  # ValueError: not a possible path
         reason = why(e) if isinstance(e, OSError) else e
-        raise UserError(f"argument --run-dir: cannot make {arguments.named(path)}: "
-                        f"{reason}") from None
+        raise UserError(
+            f"argument --run-dir: cannot make {arguments.named(path)}: {reason}"
+        ) from None
 
 
 def enter_run_dir(path: str) -> RunFolder:
@@ -56,17 +68,20 @@ def read_run_dir(run: RunFolder) -> SavedRun | None:
     if not os.path.lexists(path):
         found = [name for name in WRITTEN if os.path.lexists(run.folder / name)]
         if found:
-            raise UserError(f"argument --run-dir: {run.folder} contains {', '.join(found)}, which "
-                            "training would overwrite, but no checkpoint.tar to resume from; "
-                            "choose another folder or move these files away")
+            raise UserError(
+                f"argument --run-dir: {run.folder} contains {', '.join(found)}, which "
+                "training would overwrite, but no checkpoint.tar to resume from; "
+                "choose another folder or move these files away"
+            )
         run.clean_up()
         return None
     if not path.is_file():
         raise UserError(f"argument --run-dir: {path} is no file; choose another folder")
     saved = open_saved(path, "train")
     if not saved.own:
-        raise UserError(f"argument --run-dir: {path} was not written by this program; choose "
-                        "another folder")
+        raise UserError(
+            f"argument --run-dir: {path} was not written by this program; choose another folder"
+        )
     run.clean_up()
     return saved
 
@@ -82,9 +97,11 @@ def refuse_run_elsewhere(path: str, workers) -> None:
     if max(epochs) > epochs[0]:
         owner = workers.hosts[epochs.index(max(epochs))]
         more = "" if epochs[0] < 0 else f" with {max(epochs)} epochs, not {epochs[0]}"
-        raise UserError(f"argument --run-dir: {path}/checkpoint.tar is on {owner}{more}, but "
-                        f"{workers.hosts[0]} reads and writes the run folder; give {owner} the "
-                        "--node_rank 0, or copy the folder")
+        raise UserError(
+            f"argument --run-dir: {path}/checkpoint.tar is on {owner}{more}, but "
+            f"{workers.hosts[0]} reads and writes the run folder; give {owner} the "
+            "--node_rank 0, or copy the folder"
+        )
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int] | None:
@@ -121,11 +138,15 @@ def refuse_changes(saved: SavedRun, given: dict) -> None:
         if flag.dest in given and of_training and flag.dest not in PLACES:
             saved_value, value = before[flag.dest], now[flag.dest]
             if saved_value != value:
-                differing.append(f"--{flag.name} (saved: {arguments.shown(saved_value)}, given: "
-                                 f"{arguments.shown(value)})")
+                differing.append(
+                    f"--{flag.name} (saved: {arguments.shown(saved_value)}, given: "
+                    f"{arguments.shown(value)})"
+                )
     if differing:
-        raise UserError(f"argument --run-dir: the run in {saved.path.parent} has other values of "
-                        f"{', '.join(differing)}; give the saved ones or choose another folder")
+        raise UserError(
+            f"argument --run-dir: the run in {saved.path.parent} has other values of "
+            f"{', '.join(differing)}; give the saved ones or choose another folder"
+        )
 
 
 def last_epoch(args, given: dict, saved: SavedRun | None) -> int:
@@ -177,8 +198,10 @@ def saved_elsewhere(job, folder: str, last: int) -> str:
         if flag.dest in job.given and flag.scope == "session" and flag.name not in OF_THE_RESUMED:
             words += typed(flag, job.given[flag.dest])
     words += ["--run-dir", folder, "--epochs", str(last)]
-    return (f"the epochs are saved in {folder} on {job.workers.hosts[0]}, resume with\n  "
-            f"{shlex.join(words)}")
+    return (
+        f"the epochs are saved in {folder} on {job.workers.hosts[0]}, resume with\n  "
+        f"{shlex.join(words)}"
+    )
 
 
 # ---- --load-path
@@ -190,8 +213,10 @@ def refuse_to_undo(saved):
     if saved.path.name != latest.name and exists(latest):
         epochs = [len(run.story.history) for run in (saved, open_saved(latest, "train"))]
         if epochs[0] != epochs[1]:
-            raise UserError(f"{saved.path} has {epochs[0]} epochs, {latest} {epochs[1]}, which going on would undo: "
-                            "copy the file to a folder of its own")
+            raise UserError(
+                f"{saved.path} has {epochs[0]} epochs, {latest} {epochs[1]}, which going on would undo: "
+                "copy the file to a folder of its own"
+            )
 
 
 def epochs_left(saved):
@@ -200,10 +225,12 @@ def epochs_left(saved):
 
 
 def how_to_go_on(job, folder, first):
-    """What is saved of a training that began after `first` epochs, and the shortest command that goes on with it.
+    """What is saved of a training that began after `first` epochs, and the shortest command that
+    goes on with it.
 
-    job: its args, given (the flags of its command line, judged), saved (the run that it goes on with, or None) and
-    program (the words in front of the flags) count; folder: of the run, None without one."""
+    job: its args, given (the flags of its command line, judged), saved (the run that it goes on
+    with, or None) and program (the words in front of the flags) count; folder: of the run, None
+    without one."""
     if not folder:
         return "nothing was saved, for want of --save"
     if not exists(pathlib.Path(folder, "checkpoint.tar")):
@@ -218,5 +245,7 @@ def how_to_go_on(job, folder, first):
         if flag.dest in job.given and new and flag.name not in OF_THE_RESUMED:
             words += typed(flag, job.given[flag.dest])
     settings = {"load_path": folder, "epochs": job.args.epochs - (done - first)}
-    words += [word for flag in ALL if flag.dest in settings for word in typed(flag, settings[flag.dest])]
+    words += [
+        word for flag in ALL if flag.dest in settings for word in typed(flag, settings[flag.dest])
+    ]
     return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(words)}"

@@ -1,4 +1,6 @@
-"""Run folders: a folder that appears whole, whose files are replaced whole, and one training at a time in it."""
+"""Run folders: a folder that appears whole, whose files are replaced whole, and one training at a
+time in it."""
+
 import contextlib
 import csv
 import datetime
@@ -39,23 +41,33 @@ from experiment.files import (
 
 
 class RunFolder:
-    """The folder of one run. folder: its path; figures: the format of its figures, png or pdf; about: model and task,
-    for their titles. Whatever looks at a run leaves alone what a training may be writing just now."""
+    """The folder of one run. folder: its path; figures: the format of its figures, png or pdf;
+    about: model and task, for their titles. Whatever looks at a run leaves alone what a training
+    may be writing just now."""
 
     def __init__(self, folder, figures="png", about=""):
         self.folder, self.figures, self.about = pathlib.Path(folder), figures, about
-        self._locks, self._board, self.at_commit = [], None, None  # called once, after the first commit
+        self._locks, self._board, self.at_commit = (
+            [],
+            None,
+            None,
+        )  # called once, after the first commit
         self._not_drawn = set()  # names of the figures that a warning was printed for
 
     @classmethod
     def create(cls, args, device, command_line, model, checkpoint, root="results"):
-        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; with _2, _3 ... behind it where that exists).
-        It appears with hyperparameters.txt and the checkpoint of epoch 0 inside, so that a run killed at any moment can
-        be resumed, and locked."""
+        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; with _2, _3 ... behind it
+        where that exists). It appears with hyperparameters.txt and the checkpoint of epoch 0
+        inside, so that a run killed at any moment can be resumed, and locked."""
         now = datetime.datetime.now()
         place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
-        final = pathlib.Path(root, args.alg, args.loss, now.strftime("%Y-%m-%d"),
-                             now.strftime("%H-%M-%S") + "_" + place)
+        final = pathlib.Path(
+            root,
+            args.alg,
+            args.loss,
+            now.strftime("%Y-%m-%d"),
+            now.strftime("%H-%M-%S") + "_" + place,
+        )
         hidden = hidden_name(final)
         try:
             hidden.mkdir(parents=True)
@@ -94,8 +106,8 @@ class RunFolder:
             self.write_hyperparameters(command_line, vars(args), model, device)
 
     def lock(self, table=""):
-        """Holds the folder, or a table in it, for this process until `release`. Raises UserError where another one has
-        it."""
+        """Holds the folder, or a table in it, for this process until `release`. Raises UserError
+        where another one has it."""
         self._locks.append(Lock(self.folder, table))
 
     def release(self):
@@ -111,34 +123,60 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def check_writable(self):
-        """Raises UserError where nothing can be written to the folder: before the work, not after."""
+        """Raises UserError where nothing can be written to the folder: before the work, not
+        after."""
         probe = hidden_name(self.folder / "probe")
         try:
             probe.touch(exist_ok=False)
             probe.unlink()
         except OSError as e:
-            raise UserError(f"cannot write to {self.folder}, where the results would go: {why(e)}") from None
+            raise UserError(
+                f"cannot write to {self.folder}, where the results would go: {why(e)}"
+            ) from None
 
     # ---- its files
 
     def write_hyperparameters(self, command_line, args, model, device):
         self.write_config(args)
-        write_text(self.folder / "hyperparameters.txt", "\n".join([  # last, see `complete`
-            *_heading("command line", command_line, device), "", "arguments:",
-            *(f"  {name}: {value!r}" for name, value in sorted(args.items())), "", "model:", str(model), ""]))
+        write_text(
+            self.folder / "hyperparameters.txt",
+            "\n".join(
+                [  # last, see `complete`
+                    *_heading("command line", command_line, device),
+                    "",
+                    "arguments:",
+                    *(f"  {name}: {value!r}" for name, value in sorted(args.items())),
+                    "",
+                    "model:",
+                    str(model),
+                    "",
+                ]
+            ),
+        )
 
     def write_config(self, args):
         """Writes every argument to config.json. args: {dest: value}."""
         write_text(self.folder / "config.json", json.dumps(args, indent=2, sort_keys=True) + "\n")
 
     def note_resumption(self, command_line, device, epoch, before, args):
-        """Appends to hyperparameters.txt that a training goes on from `epoch`, and renews config.json. before, args:
-        dicts of the arguments until now and now."""
-        changed = [f"  {name}: {value!r}  # before: {before[name]!r}" for name, value in sorted(args.items())
-                   if name in before and before[name] != value]
-        self.append_hyperparameters("\n".join(["", f"resumed from epoch {epoch} on",
-                                               *_heading("command line", command_line, device),
-                                               "arguments that differ from before:", *(changed or ["  none"])]))
+        """Appends to hyperparameters.txt that a training goes on from `epoch`, and renews
+        config.json. before, args: dicts of the arguments until now and now."""
+        changed = [
+            f"  {name}: {value!r}  # before: {before[name]!r}"
+            for name, value in sorted(args.items())
+            if name in before and before[name] != value
+        ]
+        self.append_hyperparameters(
+            "\n".join(
+                [
+                    "",
+                    f"resumed from epoch {epoch} on",
+                    *_heading("command line", command_line, device),
+                    "arguments that differ from before:",
+                    *(changed or ["  none"]),
+                ]
+            )
+        )
         self.write_config(args)
 
     def append_hyperparameters(self, text):
@@ -150,7 +188,9 @@ class RunFolder:
         with replacing(self.folder / name) as beside:
             try:
                 torch.save(state, beside)
-            except RuntimeError as e:  # torch's way to say that the disk is full, or the folder gone
+            except (
+                RuntimeError
+            ) as e:  # torch's way to say that the disk is full, or the folder gone
                 raise _disk_error(beside, e) from None
 
     def write_csv(self, name, rows):
@@ -161,7 +201,8 @@ class RunFolder:
             writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
     def read_csv(self, name):
-        """The rows of a table as dicts of texts; [] where there is none. Raises UserError where it cannot be read."""
+        """The rows of a table as dicts of texts; [] where there is none. Raises UserError where it
+        cannot be read."""
         try:
             return read_table(self.folder / name)
         except FileNotFoundError:
@@ -173,9 +214,10 @@ class RunFolder:
         self.write_csv(name, self.read_csv(name) + rows)
 
     def commit(self, state, resumable, improved, final):
-        """Writes the models of an epoch, and the table of its history. The checkpoint comes last and commits it: before
-        it, resuming repeats the epoch, and writes all again of what the checkpoint says. state, resumable: of
-        `experiment.story`; improved: whether the model is the best until now; final: whether the training ends."""
+        """Writes the models of an epoch, and the table of its history. The checkpoint comes last
+        and commits it: before it, resuming repeats the epoch, and writes all again of what the
+        checkpoint says. state, resumable: of `experiment.story`; improved: whether the model is the
+        best until now; final: whether the training ends."""
         self.write_csv("metrics.csv", state["history"])
         if improved:
             self.save("model.pt", state)
@@ -190,9 +232,9 @@ class RunFolder:
             told()
 
     def restore(self, history, best):
-        """Makes the log, the table and model.pt those of the epochs in `history`: a killed process may have written of
-        one more, which need not come out the same again. best: the checkpoint of the best model, or None where it is
-        not known."""
+        """Makes the log, the table and model.pt those of the epochs in `history`: a killed process
+        may have written of one more, which need not come out the same again. best: the checkpoint
+        of the best model, or None where it is not known."""
         self._forget_after(len(history))
         if history:
             self.write_csv("metrics.csv", history)
@@ -202,16 +244,23 @@ class RunFolder:
     def _forget_after(self, epoch):
         rows = self.read_csv("gducheck.csv")
         if rows:
-            self.write_csv("gducheck.csv", [row for row in rows if not (row.get("epoch") or "").isdecimal()
-                                            or int(row["epoch"]) <= epoch])
+            self.write_csv(
+                "gducheck.csv",
+                [
+                    row
+                    for row in rows
+                    if not (row.get("epoch") or "").isdecimal() or int(row["epoch"]) <= epoch
+                ],
+            )
 
     def write_lines(self, name, lines):
         write_text(self.folder / name, "\n".join(lines) + "\n")
 
     def save_figure(self, name, draw, *args):
-        """Save the figure draw(*args), which gets the run's title, in the format of `figures`, whatever the ending of
-        `name`. Never raises an Exception: a figure that cannot be drawn or written is a warning on standard error, one
-        line per figure however often it fails. Write the results that it shows before."""
+        """Save the figure draw(*args), which gets the run's title, in the format of `figures`,
+        whatever the ending of `name`. Never raises an Exception: a figure that cannot be drawn or
+        written is a warning on standard error, one line per figure however often it fails. Write
+        the results that it shows before."""
         path = (self.folder / name).with_suffix(f".{self.figures}")
         try:
             with style():
@@ -230,8 +279,8 @@ class RunFolder:
         return next(n for n in itertools.count(1) if not (self.folder / f"{stem}_{n}.txt").exists())
 
     def move_aside(self, stem, ends, also=()):
-        """Renames the files STEM + end, those that exist, to STEM_1 + end, or the first number at which there is no
-        .txt yet; also: further stems, whose files get the same number."""
+        """Renames the files STEM + end, those that exist, to STEM_1 + end, or the first number at
+        which there is no .txt yet; also: further stems, whose files get the same number."""
         number = self.next_number(stem)
         for name, end in itertools.product((*also, stem), ends):
             old = self.folder / (name + end)
@@ -239,7 +288,8 @@ class RunFolder:
                 os.replace(old, self.folder / f"{name}_{number}{end}")
 
     def finish_move(self, stem, ends):
-        """Goes on where a kill ended `move_aside`, which leaves files of a number without their .txt."""
+        """Goes on where a kill ended `move_aside`, which leaves files of a number without their
+        .txt."""
         if any((self.folder / f"{stem}_{self.next_number(stem)}{end}").exists() for end in ends):
             self.move_aside(stem, ends)
 
@@ -263,7 +313,7 @@ def _disk_error(path, error):
     """The OSError behind a RuntimeError of torch.save: what writing to the same place says."""
     try:
         with open(path, "ab", opener=own_file) as file:
-            file.write(b"0" * 2 ** 16)
+            file.write(b"0" * 2**16)
             file.flush()
             os.fsync(file.fileno())
     except OSError as e:
@@ -272,18 +322,28 @@ def _disk_error(path, error):
 
 
 def _heading(title, command_line, device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return [f"{title}: {command_line}", f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
-            f"device: {device} ({name})", f"host: {socket.gethostname()}",
-            f"threads: {torch.get_num_threads()}",
-            *(f"{name}: {value}" for name, value in versions().items())]
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return [
+        f"{title}: {command_line}",
+        f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+        f"device: {device} ({name})",
+        f"host: {socket.gethostname()}",
+        f"threads: {torch.get_num_threads()}",
+        *(f"{name}: {value}" for name, value in versions().items()),
+    ]
 
 
 def fingerprint(state):
     """A short digest of a state dict's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(name.encode() + tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -291,9 +351,18 @@ def versions():
     """What a run depends on besides its arguments."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        revision = subprocess.run(git, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent).stdout.strip()
+        revision = subprocess.run(
+            git, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
+        ).stdout.strip()
     except OSError:  # no git
         revision = ""
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": importlib.metadata.version("torchvision"),  # not imported: that takes seconds
-            "numpy": np.__version__, "cuda": torch.version.cuda or "none", "git revision": revision or "unknown"}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": importlib.metadata.version(
+            "torchvision"
+        ),  # not imported: that takes seconds
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda or "none",
+        "git revision": revision or "unknown",
+    }

@@ -1,6 +1,7 @@
-"""One training after another that differ in the seed alone. What an earlier call of the same command has finished is
-left, what it began goes on, and what another process trains just now is left to it: on several GPUs the same command is
-started once for each."""
+"""One training after another that differ in the seed alone. What an earlier call of the same
+command has finished is left, what it began goes on, and what another process trains just now is
+left to it: on several GPUs the same command is started once for each."""
+
 import contextlib
 import functools
 import hashlib
@@ -17,21 +18,31 @@ from experiment.story import other_data
 from experiment.workers import Workers
 
 # Flags that a resumed run takes from the command line: data, for example, may have moved meanwhile.
-OF_THIS_CALL = [flag for flag in ALL if flag.scope == "session"
-                or flag.dest in measured.PLACES and flag.dest != "seed"]
+OF_THIS_CALL = [
+    flag
+    for flag in ALL
+    if flag.scope == "session" or flag.dest in measured.PLACES and flag.dest != "seed"
+]
 
 
 def train_each(given, words, start, root="results"):
-    """Trains with each of --seeds; returns the exit code of the first that fails, or 0. given: of `arguments.parse`;
-    words: the command line; start(given, words): trains once and returns its exit code. Raises UserError."""
+    """Trains with each of --seeds; returns the exit code of the first that fails, or 0. given: of
+    `arguments.parse`; words: the command line; start(given, words): trains once and returns its
+    exit code. Raises UserError."""
     if "seed" in given or "load_path" in given:
-        raise UserError("argument --seeds: it says which seeds there are and finds what they have left: give neither "
-                        "--seed nor --load-path with it")
+        raise UserError(
+            "argument --seeds: it says which seeds there are and finds what they have left: give neither "
+            "--seed nor --load-path with it"
+        )
     if not given.get("save"):
-        raise UserError("argument --seeds: it needs --save, as runs are found again by their folders")
+        raise UserError(
+            "argument --seeds: it needs --save, as runs are found again by their folders"
+        )
     if Workers.launched().size > 1:
-        raise UserError("argument --seeds: it is for single processes: start it with python instead of torchrun, on "
-                        "several GPUs once for each")
+        raise UserError(
+            "argument --seeds: it is for single processes: start it with python instead of torchrun, on "
+            "several GPUs once for each"
+        )
     if "run_dir" in given:
         return _train_each_below(given, words, start)
     done, unreadable = [], set()
@@ -56,8 +67,10 @@ def train_each(given, words, start, root="results"):
         if epochs == args.epochs:
             done.append(folder)
         elif epochs > args.epochs:
-            print(f"seed {seed}: {folder} has {epochs} epochs, not the {args.epochs} of --epochs; "
-                  "it is left out of the mean")
+            print(
+                f"seed {seed}: {folder} has {epochs} epochs, not the {args.epochs} of --epochs; "
+                "it is left out of the mean"
+            )
     _say(done, len(set(given["seeds"])))
     return 0
 
@@ -81,8 +94,10 @@ def _train_each_below(given, words, start):
                 if epochs == wanted:
                     done.append(folder)
                 else:
-                    print(f"seed {seed}: {folder} has {epochs} epochs, not {wanted}; it is left "
-                          "out of the mean")
+                    print(
+                        f"seed {seed}: {folder} has {epochs} epochs, not {wanted}; it is left "
+                        "out of the mean"
+                    )
     _say(done, len(set(given["seeds"])))
     return 0
 
@@ -93,8 +108,10 @@ def _lock(seed, folder, name=""):
     try:
         return Lock(folder, name)
     except Busy as e:
-        print(f"note: seed {seed} is left to another process, which trains it: {e.holder}"
-              f"{e.delete}", file=sys.stderr)
+        print(
+            f"note: seed {seed} is left to another process, which trains it: {e.holder}{e.delete}",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -136,8 +153,10 @@ def _claimed(args, runs):
 def _fingerprints(args):
     """{name of flags.DATA: fingerprint} of what a training would read; {} where it cannot."""
     try:
-        splits = {"train_data": load_split(args.task, args.data_dir, True, args.train_size),
-                  "test_data": load_split(args.task, args.data_dir, False, args.test_size)}
+        splits = {
+            "train_data": load_split(args.task, args.data_dir, True, args.train_size),
+            "test_data": load_split(args.task, args.data_dir, False, args.test_size),
+        }
     except UserError:
         return {}
     return {name: fingerprint(arrays) for name, arrays in splits.items()}
@@ -187,14 +206,17 @@ def _rank(epochs, wanted):
 
 
 def _command(one, words, folder, epochs):
-    """(given, words) of a training: a new one, or, with `folder`, one that goes on for so many epochs."""
+    """(given, words) of a training: a new one, or, with `folder`, one that goes on for so many
+    epochs."""
     if folder is None:
         return one, [*_without(words, "--seeds"), "--seed", str(one["seed"])]
     now = [flag for flag in OF_THIS_CALL if flag.dest in one and flag.dest != "epochs"]
     kept = {flag.dest: one[flag.dest] for flag in now}
     options = [word for flag in now for word in typed(flag, kept[flag.dest])]
-    return ({**kept, "load_path": str(folder), "epochs": epochs},
-            ["--load-path", str(folder), "--epochs", str(epochs), *options])
+    return (
+        {**kept, "load_path": str(folder), "epochs": epochs},
+        ["--load-path", str(folder), "--epochs", str(epochs), *options],
+    )
 
 
 def _without(words, name):
@@ -218,5 +240,7 @@ def _say(folders, wanted):
         except UserError as e:
             print(f"note: {folder} is left out of the mean: {e}", file=sys.stderr)
     if values:
-        print(f"{len(values)} of {wanted} seeds are done: test accuracy {compare.said(*compare.pooled(values))} %, of "
-              "the model that each keeps: " + ", ".join(f"{value:.2f}" for value in values))
+        print(
+            f"{len(values)} of {wanted} seeds are done: test accuracy {compare.said(*compare.pooled(values))} %, of "
+            "the model that each keeps: " + ", ".join(f"{value:.2f}" for value in values)
+        )

@@ -4,6 +4,7 @@ torch.load(weights_only=True) is not enough. A deep tuple as a dict key crashes 
 bytes that call bytearray allocate gigabytes, and tensors in the format before PyTorch 1.6 can
 contain memory that was never written.
 """
+
 import io
 import pickle
 import re
@@ -16,15 +17,18 @@ import torch
 from data_files import Call, as_array
 from experiment.old_pickles import OLD_GLOBALS, Pickled
 
-LARGEST_PICKLE = 2 ** 23  # bytes of a checkpoint without its tensors; 10,000 epochs have 2 ** 21
+LARGEST_PICKLE = 2**23  # bytes of a checkpoint without its tensors; 10,000 epochs have 2 ** 21
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before PyTorch 1.6
 
-OPCODES = [getattr(pickle, name)[0] for name in """
+OPCODES = [
+    getattr(pickle, name)[0]
+    for name in """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
     BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES SHORT_BINSTRING
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
     BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID
-    """.split()]
+    """.split()
+]
 
 
 def load(file: BinaryIO, size: int):
@@ -59,6 +63,7 @@ def _load_archive(file, size):
         if key not in storages:
             storages[key] = bytearray(archive.read(f"{root}data/{key}"))
         return _values(storages[key], dtype, numel)
+
     return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
 
 
@@ -75,6 +80,7 @@ def _load_old(file, size):
                 raise ValueError(f"storage {key} has {numel:,} values, more than the file")
             storages[key] = bytearray(numel * dtype.itemsize)
         return _values(storages[key], dtype, numel)
+
     magic, version, machine, state, keys = (_Unpickler(pickles, storage).load() for _ in range(5))
     if (magic, version) != (MAGIC, VERSION):
         raise ValueError("it is not a file of torch.save")
@@ -126,8 +132,14 @@ class _Unpickler(pickle._Unpickler):
         """The storage that ("storage", type, key, device, number of values) names."""
         _expect(isinstance(saved, tuple) and len(saved) in (5, 6))
         kind, dtype, key, _, numel, *view = saved
-        _expect(kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
-                and isinstance(numel, int) and numel >= 0 and not any(view))
+        _expect(
+            kind == "storage"
+            and isinstance(dtype, torch.dtype)
+            and isinstance(key, str)
+            and isinstance(numel, int)
+            and numel >= 0
+            and not any(view)
+        )
         return self.storage(key, dtype, numel)
 
     def _call(self):
@@ -159,10 +171,15 @@ class _Unpickler(pickle._Unpickler):
         _expect(isinstance(self.stack[-1], dict) and all(isinstance(k, (str, int)) for k in keys))
         self.stack[-1].update(zip(keys, items[1::2], strict=True))
 
-    dispatch = {**dict.fromkeys(range(256), lambda self: _expect(False)),
-                **{op: read for op, read in pickle._Unpickler.dispatch.items() if op in OPCODES},
-                pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _call, pickle.BUILD[0]: _build,
-                pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items}
+    dispatch = {
+        **dict.fromkeys(range(256), lambda self: _expect(False)),
+        **{op: read for op, read in pickle._Unpickler.dispatch.items() if op in OPCODES},
+        pickle.REDUCE[0]: _call,
+        pickle.NEWOBJ[0]: _call,
+        pickle.BUILD[0]: _build,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+    }
 
 
 def _expect(holds):
@@ -195,15 +212,28 @@ def _dict(*pairs):
     return {}
 
 
-TYPES = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16,
-         "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
-         "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool,
-         "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}
+TYPES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+}
 NAMES = {
-    **OLD_GLOBALS, **{f"torch.{name}Storage": dtype for name, dtype in TYPES.items()},
-    "collections.OrderedDict": _dict, "_codecs.encode": _bytes,
+    **OLD_GLOBALS,
+    **{f"torch.{name}Storage": dtype for name, dtype in TYPES.items()},
+    "collections.OrderedDict": _dict,
+    "_codecs.encode": _bytes,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
     "numpy.dtype": lambda *args: Call("numpy dtype", args),
-    "numpy.core.multiarray.scalar": _number, "numpy._core.multiarray.scalar": _number,
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
 }

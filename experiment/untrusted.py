@@ -1,6 +1,8 @@
-"""What a saved file holds, held against what a run writes. Everything that is read of a checkpoint passes here once,
-what only training needs in `training_state`; what these functions return has the types, shapes and ranges that the rest
-of the program relies on. They raise Damaged for anything else."""
+"""What a saved file holds, held against what a run writes. Everything that is read of a checkpoint
+passes here once, what only training needs in `training_state`; what these functions return has the
+types, shapes and ranges that the rest of the program relies on. They raise Damaged for anything
+else."""
+
 import re
 import sys
 
@@ -23,14 +25,22 @@ def expect(holds, what, value):
 
 
 def is_number(value, low=-LARGEST_FLOAT, high=LARGEST_FLOAT, whole=False):
-    """Whether `value` is a finite number (whole: an int) from low to high; True and False are none."""
-    return isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and low <= value <= high
+    """Whether `value` is a finite number (whole: an int) from low to high; True and False are
+    none."""
+    return (
+        isinstance(value, int if whole else (int, float))
+        and not isinstance(value, bool)
+        and low <= value <= high
+    )
 
 
 def are_numbers(values, length, low=-LARGEST_FLOAT, high=LARGEST_FLOAT, whole=False):
     """Whether `values` is a list or tuple of `length` numbers, as `is_number` has them."""
-    return (isinstance(values, (list, tuple)) and len(values) == length
-            and all(is_number(value, low, high, whole) for value in values))
+    return (
+        isinstance(values, (list, tuple))
+        and len(values) == length
+        and all(is_number(value, low, high, whole) for value in values)
+    )
 
 
 def _is_name(value):
@@ -44,15 +54,21 @@ def plain(value):
     return value.item() if torch.is_tensor(value) and not value.dim() else value
 
 
-# -------------------------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 
 
 def real_tensor(value, what, shape=None):
-    """The float32 tensor with the values of `value`, which are finite. Weights of another floating type (float64,
-    float16, bfloat16) are converted, where that leaves them finite: models compute in float32. shape: the one that it
-    must have."""
-    expect(isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-           and value.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16), what, value)
+    """The float32 tensor with the values of `value`, which are finite. Weights of another floating
+    type (float64, float16, bfloat16) are converted, where that leaves them finite: models compute
+    in float32. shape: the one that it must have."""
+    expect(
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16),
+        what,
+        value,
+    )
     held = value.untyped_storage().nbytes() // value.element_size()
     if value.numel() > held:  # a view that repeats a few values
         raise Damaged(f"{what} claims {value.numel():,} values, of which the file has {held:,}")
@@ -69,7 +85,11 @@ def weights(saved):
     prefixes of DataParallel, DistributedDataParallel and torch.compile are removed from names."""
     expect(isinstance(saved, dict), "model_state_dict", saved)
     for name in saved:
-        expect(isinstance(name, str) and len(name) <= 200 and name.isprintable(), "the name of a weight", name)
+        expect(
+            isinstance(name, str) and len(name) <= 200 and name.isprintable(),
+            "the name of a weight",
+            name,
+        )
     found = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in saved.items()}
     expect(len(found) == len(saved), "names of weights, two of which mean the same,", list(saved))
     tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
@@ -78,15 +98,20 @@ def weights(saved):
     held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     if claimed > held:  # views that repeat values; converted, each would be a copy
         raise Damaged(f"model_state_dict claims {claimed:,} bytes, of which the file has {held:,}")
-    return {name: _count(value, name) if name.endswith(".num_batches_tracked") else _weight(value, name)
-            for name, value in found.items()}
+    return {
+        name: _count(value, name) if name.endswith(".num_batches_tracked") else _weight(value, name)
+        for name, value in found.items()
+    }
 
 
 def architecture(weights: dict) -> dict:
     """{dest: value} of the arguments that the shapes of an energy model's weights determine; {}
     for other weights. weights: {name: tensor}."""
-    synapses = {int(name.split(".")[1]): tuple(value.shape) for name, value in weights.items()
-                if re.fullmatch(r"synapses\.\d{1,4}\.weight", name)}
+    synapses = {
+        int(name.split(".")[1]): tuple(value.shape)
+        for name, value in weights.items()
+        if re.fullmatch(r"synapses\.\d{1,4}\.weight", name)
+    }
     shapes = [synapses[n] for n in sorted(synapses)]
     convolutions = [shape for shape in shapes if len(shape) == 4]
     dense = [shape for shape in shapes if len(shape) == 2]
@@ -101,8 +126,11 @@ def architecture(weights: dict) -> dict:
         return {**found, "archi": [dense[0][1], *(shape[0] for shape in dense)]}
     if all(shape[2] == shape[3] for shape in convolutions):
         found["kernels"] = [shape[2] for shape in convolutions]
-    return {**found, "channels": [shape[0] for shape in convolutions],
-            "fc": [shape[0] for shape in dense]}
+    return {
+        **found,
+        "channels": [shape[0] for shape in convolutions],
+        "fc": [shape[0] for shape in dense],
+    }
 
 
 def _weight(value, name):
@@ -114,24 +142,36 @@ def _weight(value, name):
 
 def _count(value, name):
     """How many mini-batches a batch normalisation has seen."""
-    expect(isinstance(value, torch.Tensor) and value.dtype == torch.int64 and not value.dim() and value.is_cpu
-           and value.layout == torch.strided and value >= 0, f"the count {name}", value)
+    expect(
+        isinstance(value, torch.Tensor)
+        and value.dtype == torch.int64
+        and not value.dim()
+        and value.is_cpu
+        and value.layout == torch.strided
+        and value >= 0,
+        f"the count {name}",
+        value,
+    )
     return value.clone()
 
 
-# ------------------------------------------------------------------------------------------------ arguments and history
+# ---------------------------------------------------------------------------- arguments and history
 
 
 def judged(values, path):
-    """{dest: value} of the flags among `values`, a dict, each held to its flag's type and range, those of one call left
-    out. path: the file that they are from. Raises UserError."""
-    return {flag.dest: judge_saved(flag, values[flag.dest], path)
-            for flag in ALL if flag.dest in values and flag.scope != "session"}
+    """{dest: value} of the flags among `values`, a dict, each held to its flag's type and range,
+    those of one call left out. path: the file that they are from. Raises UserError."""
+    return {
+        flag.dest: judge_saved(flag, values[flag.dest], path)
+        for flag in ALL
+        if flag.dest in values and flag.scope != "session"
+    }
 
 
 def config(saved, path):
-    """The arguments that a checkpoint of this program carries, as it carries them: a dict of plain values, those of
-    flags judged, and all there that no version left out. Raises UserError as well."""
+    """The arguments that a checkpoint of this program carries, as it carries them: a dict of plain
+    values, those of flags judged, and all there that no version left out. Raises UserError as
+    well."""
     expect(isinstance(saved, dict) and all(_is_name(name) for name in saved), "config", saved)
     missing = [name.replace("_", "-") for name in ALWAYS_SAVED if name not in saved]
     if missing:
@@ -154,19 +194,28 @@ def data(config):
 
 
 def _is_plain(value):
-    return value is None or isinstance(value, (bool, str, float)) or is_number(value, -2 ** 63, 2 ** 63, True)
+    return (
+        value is None
+        or isinstance(value, (bool, str, float))
+        or is_number(value, -(2**63), 2**63, True)
+    )
 
 
 def history(saved):
-    """The history of a checkpoint: [{"epoch": 1, "train_acc": %, "test_acc": %, "seconds": s or "", ...}, ...], the
-    rows of metrics.csv. One of the original code, without `config`, may have two lists of accuracies instead."""
+    """The history of a checkpoint: [{"epoch": 1, "train_acc": %, "test_acc": %, "seconds": s or "",
+    ...}, ...], the rows of metrics.csv. One of the original code, without `config`, may have two
+    lists of accuracies instead."""
     epoch = plain(saved.get("epoch"))
     if "history" not in saved and "config" not in saved:
         return _history_of_lists(saved.get("train_acc", []), saved.get("test_acc", []), epoch)
     rows = saved.get("history")
     expect(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), "history", rows)
     rows = [{name: plain(value) for name, value in row.items()} for row in rows]
-    expect(is_number(epoch, len(rows), len(rows), True), f"epoch, with {len(rows)} epochs in history,", epoch)
+    expect(
+        is_number(epoch, len(rows), len(rows), True),
+        f"epoch, with {len(rows)} epochs in history,",
+        epoch,
+    )
     for n, row in enumerate(rows, 1):
         what = f"epoch {n} in history"
         expect(all(_is_name(name) for name in row), what, row)
@@ -176,10 +225,21 @@ def history(saved):
         if "val_acc" in row:
             expect(is_number(row["val_acc"], 0, 100), f"val_acc of {what}", row["val_acc"])
         seconds = row.get("seconds", "")
-        expect(isinstance(seconds, str) and not seconds or is_number(seconds, 0), f"seconds of {what}", seconds)
+        expect(
+            isinstance(seconds, str) and not seconds or is_number(seconds, 0),
+            f"seconds of {what}",
+            seconds,
+        )
         for name, value in row.items():
-            expect(isinstance(value, float) or is_number(value, -LARGEST, LARGEST)  # an angle may be nan
-                   or isinstance(value, str) and len(value) <= 100 and value.isprintable(), f"{name} of {what}", value)
+            expect(
+                isinstance(value, float)
+                or is_number(value, -LARGEST, LARGEST)  # an angle may be nan
+                or isinstance(value, str)
+                and len(value) <= 100
+                and value.isprintable(),
+                f"{name} of {what}",
+                value,
+            )
     first = dict.fromkeys(("epoch", "train_acc", "test_acc", "seconds"), "")
     return [{**first, **row} for row in rows]
 
@@ -187,24 +247,40 @@ def history(saved):
 def _history_of_lists(train, test, epoch):
     """The history of a checkpoint of the original code, without the accuracy of 10 % with which
     its lists begin before the first epoch."""
-    expect(isinstance(train, list) and isinstance(test, list) and len(train) == len(test),
-           "train_acc and test_acc, which are two lists of one length,", (train, test))
+    expect(
+        isinstance(train, list) and isinstance(test, list) and len(train) == len(test),
+        "train_acc and test_acc, which are two lists of one length,",
+        (train, test),
+    )
     pairs = [plain([*pair]) for pair in zip(train, test)]
     for n, pair in enumerate(pairs):
         expect(are_numbers(pair, 2, 0, 100), f"entry {n} of train_acc and test_acc", pair)
     # `epoch` of a final_checkpoint.tar counts the epochs of its last session alone
-    if pairs and (pairs[0] == [10.0, 10.0] and epoch != len(pairs)
-                  or pairs[0][0] == pairs[0][1] and epoch == len(pairs) - 1):
+    if pairs and (
+        pairs[0] == [10.0, 10.0]
+        and epoch != len(pairs)
+        or pairs[0][0] == pairs[0][1]
+        and epoch == len(pairs) - 1
+    ):
         del pairs[0]
-    return [{"epoch": n, "train_acc": float(pair[0]), "test_acc": float(pair[1]), "seconds": ""}
-            for n, pair in enumerate(pairs, 1)]
+    return [
+        {"epoch": n, "train_acc": float(pair[0]), "test_acc": float(pair[1]), "seconds": ""}
+        for n, pair in enumerate(pairs, 1)
+    ]
 
 
 def resumptions(saved):
     """{epoch: text} of a checkpoint."""
-    expect(isinstance(saved, dict) and all(is_number(epoch, 1, LARGEST, True) for epoch in saved)
-           and all(isinstance(text, str) and len(text) <= 2000 and text.isprintable() for text in saved.values()),
-           "resumptions", saved)
+    expect(
+        isinstance(saved, dict)
+        and all(is_number(epoch, 1, LARGEST, True) for epoch in saved)
+        and all(
+            isinstance(text, str) and len(text) <= 2000 and text.isprintable()
+            for text in saved.values()
+        ),
+        "resumptions",
+        saved,
+    )
     return dict(saved)
 
 
@@ -225,13 +301,15 @@ def accuracy(saved, otherwise):
 
 
 def best_model(saved, own, path):
-    """(weights, config, history) of the best model, which a checkpoint carries along as model.pt holds it; or None.
-    own: the weights of the checkpoint. Raises UserError as well."""
+    """(weights, config, history) of the best model, which a checkpoint carries along as model.pt
+    holds it; or None. own: the weights of the checkpoint. Raises UserError as well."""
     if saved is None:
         return None
     expect(isinstance(saved, dict), "best_model", saved)
     state = weights(saved.get("model_state_dict"))
-    shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (state, own)]
+    shapes = [
+        {name: tuple(value.shape) for name, value in tensors.items()} for tensors in (state, own)
+    ]
     if shapes[0] != shapes[1]:
         raise Damaged("the weights of best_model are those of another model")
     return state, config(saved.get("config"), path), history(saved)

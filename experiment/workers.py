@@ -1,5 +1,6 @@
-"""The processes that torchrun starts to work on one thing together, the device each computes on, and the seeds they
-share."""
+"""The processes that torchrun starts to work on one thing together, the device each computes on,
+and the seeds they share."""
+
 import contextlib
 import datetime
 import glob
@@ -34,12 +35,13 @@ class LostWorker(RunFailed):
 class _Heartbeat(threading.Thread):
     """Counts up in torchrun's store while this worker lives, and watches the counts of the others.
 
-    A killed process closes its connections, which the others notice at once. A frozen process, or a machine that lost
-    its power, does not: it is lost once its count has stood still for `patience` seconds. A worker that computes,
-    writes or downloads for hours goes on counting. Seconds are measured in beats of this thread, not by a clock:
-    workers that were suspended together, by a batch system, do not count as lost when they resume."""
+    A killed process closes its connections, which the others notice at once. A frozen process, or a
+    machine that lost its power, does not: it is lost once its count has stood still for `patience`
+    seconds. A worker that computes, writes or downloads for hours goes on counting. Seconds are
+    measured in beats of this thread, not by a clock: workers that were suspended together, by a
+    batch system, do not count as lost when they resume."""
 
-    ENDED = 2 ** 40  # added to the count of a worker whose work is complete; no beat gets there
+    ENDED = 2**40  # added to the count of a worker whose work is complete; no beat gets there
 
     def __init__(self, store, workers, patience):
         """store: see `Workers._store`, used by this thread alone; patience: in seconds."""
@@ -48,7 +50,8 @@ class _Heartbeat(threading.Thread):
         self.interval, self._stopped = min(2.0, patience / 20), threading.Event()
 
     def run(self):
-        """Beats until `stop`, or until another worker is lost; calls `on_loss` of the workers then."""
+        """Beats until `stop`, or until another worker is lost; calls `on_loss` of the workers
+        then."""
         others = [rank for rank in range(self.workers.size) if rank != self.workers.rank]
         counts = dict.fromkeys(others, 0)
         silent = dict.fromkeys(others, 0)  # beats of this worker without one of the other
@@ -57,17 +60,21 @@ class _Heartbeat(threading.Thread):
             now = self._beat(others)
             for rank in others:
                 # with 0 it has not connected yet
-                alive = now is not None and (now[rank] != counts[rank] or now[rank] in (0, self.ENDED))
+                alive = now is not None and (
+                    now[rank] != counts[rank] or now[rank] in (0, self.ENDED)
+                )
                 silent[rank] = 0 if alive else silent[rank] + 1
             counts = now or counts
             lost = max(others, key=silent.get)
             if silent[lost] * self.interval >= self.patience and not self._stopped.is_set():
-                self.workers.on_loss(f"a worker was lost (rank {lost}: no heartbeat for {self.patience:g} s)")
+                self.workers.on_loss(
+                    f"a worker was lost (rank {lost}: no heartbeat for {self.patience:g} s)"
+                )
                 return
 
     def _beat(self, others):
-        """Counts up. Returns {rank: its count, at most ENDED}, or None without a connection to the store: its machine,
-        and the worker on it, are lost."""
+        """Counts up. Returns {rank: its count, at most ENDED}, or None without a connection to the
+        store: its machine, and the worker on it, are lost."""
         try:
             self.store.add(f"heartbeat {self.workers.rank}", 1)
             found = {rank: self.store.add(f"heartbeat {rank}", 0) for rank in others}
@@ -85,18 +92,24 @@ class _Heartbeat(threading.Thread):
 class Workers:
     """The processes that torchrun started; one, for which nothing here does anything, without it.
 
-    rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on its machine. What
-    exchanges (`sum`, `average_gradients`, a mini-batch within `sharing_statistics`, `deal`, `gather`, `gather_dealt`,
-    `gather_strided`, `broadcast`, `rank_zero_first`) is to be called by all, in the same order. It waits for slower
-    workers without a limit, and raises LostWorker where one has ended. Where one is frozen or its machine is gone,
-    `on_loss` is called with the reason, from another thread.
-    """
+    rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on
+    its machine. What exchanges (`sum`, `average_gradients`, a mini-batch within
+    `sharing_statistics`, `deal`, `gather`, `gather_dealt`, `gather_strided`, `broadcast`,
+    `rank_zero_first`) is to be called by all, in the same order. It waits for slower workers
+    without a limit, and raises LostWorker where one has ended. Where one is frozen or its machine
+    is gone, `on_loss` is called with the reason, from another thread."""
 
     PATIENCE = datetime.timedelta(minutes=1)  # without a heartbeat, after which a worker is lost
     START = datetime.timedelta(minutes=10)  # in which all have to start: libraries can load slowly
 
     def __init__(self, rank=0, size=1, local_rank=0):
-        self.rank, self.size, self.local_rank, self.device, self.stderr = rank, size, local_rank, None, sys.stderr
+        self.rank, self.size, self.local_rank, self.device, self.stderr = (
+            rank,
+            size,
+            local_rank,
+            None,
+            sys.stderr,
+        )
         self.on_loss = lambda reason: self.end(reason, LostWorker.code)
         self.hosts = [socket.gethostname()]  # of each worker, once they are connected
         self._board, self._heartbeat, self._deals = None, None, 0
@@ -109,24 +122,36 @@ class Workers:
         return cls(launch.rank, launch.size, launch.local_rank)
 
     def connect(self, device):
-        """From here on workers exchange: what is on the CPU by gloo, what is on a CUDA device by nccl. See
-        `_Heartbeat`."""
+        """From here on workers exchange: what is on the CPU by gloo, what is on a CUDA device by
+        nccl. See `_Heartbeat`."""
         self.device = device
         if self.size > 1:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             with self._exchange():
                 self._meeting = self._meet()
-                self._board = self._store(FOREVER)  # nccl exchanges addresses there when it is first used
-                self._heartbeat = _Heartbeat(self._store(self.PATIENCE), self, self.PATIENCE.total_seconds())
+                self._board = self._store(
+                    FOREVER
+                )  # nccl exchanges addresses there when it is first used
+                self._heartbeat = _Heartbeat(
+                    self._store(self.PATIENCE), self, self.PATIENCE.total_seconds()
+                )
                 self._heartbeat.start()
-                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=self._board,
-                                        rank=self.rank, world_size=self.size, timeout=FOREVER)
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                    store=self._board,
+                    rank=self.rank,
+                    world_size=self.size,
+                    timeout=FOREVER,
+                )
             self.hosts = self.gather(socket.gethostname())
             self.sum(0)  # connects the devices now, while all are here
             if len(set(self.hosts)) > 1:
-                print(f"note: the workers are on {', '.join(dict.fromkeys(self.hosts))}; "
-                      f"{self.hosts[0]} reads and writes the run folder", file=sys.stderr)
+                print(
+                    f"note: the workers are on {', '.join(dict.fromkeys(self.hosts))}; "
+                    f"{self.hosts[0]} reads and writes the run folder",
+                    file=sys.stderr,
+                )
 
     def disconnect(self):
         """The end of `connect`."""
@@ -141,7 +166,9 @@ class Workers:
         try:
             yield
         except RuntimeError as e:  # all of torch.distributed's errors are
-            reason = re.sub(r"^\[\S+:\d+\] ", "", one_line(e)).split(". ")[0]  # without the place in gloo's source
+            reason = re.sub(r"^\[\S+:\d+\] ", "", one_line(e)).split(". ")[
+                0
+            ]  # without the place in gloo's source
             raise LostWorker(f"a worker was lost ({reason})") from None
 
     @property
@@ -154,19 +181,21 @@ class Workers:
     def shard(self, n):
         """This worker's part of a mini-batch of n samples: (a slice, how many they are).
 
-        With fewer samples than workers some get none. They compute along on a sample of another's, for a weight of 0:
-        no learning rule has to do with empty batches, and all draw the same random numbers."""
+        With fewer samples than workers some get none. They compute along on a sample of another's,
+        for a weight of 0: no learning rule has to do with empty batches, and all draw the same
+        random numbers."""
         first, last = (-(-n * rank // self.size) for rank in (self.rank, self.rank + 1))
         return slice(min(first, n - 1), max(first + 1, last)), last - first
 
     def strided(self, iterable):
-        """Every size-th item, from this worker's first on: for work that is even. See `gather_strided`."""
+        """Every size-th item, from this worker's first on: for work that is even. See
+        `gather_strided`."""
         return itertools.islice(iterable, self.rank, None, self.size)
 
     def deal(self, iterable):
-        """(place, item) of the items that this worker takes: each item goes to the next worker that is free, so that
-        slow ones do not pile up. For work that is complete on the device before the next item is asked for. See
-        `gather_dealt`."""
+        """(place, item) of the items that this worker takes: each item goes to the next worker that
+        is free, so that slow ones do not pile up. For work that is complete on the device before
+        the next item is asked for. See `gather_dealt`."""
         places = self._places()
         mine = next(places)
         for place, item in enumerate(iterable):
@@ -175,8 +204,8 @@ class Workers:
                 mine = next(places)
 
     def _places(self):
-        """The places of the items that `deal` gives to this worker, by a shared counter; every size-th without
-        `connect`."""
+        """The places of the items that `deal` gives to this worker, by a shared counter; every
+        size-th without `connect`."""
         if not self._board:
             yield from itertools.count(self.rank, self.size)
         self._deals += 1
@@ -190,8 +219,8 @@ class Workers:
 
     @torch.no_grad()
     def average_gradients(self, model, n_local, n_global):
-        """Makes every p.grad, this worker's mean over its n_local samples, the mean over all n_global of the
-        mini-batch."""
+        """Makes every p.grad, this worker's mean over its n_local samples, the mean over all
+        n_global of the mini-batch."""
         if self.size == 1:
             return
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -203,10 +232,14 @@ class Workers:
 
     @contextlib.contextmanager
     def sharing_statistics(self, model, n_local, n_global):
-        """Within the block the model's batch normalisations, modules with a `whole`, take the statistics of all
-        n_global samples of a mini-batch, of which n_local are this worker's. What a gradient gets through them is what
-        `average_gradients` expects."""
-        norms = [module for module in model.modules() if hasattr(module, "whole")] if self.size > 1 else []
+        """Within the block the model's batch normalisations, modules with a `whole`, take the
+        statistics of all n_global samples of a mini-batch, of which n_local are this worker's. What
+        a gradient gets through them is what `average_gradients` expects."""
+        norms = (
+            [module for module in model.modules() if hasattr(module, "whole")]
+            if self.size > 1
+            else []
+        )
         for module in norms:
             module.whole = self, n_local / n_global, n_global
         try:
@@ -240,8 +273,8 @@ class Workers:
         return [item for row in rounds for item in row if item is not missing]
 
     def gather_dealt(self, results):
-        """The results of all items of `deal`, in their order. results: (place, result) of those that this worker took.
-        """
+        """The results of all items of `deal`, in their order. results: (place, result) of those
+        that this worker took."""
         together = [result for own in self.gather(results) for result in own]
         return [result for _, result in sorted(together, key=lambda result: result[0])]
 
@@ -275,8 +308,9 @@ class Workers:
             yield
 
     def end(self, message, code):
-        """Says why the run ends, if no other worker has said so before, and returns `code`; of several workers ends
-        this one at once, for orderly goodbyes would wait for those that are lost."""
+        """Says why the run ends, if no other worker has said so before, and returns `code`; of
+        several workers ends this one at once, for orderly goodbyes would wait for those that are
+        lost."""
         if self.size == 1 or self._first_to_speak():
             print(message, file=self.stderr, flush=True)
         if self.size > 1:
@@ -294,16 +328,16 @@ class Workers:
         """What torchrun itself keeps for the workers, whichever of them is lost; empty for those
         that it starts in place of lost ones."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore(prefix or self._meeting,
-                                dist.TCPStore(address, port, timeout=timeout))
+        return dist.PrefixStore(
+            prefix or self._meeting, dist.TCPStore(address, port, timeout=timeout)
+        )
 
     def _meet(self):
         """A name that all workers of this start have in common, and no earlier start had.
 
         torchrun's count of restarts is no such name: each machine has its own count. So every
-        worker calls with a random word until rank 0, which may first find the call of a lost worker,
-        answers.
-        """
+        worker calls with a random word until rank 0, which may first find the call of a lost
+        worker, answers."""
         store = self._store(self.START, "meeting")
         word = secrets.token_hex(8)
         if self.rank:
@@ -334,14 +368,16 @@ def computed_on():
 def check_parallel(todo, workers):
     """What --todo demands of the number of workers. Raises UserError."""
     if workers.size > 1 and todo not in PARALLEL:
-        raise UserError(f"--todo {todo} is the work of one process: start it with python instead "
-                        "of torchrun")
+        raise UserError(
+            f"--todo {todo} is the work of one process: start it with python instead of torchrun"
+        )
 
 
 def pick_device(index, workers):
-    """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun the one of the
-    worker's place on the machine. Without an NVIDIA device, or with CUDA_VISIBLE_DEVICES empty, index 0 is the CPU
-    (`check_device` prints a note). Raises UserError, with the cause, for a GPU that is there and cannot be used."""
+    """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun
+    the one of the worker's place on the machine. Without an NVIDIA device, or with
+    CUDA_VISIBLE_DEVICES empty, index 0 is the CPU (`check_device` prints a note). Raises UserError,
+    with the cause, for a GPU that is there and cannot be used."""
     if index == -1:
         return torch.device("cpu")
     on_the_cpu = "--device -1 runs on the CPU"
@@ -353,22 +389,32 @@ def pick_device(index, workers):
         if cause:
             raise UserError(f"argument --device: {cause}; {on_the_cpu}")
         if index > 0 and not _hides_all_gpus():
-            raise UserError(f"argument --device: got {index}, there is no CUDA device here; {on_the_cpu}")
+            raise UserError(
+                f"argument --device: got {index}, there is no CUDA device here; {on_the_cpu}"
+            )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if workers.size > 1:
         index = workers.local_rank
         if index >= count:
-            raise UserError(f"torchrun --nproc_per_node: each process needs a GPU, this machine has {count} (--device "
-                            "-1: the CPU)")
+            raise UserError(
+                f"torchrun --nproc_per_node: each process needs a GPU, this machine has {count} (--device "
+                "-1: the CPU)"
+            )
     if index >= count:
-        raise UserError(f"argument --device: got {index}, the GPUs of this machine are 0 to {count - 1}; {on_the_cpu}")
+        raise UserError(
+            f"argument --device: got {index}, the GPUs of this machine are 0 to {count - 1}; {on_the_cpu}"
+        )
     device = torch.device("cuda", index)
     try:
         torch.cuda.set_device(device)  # events and streams are the current device's
         torch.zeros(1, device=device).add_(1).item()
-    except Exception as e:  # in exclusive use, without memory, not supported: the driver raises several types
-        raise UserError(f"argument --device: GPU {index} cannot be used: {_first_sentence(e)}; {on_the_cpu}") from None
+    except (
+        Exception
+    ) as e:  # in exclusive use, without memory, not supported: the driver raises several types
+        raise UserError(
+            f"argument --device: GPU {index} cannot be used: {_first_sentence(e)}; {on_the_cpu}"
+        ) from None
     return device
 
 
@@ -378,8 +424,8 @@ def _hides_all_gpus():
 
 
 def _why_unusable(caught):
-    """The reason why torch cannot use a GPU of this machine; None where it has none, or CUDA_VISIBLE_DEVICES hides
-    them all. caught: the warnings of torch.cuda.is_available."""
+    """The reason why torch cannot use a GPU of this machine; None where it has none, or
+    CUDA_VISIBLE_DEVICES hides them all. caught: the warnings of torch.cuda.is_available."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if _hides_all_gpus():
         return None
@@ -387,13 +433,19 @@ def _why_unusable(caught):
         warnings.simplefilter("ignore")
         seen = torch.cuda.device_count()
         try:
-            there = torch.cuda._raw_device_count_nvml()  # those that CUDA_VISIBLE_DEVICES hides as well
+            there = (
+                torch.cuda._raw_device_count_nvml()
+            )  # those that CUDA_VISIBLE_DEVICES hides as well
         except (OSError, AttributeError):  # no driver
             there = 0
     there = max(seen, there) > 0 or bool(glob.glob("/dev/nvidia[0-9]*"))
     # indices, UUIDs of GPUs or of MIG instances, and what Slurm writes for none
     name = r"\d+|(GPU|MIG)-[\w/-]+|NoDevFiles"
-    if visible and (there and not seen or not all(re.fullmatch(name, part.strip()) for part in visible.split(","))):
+    if visible and (
+        there
+        and not seen
+        or not all(re.fullmatch(name, part.strip()) for part in visible.split(","))
+    ):
         return f"CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine"
     if not there:
         return None
@@ -419,28 +471,37 @@ def check_device(args, device):
     """Validate the arguments compile and precision for the device. Raises UserError. Prints a note
     if a GPU was requested and there is none."""
     if device.type == "cpu" and args.device != -1:
-        print("note: there is no CUDA device here, running on the CPU (--device -1 says so without "
-              "this note)", file=sys.stderr)
+        print(
+            "note: there is no CUDA device here, running on the CPU (--device -1 says so without "
+            "this note)",
+            file=sys.stderr,
+        )
     if args.compile and device.type != "cuda":
-        raise UserError("argument --compile: needs a CUDA device; on a CPU compiled steps are no faster")
+        raise UserError(
+            "argument --compile: needs a CUDA device; on a CPU compiled steps are no faster"
+        )
     if args.precision != "fp32":
         if device.type != "cuda":
-            raise UserError(f"argument --precision: {args.precision} needs a CUDA device, this one "
-                            "computes in fp32; give --precision fp32")
+            raise UserError(
+                f"argument --precision: {args.precision} needs a CUDA device, this one "
+                "computes in fp32; give --precision fp32"
+            )
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            raise UserError(f"argument --precision: {args.precision} needs a GPU of compute capability "
-                            f"8.0, {torch.cuda.get_device_name(device)} has "
-                            f"{'.'.join(map(str, capability))}; give --precision fp32")
+            raise UserError(
+                f"argument --precision: {args.precision} needs a GPU of compute capability "
+                f"8.0, {torch.cuda.get_device_name(device)} has "
+                f"{'.'.join(map(str, capability))}; give --precision fp32"
+            )
 
 
 def seed_everything(args, workers):
-    """Seeds python, NumPy and torch with args.seed, which is drawn first where it is None; with args.deterministic asks
-    torch for kernels that always sum in the same order."""
+    """Seeds python, NumPy and torch with args.seed, which is drawn first where it is None; with
+    args.deterministic asks torch for kernels that always sum in the same order."""
     if args.seed is None:
-        args.seed = workers.broadcast(random.SystemRandom().randrange(2 ** 31))
+        args.seed = workers.broadcast(random.SystemRandom().randrange(2**31))
     random.seed(args.seed)
-    np.random.seed(args.seed % 2 ** 32)
+    np.random.seed(args.seed % 2**32)
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses

@@ -17,33 +17,49 @@ from energy import fast  # noqa: E402
 
 # Processes that have loaded the libraries already, so that what they run begins at once.
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["main", "model_utils", "torchvision", "sklearn.datasets", "sklearn.model_selection",
-                                "ART_Timesteps_Addition.audit_checks", "matplotlib.backends.backend_agg",
-                                "experiment.records", "torch.fx.experimental.symbolic_shapes"])
+context.set_forkserver_preload(
+    [
+        "main",
+        "model_utils",
+        "torchvision",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "ART_Timesteps_Addition.audit_checks",
+        "matplotlib.backends.backend_agg",
+        "experiment.records",
+        "torch.fx.experimental.symbolic_shapes",
+    ]
+)
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """Runs a command line of main.py in an empty folder: words -> (exit code, standard output, standard error)."""
+    """Runs a command line of main.py in an empty folder: words -> (exit code, standard output,
+    standard error)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words, **options):
-        code = main.main([str(w) for word in words for w in (word.split() if isinstance(word, str) else [word])],
-                         **options)
+        code = main.main(
+            [str(w) for word in words for w in (word.split() if isinstance(word, str) else [word])],
+            **options,
+        )
         out, err = capsys.readouterr()
         return code, out, err
+
     return run
 
 
 @pytest.fixture
 def ok(cli):
     """As `cli`, for a command line that must succeed: returns its standard output."""
+
     def run(*words, **options):
         code, out, err = cli(*words, **options)
         assert code == 0 and "was not drawn" not in err, err
         return out
+
     return run
 
 
@@ -61,7 +77,8 @@ def only_run(folder):
 
 
 def trained_run(tmp_path_factory, line):
-    """The folder of a run that the command line trains, in a folder of its own: for fixtures of a module."""
+    """The folder of a run that the command line trains, in a folder of its own: for fixtures of a
+    module."""
     root = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
@@ -71,7 +88,8 @@ def trained_run(tmp_path_factory, line):
 
 @pytest.fixture(scope="session")
 def cifar(tmp_path_factory):
-    """A data folder with files in the format of CIFAR-10: random images, 20 in each training batch, 40 for testing."""
+    """A data folder with files in the format of CIFAR-10: random images, 20 in each training batch,
+    40 for testing."""
     root = tmp_path_factory.mktemp("data")
     write_cifar(root)
     return root
@@ -82,18 +100,43 @@ MODELS = {
     "MLP softmax": lambda act: mu.P_MLP([20, 16, 8, 5], act, softmax=True),
     "VFMLP": lambda act: mu.VF_MLP([20, 16, 8, 5], act),
     "VFMLP softmax": lambda act: mu.VF_MLP([20, 16, 8, 5], act, softmax=True),
-    # odd sizes, stride 2 and windows that miss the last row, every pooling, one to three dense layers
-    "CNN max": lambda act: mu.P_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act),
-    "CNN stride": lambda act: mu.P_CNN(14, [2, 4, 5], [4, 3], [2, 2], [7, 5], mu.make_pools("im"), [1, 2], act),
-    "CNN avg deep softmax": lambda act: mu.P_CNN(11, [1, 4, 3, 6], [3, 3, 2], [1, 1, 1], [9, 7, 5],
-                                                 mu.make_pools("aia"), [1, 1, 0],
-                                                 act, softmax=True),
+    # odd sizes, stride 2 and windows that miss the last row, every pooling, one to three dense
+    # layers
+    "CNN max": lambda act: mu.P_CNN(
+        13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act
+    ),
+    "CNN stride": lambda act: mu.P_CNN(
+        14, [2, 4, 5], [4, 3], [2, 2], [7, 5], mu.make_pools("im"), [1, 2], act
+    ),
+    "CNN avg deep softmax": lambda act: mu.P_CNN(
+        11,
+        [1, 4, 3, 6],
+        [3, 3, 2],
+        [1, 1, 1],
+        [9, 7, 5],
+        mu.make_pools("aia"),
+        [1, 1, 0],
+        act,
+        softmax=True,
+    ),
     # wide, on maps so small that the convolutions go through matrix products
-    "CNN product": lambda act: mu.P_CNN(9, [2, 40, 72], [3, 3], [2, 2], [5], mu.make_pools("ma"), [1, 2], act),
-    "VFCNN max": lambda act: mu.VF_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act),
-    "VFCNN mixed softmax": lambda act: mu.VF_CNN(14, [2, 4, 5, 6], [4, 3, 2], [2, 1, 1], [7, 5], mu.make_pools("iam"),
-                                                 [1, 1, 1],
-                                                 act, softmax=True),
+    "CNN product": lambda act: mu.P_CNN(
+        9, [2, 40, 72], [3, 3], [2, 2], [5], mu.make_pools("ma"), [1, 2], act
+    ),
+    "VFCNN max": lambda act: mu.VF_CNN(
+        13, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("mm"), [1, 0], act
+    ),
+    "VFCNN mixed softmax": lambda act: mu.VF_CNN(
+        14,
+        [2, 4, 5, 6],
+        [4, 3, 2],
+        [2, 1, 1],
+        [7, 5],
+        mu.make_pools("iam"),
+        [1, 1, 1],
+        act,
+        softmax=True,
+    ),
 }
 
 
@@ -106,12 +149,14 @@ def model(request):
 def sample(model, mbs=4):
     """x and y of a mini-batch for one of the models above, in its precision."""
     first = model.connections[0]
-    return torch.randn(mbs, *first.pre_shape, dtype=model.synapses[0].weight.dtype), torch.randint(0, 5, (mbs,))
+    return torch.randn(mbs, *first.pre_shape, dtype=model.synapses[0].weight.dtype), torch.randint(
+        0, 5, (mbs,)
+    )
 
 
 def masked(model, masks):
-    """The model, on the same parameters, seeing the layers below through masks of dropout, as `draw_masks` gives
-    them."""
+    """The model, on the same parameters, seeing the layers below through masks of dropout, as
+    `draw_masks` gives them."""
     twin, chain = copy.copy(model), model.chain().masked(masks)
     twin.connections, twin.output = chain.connections, chain.readout
     return twin
@@ -126,7 +171,9 @@ def settle(model, x, y, T, beta, criterion, tol, every=5):
     """(neurons, steps, settled) of a phase from zero neurons that ends early."""
     loss = mu.loss_name(criterion)
     chain = model.chain(loss)
-    neurons, settling = fast.relax_until_settled(chain, model.phase(chain.input_drive(x), y, beta, loss), T, tol, every)
+    neurons, settling = fast.relax_until_settled(
+        chain, model.phase(chain.input_drive(x), y, beta, loss), T, tol, every
+    )
     return neurons, *settling
 
 
@@ -153,10 +200,13 @@ def golden_model(case):
     if "archi" in c:
         model = {"MLP": mu.P_MLP, "VFMLP": mu.VF_MLP}[c["model"]](c["archi"], activation=act)
     else:
-        geometry = [c[k] for k in ("in_size", "channels", "kernels", "strides", "fc")] + [mu.make_pools(c["pools"]),
-                c["paddings"]]
+        geometry = [c[k] for k in ("in_size", "channels", "kernels", "strides", "fc")] + [
+            mu.make_pools(c["pools"]),
+            c["paddings"],
+        ]
         more = {"same_update": c["same_update"]} if c["model"] == "VFCNN" else {}
-        model = {"CNN": mu.P_CNN, "VFCNN": mu.VF_CNN}[c["model"]](*geometry, activation=act, softmax=c["softmax"],
-                                                                  **more)
+        model = {"CNN": mu.P_CNN, "VFCNN": mu.VF_CNN}[c["model"]](
+            *geometry, activation=act, softmax=c["softmax"], **more
+        )
     model.load_state_dict(case["state_dict"])
     return model

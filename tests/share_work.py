@@ -1,5 +1,6 @@
-"""For torchrun: runs main.py in each folder of a JSON file {folder: words}, one after the other, to import libraries
-only once."""
+"""For torchrun: runs main.py in each folder of a JSON file {folder: words}, one after the other, to
+import libraries only once."""
+
 import json
 import os
 import pathlib

@@ -1,7 +1,9 @@
-"""For torchrun: attacks the run folders `slow` and `frozen` with the given words, with a patience of few seconds.
+"""For torchrun: attacks the run folders `slow` and `frozen` with the given words, with a patience
+of few seconds.
 
-In `slow`, the first worker is slow to read data and the second to attack a mini-batch. In `frozen`, the second worker
-freezes."""
+In `slow`, the first worker is slow to read data and the second to attack a mini-batch. In `frozen`,
+the second worker freezes."""
+
 import datetime
 import os
 import pathlib
@@ -28,11 +30,15 @@ def once(module, name, stop):
         setattr(module, name, function)
         stop()
         return function(*args)
+
     setattr(module, name, stopped)
 
 
 Workers.PATIENCE = datetime.timedelta(seconds=SECONDS)
-once(*((data_utils, "load_split") if first else (attacks, "attack_batch")), lambda: time.sleep(SECONDS + 1))
+once(
+    *((data_utils, "load_split") if first else (attacks, "attack_batch")),
+    lambda: time.sleep(SECONDS + 1),
+)
 if main.main([*sys.argv[1:], "slow"]):
     sys.exit("slow failed")
 os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # see share_work.py

@@ -1,10 +1,10 @@
-"""Runs command lines of the suite one after another, each in a fork of this process, which has loaded the libraries for
-all of them.
+"""Runs command lines of the suite one after another, each in a fork of this process, which has
+loaded the libraries for all of them.
 
-First it reads a folder from standard input, goes there, writes random images in the formats of CIFAR-10 and CIFAR-10-C
-to data/, and then 0 to file descriptor 4. It reads `PROGRAM FLAGS`, a line each, and writes the exit code of each.
-Started by check/common.sh with SMOKE=1.
-"""
+First it reads a folder from standard input, goes there, writes random images in the formats of
+CIFAR-10 and CIFAR-10-C to data/, and then 0 to file descriptor 4. It reads `PROGRAM FLAGS`, a line
+each, and writes the exit code of each. Started by check/common.sh with SMOKE=1."""
+
 import importlib
 import multiprocessing
 import os
@@ -29,8 +29,11 @@ from data_utils import CORRUPTIONS  # noqa: E402
 from experiment import records  # noqa: E402, F401
 
 # what main.py loads where it needs it
-LIBRARIES = {"attack": "ART_Timesteps_Addition.attacks", "audit": "ART_Timesteps_Addition.audit_checks",
-             "digits": "sklearn.model_selection"}
+LIBRARIES = {
+    "attack": "ART_Timesteps_Addition.attacks",
+    "audit": "ART_Timesteps_Addition.audit_checks",
+    "digits": "sklearn.model_selection",
+}
 
 
 def serve(commands, codes):
@@ -60,9 +63,11 @@ def serve(commands, codes):
 
 
 def serve_pipes(folder):
-    """`serve` through the named pipes `commands` and `codes` of a folder; what the commands say goes to its files `out`
-    and `err`, behind what is there."""
-    multiprocessing.set_start_method("fork", force=True)  # so that no lock has a name, which would be left behind
+    """`serve` through the named pipes `commands` and `codes` of a folder; what the commands say
+    goes to its files `out` and `err`, behind what is there."""
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # so that no lock has a name, which would be left behind
     for name, descriptor in (("out", 1), ("err", 2)):
         with open(f"{folder}/{name}", "a") as file:
             os.dup2(file.fileno(), descriptor)

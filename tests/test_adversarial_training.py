@@ -1,4 +1,5 @@
 """Training on images that are attacked on the way."""
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,9 @@ from test_resume import final_weights
 import model_utils as mu
 from ART_Timesteps_Addition.adversary import Adversary
 
-TINY = "--task digits --device -1 --seed 5 --train-size 40 --test-size 20 --mbs 16 --loss cel --save"
+TINY = (
+    "--task digits --device -1 --seed 5 --train-size 40 --test-size 20 --mbs 16 --loss cel --save"
+)
 MLP = f"{TINY} --archi 784 12 10 --T1 8 --T2 3 --betas 0 0.5 --lrs 0.1 0.1"
 ATTACK = "--adv-train 2 --adv-iters 3 --adv-step 4"
 MODELS = {
@@ -38,21 +41,30 @@ def test_every_model_and_rule_trains_on_attacked_images(ok, tmp_path, name, monk
         assert length.max() <= self.eps + 1e-5 and length.min() > 0
         seen.append(len(x))
         return found
+
     monkeypatch.setattr(Adversary, "attack", watched)
     line = MODELS[name].replace("--adv-norm inf", "--adv-norm inf --adv-train 0.1")
     out = ok(ATTACK, line)
-    assert seen == [16, 16, 8] and "the training images are attacked" in out and "attack" in out.splitlines()[-1]
+    assert (
+        seen == [16, 16, 8]
+        and "the training images are attacked" in out
+        and "attack" in out.splitlines()[-1]
+    )
     assert only_run(tmp_path)
 
 
 def test_by_ep_alone_no_graph_is_ever_recorded(ok, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("something was to be differentiated automatically")
+
     monkeypatch.setattr(torch.autograd, "grad", refuse)
     monkeypatch.setattr(torch.Tensor, "backward", refuse)
     with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
         ok(ATTACK, MODELS["MLP by EP"])
-        ok(ATTACK, f"{TINY} --model CNN --channels 3 4 --softmax --fc 8 10 --T1 8 --T2 3 --adv-grad ep")
+        ok(
+            ATTACK,
+            f"{TINY} --model CNN --channels 3 4 --softmax --fc 8 10 --T1 8 --T2 3 --adv-grad ep",
+        )
         with pytest.raises(AssertionError, match="differentiated"):
             ok(ATTACK, MODELS["MLP by EP, attacked through time"])
 
@@ -69,15 +81,23 @@ def test_the_attack_raises_the_loss_as_any_gradient_of_it_does():
         start = adversary.draw(x.shape)
         found = adversary.attack(model, x, y, start) if grad else (x + start).clamp(0, 1)
         rule = mu.Rule(T1=30, loss="cel")
-        losses[grad] = mu.readout_loss(model.readout(mu.predicting_neurons(model, found, rule)), y, "cel").mean().item()
-    assert losses["bptt"] > losses[None] + 0.3 and losses["ep"] == pytest.approx(losses["bptt"], rel=0.05)
+        losses[grad] = (
+            mu.readout_loss(model.readout(mu.predicting_neurons(model, found, rule)), y, "cel")
+            .mean()
+            .item()
+        )
+    assert losses["bptt"] > losses[None] + 0.3 and losses["ep"] == pytest.approx(
+        losses["bptt"], rel=0.05
+    )
 
 
 def test_random_starts_are_uniform_in_the_ball():
     unit = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     torch.manual_seed(0)
     plane = Adversary(2.0, "2", 1, 1, "bptt", 1, 0.0, "cel", *unit).draw((4000, 1, 1, 2)).flatten(1)
-    assert plane.norm(dim=1).max() <= 2 and (plane.norm(dim=1) < 1).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert plane.norm(dim=1).max() <= 2 and (plane.norm(dim=1) < 1).float().mean() == pytest.approx(
+        0.25, abs=0.03
+    )
     cube = Adversary(0.5, "inf", 1, 1, "bptt", 1, 0.0, "cel", *unit).draw((4000, 1, 1, 2))
     assert cube.abs().max() <= 0.5 and cube.abs().mean().item() == pytest.approx(0.25, abs=0.02)
 
@@ -97,18 +117,28 @@ def test_it_makes_robust(ok, tmp_path, monkeypatch):
     for name, more in (("plain", ""), ("trained", "--adv-train 2 --adv-iters 4")):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
-        ok("--task digits --device -1 --seed 1 --train-size 800 --test-size 200 --mbs 20 --loss cel --model FFMLP "
-           "--archi 784 60 10 --optim adam --lrs 3e-3 3e-3 --epochs 8 --save", more)
+        ok(
+            "--task digits --device -1 --seed 1 --train-size 800 --test-size 200 --mbs 20 --loss cel --model FFMLP "
+            "--archi 784 60 10 --optim adam --lrs 3e-3 3e-3 --epochs 8 --save",
+            more,
+        )
         ok("--todo attack --device -1 --attack-iters 10 --eps-list 2 --load-path", only_run("."))
-        accuracy[name] = np.loadtxt(only_run(".") / "Adversarial_Accuracy.txt").reshape(-1, 3)[-1, 1:]
-    assert accuracy["trained"][0] > 0.6 and accuracy["trained"][1] > accuracy["plain"][1] + 0.1, accuracy
+        accuracy[name] = np.loadtxt(only_run(".") / "Adversarial_Accuracy.txt").reshape(-1, 3)[
+            -1, 1:
+        ]
+    assert accuracy["trained"][0] > 0.6 and accuracy["trained"][1] > accuracy["plain"][1] + 0.1, (
+        accuracy
+    )
 
 
-@pytest.mark.parametrize("line, message", [
-    ("--adv-train 0", "argument --adv-train"),
-    ("--adv-train 2 --adv-grad soft", "argument --adv-grad"),
-    ("--adv-train 2 --model FFMLP --adv-grad ep", "FFMLP has bptt and smooth"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--adv-train 0", "argument --adv-train"),
+        ("--adv-train 2 --adv-grad soft", "argument --adv-grad"),
+        ("--adv-train 2 --model FFMLP --adv-grad ep", "FFMLP has bptt and smooth"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(cli, line, message):
     code, _, err = cli("--task digits --device -1", line)
     assert code == 2 and message in err and len(err.splitlines()) == 1

@@ -25,9 +25,11 @@ def trained(request, tmp_path_factory):
     """A model that has learnt the digits, in a run folder."""
     folder, before = tmp_path_factory.mktemp("attacked"), os.getcwd()
     os.chdir(folder)
-    model = {"CNN": "--model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 "
-                    "5e-3",
-             "MLP": "--archi 784 64 10 --betas 0 0.2 --lrs 1e-3 1e-3"}[request.param]
+    model = {
+        "CNN": "--model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 "
+        "5e-3",
+        "MLP": "--archi 784 64 10 --betas 0 0.2 --lrs 1e-3 1e-3",
+    }[request.param]
     line = f"--task digits --device -1 --T1 16 --T2 6 --thirdphase --optim adam --epochs 3 --seed 0 --save {model}"
     assert main.main(line.split()) == 0
     os.chdir(before)
@@ -40,12 +42,19 @@ def rows(run, stem="Adversarial_Accuracy"):
 
 def fresh(run, tmp_path):
     import shutil
+
     return shutil.copytree(run, tmp_path / "run")
 
 
 # iterations of attacks that take long for each
-FEWER = {"hopskipjump": "1", "cw": "2", "fab": "2", "apgd-t": "2", "art-autoattack": "2 --attack-queries 10",
-         "autoattack": "8 --attack-queries 20"}
+FEWER = {
+    "hopskipjump": "1",
+    "cw": "2",
+    "fab": "2",
+    "apgd-t": "2",
+    "art-autoattack": "2 --attack-queries 10",
+    "autoattack": "8 --attack-queries 20",
+}
 COMMON = "--todo attack --device -1 --test-size 20 --mbs 20 --attack-step 10"
 
 
@@ -56,15 +65,27 @@ def test_all_attacks(ok, trained, tmp_path, norm, eps):
     x = (images.float() / 255).numpy()
     found = {}
     for attack in attacks.NAMES:
-        ok(COMMON,
-           f"--load-path {run} --attack {attack} --attack-norm {norm} --eps-list {eps} --attack-iters "
-           f"{FEWER.get(attack, '10')} --test-size 10 --save")
-        stem = "Adversarial_Accuracy" + ("" if (attack, norm) == ("pgd", "2") else f"_{attack}_{norm}")
-        text = [line.split() for line in (run / f"{stem}.txt").read_text().splitlines() if not line.startswith("#")]
+        ok(
+            COMMON,
+            f"--load-path {run} --attack {attack} --attack-norm {norm} --eps-list {eps} --attack-iters "
+            f"{FEWER.get(attack, '10')} --test-size 10 --save",
+        )
+        stem = "Adversarial_Accuracy" + (
+            "" if (attack, norm) == ("pgd", "2") else f"_{attack}_{norm}"
+        )
+        text = [
+            line.split()
+            for line in (run / f"{stem}.txt").read_text().splitlines()
+            if not line.startswith("#")
+        ]
         assert len(text) == 1 and len(text[0]) == 3 and float(text[0][0]) == eps
         found[attack], clean = float(text[0][2]), float(text[0][1])
         x_adv = np.load(run / f"{stem}_images.npz")["x_adv"]
-        assert attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5) and x_adv.min() >= 0 and x_adv.max() <= 1
+        assert (
+            attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5)
+            and x_adv.min() >= 0
+            and x_adv.max() <= 1
+        )
         assert all((run / f"{stem}{end}").stat().st_size for end in (".png", "_images.png", ".csv"))
     assert found["autoattack"] <= found["pgd"] + 1.01 / 10 and found["pgd"] < clean - 0.1
     assert max(found.values()) <= clean + 1e-6
@@ -96,23 +117,50 @@ def test_a_sweep_goes_on_and_keeps_what_other_settings_gave(ok, trained, tmp_pat
 
 
 def saturated():
-    """A network, and images, whose neurons sit deep in the flat parts of their activation, with labels it predicts."""
+    """A network, and images, whose neurons sit deep in the flat parts of their activation, with
+    labels it predicts."""
     torch.manual_seed(0)
-    model = mu.P_CNN(28, [1, 6, 8], [5, 5], [1, 1], [10], mu.make_pools("mm"), [0, 0], mu.my_hard_sig, softmax=True)
+    model = mu.P_CNN(
+        28,
+        [1, 6, 8],
+        [5, 5],
+        [1, 1],
+        [10],
+        mu.make_pools("mm"),
+        [0, 0],
+        mu.my_hard_sig,
+        softmax=True,
+    )
     with torch.no_grad():
         for synapse in model.synapses[:2]:
             synapse.weight.mul_(40), synapse.bias.mul_(40)
     images = load_split("digits", "", False, 40)[0]
-    labels = model.readout(model(images.float() / 255, None, None, 20, criterion=mu.make_criterion("cel"))).argmax(1)
+    labels = model.readout(
+        model(images.float() / 255, None, None, 20, criterion=mu.make_criterion("cel"))
+    ).argmax(1)
     return model, images, labels
 
 
 def arguments(**changes):
-    return argparse.Namespace(**{"task": "digits", "attack": "pgd", "attack_norm": "2", "attack_iters": 10,
-                                 "attack_step": 10,
-                                 "attack_start": "zero", "T1": 20,
-                                 "predict_step": None, "loss": "cel", "no_clip": False, "tol": 0.0, "mbs": 20,
-                                 "seed": 0, "attack_grad": ["bptt", "smooth"], **changes})
+    return argparse.Namespace(
+        **{
+            "task": "digits",
+            "attack": "pgd",
+            "attack_norm": "2",
+            "attack_iters": 10,
+            "attack_step": 10,
+            "attack_start": "zero",
+            "T1": 20,
+            "predict_step": None,
+            "loss": "cel",
+            "no_clip": False,
+            "tol": 0.0,
+            "mbs": 20,
+            "seed": 0,
+            "attack_grad": ["bptt", "smooth"],
+            **changes,
+        }
+    )
 
 
 def test_vanishing_gradients_are_reported_and_smooth_ones_attack(capsys):
@@ -120,7 +168,12 @@ def test_vanishing_gradients_are_reported_and_smooth_ones_attack(capsys):
     for eps in (1.0, 3.0, 6.0):
         results = mu.attack(model, images, labels, arguments(), eps)
         bptt, smooth, worst = (results[name] for name in ("bptt", "smooth", "worst"))
-        assert bptt["masked"] > 0.5 and bptt["unmoved"] > 0.5 and smooth["masked"] < 0.01 and smooth["unmoved"] == 0
+        assert (
+            bptt["masked"] > 0.5
+            and bptt["unmoved"] > 0.5
+            and smooth["masked"] < 0.01
+            and smooth["unmoved"] == 0
+        )
         assert worst["correct"].mean() <= smooth["correct"].mean() <= bptt["correct"].mean()
     assert smooth["correct"].mean() < bptt["correct"].mean()
 
@@ -132,13 +185,16 @@ def untrained(n):
     with torch.no_grad():
         model.synapses[0].weight.mul_(8)
     images, _ = load_split("digits", "", False, n)
-    read = model.readout(model(images.float() / 255, None, None, 10, criterion=mu.make_criterion("cel")))
+    read = model.readout(
+        model(images.float() / 255, None, None, 10, criterion=mu.make_criterion("cel"))
+    )
     return model, images, read
 
 
 @pytest.mark.parametrize("attack", attacks.MINIMAL)
 def test_an_image_that_is_misclassified_is_not_made_right(attack):
-    """Attacks for the smallest perturbation go away from the prediction, which can be towards the true label."""
+    """Attacks for the smallest perturbation go away from the prediction, which can be towards the
+    true label."""
     model, images, read = untrained(8)
     second = read.topk(2, 1).indices[:, 1]  # the nearest other class, more or less
     args = arguments(T1=10, attack=attack, attack_iters=2, attack_grad=["bptt"])
@@ -150,15 +206,18 @@ def test_every_restart_watches_the_images_that_are_left(monkeypatch):
     """Places among all images of a mini-batch are no places among those of the restart before."""
     model, images, read = untrained(30)
     labels, start, watched = read.argmax(1), attacks.GradientMonitor.start, []
-    monkeypatch.setattr(attacks.GradientMonitor, "start",
-                        lambda self, x: watched.append([row.tobytes() for row in x.numpy()])
-                        or start(self, x))
+    monkeypatch.setattr(
+        attacks.GradientMonitor,
+        "start",
+        lambda self, x: watched.append([row.tobytes() for row in x.numpy()]) or start(self, x),
+    )
     counts, known = [], [row.tobytes() for row in (images.float() / 255).flatten(1).numpy()]
     for restarts in range(4):
         watched.clear()
-        args = arguments(T1=10, attack_iters=1, attack_grad=["bptt"], attack_restarts=restarts,
-                         mbs=30)
-        result, = mu.attack(model, images, labels, args, 0.4).values()
+        args = arguments(
+            T1=10, attack_iters=1, attack_grad=["bptt"], attack_restarts=restarts, mbs=30
+        )
+        (result,) = mu.attack(model, images, labels, args, 0.4).values()
         counts.append(int(result["correct"].sum()))
     assert counts[0] > counts[-1] > 0, "an eps at which a restart finds some of the images"
     assert [len(rows) for rows in watched[-3:]] == counts[:-1]
@@ -170,15 +229,22 @@ def test_hopskipjump_starts_from_an_image_of_another_class(monkeypatch):
     model, images, read = untrained(8)
     labels, drawn = read.argmax(1), []
     assert len(labels.unique()) > 1
-    monkeypatch.setattr(attacks.evasion.HopSkipJump, "_init_sample",
-                        lambda self, x, y, y_p, init_pred, adv_init, *more: drawn.append((x, y_p, init_pred, adv_init)))
+    monkeypatch.setattr(
+        attacks.evasion.HopSkipJump,
+        "_init_sample",
+        lambda self, x, y, y_p, init_pred, adv_init, *more: drawn.append(
+            (x, y_p, init_pred, adv_init)
+        ),
+    )
     mu.attack(model, images, labels, arguments(T1=10, attack="hopskipjump", attack_iters=1), 1.0)
     x = images.float() / 255
     for one, own, other, begin in drawn:
         distances = (x[labels != own] - torch.from_numpy(one)).flatten(1).norm(dim=1)
         assert other != own and np.linalg.norm(begin - one) == pytest.approx(float(distances.min()))
     drawn.clear()
-    mu.attack(model, images[:1], labels[:1], arguments(T1=10, attack="hopskipjump", attack_iters=1), 1.0)
+    mu.attack(
+        model, images[:1], labels[:1], arguments(T1=10, attack="hopskipjump", attack_iters=1), 1.0
+    )
     assert drawn[0][1] == drawn[0][2]  # there is none: ART looks for a start of its own
 
 
@@ -192,7 +258,10 @@ def test_the_warning(ok, tmp_path, trained):
     out = ok(COMMON, f"--load-path {run} --eps-list 0.5 --attack-iters 3 --attack-grad bptt smooth")
     assert "upper bound" in out and "--attack-grad smooth" in out
     assert [row["grad"] for row in rows(run)] == ["bptt", "smooth", "worst"]
-    assert float(rows(run)[0]["masked"]) > 0.01 and "upper bound" in (run / "Adversarial_Accuracy.txt").read_text()
+    assert (
+        float(rows(run)[0]["masked"]) > 0.01
+        and "upper bound" in (run / "Adversarial_Accuracy.txt").read_text()
+    )
 
 
 @pytest.mark.parametrize("act", mu.ACTIVATIONS)
@@ -200,26 +269,52 @@ def test_smooth_changes_no_output(act):
     torch.manual_seed(0)
     model = mu.P_MLP([20, 16, 5], mu.ACTIVATIONS[act])
     x = 3 * torch.randn(8, 20)
-    outs = [Unrolled(model, 12, 12, mu.make_criterion("mse"), grad=grad)(x.clone().requires_grad_())
-            for grad in ("bptt", "smooth")]
-    assert torch.equal(*outs) and torch.equal(outs[0], Unrolled(model, 12, 12, mu.make_criterion("mse"))(x))
+    outs = [
+        Unrolled(model, 12, 12, mu.make_criterion("mse"), grad=grad)(x.clone().requires_grad_())
+        for grad in ("bptt", "smooth")
+    ]
+    assert torch.equal(*outs) and torch.equal(
+        outs[0], Unrolled(model, 12, 12, mu.make_criterion("mse"))(x)
+    )
 
 
 @pytest.mark.parametrize("softmax", [False, True])
 def test_the_gradient_by_ep_is_that_of_bptt_at_equilibrium(softmax):
     torch.manual_seed(0)
     loss = torch.nn.CrossEntropyLoss() if softmax else torch.nn.MSELoss()
-    models = [mu.P_MLP([30, 24, 12, 5], torch.tanh, softmax=softmax),
-              mu.P_CNN(12, [2, 4, 5], [3, 3], [1, 1], [5], mu.make_pools("aa"), [1, 0], torch.tanh, softmax=softmax)]
+    models = [
+        mu.P_MLP([30, 24, 12, 5], torch.tanh, softmax=softmax),
+        mu.P_CNN(
+            12,
+            [2, 4, 5],
+            [3, 3],
+            [1, 1],
+            [5],
+            mu.make_pools("aa"),
+            [1, 0],
+            torch.tanh,
+            softmax=softmax,
+        ),
+    ]
     for model in models:
         model.double()
-        x, y = torch.randn(6, *model.connections[0].pre_shape, dtype=torch.float64), torch.randint(0, 5, (6,))
+        x, y = (
+            torch.randn(6, *model.connections[0].pre_shape, dtype=torch.float64),
+            torch.randint(0, 5, (6,)),
+        )
         y = y if softmax else torch.nn.functional.one_hot(y, 5).double()
         gradients = []
         for grad in ("bptt", "ep"):
             leaf = x.clone().requires_grad_()
-            unrolled = Unrolled(model, 400, 200, mu.make_criterion("cel" if softmax else "mse"), grad=grad,
-                                start="equilibrium", beta=0.01)
+            unrolled = Unrolled(
+                model,
+                400,
+                200,
+                mu.make_criterion("cel" if softmax else "mse"),
+                grad=grad,
+                start="equilibrium",
+                beta=0.01,
+            )
             gradients.append(torch.autograd.grad(loss(unrolled(leaf), y), leaf)[0].flatten(1))
         cosine = torch.nn.functional.cosine_similarity(*gradients, dim=1)
         assert cosine.min() > 0.99
@@ -232,10 +327,13 @@ def test_memory_does_not_grow_with_iterations(trained):
     images, labels = load_split("digits", "", False, 30)
 
     def resident(iterations):
-        args = arguments(loss=state["config"]["loss"], attack_iters=iterations, attack_grad=["bptt"], mbs=10)
+        args = arguments(
+            loss=state["config"]["loss"], attack_iters=iterations, attack_grad=["bptt"], mbs=10
+        )
         mu.attack(model, images, labels, args, 1.0)
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
+
     resident(5)
     assert resident(50) < 1.05 * resident(5)
 
@@ -250,13 +348,19 @@ def test_class_gradients_go_through_T2_steps_and_predictions_through_T1(model):
     classifier = PyTorchClassifier(model, loss, first.pre_shape, 5, 9, 7, device_type="cpu")
     criterion = mu.make_criterion("cel" if model.softmax else "mse")
     tensor = torch.from_numpy(x)
-    np.testing.assert_allclose(classifier.predict(x),
-                               model.readout(model(tensor, None, None, 9, criterion=criterion)).detach().numpy(),
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+        classifier.predict(x),
+        model.readout(model(tensor, None, None, 9, criterion=criterion)).detach().numpy(),
+        rtol=1e-5,
+    )
     leaf = tensor.clone().requires_grad_()
     out = model.readout(model(leaf, None, None, 7, criterion=criterion, check_thm=True))
-    np.testing.assert_allclose(classifier.class_gradient(x, label=2)[:, 0], torch.autograd.grad(out[:, 2].sum(),
-            leaf)[0].numpy(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        classifier.class_gradient(x, label=2)[:, 0],
+        torch.autograd.grad(out[:, 2].sum(), leaf)[0].numpy(),
+        rtol=1e-4,
+        atol=1e-7,
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -264,13 +368,27 @@ def test_class_gradients_go_through_T2_steps_and_predictions_through_T1(model):
 def test_attack_lines_of_the_seed(ok, cli, tmp_path, cifar, line):
     words = shlex.split(line)[2:]
     folder = words[words.index("--load-path") + 1]
-    ok(*[w if w != "attack" else "train" for w in words if w not in ("--load-path", folder)], SMALL, "--save",
-       "--data-dir", str(cifar))
+    ok(
+        *[w if w != "attack" else "train" for w in words if w not in ("--load-path", folder)],
+        SMALL,
+        "--save",
+        "--data-dir",
+        str(cifar),
+    )
     run = only_run(tmp_path)
     reduced = f"{SMALL} --data-dir {cifar} --test-size 8 --attack-iters 2 --attack-step 3"
     for path in (f"{run}/", str(run)):
         ok(*words, "--load-path", path, reduced)
-    assert len([text for text in (run / "Adversarial_Accuracy.txt").read_text().splitlines() if text[0] != "#"]) == 11
+    assert (
+        len(
+            [
+                text
+                for text in (run / "Adversarial_Accuracy.txt").read_text().splitlines()
+                if text[0] != "#"
+            ]
+        )
+        == 11
+    )
     code, _, err = cli(*words, reduced)
     assert code == 2 and err.count("\n") == 1 and folder.rstrip("/") in err
 
@@ -285,26 +403,37 @@ def test_a_sweep_is_found_again_by_its_settings(ok, trained, tmp_path, monkeypat
     for more in ("--no-clip", "", "--attack-start equilibrium"):
         ok(line, more, "--eps-list 0.5 1")
     before, attack, eps_seen = listing(run), mu.attack, []
-    assert {f"{stem}{n}.{end}" for n in ("", "_1", "_2") for end in ("txt", "csv", "png")} <= set(before)
+    assert {f"{stem}{n}.{end}" for n in ("", "_1", "_2") for end in ("txt", "csv", "png")} <= set(
+        before
+    )
     monkeypatch.setattr(mu, "attack", lambda *args: eps_seen.append(args[4]) or attack(*args))
     for more in ("", "--no-clip", "--attack-start equilibrium"):
         ok(line, more, "--eps-list 1 0.5 0.5")
     after = listing(run)
     assert not eps_seen and {n: c for n, c in after.items() if n[-3:] != "png"} == {
-        n: c for n, c in before.items() if n[-3:] != "png"}
+        n: c for n, c in before.items() if n[-3:] != "png"
+    }
     ok(line, "--no-clip --eps-list 2 0.5 2")
     assert eps_seen == [2.0]
     assert [float(row["eps"]) for row in rows(run, f"{stem}_1")] == [0.5, 1, 2]
-    assert [text.split()[0] for text in (run / f"{stem}_1.txt").read_text().splitlines() if text[0] != "#"] == [
-        "0.5", "1", "2"]
+    assert [
+        text.split()[0]
+        for text in (run / f"{stem}_1.txt").read_text().splitlines()
+        if text[0] != "#"
+    ] == ["0.5", "1", "2"]
 
 
-def test_a_row_that_a_kill_kept_from_the_text_is_in_it_when_the_sweep_goes_on(ok, trained, tmp_path):
+def test_a_row_that_a_kill_kept_from_the_text_is_in_it_when_the_sweep_goes_on(
+    ok, trained, tmp_path
+):
     run, stem = fresh(trained, tmp_path), "Adversarial_Accuracy_fgsm_2"
     line = f"{COMMON} --load-path {run} --attack fgsm --eps-list 0.5 1"
     ok(line)
     whole = (run / f"{stem}.txt").read_text()
-    for text in ("".join(whole.splitlines(keepends=True)[:-2]), "".join(whole.splitlines(keepends=True)[:1])):
+    for text in (
+        "".join(whole.splitlines(keepends=True)[:-2]),
+        "".join(whole.splitlines(keepends=True)[:1]),
+    ):
         (run / f"{stem}.txt").write_text(text)
         ok(line)
         assert (run / f"{stem}.txt").read_text() == whole and len(rows(run, stem)) == 2
@@ -314,7 +443,9 @@ def test_a_move_that_a_kill_ended_is_finished(ok, trained, tmp_path):
     run, stem = fresh(trained, tmp_path), "Adversarial_Accuracy_fgsm_2"
     line = f"{COMMON} --load-path {run} --attack fgsm --eps-list 0.5 1"
     ok(line)
-    (run / f"{stem}.csv").rename(run / f"{stem}_1.csv")  # the first of the files that are moved aside
+    (run / f"{stem}.csv").rename(
+        run / f"{stem}_1.csv"
+    )  # the first of the files that are moved aside
     table = (run / f"{stem}_1.csv").read_bytes()
     ok(line)
     assert (run / f"{stem}_1.csv").read_bytes() == table and len(rows(run, f"{stem}_1")) == 2

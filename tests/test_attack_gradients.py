@@ -1,4 +1,6 @@
-"""What an attack's gradient does to the model it is taken of (nothing), and in which precision it is taken."""
+"""What an attack's gradient does to the model it is taken of (nothing), and in which precision it
+is taken."""
+
 import ast
 import copy
 
@@ -17,8 +19,19 @@ WAYS = [(grad, start) for grad in ("bptt", "smooth", "ep") for start in ("zero",
 
 def classifier_of(model, grad="bptt", start="zero", T1=8, T2=5, classes=5):
     shape = model.connections[0].pre_shape
-    return PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), shape, classes, T1, T2, criterion=criterion_of(model),
-                             grad=grad, start=start, device_type="cpu", clip_values=(0.0, 1.0))
+    return PyTorchClassifier(
+        model,
+        torch.nn.CrossEntropyLoss(),
+        shape,
+        classes,
+        T1,
+        T2,
+        criterion=criterion_of(model),
+        grad=grad,
+        start=start,
+        device_type="cpu",
+        clip_values=(0.0, 1.0),
+    )
 
 
 def built(name, act=mu.my_hard_sig):
@@ -28,8 +41,13 @@ def built(name, act=mu.my_hard_sig):
 
 def belongings(model):
     """All that training needs to find as it was."""
-    return [model.training, *((name, id(p), p.stride(), p.requires_grad, type(p), id(p.grad))
-                              for name, p in model.named_parameters())]
+    return [
+        model.training,
+        *(
+            (name, id(p), p.stride(), p.requires_grad, type(p), id(p.grad))
+            for name, p in model.named_parameters()
+        ),
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,12 +67,19 @@ def test_an_attack_leaves_the_model_as_it_was(name):
         classifier.loss_gradient(images, labels)
         classifier.class_gradient(images, label=1)
         if images.ndim == 4:  # with classifiers that ART builds of this one
-            attacks.build("apgd-dlr", classifier, "2", 0.5, 2, len(images)).generate(images.copy(), labels)
+            attacks.build("apgd-dlr", classifier, "2", 0.5, 2, len(images)).generate(
+                images.copy(), labels
+            )
         assert belongings(model) == before
-        assert all(torch.equal(p, a) and torch.equal(p.grad, b) for p, (a, b) in zip(model.parameters(), kept))
+        assert all(
+            torch.equal(p, a) and torch.equal(p.grad, b)
+            for p, (a, b) in zip(model.parameters(), kept)
+        )
         assert np.array_equal(classifier.predict(images), predicted)
-    for learn in (lambda m: mu.ep_gradients(m, x, y, rule(8, 4, criterion, 0.5)),
-                 lambda m: mu.bptt_gradients(m, x, y, rule(8, 4, criterion))):
+    for learn in (
+        lambda m: mu.ep_gradients(m, x, y, rule(8, 4, criterion, 0.5)),
+        lambda m: mu.bptt_gradients(m, x, y, rule(8, 4, criterion)),
+    ):
         for m, optimizer in zip((model, untouched), optimizers):
             learn(m)
             optimizer.step()
@@ -66,15 +91,21 @@ def test_saving_through_art_writes_the_weights(tmp_path):
     model = built("CNN max")
     classifier_of(model).save("attacked", path=str(tmp_path))
     saved, state = torch.load(tmp_path / "attacked.model", weights_only=True), model.state_dict()
-    assert saved.keys() == state.keys() and all(torch.equal(saved[key], state[key]) for key in state)
+    assert saved.keys() == state.keys() and all(
+        torch.equal(saved[key], state[key]) for key in state
+    )
 
 
 @pytest.mark.parametrize("name", ["CNN max", "VFMLP"])
 def test_training_through_art_is_refused(name):
     classifier, x = classifier_of(built(name)), sample(built(name))[0].numpy()
     y = np.eye(5, dtype=np.float32)[np.zeros(len(x), dtype=int)]
-    for call in (lambda: classifier.fit(x, y), lambda: classifier.fit_generator(None), lambda: classifier.reset(),
-                 lambda: classifier.clone_for_refitting()):
+    for call in (
+        lambda: classifier.fit(x, y),
+        lambda: classifier.fit_generator(None),
+        lambda: classifier.reset(),
+        lambda: classifier.clone_for_refitting(),
+    ):
         with pytest.raises(NotImplementedError, match="model_utils.train.*main.py"):
             call()
     with pytest.raises(NotImplementedError, match="model\\(x"):
@@ -85,9 +116,20 @@ def test_training_through_art_is_refused(name):
 
 
 def convolutional(gain):
-    """A network whose weights are `gain` times the initial ones: at 12, nine of ten neurons are saturated."""
+    """A network whose weights are `gain` times the initial ones: at 12, nine of ten neurons are
+    saturated."""
     torch.manual_seed(0)
-    model = mu.P_CNN(28, [1, 6, 8], [5, 5], [1, 1], [10], mu.make_pools("mm"), [0, 0], mu.my_hard_sig, softmax=True)
+    model = mu.P_CNN(
+        28,
+        [1, 6, 8],
+        [5, 5],
+        [1, 1],
+        [10],
+        mu.make_pools("mm"),
+        [0, 0],
+        mu.my_hard_sig,
+        softmax=True,
+    )
     with torch.no_grad():
         for synapse in model.synapses[:2]:
             synapse.weight.mul_(gain), synapse.bias.mul_(gain)
@@ -95,7 +137,8 @@ def convolutional(gain):
 
 
 def cosines(model, exact, x, y, grad, start):
-    """Of the loss gradients of two models, for each image for which the second one's is not zero."""
+    """Of the loss gradients of two models, for each image for which the second one's is not
+    zero."""
     found = [classifier_of(m, grad, start, 20, 10, 10).loss_gradient(x, y) for m in (model, exact)]
     found = [g.reshape(len(x), -1).astype(np.float64) for g in found]
     found = [g / np.maximum(np.linalg.norm(g, axis=1, keepdims=True), 1e-300) for g in found]
@@ -108,7 +151,9 @@ def cosines(model, exact, x, y, grad, start):
 def test_gradients_are_those_of_fp32_in_lower_precision(gain, dtype, grad, start):
     model = convolutional(gain).to(dtype)
     x = (load_split("digits", "", False, 20)[0].float() / 255).numpy()
-    wrong = (classifier_of(model, classes=10).predict(x).argmax(1) + 1) % 10  # so that no loss is zero
+    wrong = (
+        classifier_of(model, classes=10).predict(x).argmax(1) + 1
+    ) % 10  # so that no loss is zero
     y = np.eye(10, dtype=np.float32)[wrong]
     found = cosines(model, copy.deepcopy(model).double(), x, y, grad, start)
     assert len(found) >= 12 and np.median(found) > 0.99, np.sort(found)
@@ -121,6 +166,7 @@ def settings():
 
 class _Recording(torch.autograd.Function):
     """tanh that writes down how products are computed while it and its backward pass run."""
+
     seen = []
 
     @staticmethod
@@ -158,15 +204,21 @@ def test_gradients_are_exact_where_predictions_are_not(grad, tf32):
         _Recording.seen.clear()
         classifier.loss_gradient(x, y)
         assert {how for _, how in _Recording.seen} == {("ieee", "ieee")}
-        assert {when for when, _ in _Recording.seen} == ({"forward"} if grad == "ep" else {"forward", "backward"})
+        assert {when for when, _ in _Recording.seen} == (
+            {"forward"} if grad == "ep" else {"forward", "backward"}
+        )
         assert settings() == tf32
 
 
 def test_a_sweep_says_in_which_precision_predictions_ran(ok, tmp_path, monkeypatch):
-    ok("--task digits --device -1 --archi 784 12 10 --T1 6 --T2 3 --train-size 40 --test-size 8 --mbs 8 --save")
-    run, = tmp_path.rglob("model.pt")
-    attack = (f"--todo attack --device -1 --load-path {run.parent} --eps-list 1 --attack-iters 2 --attack-step 3 "
-              "--attack-grad bptt ep")
+    ok(
+        "--task digits --device -1 --archi 784 12 10 --T1 6 --T2 3 --train-size 40 --test-size 8 --mbs 8 --save"
+    )
+    (run,) = tmp_path.rglob("model.pt")
+    attack = (
+        f"--todo attack --device -1 --load-path {run.parent} --eps-list 1 --attack-iters 2 --attack-step 3 "
+        "--attack-grad bptt ep"
+    )
     assert "bf16" not in ok(attack)
     assert "precision" not in (run.parent / "Adversarial_Accuracy.txt").read_text()
     # which wants a CUDA device; bf16 is the same on a CPU
@@ -178,21 +230,39 @@ def test_a_sweep_says_in_which_precision_predictions_ran(ok, tmp_path, monkeypat
 
 def test_the_layout_of_published_images_is_for_cpus_alone(monkeypatch):
     from ART_Timesteps_Addition import pytorch
-    cases = ("cpu", "AVX2", False), ("cpu", "AVX512", True), ("meta", "AVX2", True), ("meta", "AVX512", True)
+
+    cases = (
+        ("cpu", "AVX2", False),
+        ("cpu", "AVX512", True),
+        ("meta", "AVX2", True),
+        ("meta", "AVX512", True),
+    )
     for device, capability, same in cases:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        weight = torch.empty(4, 3, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+        monkeypatch.setattr(
+            torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability
+        )
+        weight = torch.empty(4, 3, 3, 3, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
         strides = pytorch.published_layout({"weight": weight})["weight"].stride()
         assert strides == (weight.stride() if same else (27, 9, 3, 1))
 
 
 def test_the_attack_room_knows_no_room_above_it():
     ours = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    for room, below in (("ART_Timesteps_Addition", {"energy", "data_utils"}), ("energy", {"data_utils"})):
+    for room, below in (
+        ("ART_Timesteps_Addition", {"energy", "data_utils"}),
+        ("energy", {"data_utils"}),
+    ):
         for path in (ROOT / room).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                    [node.module or room] if isinstance(node, ast.ImportFrom) else []
+                names = (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or room]
+                    if isinstance(node, ast.ImportFrom)
+                    else []
+                )
                 used = {name.split(".")[0] for name in names} & ours
                 assert used <= {room, *below}, (path, used)
 

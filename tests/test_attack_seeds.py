@@ -1,5 +1,6 @@
-"""Attacks that draw random numbers: the same ones for the same seed and images, whatever came before and whoever
-computes them."""
+"""Attacks that draw random numbers: the same ones for the same seed and images, whatever came
+before and whoever computes them."""
+
 import argparse
 import random
 
@@ -19,7 +20,9 @@ RANDOM = set(attacks.NAMES) - {"pgd", "fgsm", "fab", "deepfool", "cw"}
 def attacked():
     """(model, images, the labels it predicts)."""
     torch.manual_seed(0)
-    model = mu.P_CNN(28, [1, 4, 6], [5, 5], [2, 2], [10], mu.make_pools("ii"), [0, 0], torch.tanh, softmax=True)
+    model = mu.P_CNN(
+        28, [1, 4, 6], [5, 5], [2, 2], [10], mu.make_pools("ii"), [0, 0], torch.tanh, softmax=True
+    )
     images = load_split("digits", "", False, 4)[0]
     neurons = model(images.float() / 255, None, None, 8, criterion=mu.make_criterion("cel"))
     return model, images, model.readout(neurons).argmax(1)
@@ -29,10 +32,22 @@ def sweep(attacked, name, *eps, seed=3, workers=Workers(), grads=("bptt", "ep"))
     """{eps: results} of a sweep from wherever all random generators are."""
     if name in attacks.WITHOUT_GRADIENT:
         grads = grads[:1]
-    args = argparse.Namespace(task="digits", attack=name, attack_norm="2", attack_iters=1, attack_step=5,
-                              attack_start="zero", T1=8,
-                              predict_step=None, loss="cel", no_clip=False, tol=0.0, mbs=2, seed=seed,
-                              attack_grad=list(grads))
+    args = argparse.Namespace(
+        task="digits",
+        attack=name,
+        attack_norm="2",
+        attack_iters=1,
+        attack_step=5,
+        attack_start="zero",
+        T1=8,
+        predict_step=None,
+        loss="cel",
+        no_clip=False,
+        tol=0.0,
+        mbs=2,
+        seed=seed,
+        attack_grad=list(grads),
+    )
     return {e: mu.attack(*attacked, args, e, "", workers) for e in eps}
 
 
@@ -49,7 +64,8 @@ class Stopped(Exception):
 
 
 class OneOfTwo(Workers):
-    """One of two workers, with what the other has computed; the one that comes first stops there."""
+    """One of two workers, with what the other has computed; the one that comes first stops
+    there."""
 
     def __init__(self, rank, others=None):
         super().__init__(rank, 2)
@@ -69,7 +85,9 @@ def test_an_attack_is_the_same_again(attacked, name):
     again = sweep(attacked, name, 2.0)
     assert np.array_equal(images_of(both[2.0]), images_of(again[2.0]))
     if name in RANDOM:
-        assert not np.array_equal(images_of(again[2.0]), images_of(sweep(attacked, name, 2.0, seed=4)[2.0]))
+        assert not np.array_equal(
+            images_of(again[2.0]), images_of(sweep(attacked, name, 2.0, seed=4)[2.0])
+        )
     disturb()
     with pytest.raises(Stopped) as second:
         sweep(attacked, name, 2.0, workers=OneOfTwo(1), grads=["bptt"])
@@ -83,6 +101,7 @@ def test_an_attack_is_the_same_again(attacked, name):
 def test_an_attack_leaves_the_callers_random_numbers_alone(attacked, name):
     def drawn():
         return random.random(), np.random.rand(), torch.rand(()).item()
+
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     expected = drawn()
     random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
@@ -94,13 +113,26 @@ def test_an_attack_leaves_the_callers_random_numbers_alone(attacked, name):
 def test_mini_batches_draw_different_numbers(attacked):
     def drawn(*numbers):
         with attacks.seeded(*numbers):
-            return (random.random(), np.random.rand(), torch.rand(()).item(), np.random.RandomState().rand(),
-                    np.random.RandomState().rand(), np.random.default_rng().random(),
-                    np.random.RandomState(0).rand(), np.random.default_rng(0).random())
-    found = [drawn(*numbers) for numbers in ((0, 0), (0, 20), (1, 0), (2 ** 70, 0))]
-    assert all(len(set(values)) == len(values) for values in list(zip(*found))[:6]) and found[0] == drawn(0, 0)
+            return (
+                random.random(),
+                np.random.rand(),
+                torch.rand(()).item(),
+                np.random.RandomState().rand(),
+                np.random.RandomState().rand(),
+                np.random.default_rng().random(),
+                np.random.RandomState(0).rand(),
+                np.random.default_rng(0).random(),
+            )
+
+    found = [drawn(*numbers) for numbers in ((0, 0), (0, 20), (1, 0), (2**70, 0))]
+    assert all(len(set(values)) == len(values) for values in list(zip(*found))[:6]) and found[
+        0
+    ] == drawn(0, 0)
     assert found[0][3] != found[0][4]
-    given = np.random.RandomState(0).rand(), np.random.default_rng(0).random()  # a seed, and so not the block's
+    given = (
+        np.random.RandomState(0).rand(),
+        np.random.default_rng(0).random(),
+    )  # a seed, and so not the block's
     assert all(values[6:] == given for values in found)
     with pytest.raises(Stopped):
         with attacks.seeded(0):

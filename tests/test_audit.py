@@ -1,4 +1,5 @@
 """--todo audit: what it writes, that it goes on after a kill, and what its checks say."""
+
 import argparse
 import csv
 import io
@@ -31,8 +32,10 @@ def trained(tmp_path_factory):
     """The run folder of a small MLP that has learnt the digits."""
     folder, before = tmp_path_factory.mktemp("audited"), os.getcwd()
     os.chdir(folder)
-    line = ("--task digits --device -1 --archi 784 32 10 --betas 0 0.2 --lrs 2e-3 2e-3 --T1 12 --T2 5 --thirdphase "
-            "--optim adam --epochs 3 --seed 0 --save --mbs 20")
+    line = (
+        "--task digits --device -1 --archi 784 32 10 --betas 0 0.2 --lrs 2e-3 2e-3 --T1 12 --T2 5 --thirdphase "
+        "--optim adam --epochs 3 --seed 0 --save --mbs 20"
+    )
     assert main.main(line.split()) == 0
     os.chdir(before)
     return only_run(folder)
@@ -57,7 +60,10 @@ def result_of(run, stem="Audit_2_1"):
     """The result without what takes other times each time."""
     result = json.loads((run / f"{stem}.json").read_text())
     del result["seconds"]
-    return {**result, "attacks": [{k: v for k, v in a.items() if k != "seconds"} for a in result["attacks"]]}
+    return {
+        **result,
+        "attacks": [{k: v for k, v in a.items() if k != "seconds"} for a in result["attacks"]],
+    }
 
 
 @pytest.mark.parametrize("norm, eps", [("2", 1), ("inf", 0.1)])
@@ -66,23 +72,45 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
     out = ok(LINE, f"--load-path {run} --attack-norm {norm} --eps {eps} --surrogate {trained}")
     stem = f"Audit_{norm}_{eps}"
     result = result_of(run, stem)
-    assert result["images"] == 6 and result["interval"][0] <= result["robust"] <= result["interval"][1]
+    assert (
+        result["images"] == 6 and result["interval"][0] <= result["robust"] <= result["interval"][1]
+    )
     assert result["trusted"] == all(check["passed"] for check in result["checks"].values())
-    assert all({"passed", "value", "limit", "why"} == set(check) for check in result["checks"].values())
+    assert all(
+        {"passed", "value", "limit", "why"} == set(check) for check in result["checks"].values()
+    )
     names = [a["name"] for a in result["attacks"]]
-    for part in ("pgd bptt@8 from zero", "pgd ep@8 from zero", "pgd smooth@8 from equilibrium", "restarts",
-                 "twice the iterations", "apgd-ce", "apgd-t", "fab", "square", "hopskipjump", "random draws",
-                 "transfer", "all states"):
+    for part in (
+        "pgd bptt@8 from zero",
+        "pgd ep@8 from zero",
+        "pgd smooth@8 from equilibrium",
+        "restarts",
+        "twice the iterations",
+        "apgd-ce",
+        "apgd-t",
+        "fab",
+        "square",
+        "hopskipjump",
+        "random draws",
+        "transfer",
+        "all states",
+    ):
         assert any(part in name for name in names), part
     standing = [round(6 * result["clean"]), *(a["standing"] for a in result["attacks"])]
-    assert all(b == a - attack["broken"] for a, b, attack in zip(standing, standing[1:], result["attacks"]))
+    assert all(
+        b == a - attack["broken"] for a, b, attack in zip(standing, standing[1:], result["attacks"])
+    )
     assert standing[-1] == round(6 * result["robust"])
     text = (run / f"{stem}.txt").read_text()
     assert text.startswith("TRUSTED" if result["trusted"] else "NOT TRUSTED") and text in out
     with np.load(run / f"{stem}.npz") as file:
         x_adv = file["x_adv"]
     x = (load_split("digits", "", False, 6)[0].float() / 255).numpy()
-    assert attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5) and 0 <= x_adv.min() and x_adv.max() <= 1
+    assert (
+        attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5)
+        and 0 <= x_adv.min()
+        and x_adv.max() <= 1
+    )
     assert (run / f"{stem}.png").stat().st_size
 
 
@@ -104,6 +132,7 @@ def killed_in(folder, words, stage):
         if name == stage:
             os.kill(os.getpid(), signal.SIGKILL)
         save(self, name, arrays, record)
+
     AuditFiles.save = save_or_die
     sys.exit(main.main(words))
 
@@ -130,6 +159,7 @@ def test_stages_of_other_settings_are_not_taken(audited, tmp_path):
         run.release()
         arguments = {**dict.fromkeys(NAMES), "attack_norm": "2", "eps": 1.0, **changes}
         return AuditFiles(run, argparse.Namespace(**arguments), saved)
+
     assert files().load("a") is None
     files().save("a", {"x": np.ones(3)}, {"facts": [1]})
     arrays, record = files().load("a")
@@ -145,15 +175,16 @@ def flipped(path):
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
             middle = record.header_offset + 30 + len(record.filename) + record.compress_size // 2
-            content[middle:middle + 8] = b"\xff" * 8
+            content[middle : middle + 8] = b"\xff" * 8
     path.write_bytes(content)
 
 
 def announced(path):
     """An array whose header announces more than the file has."""
-    header, shape = io.BytesIO(), (10 ** 9,)
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False,
-                                                  "shape": shape})
+    header, shape = io.BytesIO(), (10**9,)
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": shape}
+    )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x_adv.npy", header.getvalue())
 
@@ -162,7 +193,7 @@ def large(path):
     """A directory that announces an array of 1 GB."""
     content = bytearray(path.read_bytes())
     start = content.index(b"PK\1\2")
-    content[start + 24:start + 28] = (2 ** 30).to_bytes(4, "little")
+    content[start + 24 : start + 28] = (2**30).to_bytes(4, "little")
     path.write_bytes(content)
 
 
@@ -177,11 +208,16 @@ def pipe(path):
     os.mkfifo(path)
 
 
-DAMAGE = {"flipped bytes": flipped, "other images": of_other_images, "a pipe": pipe,
-          "a header": announced, "1 GB": large,
-          "half a file": lambda path: path.write_bytes(path.read_bytes()[:700]),
-          "nothing": lambda path: path.write_bytes(b""),
-          "an object": lambda path: np.savez(path, x_adv=np.array([{}], dtype=object))}
+DAMAGE = {
+    "flipped bytes": flipped,
+    "other images": of_other_images,
+    "a pipe": pipe,
+    "a header": announced,
+    "1 GB": large,
+    "half a file": lambda path: path.write_bytes(path.read_bytes()[:700]),
+    "nothing": lambda path: path.write_bytes(b""),
+    "an object": lambda path: np.savez(path, x_adv=np.array([{}], dtype=object)),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -209,9 +245,16 @@ def test_a_kill_while_a_result_moves_aside_leaves_no_half(audited, tmp_path):
     run = RunFolder(shutil.copytree(audited, tmp_path / "run"))
     (run.folder / "Audit_2_1.json").rename(run.folder / "Audit_2_1_1.json")
     arguments = {**dict.fromkeys(NAMES), "attack_norm": "2", "eps": 1.0}
-    AuditFiles(run, argparse.Namespace(**arguments), types.SimpleNamespace(weights={}, source="model.pt"))
+    AuditFiles(
+        run, argparse.Namespace(**arguments), types.SimpleNamespace(weights={}, source="model.pt")
+    )
     assert not [path for path in run.folder.glob("Audit_2_1.*") if path.suffix != ".lock"]
-    assert {path.suffix for path in run.folder.glob("Audit_2_1_1.*")} == {".json", ".txt", ".png", ".npz"}
+    assert {path.suffix for path in run.folder.glob("Audit_2_1_1.*")} == {
+        ".json",
+        ".txt",
+        ".png",
+        ".npz",
+    }
 
 
 def test_an_audit_says_what_was_examined(audited):
@@ -219,8 +262,15 @@ def test_an_audit_says_what_was_examined(audited):
     assert "model: model.pt (epoch " in (audited / "Audit_2_1.txt").read_text()
 
 
-@pytest.mark.parametrize("words, said", [("", "--eps"), ("--eps 0", "--eps"), ("--eps 1 --budget huge", "--budget"),
-                                         ("--eps 1 --surrogate nowhere", "nowhere")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("", "--eps"),
+        ("--eps 0", "--eps"),
+        ("--eps 1 --budget huge", "--budget"),
+        ("--eps 1 --surrogate nowhere", "nowhere"),
+    ],
+)
 def test_wrong_flags(cli, trained, words, said):
     code, _, err = cli(f"--todo audit --device -1 --test-size 3 --load-path {trained} {words}")
     assert code == 2 and said in err and err.count("\n") == 1
@@ -228,8 +278,10 @@ def test_wrong_flags(cli, trained, words, said):
 
 def test_an_audit_leaves_no_more_images_than_a_sweep(ok, audited, tmp_path):
     run = shutil.copytree(audited, tmp_path / "run")
-    ok("--todo attack --device -1 --test-size 6 --eps-list 1 --attack-step 8 --attack-iters 3 --attack-grad bptt "
-       f"smooth ep --load-path {run}")
+    ok(
+        "--todo attack --device -1 --test-size 6 --eps-list 1 --attack-step 8 --attack-iters 3 --attack-grad bptt "
+        f"smooth ep --load-path {run}"
+    )
     rows = list(csv.DictReader(open(run / "Adversarial_Accuracy.csv")))
     assert result_of(run)["robust"] <= min(float(row["adversarial"]) for row in rows)
 
@@ -240,17 +292,45 @@ def test_wilson():
     assert audit_checks.interval(1.0, 20)[1] == 1 and audit_checks.interval(0, 0) == [0.0, 1.0]
 
 
-GOOD = {"changed_again": 0, "responds": 1.0, "settled": 1.0, "changed_later": 0, "layers": 2, "masked": 0.0,
-        "blind_breaks": 0, "more_breaks": 0, "unbounded": 0, "rise": 0, "iterative": 3, "single": 5, "loss_rises": 1.0,
-        "attacked_settled": 1.0, "recovered": 0, "fallen": 10}
+GOOD = {
+    "changed_again": 0,
+    "responds": 1.0,
+    "settled": 1.0,
+    "changed_later": 0,
+    "layers": 2,
+    "masked": 0.0,
+    "blind_breaks": 0,
+    "more_breaks": 0,
+    "unbounded": 0,
+    "rise": 0,
+    "iterative": 3,
+    "single": 5,
+    "loss_rises": 1.0,
+    "attacked_settled": 1.0,
+    "recovered": 0,
+    "fallen": 10,
+}
 
 
-@pytest.mark.parametrize("fact, value, check", [
-    ("changed_again", 1, "deterministic"), ("responds", 0.1, "responds"), ("settled", 0.5, "settled"),
-    ("changed_later", 9, "time_steps"), ("layers", 20, "attack_steps"), ("masked", 0.3, "gradients"),
-    ("blind_breaks", 9, "blind_attacks"), ("more_breaks", 30, "budget"), ("unbounded", 1, "unbounded"),
-    ("rise", 9, "more_eps"), ("single", 0, "iterations"), ("loss_rises", 0.2, "loss_rises"),
-    ("attacked_settled", 0.1, "attacked_settled"), ("recovered", 9, "attacked_later")])
+@pytest.mark.parametrize(
+    "fact, value, check",
+    [
+        ("changed_again", 1, "deterministic"),
+        ("responds", 0.1, "responds"),
+        ("settled", 0.5, "settled"),
+        ("changed_later", 9, "time_steps"),
+        ("layers", 20, "attack_steps"),
+        ("masked", 0.3, "gradients"),
+        ("blind_breaks", 9, "blind_attacks"),
+        ("more_breaks", 30, "budget"),
+        ("unbounded", 1, "unbounded"),
+        ("rise", 9, "more_eps"),
+        ("single", 0, "iterations"),
+        ("loss_rises", 0.2, "loss_rises"),
+        ("attacked_settled", 0.1, "attacked_settled"),
+        ("recovered", 9, "attacked_later"),
+    ],
+)
 def test_every_check_fails_by_its_fact(fact, value, check):
     assert all(found["passed"] for found in audit_checks.checks(GOOD, 100, [8], 30).values())
     found = audit_checks.checks({**GOOD, fact: value}, 100, [8], 30)

@@ -1,5 +1,6 @@
-"""Models that look robust and are not are exposed by an audit: broken down to what their honest twin withstands, or not
-trusted, for a reason that names it. Honest models are trusted."""
+"""Models that look robust and are not are exposed by an audit: broken down to what their honest
+twin withstands, or not trusted, for a reason that names it. Honest models are trusted."""
+
 import argparse
 import copy
 import dataclasses
@@ -17,13 +18,15 @@ from energy.dynamics import Chain
 
 IMAGES = 12
 TINY = audit_subject.Budget(8, 3, 60, 150, 5, 1, IMAGES)
-COMMON = "--task digits --device -1 --epochs 3 --seed 0 --save --mbs 20 --optim adam --T1 20 --T2 6 "
+COMMON = (
+    "--task digits --device -1 --epochs 3 --seed 0 --save --mbs 20 --optim adam --T1 20 --T2 6 "
+)
 LINES = {
     "mysig": "--archi 784 32 10 --betas 0 0.2 --thirdphase --lrs 2e-3 2e-3",
     "tanh": "--archi 784 32 10 --act tanh --alg BPTT --lrs 2e-3 2e-3",
     "softmax": "--archi 784 32 10 --act my_hard_sig --loss cel --softmax --betas 0 1 --thirdphase --lrs 5e-3 5e-3",
     "CNN": "--model VFCNN --channels 4 6 --kernels 5 5 --strides 2 2 --pools ii --paddings 0 0 --act my_hard_sig "
-           "--loss cel --softmax --betas 0 1 --thirdphase --lrs 5e-3 5e-3 5e-3",
+    "--loss cel --softmax --betas 0 1 --thirdphase --lrs 5e-3 5e-3 5e-3",
 }
 
 
@@ -39,12 +42,20 @@ def honest(tmp_path_factory):
             assert main.main((COMMON + LINES[name]).split()) == 0
             os.chdir(before)
             state = torch.load(only_run(folder) / "model.pt", weights_only=True)
-            args = argparse.Namespace(**{**state["config"], "attack_step": [12], "predict_step": None,
-                                         "attack_norm": "2", "eps": 1.0})
+            args = argparse.Namespace(
+                **{
+                    **state["config"],
+                    "attack_step": [12],
+                    "predict_step": None,
+                    "attack_norm": "2",
+                    "eps": 1.0,
+                }
+            )
             model = mu.make_model(args)
             model.load_state_dict(state["model_state_dict"])
             known[name] = model, args, audited(model, args)
         return known[name]
+
     return get
 
 
@@ -61,8 +72,12 @@ class Nowhere(dict):
 def audited(model, args, **changes):
     args = argparse.Namespace(**{**vars(args), **changes})
     images, labels = load_split("digits", "", False, IMAGES)
-    subject = audit_subject.Subject(model, args, (images.float() / 255).numpy(), labels.numpy(), TINY)
-    return audit_checks.result_of(audit.Audit(subject, lambda line: None).run(Nowhere()), subject, {})
+    subject = audit_subject.Subject(
+        model, args, (images.float() / 255).numpy(), labels.numpy(), TINY
+    )
+    return audit_checks.result_of(
+        audit.Audit(subject, lambda line: None).run(Nowhere()), subject, {}
+    )
 
 
 def failed(result):
@@ -95,7 +110,10 @@ def seeing(model, change):
 
     def chain(self, *args, original=type(model).chain, **more):
         found = original(self, *args, **more)
-        return Changed(**{field.name: getattr(found, field.name) for field in dataclasses.fields(Chain)})
+        return Changed(
+            **{field.name: getattr(found, field.name) for field in dataclasses.fields(Chain)}
+        )
+
     model.__class__ = type("Fraud", (type(model),), {"chain": chain})
     return model
 
@@ -107,28 +125,40 @@ def test_an_honest_model_is_trusted(honest, name):
     assert result["robust"] < result["clean"] and result["curve"][-1][1] == 0
 
 
-@pytest.mark.parametrize("name, factor", [("mysig", 20), ("mysig", 60), ("tanh", 20), ("tanh", 60), ("softmax", 60)])
+@pytest.mark.parametrize(
+    "name, factor", [("mysig", 20), ("mysig", 60), ("tanh", 20), ("tanh", 60), ("softmax", 60)]
+)
 def test_saturated_neurons(honest, name, factor):
     model, args, twin = honest(name)
     result = audited(scaled(model, factor, 10 if factor == 60 else 1), args)
-    assert exposed(result, twin, "unbounded", "blind_attacks", "loss_rises", "gradients", "settled"), result["checks"]
+    assert exposed(
+        result, twin, "unbounded", "blind_attacks", "loss_rises", "gradients", "settled"
+    ), result["checks"]
 
 
 def test_a_saturated_softmax_changes_nothing(honest):
     model, args, twin = honest("softmax")
     result = audited(scaled(model, readout=1000.0), args)
-    assert result["clean"] == twin["clean"] and abs(result["robust"] - twin["robust"]) <= 1.01 / IMAGES
+    assert (
+        result["clean"] == twin["clean"] and abs(result["robust"] - twin["robust"]) <= 1.01 / IMAGES
+    )
 
 
 def test_a_rounded_input(honest):
     model, args, twin = honest("mysig")
     for levels in (2, 8):
-        assert exposed(audited(seeing(model, lambda x: torch.round(levels * x) / levels), args), twin, "responds")
+        assert exposed(
+            audited(seeing(model, lambda x: torch.round(levels * x) / levels), args),
+            twin,
+            "responds",
+        )
 
 
 def test_noise(honest):
     model, args, _ = honest("mysig")
-    assert "deterministic" in failed(audited(seeing(model, lambda x: x + 0.7 * torch.randn_like(x)), args))
+    assert "deterministic" in failed(
+        audited(seeing(model, lambda x: x + 0.7 * torch.randn_like(x)), args)
+    )
 
 
 def test_too_few_time_steps(honest):

@@ -1,4 +1,6 @@
-"""Feed-forward networks: the same commands as for energy models, and the same numbers as plain PyTorch."""
+"""Feed-forward networks: the same commands as for energy models, and the same numbers as plain
+PyTorch."""
+
 import concurrent.futures
 import csv
 import json
@@ -18,7 +20,9 @@ from experiment import arguments, untrusted
 from experiment.flags import FLAGS
 from experiment.workers import Workers
 
-TINY = "--task digits --device -1 --seed 5 --train-size 60 --test-size 40 --mbs 16 --loss cel --save"
+TINY = (
+    "--task digits --device -1 --seed 5 --train-size 60 --test-size 40 --mbs 16 --loss cel --save"
+)
 NETWORKS = {
     "FFMLP": "--model FFMLP --archi 784 12 10 --lrs 0.05 0.05 --mmt 0.9",
     "FFCNN": "--model FFCNN --channels 3 4 --kernels 5 3 --pools ma --lrs 0.03 0.03 0.03 --mmt 0.9",
@@ -37,9 +41,17 @@ def args_of(line):
 
 def plain_cnn():
     return torch.nn.Sequential(
-        torch.nn.Conv2d(1, 3, 5), torch.nn.BatchNorm2d(3), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
-        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.AvgPool2d(2),
-        torch.nn.Flatten(), torch.nn.Linear(100, 10))
+        torch.nn.Conv2d(1, 3, 5),
+        torch.nn.BatchNorm2d(3),
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.AvgPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(100, 10),
+    )
 
 
 def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
@@ -54,7 +66,10 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
     theirs = torch.optim.SGD(plain.parameters(), lr=0.03, momentum=0.9, fused=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        x, y = torch.rand(16, 1, 28, 28, generator=generator), torch.randint(10, (16,), generator=generator)
+        x, y = (
+            torch.rand(16, 1, 28, 28, generator=generator),
+            torch.randint(10, (16,), generator=generator),
+        )
         neurons = mu.bp_gradients(model, x, y, mu.Rule.of(args))
         ours.step()
         theirs.zero_grad()
@@ -62,7 +77,9 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
         torch.nn.functional.cross_entropy(logits, y).backward()
         theirs.step()
         assert torch.equal(neurons[-1], logits)
-    for ours, theirs in zip(model.net.state_dict().values(), plain.state_dict().values(), strict=True):
+    for ours, theirs in zip(
+        model.net.state_dict().values(), plain.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs)
     plain.eval()
     assert torch.equal(mu.predicting_neurons(model, x, mu.Rule.of(args))[-1], plain(x))
@@ -77,7 +94,10 @@ def test_every_command_works_with_a_network(ok, tmp_path, network):
     load = f"--device -1 --load-path {run}"
     out = ok(load, "--todo evaluate --save")
     assert "T1" not in out and "converged" not in out and (run / "predictions.csv").exists()
-    out = ok(load, "--todo attack --attack-grad bptt smooth --eps-list 0.5 --attack-iters 3 --test-size 12")
+    out = ok(
+        load,
+        "--todo attack --attack-grad bptt smooth --eps-list 0.5 --attack-iters 3 --test-size 12",
+    )
     assert "steps" not in out and "worst" in out
     for attack in ("square", "apgd-ce"):
         ok(load, f"--todo attack --attack {attack} --attack-iters 3 --eps-list 0.5 --test-size 8")
@@ -86,10 +106,16 @@ def test_every_command_works_with_a_network(ok, tmp_path, network):
 def test_a_network_is_audited_without_the_checks_of_time_steps(ok, tmp_path):
     ok(TINY, NETWORKS["FFMLP"])
     run = only_run(tmp_path)
-    ok("--todo audit --budget quick --eps 0.5 --attack-norm 2 --test-size 8 --device -1 --load-path", run)
+    ok(
+        "--todo audit --budget quick --eps 0.5 --attack-norm 2 --test-size 8 --device -1 --load-path",
+        run,
+    )
     result = json.loads((run / "Audit_2_0.5.json").read_text())
     assert "settled" not in result["checks"] and "blind_attacks" in result["checks"]
-    assert not any(" ep@" in a["name"] or " soft@" in a["name"] or "all states" in a["name"] for a in result["attacks"])
+    assert not any(
+        " ep@" in a["name"] or " soft@" in a["name"] or "all states" in a["name"]
+        for a in result["attacks"]
+    )
 
 
 def test_a_resumed_network_is_as_if_it_had_not_stopped(ok, tmp_path, network, monkeypatch):
@@ -105,32 +131,45 @@ def test_a_resumed_network_is_as_if_it_had_not_stopped(ok, tmp_path, network, mo
 
 def test_corruptions_of_a_network(ok, tmp_path, cifar):
     write_corruptions(tmp_path / "data", CORRUPTIONS)
-    ok(f"--task CIFAR10 --data-dir {cifar} --device -1 --train-size 20 --test-size 8 --save --loss cel",
-       NETWORKS["FFCNN"])
-    ok("--todo corruptions --corruptions-dir", next((tmp_path / "data").glob("*-C")), "--device -1 --test-size 4 "
-       "--load-path", only_run(tmp_path))
+    ok(
+        f"--task CIFAR10 --data-dir {cifar} --device -1 --train-size 20 --test-size 8 --save --loss cel",
+        NETWORKS["FFCNN"],
+    )
+    ok(
+        "--todo corruptions --corruptions-dir",
+        next((tmp_path / "data").glob("*-C")),
+        "--device -1 --test-size 4 --load-path",
+        only_run(tmp_path),
+    )
     assert "mean over all" in (only_run(tmp_path) / "Corruption_Accuracy.txt").read_text()
 
 
-@pytest.mark.parametrize("line, message", [
-    ("--model FFMLP --alg EP", "FFMLP is trained by BP"),
-    ("--model MLP --alg BP", "MLP learns by EP, CEP or BPTT"),
-    ("--model FFMLP --todo gducheck", "has no time steps"),
-    ("--model ViT --patch 5", "is no multiple"),
-    ("--model ViT --heads 3", "a multiple of --heads 3"),
-    ("--model ViT --lrs 0.1 0.2", "expected 1"),
-    ("--model FFCNN --channels 4 --kernels 40 --pools m --strides 1 --paddings 0", "nothing is left"),
-    ("--lr-step 0 0.3", "argument --lr-step"),
-    ("--lr-step 8", "argument --lr-step"),
-    ("--lr-step 8 0.3 --lr-decay", "two schedules"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--model FFMLP --alg EP", "FFMLP is trained by BP"),
+        ("--model MLP --alg BP", "MLP learns by EP, CEP or BPTT"),
+        ("--model FFMLP --todo gducheck", "has no time steps"),
+        ("--model ViT --patch 5", "is no multiple"),
+        ("--model ViT --heads 3", "a multiple of --heads 3"),
+        ("--model ViT --lrs 0.1 0.2", "expected 1"),
+        (
+            "--model FFCNN --channels 4 --kernels 40 --pools m --strides 1 --paddings 0",
+            "nothing is left",
+        ),
+        ("--lr-step 0 0.3", "argument --lr-step"),
+        ("--lr-step 8", "argument --lr-step"),
+        ("--lr-step 8 0.3 --lr-decay", "two schedules"),
+    ],
+)
 def test_what_makes_no_sense_is_refused_in_a_line(cli, line, message):
     code, _, err = cli(f"--task digits --device -1 {line}")
     assert code == 2 and message in err and len(err.splitlines()) == 1 + err.count("note:")
 
 
 def shares_of_one_process(counts):
-    """Workers, as threads of this process, that meet in every mean; each has so many samples of the whole."""
+    """Workers, as threads of this process, that meet in every mean; each has so many samples of the
+    whole."""
     meeting, values = threading.Barrier(len(counts)), {}
 
     class Shared(Workers):
@@ -140,21 +179,26 @@ def shares_of_one_process(counts):
             total = sum(values[rank] for rank in range(self.size))
             meeting.wait(20)
             return total
+
     return [Shared(rank, len(counts)) for rank in range(len(counts))]
 
 
 @pytest.mark.parametrize("size", [4, 1])
 @pytest.mark.parametrize("counts", [(3, 2), (1, 0), (1, 1), (2, 1), (4, 4, 3)])
 def test_shares_are_normalised_by_the_statistics_of_the_whole(counts, size):
-    """Outputs, gradients and running statistics are those of the whole mini-batch at once, whose share of no sample
-    computes along on another's. A single value a map, which has no variance, is one of the whole."""
+    """Outputs, gradients and running statistics are those of the whole mini-batch at once, whose
+    share of no sample computes along on another's. A single value a map, which has no variance, is
+    one of the whole."""
     torch.manual_seed(0)
     n, slope = sum(counts), torch.randn(3, size, size).double()
     x = torch.randn(n, 3, size, size, dtype=torch.float64, requires_grad=True)
     whole, norms = baselines.BatchNorm(3).double().train(), []
     out = whole(x)
     (out * slope).sum((1, 2, 3)).square().mean().backward()
-    parts = [slice(sum(counts[:r]), sum(counts[:r + 1])) if count else slice(0, 1) for r, count in enumerate(counts)]
+    parts = [
+        slice(sum(counts[:r]), sum(counts[: r + 1])) if count else slice(0, 1)
+        for r, count in enumerate(counts)
+    ]
 
     def work(workers, part, count):
         norm = baselines.BatchNorm(3).double().train()
@@ -169,11 +213,15 @@ def test_shares_are_normalised_by_the_statistics_of_the_whole(counts, size):
             torch.testing.assert_close(own.grad * count / n, x.grad[part])
 
     with concurrent.futures.ThreadPoolExecutor(len(counts)) as pool:
-        for done in [pool.submit(work, *job) for job in zip(shares_of_one_process(counts), parts, counts)]:
+        for done in [
+            pool.submit(work, *job) for job in zip(shares_of_one_process(counts), parts, counts)
+        ]:
             done.result()
     for name, p in whole.named_parameters():
-        torch.testing.assert_close(sum(dict(norm.named_parameters())[name].grad * count / n for norm, count in norms),
-                                   p.grad)
+        torch.testing.assert_close(
+            sum(dict(norm.named_parameters())[name].grad * count / n for norm, count in norms),
+            p.grad,
+        )
     for norm, _ in norms:
         for name, buffer in whole.named_buffers():
             torch.testing.assert_close(dict(norm.named_buffers())[name], buffer)
@@ -181,9 +229,14 @@ def test_shares_are_normalised_by_the_statistics_of_the_whole(counts, size):
 
 def test_flags_without_an_effect_are_noted(cli, tmp_path):
     code, _, err = cli(TINY, NETWORKS["FFMLP"], "--T1 30 --betas 0 1 --act tanh")
-    assert code == 0 and all(f"--{name} has no effect on FFMLP" in err for name in ("T1", "betas", "act")), err
-    code, out, err = cli("--todo attack --device -1 --attack-grad ep --eps-list 0.5 --attack-iters 2 --test-size 4 "
-                         "--load-path", only_run(tmp_path))
+    assert code == 0 and all(
+        f"--{name} has no effect on FFMLP" in err for name in ("T1", "betas", "act")
+    ), err
+    code, out, err = cli(
+        "--todo attack --device -1 --attack-grad ep --eps-list 0.5 --attack-iters 2 --test-size 4 "
+        "--load-path",
+        only_run(tmp_path),
+    )
     assert code == 0 and "--attack-grad ep has no effect on FFMLP" in err and "bptt" in out
     code, _, err = cli("--todo characteristic --device -1 --load-path", only_run(tmp_path))
     assert code == 2 and "no time steps" in err
@@ -195,9 +248,14 @@ def test_lr_step_lowers_the_rates_every_n_epochs(ok, tmp_path):
     assert [group["lr"] for group in state["opt"]["param_groups"]] == pytest.approx([0.0125] * 2)
 
 
-@pytest.mark.parametrize("name, value", [("net.1.num_batches_tracked", torch.tensor(-1)),
-                                         ("net.1.num_batches_tracked", torch.tensor([1, 2])),
-                                         ("net.1.running_var", -torch.ones(3))])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("net.1.num_batches_tracked", torch.tensor(-1)),
+        ("net.1.num_batches_tracked", torch.tensor([1, 2])),
+        ("net.1.running_var", -torch.ones(3)),
+    ],
+)
 def test_a_damaged_batch_normalisation_is_refused(ok, cli, tmp_path, name, value):
     ok(TINY, NETWORKS["FFCNN"])
     path = only_run(tmp_path) / "checkpoint.tar"
@@ -221,7 +279,9 @@ def test_a_map_of_one_value_has_no_variance():
 
 
 def test_safe_loading_takes_counts_alone_for_whole_numbers():
-    loaded = untrusted.weights(baselines.make_network(args_of(f"{TINY} {NETWORKS['FFCNN']}")).state_dict())
+    loaded = untrusted.weights(
+        baselines.make_network(args_of(f"{TINY} {NETWORKS['FFCNN']}")).state_dict()
+    )
     assert loaded["net.1.num_batches_tracked"].dtype == torch.int64
     with pytest.raises(untrusted.Damaged):
         untrusted.weights({"net.0.weight": torch.zeros(2, dtype=torch.int64)})

@@ -1,5 +1,6 @@
 """Runs on clusters: signals of batch systems, commands that are started again, workers on several
 machines."""
+
 import contextlib
 import csv
 import os
@@ -44,8 +45,9 @@ def enter(folder, words, ignored, environment):
 def start(folder, line, ignored=(), environment=()):
     """A process that runs main.py in the folder; libraries are loaded already, so that it begins at
     once."""
-    process = context.Process(target=enter,
-                              args=(str(folder), line.split(), ignored, dict(environment)))
+    process = context.Process(
+        target=enter, args=(str(folder), line.split(), ignored, dict(environment))
+    )
     process.start()
     return process
 
@@ -61,8 +63,10 @@ def wait_for(path, text):
 def rows(run):
     """The rows of metrics.csv without what differs from machine to machine."""
     with open(run / "metrics.csv") as file:
-        return [{name: value for name, value in row.items() if name != "seconds"}
-                for row in csv.DictReader(file)]
+        return [
+            {name: value for name, value in row.items() if name != "seconds"}
+            for row in csv.DictReader(file)
+        ]
 
 
 def contents(folder):
@@ -113,10 +117,12 @@ def test_signals_that_were_ignored_at_the_start_stay_ignored(tmp_path):
 
 
 def test_an_ignored_interrupt_stays_ignored_while_libraries_load():
-    program = ("import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-               "sys.argv = ['main.py', '--help']\n"
-               f"try: runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')\n"
-               "except SystemExit: print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)")
+    program = (
+        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "sys.argv = ['main.py', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'main.py')!r}, run_name='__main__')\n"
+        "except SystemExit: print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "True", done.stderr
 
@@ -134,15 +140,19 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number, to_all", [(signal.SIGUSR1, False), (signal.SIGTERM, False),
-                                            (signal.SIGINT, True)])
+@pytest.mark.parametrize(
+    "number, to_all", [(signal.SIGUSR1, False), (signal.SIGTERM, False), (signal.SIGINT, True)]
+)
 def test_a_script_of_check_passes_signals_on_and_ends(tmp_path, number, to_all):
     """SIGINT as a terminal sends it, to the script and to its command."""
     (tmp_path / "stub.py").write_text(STUB)
-    script = (f'source {ROOT}/check/common.sh mnist; launcher=("$python" {tmp_path}/stub.py); '
-              "suite main.py; echo next")
-    process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    script = (
+        f'source {ROOT}/check/common.sh mnist; launcher=("$python" {tmp_path}/stub.py); '
+        "suite main.py; echo next"
+    )
+    process = subprocess.Popen(
+        ["bash", "-c", script], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdout.readline() == "ready\n"
     (os.killpg if to_all else os.kill)(process.pid, number)
     out, _ = process.communicate(timeout=30)
@@ -214,15 +224,29 @@ def test_a_run_to_examine_is_named_by_load_path(ok, cli, todo):
     assert code == 2 and err.count("\n") == 1 and "--load-path instead of --run-dir" in err
 
 
-@pytest.mark.parametrize("words, named", [
-    ("--T1 9", "--T1 (saved: 4, given: 9)"),
-    ("--archi 784 8 10", "--archi (saved: 784 12 10, given: 784 8 10)"),
-    ("--seed 6 --lrs 1 1", "--seed (saved: 5, given: 6), --lrs (saved: 0.1 0.1, given: 1.0 1.0)"),
-    ("--betas 0 1", "--betas (saved: 0.0 0.5"), ("--thirdphase", "--thirdphase"),
-    ("--alg BPTT", "--alg (saved: EP"), ("--train-size 59", "--train-size"), ("--mbs 5", "--mbs"),
-    ("--optim adam --mmt 0", "--optim (saved: sgd"), ("--model VFMLP", "--model (saved: MLP"),
-    ("--deterministic", "--deterministic"), ("--scale 2", "--scale"), ("--tol 1e-3", "--tol"),
-    ("--adv-train 1", "--adv-train"), ("--val-size 5", "--val-size")])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ("--T1 9", "--T1 (saved: 4, given: 9)"),
+        ("--archi 784 8 10", "--archi (saved: 784 12 10, given: 784 8 10)"),
+        (
+            "--seed 6 --lrs 1 1",
+            "--seed (saved: 5, given: 6), --lrs (saved: 0.1 0.1, given: 1.0 1.0)",
+        ),
+        ("--betas 0 1", "--betas (saved: 0.0 0.5"),
+        ("--thirdphase", "--thirdphase"),
+        ("--alg BPTT", "--alg (saved: EP"),
+        ("--train-size 59", "--train-size"),
+        ("--mbs 5", "--mbs"),
+        ("--optim adam --mmt 0", "--optim (saved: sgd"),
+        ("--model VFMLP", "--model (saved: MLP"),
+        ("--deterministic", "--deterministic"),
+        ("--scale 2", "--scale"),
+        ("--tol 1e-3", "--tol"),
+        ("--adv-train 1", "--adv-train"),
+        ("--val-size 5", "--val-size"),
+    ],
+)
 def test_other_arguments_than_those_of_the_run_are_refused(cli, tmp_path, whole, words, named):
     run = pathlib.Path(shutil.copytree(whole, tmp_path / "d"))
     before = contents(run)
@@ -232,20 +256,25 @@ def test_other_arguments_than_those_of_the_run_are_refused(cli, tmp_path, whole,
 
 
 def test_a_flag_without_effect_does_not_keep_a_command_from_resuming(ok):
-    line = ("--todo train --task digits --device -1 --train-size 20 --test-size 20 --model FFMLP "
-            "--archi 784 8 10 --T1 7 --attack-norm inf --scale 0.5 --run-dir d")
+    line = (
+        "--todo train --task digits --device -1 --train-size 20 --test-size 20 --model FFMLP "
+        "--archi 784 8 10 --T1 7 --attack-norm inf --scale 0.5 --run-dir d"
+    )
     ok(line, "--epochs 1")
     assert "from epoch 2 on" in ok(line, "--epochs 2")
 
 
 FOREIGN = {
     "empty": lambda d: (d / "checkpoint.tar").write_bytes(b""),
-    "a real tar": lambda d: shutil.move(shutil.make_archive(str(d.parent / "x"), "tar", d),
-                                        d / "checkpoint.tar"),
-    "of another program": lambda d: torch.save({"model_state_dict": {"a": torch.zeros(3)}},
-                                               d / "checkpoint.tar"),
+    "a real tar": lambda d: shutil.move(
+        shutil.make_archive(str(d.parent / "x"), "tar", d), d / "checkpoint.tar"
+    ),
+    "of another program": lambda d: torch.save(
+        {"model_state_dict": {"a": torch.zeros(3)}}, d / "checkpoint.tar"
+    ),
     "truncated": lambda d: (d / "checkpoint.tar").write_bytes(
-        (d.parent / "good").read_bytes()[:3000]),
+        (d.parent / "good").read_bytes()[:3000]
+    ),
     "a folder": lambda d: (d / "checkpoint.tar").mkdir(),
     "a link to nowhere": lambda d: (d / "checkpoint.tar").symlink_to("nowhere"),
     "a model": lambda d: (d / "model.pt").write_bytes(b"weights"),
@@ -265,11 +294,17 @@ def test_what_another_program_left_is_not_overwritten(cli, tmp_path, whole, what
     assert contents(run) == before and sorted(path.name for path in run.iterdir()) == names
 
 
-@pytest.mark.parametrize("words, message", [
-    ("--load-path d", "give no --load-path"), ("--seeds 1 --load-path d", "--load-path"),
-    ("--run-dir file", "file is no folder"), ("--run-dir file/d", "cannot make file/d"),
-    ("--no-save", "give no --no-save"),
-    ("--lrs 1", "--lrs")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--load-path d", "give no --load-path"),
+        ("--seeds 1 --load-path d", "--load-path"),
+        ("--run-dir file", "file is no folder"),
+        ("--run-dir file/d", "cannot make file/d"),
+        ("--no-save", "give no --no-save"),
+        ("--lrs 1", "--lrs"),
+    ],
+)
 def test_what_makes_no_sense_is_one_line(cli, tmp_path, words, message):
     (tmp_path / "file").write_text("")
     code, out, err = cli(RUN, words)
@@ -296,6 +331,7 @@ def test_killed_at_any_file_the_same_command_completes_the_run(ok, tmp_path, mon
         if left[0] == 0:
             raise Killed
         replace(*paths)
+
     for folder in (tmp_path / "once", tmp_path / "killed"):
         folder.mkdir()
         monkeypatch.chdir(folder)
@@ -376,8 +412,10 @@ def test_a_seed_that_another_process_trains_is_left_to_it(cli, tmp_path):
     assert len(rows(tmp_path / "d" / "seed_6")) == 1
 
 
-ATTACK = ("--todo attack --device -1 --load-path d --attack-iters 2 --attack-step 4 --test-size 20 "
-          "--mbs 10 --eps-list 0.1 0.2 0.4 0.8 1")
+ATTACK = (
+    "--todo attack --device -1 --load-path d --attack-iters 2 --attack-step 4 --test-size 20 "
+    "--mbs 10 --eps-list 0.1 0.2 0.4 0.8 1"
+)
 
 
 def requeued(folder, line, rng, kills, longest):
@@ -424,10 +462,17 @@ def on_nodes(store, folders, line, attempts=(0, 0), wait=True):
     processes = []
     for rank, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
-        environment = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": attempts[rank],
-                       "RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": len(folders),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
-                       "HOST": folder.name, "OMP_NUM_THREADS": 1}
+        environment = {
+            "TORCHELASTIC_RUN_ID": "x",
+            "TORCHELASTIC_RESTART_COUNT": attempts[rank],
+            "RANK": rank,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": len(folders),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port,
+            "HOST": folder.name,
+            "OMP_NUM_THREADS": 1,
+        }
         texts = {name: str(value) for name, value in environment.items()}
         processes.append(start(folder, line, environment=texts))
     for process in processes if wait else ():
@@ -442,16 +487,21 @@ def codes(processes):
 def test_workers_without_a_shared_file_system(tmp_path, whole, store):
     """Only the first one's machine has the run."""
     nodes = [tmp_path / "node0", tmp_path / "node1"]
-    lines = [f"{RUN} --epochs 2", f"{RUN} --epochs 6",
-             "--todo evaluate --device -1 --load-path d --save", ATTACK,
-             "--device -1 --load-path d --epochs 1"]
+    lines = [
+        f"{RUN} --epochs 2",
+        f"{RUN} --epochs 6",
+        "--todo evaluate --device -1 --load-path d --save",
+        ATTACK,
+        "--device -1 --load-path d --epochs 1",
+    ]
     for n, line in enumerate(lines):
         assert codes(on_nodes(store, nodes, line, (n, n))) == [0, 0], (nodes[0] / "err").read_text()
         if n == 1:
             assert rows(nodes[0] / "d") == rows(whole)
             for name, weight in final_weights(whole).items():
-                torch.testing.assert_close(final_weights(nodes[0] / "d")[name], weight, rtol=0,
-                                           atol=1e-6)
+                torch.testing.assert_close(
+                    final_weights(nodes[0] / "d")[name], weight, rtol=0, atol=1e-6
+                )
     err = (nodes[0] / "err").read_text()
     assert "the workers are on node0, node1; node0 reads and writes" in err
     assert len(rows(nodes[0] / "d")) == 7 and (nodes[0] / "d/Adversarial_Accuracy.txt").exists()
@@ -488,7 +538,7 @@ def test_a_worker_without_the_run_names_a_command_that_resumes(tmp_path, store):
     processes[1].join(60)
     command = (nodes[1] / "err").read_text().splitlines()[-1].split()
     assert command[0] == "torchrun"
-    given = arguments.parse(command[command.index("main.py") + 1:], FLAGS)
+    given = arguments.parse(command[command.index("main.py") + 1 :], FLAGS)
     assert given["epochs"] == 80 and (nodes[0] / given["run_dir"] / "checkpoint.tar").exists()
 
 
@@ -499,7 +549,7 @@ STUBS = {  # of the commands of a cluster
     "srun": 'exec "$@"',
     "scontrol": '[ "$1" = show ] && echo node0 && echo node1 || echo "scontrol $*" >>"$RECORD"',
     "program": 'trap "exit 138" USR1 TERM; printf "%s\\n" "$@" >"$RECORD.words"; sleep 0.3\n'
-               'touch "$RECORD"; for _ in $(seq 600); do sleep 0.05; done; exit 3',
+    'touch "$RECORD"; for _ in $(seq 600); do sleep 0.05; done; exit 3',
 }
 
 
@@ -507,6 +557,7 @@ STUBS = {  # of the commands of a cluster
 def cluster(tmp_path):
     """Starts a script as sbatch does: a copy, in a folder of its own; with a .venv in the project's
     folder, tmp_path, whose commands are those of the real one, or stubs."""
+
     def submit(script, *words, stubs=("srun", "scontrol")):
         (tmp_path / "bin").mkdir()
         for name in stubs:
@@ -514,17 +565,28 @@ def cluster(tmp_path):
             path.write_text(f"#!/bin/bash\n{STUBS.get(name, STUBS['program'])}\n")
             path.chmod(0o755)
         (tmp_path / ".venv" / "bin").mkdir(parents=True)
-        activate = f'PATH={tmp_path / "bin"}:{pathlib.Path(sys.executable).parent}:$PATH'
+        activate = f"PATH={tmp_path / 'bin'}:{pathlib.Path(sys.executable).parent}:$PATH"
         (tmp_path / ".venv" / "bin" / "activate").write_text(activate)
         (tmp_path / "main.py").symlink_to(ROOT / "main.py")
         (tmp_path / "spool").mkdir()
         (tmp_path / "spool" / "slurm_script").write_text(script)
-        environment = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_NNODES": "2",
-                       "SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "3",
-                       "SLURM_JOB_NODELIST": "node[0-1]", "RECORD": str(tmp_path / "record")}
-        return subprocess.Popen(["bash", "slurm_script", *words], cwd=tmp_path / "spool", text=True,
-                                stdout=open(tmp_path / "out", "w"),
-                                env={**os.environ, **environment, "OMP_NUM_THREADS": "1"})
+        environment = {
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_ID": "7",
+            "SLURM_NNODES": "2",
+            "SLURM_ARRAY_JOB_ID": "6",
+            "SLURM_ARRAY_TASK_ID": "3",
+            "SLURM_JOB_NODELIST": "node[0-1]",
+            "RECORD": str(tmp_path / "record"),
+        }
+        return subprocess.Popen(
+            ["bash", "slurm_script", *words],
+            cwd=tmp_path / "spool",
+            text=True,
+            stdout=open(tmp_path / "out", "w"),
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        )
+
     return submit
 
 
@@ -536,7 +598,7 @@ def test_a_script_of_the_docs_runs_a_command_that_is_one(tmp_path, cluster, scri
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 138
     words = (tmp_path / "record.words").read_text().splitlines()
-    given = arguments.parse(words[words.index("main.py") + 1:], FLAGS)
+    given = arguments.parse(words[words.index("main.py") + 1 :], FLAGS)
     assert given["figures"] == "pdf"
     if "load_path" in given:
         assert given["eps_list"] == [2]

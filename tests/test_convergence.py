@@ -1,4 +1,6 @@
-"""Whether images have converged: one meaning, over all images that count, in every place that reports it."""
+"""Whether images have converged: one meaning, over all images that count, in every place that
+reports it."""
+
 import csv
 import pathlib
 import re
@@ -12,8 +14,10 @@ import model_utils as mu
 from ART_Timesteps_Addition.adversary import Adversary
 from data_utils import TASKS, Batches, load_split
 
-TINY = ("--task digits --device -1 --train-size 60 --test-size 50 --archi 784 8 10 --T1 20 --T2 2 --betas 0 0.5 "
-        "--seed 0 --mbs 20 --save")
+TINY = (
+    "--task digits --device -1 --train-size 60 --test-size 50 --archi 784 8 10 --T1 20 --T2 2 --betas 0 0.5 "
+    "--seed 0 --mbs 20 --save"
+)
 CNN = " --model CNN --channels 4 6 --act my_hard_sig --T1 13"
 ADVICE = "EP and predictions assume convergence; increase --T1"
 
@@ -29,12 +33,15 @@ def batches(n=50, train=False, last=None):
 
 
 def share(model, T1, data, loss="mse"):
-    """The share of images in % whose every layer the last min(5, T1) of T1 steps change by less than 1e-4 of its norm,
-    from two free phases."""
+    """The share of images in % whose every layer the last min(5, T1) of T1 steps change by less
+    than 1e-4 of its norm, from two free phases."""
     found = []
     for x, _ in data:
         before, after = (model(x, T=T, criterion=loss) for T in (T1 - min(5, T1), T1))
-        found += [all((b[i] - a[i]).norm() < 1e-4 * b[i].norm() for a, b in zip(before, after)) for i in range(len(x))]
+        found += [
+            all((b[i] - a[i]).norm() < 1e-4 * b[i].norm() for a, b in zip(before, after))
+            for i in range(len(x))
+        ]
     return 100 * np.mean(found)
 
 
@@ -44,16 +51,28 @@ def trained(tmp_path_factory):
     return trained_run(tmp_path_factory, TINY)
 
 
-@pytest.mark.parametrize("words", ["", "--T1 3", "--tol 0.5", CNN, "--val-size 30", "--schedule async --T1 14",
-                                   "--alg BPTT --T1 22"])
-def test_an_epoch_reports_the_network_after_it_on_all_images_that_choose_the_model(ok, tmp_path, words):
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--T1 3",
+        "--tol 0.5",
+        CNN,
+        "--val-size 30",
+        "--schedule async --T1 14",
+        "--alg BPTT --T1 22",
+    ],
+)
+def test_an_epoch_reports_the_network_after_it_on_all_images_that_choose_the_model(
+    ok, tmp_path, words
+):
     out = ok(TINY, words, "--epochs 2")
     run = only_run(tmp_path)
     last = mu.load_run(run / "final_model.pt", "cpu")
     data = batches(60, True, 30) if "val" in words else batches()
     expected = share(last.model, last.args.T1, data)
     assert float(column(run)[-1]) == pytest.approx(expected, abs=1e-3)
-    line, = (line for line in out.splitlines() if line.startswith("epoch 2/2"))
+    (line,) = (line for line in out.splitlines() if line.startswith("epoch 2/2"))
     assert f", {expected:.2f} % converged" in line
 
 
@@ -63,7 +82,7 @@ def test_what_counts_is_the_network_after_the_epoch(ok, tmp_path):
     for lrs in ("0 0 0", "2 2 2"):
         out = ok(TINY, CNN, "--lrs", lrs)
         run = pathlib.Path(re.search("results go to (.*)", out)[1])
-        shares[lrs], = column(run)
+        (shares[lrs],) = column(run)
         model = mu.load_run(run / "final_model.pt", "cpu").model
         assert float(shares[lrs]) == pytest.approx(share(model, 13, batches()), abs=1e-3)
         assert ("not converged" in out) == (float(shares[lrs]) < 95)
@@ -72,7 +91,9 @@ def test_what_counts_is_the_network_after_the_epoch(ok, tmp_path):
 
 def test_a_warning_counts_the_images_and_is_printed_once(ok):
     out = ok(TINY, "--T1 2 --epochs 2")
-    assert out.count(f"  warning: not converged after T1 = 2 steps: 50 of 50 images. {ADVICE}\n") == 1
+    assert (
+        out.count(f"  warning: not converged after T1 = 2 steps: 50 of 50 images. {ADVICE}\n") == 1
+    )
     assert out.count("0.00 % converged") == 2
     out = ok(TINY, "--T1 200")
     assert "100.00 % converged" in out and "not converged" not in out and "settled" not in out
@@ -88,23 +109,33 @@ def test_every_command_reports_the_same_share_of_the_same_images(ok, trained):
         assert f"; {expected:.2f} % converged" in characteristic
         attacked = ok("--todo attack --eps-list 0.1 --attack-iters 1 --attack-step 2", load)
         assert f"after {T1} steps ({expected:.2f} % of 50 images converged)" in attacked
-        assert f"{expected:.2f} % of 50 test images converged" in ok("--todo evaluate --tol 0.5 --save", load)
+        assert f"{expected:.2f} % of 50 test images converged" in ok(
+            "--todo evaluate --tol 0.5 --save", load
+        )
         moving = round(50 - expected / 2)
         for out in (evaluated, attacked):
-            warning = f"warning: not converged after T1 = {T1} steps: {moving} of 50 images. {ADVICE}"
+            warning = (
+                f"warning: not converged after T1 = {T1} steps: {moving} of 50 images. {ADVICE}"
+            )
             assert (warning in out) == (expected < 95)
     assert 0 < share(model, 19, batches()) < 95
     x = torch.cat([x for x, _ in batches(20, True)])
     for T1 in (2, 200):
         here = share(model, T1, [(x, None)])
-        assert f"{round(here / 5)} of them have converged" in ok(f"--todo gducheck --device -1 --T1 {T1} --load-path",
-                                                                 trained)
+        assert f"{round(here / 5)} of them have converged" in ok(
+            f"--todo gducheck --device -1 --T1 {T1} --load-path", trained
+        )
 
 
 def test_the_warning_of_an_attack_names_the_flag_that_gave_its_steps(ok, trained):
-    out = ok("--todo attack --eps-list 0.1 --attack-iters 1 --attack-step 2 --predict-step 2 --device -1 --load-path",
-             trained)
-    assert "not converged after predict-step = 2 steps: 50 of 50 images" in out and "increase --predict-step" in out
+    out = ok(
+        "--todo attack --eps-list 0.1 --attack-iters 1 --attack-step 2 --predict-step 2 --device -1 --load-path",
+        trained,
+    )
+    assert (
+        "not converged after predict-step = 2 steps: 50 of 50 images" in out
+        and "increase --predict-step" in out
+    )
 
 
 @pytest.mark.parametrize("schedule", ["sync", "async"])
@@ -114,13 +145,17 @@ def test_counting_converged_images_changes_no_prediction(model, schedule, T1):
     model.float().schedule = schedule
     (x, _), rule = sample(model, 7), mu.Rule(T1=T1, loss=mu.loss_name(criterion_of(model)))
     count = mu.Convergence(model, T1)
-    outputs = [model.readout(mu.predicting_neurons(model, x, rule, convergence=c)) for c in (None, count)]
+    outputs = [
+        model.readout(mu.predicting_neurons(model, x, rule, convergence=c)) for c in (None, count)
+    ]
     assert torch.equal(*outputs) and count.images == 7
     assert count.percent == pytest.approx(share(model, T1, [(x, None)], rule.loss))
 
 
 def test_in_bf16_convergence_is_that_of_the_fp32_network(ok, tmp_path, monkeypatch):
-    monkeypatch.setattr("experiment.workers.check_device", lambda *_: None)  # a CPU computes in bf16 as well
+    monkeypatch.setattr(
+        "experiment.workers.check_device", lambda *_: None
+    )  # a CPU computes in bf16 as well
     ok(TINY, "--precision bf16 --epochs 2")
     run = only_run(tmp_path)
     expected = share(mu.load_run(run / "final_model.pt", "cpu").model, 20, batches())
@@ -147,10 +182,17 @@ def test_a_history_without_the_column_resumes(ok, tmp_path):
 
 def test_attacks_in_training_end_early_by_the_same_five_steps():
     torch.manual_seed(0)
-    model, (x, y) = mu.P_MLP([784, 20, 10], mu.my_sigmoid), (torch.rand(6, 1, 28, 28), torch.randint(10, (6,)))
+    model, (x, y) = (
+        mu.P_MLP([784, 20, 10], mu.my_sigmoid),
+        (torch.rand(6, 1, 28, 28), torch.randint(10, (6,))),
+    )
     unit = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
-    found = [Adversary(2.0, "2", 2, 4, "ep", T1, tol, "mse", *unit).attack(model, x, y, torch.zeros_like(x))
-             for T1, tol in ((30, 1e9), (5, 0.0), (2, 0.0))]
+    found = [
+        Adversary(2.0, "2", 2, 4, "ep", T1, tol, "mse", *unit).attack(
+            model, x, y, torch.zeros_like(x)
+        )
+        for T1, tol in ((30, 1e9), (5, 0.0), (2, 0.0))
+    ]
     torch.testing.assert_close(found[0], found[1])
     assert not torch.allclose(found[0], found[2])
 
@@ -166,14 +208,26 @@ def test_characteristic_counts_by_the_last_five_steps_whatever_tol_is(cli, train
     code, _, err = cli(f"--todo characteristic --device -1 --tol 10 --T1 25 --load-path {trained}")
     assert code == 0 and "--tol has no effect on characteristic" in err
     model = mu.load_run(trained, "cpu").model
-    assert table(trained)[:, 2] * 100 == pytest.approx([share(model, t, batches()) for t in range(1, 26)], abs=1e-3)
-    assert "last min(5, t) steps is below 0.0001" in (trained / "Characteristic_Time.txt").read_text()
+    assert table(trained)[:, 2] * 100 == pytest.approx(
+        [share(model, t, batches()) for t in range(1, 26)], abs=1e-3
+    )
+    assert (
+        "last min(5, t) steps is below 0.0001" in (trained / "Characteristic_Time.txt").read_text()
+    )
 
 
-@pytest.mark.parametrize("accuracy, step", [
-    ([0.1, 0.58, 0.63, 0.61, 0.58, 0.5805, 0.5795, 0.58], 5), ([0.58, 0.5805, 0.5795], 1), ([0.1, 0.2, 0.3], 3),
-    ([0.3], 1)])
-def test_characteristic_reports_the_step_from_which_the_accuracy_stays(ok, trained, monkeypatch, accuracy, step):
+@pytest.mark.parametrize(
+    "accuracy, step",
+    [
+        ([0.1, 0.58, 0.63, 0.61, 0.58, 0.5805, 0.5795, 0.58], 5),
+        ([0.58, 0.5805, 0.5795], 1),
+        ([0.1, 0.2, 0.3], 3),
+        ([0.3], 1),
+    ],
+)
+def test_characteristic_reports_the_step_from_which_the_accuracy_stays(
+    ok, trained, monkeypatch, accuracy, step
+):
     monkeypatch.setattr(mu, "characteristic", lambda *_, **__: (accuracy, [1.0] * len(accuracy)))
     monkeypatch.setattr(mu, "relaxation", lambda *_, **__: ([1.0] * len(accuracy), None))
     out = ok(f"--todo characteristic --device -1 --load-path {trained}")

@@ -42,7 +42,9 @@ def test_batches_cover_an_epoch_and_repeat_with_the_seed():
             torch.testing.assert_close(x.flatten() * 255, y.float())
         epochs.append(torch.cat([y for _, y in epoch]).tolist())
     assert sorted(epochs[0]) == list(range(25)) and epochs[0] == epochs[1] != epochs[2]
-    assert torch.cat([y for _, y in Batches(images, labels, 10, task, "cpu")]).tolist() == list(range(25))
+    assert torch.cat([y for _, y in Batches(images, labels, 10, task, "cpu")]).tolist() == list(
+        range(25)
+    )
 
 
 def test_augmentation_is_a_flip_and_a_crop_of_the_edge_padded_image():
@@ -50,27 +52,37 @@ def test_augmentation_is_a_flip_and_a_crop_of_the_edge_padded_image():
     augmented = flip_and_shift(images, torch.Generator().manual_seed(0))
     seen = set()
     for image, result in zip(images, augmented):
-        found = [(flip, dy, dx) for flip in (False, True) for dy in range(9) for dx in range(9)
-                 if torch.equal(result, padded(image, flip)[:, dy:dy + 32, dx:dx + 32])]
+        found = [
+            (flip, dy, dx)
+            for flip in (False, True)
+            for dy in range(9)
+            for dx in range(9)
+            if torch.equal(result, padded(image, flip)[:, dy : dy + 32, dx : dx + 32])
+        ]
         assert len(found) == 1
         seen.add(found[0])
     assert len(seen) > 40  # drawn per image
 
 
 def padded(image, flip):
-    return torch.from_numpy(np.pad(image.flip(2) if flip else image, ((0, 0), (4, 4), (4, 4)), "edge"))
+    return torch.from_numpy(
+        np.pad(image.flip(2) if flip else image, ((0, 0), (4, 4), (4, 4)), "edge")
+    )
 
 
 def test_missing_files_say_where_they_were_looked_for(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no route\nto host")
+
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", no_network)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", no_network)
     for name in ("MNIST", "FashionMNIST", "CIFAR10", "CIFAR100"):
         with pytest.raises(UserError) as e:
             load_split(name, tmp_path / "data", True)
         text = str(e.value)
-        assert all(word in text for word in (name, str(tmp_path / "data"), "--data-dir", "--task digits"))
+        assert all(
+            word in text for word in (name, str(tmp_path / "data"), "--data-dir", "--task digits")
+        )
         assert "\n" not in text
 
 
@@ -93,14 +105,32 @@ def test_a_run_folder_holds_what_the_readme_promises(ok, tmp_path):
     ok("--task digits --device -1 --epochs 2 --train-size 200 --test-size 50 --save --seed 3")
     run = only_run(tmp_path)
     assert run.parts[-4:-2] == ("EP", "mse") and run.name.endswith("_cpu")
-    names = {"hyperparameters.txt", "metrics.csv", "train-test_acc.png", "neural_activity.png", "model.pt",
-             "checkpoint.tar", "config.json", "final_model.pt", "final_checkpoint.tar"}
+    names = {
+        "hyperparameters.txt",
+        "metrics.csv",
+        "train-test_acc.png",
+        "neural_activity.png",
+        "model.pt",
+        "checkpoint.tar",
+        "config.json",
+        "final_model.pt",
+        "final_checkpoint.tar",
+    }
     assert {p.name for p in run.iterdir()} == names and all(p.stat().st_size for p in run.iterdir())
     rows = list(csv.DictReader(open(run / "metrics.csv")))
-    assert list(rows[0])[:4] == ["epoch", "train_acc", "test_acc", "seconds"] and [r["epoch"] for r in rows] == ["1",
-            "2"]
+    assert list(rows[0])[:4] == ["epoch", "train_acc", "test_acc", "seconds"] and [
+        r["epoch"] for r in rows
+    ] == ["1", "2"]
     checkpoint = torch.load(run / "checkpoint.tar", weights_only=True)
-    assert {"model_state_dict", "opt", "scheduler", "epoch", "train_acc", "test_acc", "best"} <= set(checkpoint)
+    assert {
+        "model_state_dict",
+        "opt",
+        "scheduler",
+        "epoch",
+        "train_acc",
+        "test_acc",
+        "best",
+    } <= set(checkpoint)
     assert checkpoint["epoch"] == 2 and checkpoint["best"] == max(checkpoint["test_acc"])
     text = (run / "hyperparameters.txt").read_text()
     assert "python main.py --task digits" in text and "seed: 3" in text and "P_MLP(" in text

@@ -1,4 +1,6 @@
-"""Data files as they come: of any version of NumPy, damaged, crafted, compressed, half there, downloaded twice."""
+"""Data files as they come: of any version of NumPy, damaged, crafted, compressed, half there,
+downloaded twice."""
+
 import gzip
 import http.client
 import io
@@ -22,7 +24,12 @@ from make_cifar import write_cifar
 import data_files
 from data_utils import TASKS, UserError, load_split
 
-RAW = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
+RAW = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 ARCHIVED = "cifar-10-batches-py"
 
 
@@ -31,7 +38,8 @@ def idx(array, code=8):
 
 
 def write_mnist(root, name="MNIST", shape=(28, 28), n=20):
-    """Below `root` the four files of MNIST, with n random images in each split; returns the folder."""
+    """Below `root` the four files of MNIST, with n random images in each split; returns the
+    folder."""
     folder, rng = pathlib.Path(root, name, "raw"), np.random.default_rng(2)
     folder.mkdir(parents=True)
     for file in RAW:
@@ -44,10 +52,15 @@ def write_cifar100(root):
     folder, rng = pathlib.Path(root, "cifar-100-python"), np.random.default_rng(3)
     folder.mkdir(parents=True)
     for name in ("train", "test"):
-        entry = {"data": rng.integers(0, 256, (30, 3072), dtype=np.uint8),
-                 "fine_labels": rng.integers(0, 100, 30).tolist(), "coarse_labels": [0] * 30}
+        entry = {
+            "data": rng.integers(0, 256, (30, 3072), dtype=np.uint8),
+            "fine_labels": rng.integers(0, 100, 30).tolist(),
+            "coarse_labels": [0] * 30,
+        }
         (folder / name).write_bytes(pickle.dumps(entry))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]}))
+    (folder / "meta").write_bytes(
+        pickle.dumps({"fine_label_names": [f"class {i}" for i in range(100)]})
+    )
     return folder
 
 
@@ -67,6 +80,7 @@ def no_download(monkeypatch):
     def fail(url, *args, **kwargs):
         asked.append(url)
         raise OSError("no route to host")
+
     for module in ("mnist", "cifar"):
         monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", fail)
     return asked
@@ -104,17 +118,30 @@ class Runs:
 
 
 @pytest.mark.parametrize("protocol", (0, 2, 5))
-@pytest.mark.parametrize("name, file, train", [
-    ("CIFAR10", f"{ARCHIVED}/data_batch_1", True), ("CIFAR10", f"{ARCHIVED}/test_batch", False),
-    ("CIFAR10", f"{ARCHIVED}/batches.meta", True), ("CIFAR100", "cifar-100-python/train", True),
-    ("CIFAR100", "cifar-100-python/test", False), ("CIFAR100", "cifar-100-python/meta", False)])
+@pytest.mark.parametrize(
+    "name, file, train",
+    [
+        ("CIFAR10", f"{ARCHIVED}/data_batch_1", True),
+        ("CIFAR10", f"{ARCHIVED}/test_batch", False),
+        ("CIFAR10", f"{ARCHIVED}/batches.meta", True),
+        ("CIFAR100", "cifar-100-python/train", True),
+        ("CIFAR100", "cifar-100-python/test", False),
+        ("CIFAR100", "cifar-100-python/meta", False),
+    ],
+)
 def test_a_crafted_file_runs_nothing(name, file, train, protocol, cifar10, tmp_path):
     write_cifar100(cifar10)
     path, proof = cifar10 / file, tmp_path / "proof"
-    path.write_bytes(pickle.dumps({**pickle.loads(path.read_bytes()), "data": Runs(proof)}, protocol))
+    path.write_bytes(
+        pickle.dumps({**pickle.loads(path.read_bytes()), "data": Runs(proof)}, protocol)
+    )
     text = refused(name, cifar10, train)
     assert not proof.exists()
-    assert str(path) in text and "posix.mkdir" in text and "could run code; nothing of it was run" in text
+    assert (
+        str(path) in text
+        and "posix.mkdir" in text
+        and "could run code; nothing of it was run" in text
+    )
 
 
 GADGETS = {  # each would be a call without a word of os.mkdir(PROOF), or change an object of this interpreter
@@ -142,25 +169,58 @@ def test_no_way_of_calling_leads_anywhere(kind, cifar10, tmp_path, monkeypatch):
 
 
 def described(shape=(20, 3072), dtype="u1", data=b"\0" * 61440, size=b"\xff\xff\xff\xff"):
-    """An array as Python 2 and NumPy 1 pickled it, of any shape, dtype, content, and size of an element."""
+    """An array as Python 2 and NumPy 1 pickled it, of any shape, dtype, content, and size of an
+    element."""
     numbers = b"".join(b"\x8a\x08" + struct.pack("<q", n) for n in shape)
-    return (b"cnumpy.core.multiarray\n_reconstruct\nq\x05cnumpy\nndarray\nq\x06K\x00\x85U\x01b\x87Rq\x07(K\x01("
-            + numbers + b"tcnumpy\ndtype\nq\x08U" + bytes([len(dtype)]) + dtype.encode() + b"K\x00K\x01\x87Rq\x09"
-            + b"(K\x03U\x01|NNNJ" + size + b"J" + size + b"K\x00tb\x89T" + struct.pack("<i", len(data)) + data + b"tb")
+    return (
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x05cnumpy\nndarray\nq\x06K\x00\x85U\x01b\x87Rq\x07(K\x01("
+        + numbers
+        + b"tcnumpy\ndtype\nq\x08U"
+        + bytes([len(dtype)])
+        + dtype.encode()
+        + b"K\x00K\x01\x87Rq\x09"
+        + b"(K\x03U\x01|NNNJ"
+        + size
+        + b"J"
+        + size
+        + b"K\x00tb\x89T"
+        + struct.pack("<i", len(data))
+        + data
+        + b"tb"
+    )
 
 
 def python2(array=None, labels=b"](" + b"K\x07" * 20 + b"e", key=b"labels"):
     """A batch file as those that can be downloaded are."""
-    return (b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5q\x03U" + bytes([len(key)]) + key + b"q\x04"
-            + labels + b"U\x04dataq\x0a" + (array or described()) + b"U\tfilenamesq\x0b](U\x05a.pngq\x0cU\x05b.pngeu.")
+    return (
+        b"\x80\x02}q\x01(U\x0bbatch_labelq\x02U\x15training batch 1 of 5q\x03U"
+        + bytes([len(key)])
+        + key
+        + b"q\x04"
+        + labels
+        + b"U\x04dataq\x0a"
+        + (array or described())
+        + b"U\tfilenamesq\x0b](U\x05a.pngq\x0cU\x05b.pngeu."
+    )
 
 
 def forms():
     rng = np.random.default_rng(4)
     images, labels = rng.integers(0, 256, (20, 3072), dtype=np.uint8), rng.integers(0, 10, 20)
-    entry = {"data": images, "labels": labels.tolist(), "filenames": ["a.png"] * 20, "batch_label": "batch 1 of 5",
-             "version": 1.5, "none": None, "true": True, "bytes": b"\xff\0", "pair": (1, -2 ** 40), "triple": (1, 2, 3),
-             "one": ({},), "none of it": ()}
+    entry = {
+        "data": images,
+        "labels": labels.tolist(),
+        "filenames": ["a.png"] * 20,
+        "batch_label": "batch 1 of 5",
+        "version": 1.5,
+        "none": None,
+        "true": True,
+        "bytes": b"\xff\0",
+        "pair": (1, -(2**40)),
+        "triple": (1, 2, 3),
+        "one": ({},),
+        "none of it": (),
+    }
     for protocol in range(6):
         yield f"protocol {protocol}", pickle.dumps(entry, protocol), images, labels
     yield "python's own", pickle._dumps(entry, 1), images, labels
@@ -169,20 +229,37 @@ def forms():
     yield "numpy 1", old, images, labels
     in_fortran = np.asfortranarray(images)
     for protocol in (2, 5):
-        yield f"in Fortran's order, {protocol}", pickle.dumps({**entry, "data": in_fortran}, protocol), images, labels
+        yield (
+            f"in Fortran's order, {protocol}",
+            pickle.dumps({**entry, "data": in_fortran}, protocol),
+            images,
+            labels,
+        )
     with_array = {**entry, "labels": labels.astype(">i2")}
     for protocol in (2, 5):
         yield f"labels an array, {protocol}", pickle.dumps(with_array, protocol), images, labels
-    yield "labels numpy's numbers", pickle.dumps({**entry, "labels": list(labels.astype(">i4"))}), images, labels
+    yield (
+        "labels numpy's numbers",
+        pickle.dumps({**entry, "labels": list(labels.astype(">i4"))}),
+        images,
+        labels,
+    )
     listed = b"](" + b"".join(b"K" + bytes([n]) for n in labels) + b"e"
     yield "python 2", python2(described(data=images.tobytes()), listed), images, labels
 
 
-@pytest.mark.parametrize("form, content, images, labels", [pytest.param(*form, id=form[0]) for form in forms()])
+@pytest.mark.parametrize(
+    "form, content, images, labels", [pytest.param(*form, id=form[0]) for form in forms()]
+)
 def test_every_way_of_writing_an_array_is_read(form, content, images, labels, cifar10):
     (cifar10 / ARCHIVED / "test_batch").write_bytes(content)
     x, y = load_split("CIFAR10", cifar10, False)
-    assert x.dtype == torch.uint8 and x.shape == (20, 3, 32, 32) and x.is_contiguous() and y.dtype == torch.int64
+    assert (
+        x.dtype == torch.uint8
+        and x.shape == (20, 3, 32, 32)
+        and x.is_contiguous()
+        and y.dtype == torch.int64
+    )
     assert np.array_equal(x.flatten(1).numpy(), images) and y.tolist() == labels.tolist()
     x += 1  # nobody else's memory, and not read-only
 
@@ -190,7 +267,9 @@ def test_every_way_of_writing_an_array_is_read(form, content, images, labels, ci
 def test_the_hundred_classes_are_the_fine_ones(tmp_path):
     entry = pickle.loads((write_cifar100(tmp_path) / "test").read_bytes())
     images, labels = load_split("CIFAR100", tmp_path, False)
-    assert labels.tolist() == entry["fine_labels"] and np.array_equal(images.flatten(1).numpy(), entry["data"])
+    assert labels.tolist() == entry["fine_labels"] and np.array_equal(
+        images.flatten(1).numpy(), entry["data"]
+    )
     (tmp_path / "cifar-100-python" / "test").write_bytes(python2(key=b"fine_labels"))
     assert load_split("CIFAR100", tmp_path, False)[1].tolist() == [7] * 20
 
@@ -201,11 +280,11 @@ HOSTILE = {
     "deep tuple as labels": python2(labels=b")" + DEEP),
     "deep list as labels": python2(labels=b"]" * 200_000 + b"a" * 199_999),
     "memo of 16 GB": b"\x80\x02Nr\xff\xff\xff\x7f.",
-    "bytes of 2 ** 62": b"\x80\x04\x8e" + struct.pack("<Q", 2 ** 62) + b"abc.",
-    "frame of 2 ** 62": b"\x80\x04\x95" + struct.pack("<Q", 2 ** 62) + b"N.",
-    "shape of 2 ** 40": python2(described((2 ** 40, 3072))),
+    "bytes of 2 ** 62": b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.",
+    "frame of 2 ** 62": b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.",
+    "shape of 2 ** 40": python2(described((2**40, 3072))),
     "shape below zero": python2(described((-5, 3072))),
-    "shape that overflows": python2(described((2 ** 62, 2 ** 62))),
+    "shape that overflows": python2(described((2**62, 2**62))),
     "objects": python2(described(dtype="O8")),
     "objects by another name": python2(described(dtype="object")),
     "structure": python2(described(dtype="V3072", shape=(20,))),
@@ -217,7 +296,9 @@ HOSTILE = {
     "text for an array": python2(b"U\x03abc"),
     "a name for an array": python2(b"cnumpy\nndarray\n"),
     "text for labels": python2(labels=b"U\x03abc"),
-    "labels beyond all numbers": python2(labels=b"](" + b"\x8a\x09" + b"\xff" * 8 + b"\x7f" + b"K\x07" * 19 + b"e"),
+    "labels beyond all numbers": python2(
+        labels=b"](" + b"\x8a\x09" + b"\xff" * 8 + b"\x7f" + b"K\x07" * 19 + b"e"
+    ),
     "a list": b"\x80\x02].",
     "nothing": b"",
     "no pickle": b"<html>404</html>",
@@ -293,11 +374,20 @@ WRONG = {
 def test_what_does_not_fit_the_task_is_told(kind, file, train, cifar10):
     changes, found = WRONG[kind]
     if file == "test_batch":
-        changes = {**changes, **({} if "data" in changes else {"data": np.zeros((20, 3072), dtype=np.uint8)})}
+        changes = {
+            **changes,
+            **({} if "data" in changes else {"data": np.zeros((20, 3072), dtype=np.uint8)}),
+        }
         changes = {"labels": [0] * 20, **changes}
     replaced(cifar10, file, **changes)
     text = refused("CIFAR10", cifar10, train)
-    assert "CIFAR10" in text and str(cifar10) in text and file in text and found in text and "expected" in text
+    assert (
+        "CIFAR10" in text
+        and str(cifar10) in text
+        and file in text
+        and found in text
+        and "expected" in text
+    )
 
 
 def test_labels_are_held_against_the_images_of_their_own_file(cifar10):
@@ -307,19 +397,29 @@ def test_labels_are_held_against_the_images_of_their_own_file(cifar10):
 
 
 @pytest.mark.parametrize("name", ("MNIST", "FashionMNIST"))
-@pytest.mark.parametrize("file, content, found", [
-    ("train-images-idx3-ubyte", idx(np.zeros((20, 56, 14), dtype=np.uint8)), "(20, 1, 56, 14)"),
-    ("train-images-idx3-ubyte", idx(np.zeros((20, 28, 28), dtype=">f4"), 13), "float32"),
-    ("train-images-idx3-ubyte", idx(np.zeros((20, 784), dtype=np.uint8)), "(20, 784)"),
-    ("train-images-idx3-ubyte", idx(np.zeros((0, 28, 28), dtype=np.uint8)), "no images"),
-    ("train-labels-idx1-ubyte", idx(np.full(20, 10, dtype=np.uint8)), "labels from 10 to 10"),
-    ("train-labels-idx1-ubyte", idx(np.zeros(19, dtype=np.uint8)), "19 labels"),
-    ("train-labels-idx1-ubyte", idx(np.zeros(20, dtype=">f8"), 14), "float64")])
+@pytest.mark.parametrize(
+    "file, content, found",
+    [
+        ("train-images-idx3-ubyte", idx(np.zeros((20, 56, 14), dtype=np.uint8)), "(20, 1, 56, 14)"),
+        ("train-images-idx3-ubyte", idx(np.zeros((20, 28, 28), dtype=">f4"), 13), "float32"),
+        ("train-images-idx3-ubyte", idx(np.zeros((20, 784), dtype=np.uint8)), "(20, 784)"),
+        ("train-images-idx3-ubyte", idx(np.zeros((0, 28, 28), dtype=np.uint8)), "no images"),
+        ("train-labels-idx1-ubyte", idx(np.full(20, 10, dtype=np.uint8)), "labels from 10 to 10"),
+        ("train-labels-idx1-ubyte", idx(np.zeros(19, dtype=np.uint8)), "19 labels"),
+        ("train-labels-idx1-ubyte", idx(np.zeros(20, dtype=">f8"), 14), "float64"),
+    ],
+)
 def test_mnist_is_held_against_its_task(name, file, content, found, tmp_path, no_download):
     path = write_mnist(tmp_path, name) / file
     path.write_bytes(content)
     text = refused(name, tmp_path)
-    assert name in text and str(path.parent) in text and found in text and "expected" in text and not no_download
+    assert (
+        name in text
+        and str(path.parent) in text
+        and found in text
+        and "expected" in text
+        and not no_download
+    )
     load_split(name, tmp_path, False)
 
 
@@ -329,27 +429,45 @@ def test_every_task_passes_the_same_check(name, monkeypatch):
     images = np.zeros((6, task.channels, task.size, task.size), dtype=np.uint8)
     parts = [("here", images, np.arange(6)), ("there", images, np.arange(6) + task.classes - 5)]
     monkeypatch.setattr(task, "read", lambda data_dir, train: parts)
-    assert f"there does not fit --task {name}: it holds labels from {task.classes - 5} to" in refused(name, "data")
+    assert (
+        f"there does not fit --task {name}: it holds labels from {task.classes - 5} to"
+        in refused(name, "data")
+    )
     parts[1] = ("there", images, np.arange(6))
     assert load_split(name, "data", True)[1].tolist() == [*range(6), *range(6)]
 
 
 def test_a_command_says_it_in_one_line(cifar10, cli):
     replaced(cifar10, "test_batch", labels=[200] * 40)
-    code, out, err = cli(f"--task CIFAR10 --model MLP --archi 3072 8 10 --device -1 --data-dir {cifar10}")
-    assert code == 2 and err.count("\n") == 1 and "labels from 200 to 200" in err and "Traceback" not in err
+    code, out, err = cli(
+        f"--task CIFAR10 --model MLP --archi 3072 8 10 --device -1 --data-dir {cifar10}"
+    )
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "labels from 200 to 200" in err
+        and "Traceback" not in err
+    )
 
 
 # ---- damaged is not missing
 
 
-CUTS = {"nothing left": lambda b: b"", "header alone": lambda b: b[:8], "half": lambda b: b[:len(b) // 2],
-        "one byte short": lambda b: b[:-1], "another format": lambda b: b"<html>404</html>" + b,
-        "zeros": lambda b: bytes(len(b)), "too long": lambda b: b + b"\0"}
+CUTS = {
+    "nothing left": lambda b: b"",
+    "header alone": lambda b: b[:8],
+    "half": lambda b: b[: len(b) // 2],
+    "one byte short": lambda b: b[:-1],
+    "another format": lambda b: b"<html>404</html>" + b,
+    "zeros": lambda b: bytes(len(b)),
+    "too long": lambda b: b + b"\0",
+}
 
 
-@pytest.mark.parametrize("kind, compressed", [(kind, False) for kind in CUTS]
-                         + [(kind, True) for kind in CUTS if kind != "too long"])  # zeros may follow what is compressed
+@pytest.mark.parametrize(
+    "kind, compressed",
+    [(kind, False) for kind in CUTS] + [(kind, True) for kind in CUTS if kind != "too long"],
+)  # zeros may follow what is compressed
 @pytest.mark.parametrize("file", RAW[:2])
 def test_damaged_mnist_is_not_missing_mnist(file, kind, compressed, tmp_path, no_download):
     path = write_mnist(tmp_path) / file
@@ -364,18 +482,26 @@ def test_damaged_mnist_is_not_missing_mnist(file, kind, compressed, tmp_path, no
     assert not no_download and listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", [kind for kind in CUTS if kind != "too long"])  # nobody reads on behind a pickle
+@pytest.mark.parametrize(
+    "kind", [kind for kind in CUTS if kind != "too long"]
+)  # nobody reads on behind a pickle
 @pytest.mark.parametrize("file", ("data_batch_5", "batches.meta"))
 def test_damaged_cifar_is_not_missing_cifar(file, kind, cifar10, no_download):
     path = cifar10 / ARCHIVED / file
     path.write_bytes(CUTS[kind](path.read_bytes()))
     text = refused("CIFAR10", cifar10)
-    assert str(path) in text and "damaged" in text and "delete it" in text and "missing" not in text and not no_download
+    assert (
+        str(path) in text
+        and "damaged" in text
+        and "delete it" in text
+        and "missing" not in text
+        and not no_download
+    )
 
 
 def test_a_header_that_claims_too_much_is_not_believed(tmp_path, no_download):
     folder = write_mnist(tmp_path)
-    for shape in ((2 ** 32 - 1,) * 3, (10 ** 6, 28, 28)):
+    for shape in ((2**32 - 1,) * 3, (10**6, 28, 28)):
         content = struct.pack(">IIII", 0x803, *shape) + b"abc"
         (folder / RAW[0]).write_bytes(content)
         assert "fewer follow" in refused("MNIST", tmp_path)
@@ -491,8 +617,14 @@ def test_misplaced_mnist_is_found_and_not_downloaded(place, form, tmp_path, no_d
         data = pathlib.Path(root[1])
     else:
         assert text.endswith(f"move it, and the others like it, to {wanted}")
-        moved = [next(path for path in where.rglob("*") if path.is_file() and path.name in (
-            file, dotted(file), f"{file}.gz")).read_bytes() for file in RAW]
+        moved = [
+            next(
+                path
+                for path in where.rglob("*")
+                if path.is_file() and path.name in (file, dotted(file), f"{file}.gz")
+            ).read_bytes()
+            for file in RAW
+        ]
         shutil.rmtree(where)
         (data / "MNIST/raw").mkdir(parents=True)
         for file, content in zip(RAW, moved):
@@ -572,10 +704,15 @@ def test_packed_cifar_is_read_where_it_is(cifar10, no_download):
         shutil.rmtree(cifar10 / ARCHIVED, ignore_errors=True)
         before = listing(cifar10)
     content = (cifar10 / "cifar-10-python.tar.gz").read_bytes()
-    for cut in (content[:len(content) // 2], content[:50], b"", b"<html>404</html>"):
+    for cut in (content[: len(content) // 2], content[:50], b"", b"<html>404</html>"):
         (cifar10 / "cifar-10-python.tar.gz").write_bytes(cut)
         text = refused("CIFAR10", cifar10)
-        assert "cifar-10-python.tar.gz" in text and "damaged" in text and "missing" not in text and not no_download
+        assert (
+            "cifar-10-python.tar.gz" in text
+            and "damaged" in text
+            and "missing" not in text
+            and not no_download
+        )
 
 
 def test_a_crafted_archive_writes_and_runs_nothing(cifar10, tmp_path, no_download):
@@ -586,7 +723,11 @@ def test_a_crafted_archive_writes_and_runs_nothing(cifar10, tmp_path, no_downloa
             member = tarfile.TarInfo(f"{ARCHIVED}/{file}")
             member.size = len(content)
             if file == "link":
-                member.name, member.type, member.linkname = f"{ARCHIVED}/data_batch_1", tarfile.SYMTYPE, "/etc/passwd"
+                member.name, member.type, member.linkname = (
+                    f"{ARCHIVED}/data_batch_1",
+                    tarfile.SYMTYPE,
+                    "/etc/passwd",
+                )
                 member.size, content = 0, b""
             tar.addfile(member, io.BytesIO(content))
         before = listing(tmp_path)
@@ -600,7 +741,10 @@ def test_what_an_old_torchvision_left_is_not_preferred(tmp_path, no_download):
     processed = tmp_path / "MNIST" / "processed"
     processed.mkdir()
     for file in ("training.pt", "test.pt"):
-        torch.save((torch.zeros(7, 28, 28, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)), processed / file)
+        torch.save(
+            (torch.zeros(7, 28, 28, dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)),
+            processed / file,
+        )
     x, y = load_split("MNIST", tmp_path, True)
     assert torch.equal(x, images) and torch.equal(y, labels) and not no_download
     shutil.rmtree(folder)
@@ -612,7 +756,9 @@ def test_what_an_old_torchvision_left_is_not_preferred(tmp_path, no_download):
 
 
 def downloading(root, monkeypatch, during=lambda folder: None):
-    """From now on a download of MNIST or CIFAR-10 brings the files below `root`; `during` sees its folder."""
+    """From now on a download of MNIST or CIFAR-10 brings the files below `root`; `during` sees its
+    folder."""
+
     def mnist(url, download_root, filename=None, md5=None, **kwargs):
         path = pathlib.Path(download_root, filename)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -624,6 +770,7 @@ def downloading(root, monkeypatch, during=lambda folder: None):
         shutil.copytree(root / ARCHIVED, pathlib.Path(download_root, ARCHIVED))
         pathlib.Path(download_root, filename).write_bytes(b"archive")
         during(pathlib.Path(download_root))
+
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", mnist)
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", cifar)
 
@@ -637,16 +784,27 @@ def test_a_download_appears_whole(tmp_path, cifar10, monkeypatch):
 
     def watch(folder):
         assert data in folder.parents or data == folder.parent
-        assert not (data / "MNIST").exists() and not (data / ARCHIVED).exists() and not left.exists()
+        assert (
+            not (data / "MNIST").exists() and not (data / ARCHIVED).exists() and not left.exists()
+        )
+
     downloading(cifar10, monkeypatch, watch)
     for train in (True, False):
-        assert torch.equal(load_split("MNIST", data, train)[0], load_split("MNIST", cifar10, train)[0])
+        assert torch.equal(
+            load_split("MNIST", data, train)[0], load_split("MNIST", cifar10, train)[0]
+        )
     assert set(listing(data)) == {"MNIST", "MNIST/raw", *(f"MNIST/raw/{file}" for file in RAW)}
     shutil.rmtree(data / "MNIST")
-    assert torch.equal(load_split("CIFAR10", data, True)[0], load_split("CIFAR10", cifar10, True)[0])
-    assert {p.name for p in (data / ARCHIVED).iterdir()} == {p.name for p in (cifar10 / ARCHIVED).iterdir()}
+    assert torch.equal(
+        load_split("CIFAR10", data, True)[0], load_split("CIFAR10", cifar10, True)[0]
+    )
+    assert {p.name for p in (data / ARCHIVED).iterdir()} == {
+        p.name for p in (cifar10 / ARCHIVED).iterdir()
+    }
     assert [p.name for p in data.iterdir()] == [ARCHIVED]
-    assert (data / ARCHIVED / "test_batch").stat().st_mode == (cifar10 / ARCHIVED / "test_batch").stat().st_mode
+    assert (data / ARCHIVED / "test_batch").stat().st_mode == (
+        cifar10 / ARCHIVED / "test_batch"
+    ).stat().st_mode
     assert raw.exists()
 
 
@@ -654,7 +812,9 @@ def test_a_download_replaces_nothing(tmp_path, monkeypatch):
     source, data = tmp_path / "source", tmp_path / "data"
     write_mnist(source, n=20)
     kept = write_mnist(data, n=30)
-    (kept / RAW[0]).with_name(RAW[0] + ".gz").write_bytes(gzip.compress((kept / RAW[0]).read_bytes()))
+    (kept / RAW[0]).with_name(RAW[0] + ".gz").write_bytes(
+        gzip.compress((kept / RAW[0]).read_bytes())
+    )
     for file in (RAW[0], *RAW[2:]):
         (kept / file).unlink()
     downloading(source, monkeypatch)
@@ -663,19 +823,32 @@ def test_a_download_replaces_nothing(tmp_path, monkeypatch):
     assert not (kept / RAW[0]).exists() and sorted(p.name for p in data.iterdir()) == ["MNIST"]
 
 
-@pytest.mark.parametrize("failure", (
-    OSError("no route\nto host"), RuntimeError("File not found or corrupted."), EOFError(), KeyboardInterrupt(),
-    tarfile.ReadError("not a gzip file"), http.client.IncompleteRead(b"abc")))
+@pytest.mark.parametrize(
+    "failure",
+    (
+        OSError("no route\nto host"),
+        RuntimeError("File not found or corrupted."),
+        EOFError(),
+        KeyboardInterrupt(),
+        tarfile.ReadError("not a gzip file"),
+        http.client.IncompleteRead(b"abc"),
+    ),
+)
 @pytest.mark.parametrize("name", ("MNIST", "CIFAR10"))
 def test_a_failed_download_leaves_nothing(name, failure, tmp_path, monkeypatch, cifar10):
     write_mnist(cifar10)
 
     def fail(folder):
         raise failure
+
     downloading(cifar10, monkeypatch, fail)
     before = listing(tmp_path)
-    assert "missing" in refused(name, tmp_path / "new" / ("x" * 300))  # of which only the first could be made
-    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError) as e:
+    assert "missing" in refused(
+        name, tmp_path / "new" / ("x" * 300)
+    )  # of which only the first could be made
+    with pytest.raises(
+        KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError
+    ) as e:
         load_split(name, tmp_path / "new" / "data", True)
     assert listing(tmp_path) == before
     if isinstance(e.value, UserError):
@@ -691,6 +864,7 @@ def test_a_failed_download_leaves_nothing(name, failure, tmp_path, monkeypatch, 
 def test_without_locks_a_download_goes_on(tmp_path, cifar10, monkeypatch):
     def unsupported(*args):
         raise OSError(95, "Operation not supported")
+
     monkeypatch.setattr("fcntl.flock", unsupported)
     others = tmp_path / "data" / ".download-another"  # may be at work: nobody knows
     others.mkdir(parents=True)
@@ -726,7 +900,9 @@ def test_where_nothing_can_be_written_the_files_are_missing(tmp_path, no_downloa
 
 
 def child(source, data, log, fate):
-    """A run that loads CIFAR-10 from `data`, whose download takes a while and ends as `fate` says; see `log`."""
+    """A run that loads CIFAR-10 from `data`, whose download takes a while and ends as `fate` says;
+    see `log`."""
+
     def say(what):
         with open(log, "a") as file:
             file.write(f"{what}\n")
@@ -743,6 +919,7 @@ def child(source, data, log, fate):
         if fate == "hang":
             say("hangs")
             time.sleep(100)
+
     torchvision.datasets.cifar.download_and_extract_archive = download
     try:
         say(f"{len(load_split('CIFAR10', data, True)[1])} images")
@@ -758,12 +935,17 @@ def runs(cifar10, tmp_path):
     started = []
 
     def start(*fates):
-        data, log, process = tmp_path / "new" / "data", tmp_path / "log", multiprocessing.get_context("fork").Process
+        data, log, process = (
+            tmp_path / "new" / "data",
+            tmp_path / "log",
+            multiprocessing.get_context("fork").Process,
+        )
         begun = [process(target=child, args=(cifar10, data, log, fate)) for fate in fates]
         for process in begun:
             process.start()
         started.extend(begun)
         return begun
+
     yield start
     for process in started:
         process.kill()
@@ -772,10 +954,10 @@ def runs(cifar10, tmp_path):
 
 def test_two_runs_at_once_download_once_and_a_killed_one_is_cleaned_up(runs, tmp_path):
     data, log = tmp_path / "new" / "data", tmp_path / "log"
-    killed, = runs("hang")
+    (killed,) = runs("hang")
     while not log.exists() or "hangs" not in log.read_text():
         time.sleep(0.01)
-    waiting, = runs("work")
+    (waiting,) = runs("work")
     time.sleep(0.2)
     assert log.read_text() == "asked\nhangs\n"  # one at a time
     killed.kill()
@@ -797,5 +979,7 @@ def test_runs_whose_downloads_fail_leave_nothing(runs, tmp_path):
     for process in runs(*["fail"] * 4):
         process.join(60)
     lines = [line for line in (tmp_path / "log").read_text().splitlines() if line != "asked"]
-    assert len(lines) == 4 and all("CIFAR10 are missing" in line and "no route to host" in line for line in lines)
+    assert len(lines) == 4 and all(
+        "CIFAR10 are missing" in line and "no route to host" in line for line in lines
+    )
     assert not (tmp_path / "new").exists()

@@ -1,8 +1,9 @@
 """Work on a GPU, shown without one: on tensors without numbers, which have a device and a layout
 (benchmarks/counting.py).
 
-That each of these tests fails where it should was shown by hand: with a `.cpu()`, a `.clone()` and an NCHW tensor put
-into a step in turn."""
+That each of these tests fails where it should was shown by hand: with a `.cpu()`, a `.clone()` and
+an NCHW tensor put into a step in turn."""
+
 import collections
 import contextlib
 
@@ -38,13 +39,16 @@ def pretended(*models):
 
 
 def everything(model, x, y, twin):
-    """What every rule of learning gives that needs no backward pass, predictions, and EP's gradient of images."""
+    """What every rule of learning gives that needs no backward pass, predictions, and EP's gradient
+    of images."""
     criterion = criterion_of(model)
     masks = mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), len(x))
     for drop, moving, more in ((None, None, {}), (masks, twin, {"thirdphase": True})):
         yield from mu.ep_gradients(model, x, y, rule(4, 2, criterion, **more), drop, moving)
         yield from (p.grad for p in model.parameters())
-    yield from mu.cep_updates(model, x, y, rule(2, 2, criterion, thirdphase=True), lambda share: None, masks)
+    yield from mu.cep_updates(
+        model, x, y, rule(2, 2, criterion, thirdphase=True), lambda share: None, masks
+    )
     count = mu.Convergence(model, 8)
     for predicting in (twin, model):
         yield from mu.predicting_neurons(predicting, x, rule(8, 2, criterion), None, count)
@@ -66,8 +70,17 @@ def test_everything_stays_on_the_device(name, schedule):
 
 def published(dtype=torch.float32):
     """The CIFAR-10 network of the published recipe."""
-    model = mu.P_CNN(32, [3, 128, 256, 512, 512], [3] * 4, [1] * 4, [10], mu.make_pools("mmmm"), [1, 1, 1, 0],
-                     mu.my_hard_sig, softmax=True)
+    model = mu.P_CNN(
+        32,
+        [3, 128, 256, 512, 512],
+        [3] * 4,
+        [1] * 4,
+        [10],
+        mu.make_pools("mmmm"),
+        [1, 1, 1, 0],
+        mu.my_hard_sig,
+        softmax=True,
+    )
     return model.to(dtype)
 
 
@@ -95,30 +108,42 @@ def test_a_step_of_the_published_network_moves_little_and_copies_nothing(dtype, 
             step = one_more_step(model, x, y, beta, schedule)
             assert 10 < len(step) <= most
             assert not [o.name for o in step if o.copies or o.waits]
-            if dtype == torch.float32:  # of bf16 PyTorch knows a GPU's layouts only where there is one
+            if (
+                dtype == torch.float32
+            ):  # of bf16 PyTorch knows a GPU's layouts only where there is one
                 assert not [o.name for o in step if o.relaid]
             assert sum(o.bytes for o in step) <= (560e6 if dtype == torch.float32 else 350e6)
 
 
 def test_a_training_waits_for_the_device_once_in_many_mini_batches(monkeypatch):
-    words = ("--model CNN --task CIFAR10 --channels 4 4 --kernels 3 3 --strides 1 1 --pools mm --paddings 1 1 --fc 10 "
-             "--loss cel --softmax --T1 4 --T2 2 --thirdphase --random-sign --data-aug")
+    words = (
+        "--model CNN --task CIFAR10 --channels 4 4 --kernels 3 3 --strides 1 1 --pools mm --paddings 1 1 --fc 10 "
+        "--loss cel --softmax --T1 4 --T2 2 --thirdphase --random-sign --data-aug"
+    )
     args = arguments.resolve(arguments.parse(words.split(), FLAGS))
     args.dropouts = (0.9, 0.9, 0.9)
     model = mu.make_model(args)
-    images, labels = torch.zeros(26, 3, 32, 32, dtype=torch.uint8), torch.zeros(26, dtype=torch.int64)
+    images, labels = (
+        torch.zeros(26, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(26, dtype=torch.int64),
+    )
     starts, gradients = [], mu.Trainer.gradients
 
     def noted(self, *rest):
         starts.append(len(counted.names(lambda o: o.waits)))
         return gradients(self, *rest)
+
     monkeypatch.setattr(mu.Trainer, "gradients", noted)
     with pretended(model) as (x, _):
         optimizer, _ = mu.make_optimizer(model, args)
         for group in optimizer.param_groups:
-            group.update(fused=False, foreach=True)  # the fused step is a kernel without a description
+            group.update(
+                fused=False, foreach=True
+            )  # the fused step is a kernel without a description
         trainer = mu.Trainer(model, optimizer, args)
-        batches = Batches(images, labels, 2, TASKS["CIFAR10"], x.device, torch.Generator(), augment=True)
+        batches = Batches(
+            images, labels, 2, TASKS["CIFAR10"], x.device, torch.Generator(), augment=True
+        )
         with Counting(read=0) as counted:
             health = Health(model, trainer.rule, optimizer, 1)
             before = len(counted.names(lambda o: o.waits))
@@ -146,14 +171,21 @@ def test_a_mask_is_the_route_of_the_same_winners(dtype, size):
             if prepared:
                 mask.prepare(size)
             (post, route), (same, masked_route) = index.pool(u), mask.pool(u)
-            assert torch.equal(post, same) and masked_route.is_contiguous() and masked_route.dtype == torch.bool
+            assert (
+                torch.equal(post, same)
+                and masked_route.is_contiguous()
+                and masked_route.dtype == torch.bool
+            )
             back, again = index.adjoint(post, route, size), mask.adjoint(post, masked_route, size)
-            assert torch.equal(back, again) and again.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(back, again) and again.is_contiguous(
+                memory_format=torch.channels_last
+            )
             assert torch.equal(index.follow(u, route), mask.follow(u, masked_route))
 
 
 def test_golden_cases_by_masks(case, golden_model):
-    """Of equal entries the winner is the same: neurons at the ends of a hard activation are often equal."""
+    """Of equal entries the winner is the same: neurons at the ends of a hard activation are often
+    equal."""
     c, found = case["case"], []
     if "m" not in c.get("pools", ""):
         return
@@ -177,21 +209,34 @@ def test_with_tol_the_host_waits_at_every_twentieth_step():
     model = MODELS["CNN max"](mu.my_hard_sig)
     with pretended(model) as (x, _), Counting(read=len(x)) as counted:  # as if none had settled
         mu.predicting_neurons(model, x, rule(100, 2, criterion_of(model), tol=1e-3), Stopwatch())
-    assert len(counted.names(lambda o: o.waits)) == 100 // 20 - 1  # the last steps end without a look
+    assert (
+        len(counted.names(lambda o: o.waits)) == 100 // 20 - 1
+    )  # the last steps end without a look
 
 
 @pytest.mark.parametrize("name", ["fp32", "tf32"])
 def test_precision_is_the_same_to_whoever_asks(name):
     """torch.compile asks in PyTorch's older way, which raises where only the newer one was told."""
+
     def asked():
-        return (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32,
-                torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision,
-                torch.backends.cudnn.conv.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+        return (
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            torch.get_float32_matmul_precision(),
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,
+            torch.backends.mkldnn.matmul.fp32_precision,
+        )
+
     before = _current()
     try:
         mu.set_precision(name)
         low, told = name == "tf32", asked()
-        assert told[:5] == ((True, True, "high", "tf32", "tf32") if low else (False, False, "highest", "ieee", "ieee"))
+        assert told[:5] == (
+            (True, True, "high", "tf32", "tf32")
+            if low
+            else (False, False, "highest", "ieee", "ieee")
+        )
         assert told[5] == before["cpu"]  # a GPU's setting is not to change a CPU's products
         with mu.exactly():
             assert asked()[:5] == (False, False, "highest", "ieee", "ieee")
@@ -229,6 +274,7 @@ def test_a_shared_normalisation_stays_on_the_device():
     class Two(Workers):
         def sum(self, value):
             return value.clone()
+
     norm = baselines.BatchNorm(4).train()
     with on_pretended_gpu() as device, torch.no_grad(), Counting() as counted:
         moved(norm, device)
@@ -251,8 +297,11 @@ def test_a_direction_of_rounding_alone_is_not_compared(capsys, monkeypatch):
     def rounded(self, x, y, *more):
         calls.append(x)
         return gradients(self, x if len(calls) < 2 else x * (1 + 1e-3), y, *more)
+
     monkeypatch.setattr(mu.Trainer, "gradients", rounded)
-    report_precision(trainer, Batches(images, labels, 8, TASKS["digits"], torch.device("cpu"), torch.Generator()))
+    report_precision(
+        trainer, Batches(images, labels, 8, TASKS["digits"], torch.device("cpu"), torch.Generator())
+    )
     mu.set_precision("fp32")
     said = capsys.readouterr().out
     assert "beta" not in said and float(said.split("at least ")[1].split()[0]) > 0.9, said
@@ -263,7 +312,10 @@ def test_comparing_precisions_leaves_the_statistics_of_a_batch_normalisation():
     args = arguments.resolve(arguments.parse(words.split(), FLAGS))
     model = mu.make_model(args)
     trainer = mu.Trainer(model, mu.make_optimizer(model, args)[0], args)
-    images, labels = torch.randint(0, 255, (8, 1, 28, 28), dtype=torch.uint8), torch.zeros(8, dtype=torch.int64)
+    images, labels = (
+        torch.randint(0, 255, (8, 1, 28, 28), dtype=torch.uint8),
+        torch.zeros(8, dtype=torch.int64),
+    )
     batches = Batches(images, labels, 4, TASKS["digits"], torch.device("cpu"), torch.Generator())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report_precision(trainer, batches)

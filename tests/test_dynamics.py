@@ -1,5 +1,6 @@
-"""Ends before T1 steps, layers in turn, two phases in one batch, lower precision: what is to stay the same, and what is
-not."""
+"""Ends before T1 steps, layers in turn, two phases in one batch, lower precision: what is to stay
+the same, and what is not."""
+
 import argparse
 import csv
 import re
@@ -26,9 +27,9 @@ def test_an_image_that_has_settled_is_as_of_its_last_step(model, schedule):
     assert ((steps % 3 == 0) | (steps == 60)).all() and (settled | (steps == 60)).all()
     assert len(steps.unique()) > 1 or steps.min() == 60  # a cycle of two steps never settles
     for i, T in enumerate(steps.tolist()):
-        states = [model(x[i:i + 1], None, None, t, 0.0, criterion) for t in (T - 3, T)]
+        states = [model(x[i : i + 1], None, None, t, 0.0, criterion) for t in (T - 3, T)]
         for ours, row in zip(neurons, states[1]):
-            torch.testing.assert_close(ours[i:i + 1], row, **TOLERANCE)
+            torch.testing.assert_close(ours[i : i + 1], row, **TOLERANCE)
         change = max(((b - a).norm() / b.norm()).item() for a, b in zip(*states))
         assert (change < 1e-6) == settled[i]
 
@@ -45,8 +46,10 @@ def phi_slope(model, x, y, neurons, n, beta, criterion):
     """dPhi/ds_n by automatic differentiation, activated as the model does it."""
     leaves = [s.detach().requires_grad_() for s in neurons]
     phi = model.Phi(x, y, leaves, beta, criterion)
-    drive, = torch.autograd.grad((phi[n] if isinstance(phi, list) else phi).sum(), leaves[n])
-    linear = n == len(neurons) - 1 and not model.softmax and not isinstance(criterion, torch.nn.MSELoss)
+    (drive,) = torch.autograd.grad((phi[n] if isinstance(phi, list) else phi).sum(), leaves[n])
+    linear = (
+        n == len(neurons) - 1 and not model.softmax and not isinstance(criterion, torch.nn.MSELoss)
+    )
     return drive if linear else model.activation(drive)
 
 
@@ -82,13 +85,18 @@ def test_bptt_goes_through_asynchronous_steps(model):
             for p, d in zip(model.parameters(), directions):
                 p.sub_(d, alpha=h)
             return value
+
     assert slope.item() == pytest.approx(((loss(1e-6) - loss(-1e-6)) / 2e-6).item(), rel=1e-5)
 
 
 def test_on_the_asynchronous_schedule_ep_sums_up_to_bptt():
     torch.manual_seed(0)
     model = mu.P_MLP([30, 24, 16, 12, 5], torch.tanh, schedule="async").double()
-    x, y, criterion = torch.randn(6, 30, dtype=torch.float64), torch.randint(0, 5, (6,)), mu.make_criterion("mse")
+    x, y, criterion = (
+        torch.randn(6, 30, dtype=torch.float64),
+        torch.randint(0, 5, (6,)),
+        mu.make_criterion("mse"),
+    )
     BPTT = gdu.bptt_contributions(model, x, y, 400, 200, 0.0, criterion)
     EP = [gdu.ep_contributions(model, x, y, 400, 200, (0.0, b), criterion) for b in (1e-3, -1e-3)]
     for name, _ in model.named_parameters():
@@ -112,7 +120,7 @@ def test_both_schedules_settle_where_phi_is_stationary():
 def test_two_nudged_phases_in_one_batch(model, schedule, monkeypatch):
     model.schedule = schedule
     criterion, (x, y), found = criterion_of(model), sample(model), []
-    for limit in (0, 2 ** 20):
+    for limit in (0, 2**20):
         monkeypatch.setattr(fast, "PAIRED", limit)
         mu.ep_gradients(model, x, y, rule(6, 4, criterion, 0.3, thirdphase=True))
         found.append(grads(model))
@@ -124,9 +132,18 @@ def test_two_nudged_phases_in_one_batch(model, schedule, monkeypatch):
 def test_lower_precision_keeps_weights_and_gradients_whole(model, alg):
     model.float()
     x, y = sample(model)
-    args = argparse.Namespace(alg=alg, T1=6, T2=4, betas=(0.0, 0.5), random_sign=False, thirdphase=True, tol=0.0,
-                              dropouts=None,
-                              loss="cel" if model.softmax else "mse", precision="fp32")
+    args = argparse.Namespace(
+        alg=alg,
+        T1=6,
+        T2=4,
+        betas=(0.0, 0.5),
+        random_sign=False,
+        thirdphase=True,
+        tol=0.0,
+        dropouts=None,
+        loss="cel" if model.softmax else "mse",
+        precision="fp32",
+    )
     trainer, twin, found = mu.Trainer(model, None, args), mu.lowered(model, torch.bfloat16), []
     for trainer.twin in (None, twin):
         trainer.gradients(x, y)
@@ -142,8 +159,18 @@ def test_lower_precision_keeps_weights_and_gradients_whole(model, alg):
 def test_the_nudge_is_held_against_the_rounding_of_the_steps_that_are_taken(model):
     model.float()
     x, y = sample(model)
-    args = argparse.Namespace(alg="EP", T1=30, T2=8, betas=(0.0, 1e-3), random_sign=False, thirdphase=True, tol=0.0,
-                              dropouts=None, loss="cel" if model.softmax else "mse", precision="fp32")
+    args = argparse.Namespace(
+        alg="EP",
+        T1=30,
+        T2=8,
+        betas=(0.0, 1e-3),
+        random_sign=False,
+        thirdphase=True,
+        tol=0.0,
+        dropouts=None,
+        loss="cel" if model.softmax else "mse",
+        precision="fp32",
+    )
     optimizer, trainer = torch.optim.SGD(model.parameters(), 0.1), mu.Trainer(model, None, args)
     noisy = []
     for twin in (None, mu.lowered(model, torch.bfloat16)):
@@ -165,12 +192,22 @@ def test_an_asynchronous_step_is_two_synchronous_ones_of_one_trajectory(model):
         torch.testing.assert_close(s, states[7 + n % 2][n], **TOLERANCE)
 
 
-QUICK = ("--task digits --device -1 --train-size 200 --test-size 60 --seed 0 --model CNN --channels 4 6 --act "
-         "my_hard_sig --betas 0 0.5 --optim adam")
+QUICK = (
+    "--task digits --device -1 --train-size 200 --test-size 60 --seed 0 --model CNN --channels 4 6 --act "
+    "my_hard_sig --betas 0 0.5 --optim adam"
+)
 
 
-@pytest.mark.parametrize("words", ["", "--alg BPTT", "--alg BPTT --T2 60", "--schedule async --thirdphase",
-                                   "--model VFCNN --thirdphase"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--alg BPTT",
+        "--alg BPTT --T2 60",
+        "--schedule async --thirdphase",
+        "--model VFCNN --thirdphase",
+    ],
+)
 def test_settling_is_counted(ok, tmp_path, words):
     out = ok(QUICK, "--T1 60 --T2 4 --tol 1e-3 --epochs 2 --save", words)
     assert "images/s" in out and "evaluation" in out.splitlines()[-1]
@@ -178,14 +215,19 @@ def test_settling_is_counted(ok, tmp_path, words):
     if "--T2 60" in words:  # no step of the free phase is left to stop early
         assert "steps_mean" not in rows[0]
         return
-    assert "steps on average" in out and all(5 <= float(r["steps_mean"]) <= float(r["steps_max"]) <= 60
-                                             and 0 <= float(r["unsettled"]) <= 100 for r in rows)
+    assert "steps on average" in out and all(
+        5 <= float(r["steps_mean"]) <= float(r["steps_max"]) <= 60
+        and 0 <= float(r["unsettled"]) <= 100
+        for r in rows
+    )
     line = ok(f"--todo evaluate --device -1 --load-path {only_run(tmp_path)}")
     assert line.count("steps on average") == 2
     whole = ok(f"--todo evaluate --device -1 --load-path {only_run(tmp_path)} --tol 0")
     accuracies = [re.findall(r"test accuracy (\S+) %", text)[0] for text in (line, whole)]
     assert abs(float(accuracies[0]) - float(accuracies[1])) < 2
-    ok(f"--todo attack --device -1 --load-path {only_run(tmp_path)} --eps-list 1 --attack-iters 2 --test-size 8")
+    ok(
+        f"--todo attack --device -1 --load-path {only_run(tmp_path)} --eps-list 1 --attack-iters 2 --test-size 8"
+    )
 
 
 def test_a_run_keeps_its_schedule(ok, tmp_path):
@@ -195,11 +237,17 @@ def test_a_run_keeps_its_schedule(ok, tmp_path):
     ok(f"--todo gducheck --device -1 --load-path {run}")
 
 
-@pytest.mark.parametrize("words, what", [("--precision bf16", "--precision: bf16 needs a CUDA device"),
-                                         ("--precision tf32", "--precision: tf32"),
-                                         ("--compile", "--compile: needs a CUDA device"),
-                                         ("--precision fp64", "--precision: got 'fp64'"),
-                                         ("--tol -1", "--tol"), ("--schedule random", "--schedule")])
+@pytest.mark.parametrize(
+    "words, what",
+    [
+        ("--precision bf16", "--precision: bf16 needs a CUDA device"),
+        ("--precision tf32", "--precision: tf32"),
+        ("--compile", "--compile: needs a CUDA device"),
+        ("--precision fp64", "--precision: got 'fp64'"),
+        ("--tol -1", "--tol"),
+        ("--schedule random", "--schedule"),
+    ],
+)
 def test_refusals(cli, words, what):
     code, out, err = cli(QUICK, words)
     assert code == 2 and what in err and err.count("\n") == 1 and not out
@@ -211,8 +259,9 @@ def test_the_parts_of_the_time_add_up():
         with account.part(part):
             sum(range(20000))
     assert list(account.iterate([1, 2], "data")) == [1, 2]
-    assert list(account.seconds()) == ["free", "nudged", "data"] and all(seconds > 0
-                                                                         for seconds in account.seconds().values())
+    assert list(account.seconds()) == ["free", "nudged", "data"] and all(
+        seconds > 0 for seconds in account.seconds().values()
+    )
     assert re.fullmatch(r"free [\d.]+ s \(\d+ %\), nudged .*, data .*", account.shares())
 
 
@@ -226,11 +275,16 @@ def test_when_settled_images_leave_changes_nothing(model, looks, share, monkeypa
     def advance(chain, phase, neurons):
         sizes.append(len(phase.drive))
         return dynamics.step(chain, phase, neurons)
+
     for labels, beta, T in ((None, 0.0, 60), (y, 0.3, 33)):
         phase, found = model.phase(chain.input_drive(x), labels, beta, loss), []
         for leaving in (None, dynamics.Leaving(looks, share)):
             sizes.clear()
-            found.append(dynamics.relax_until_settled(chain, phase, T, 1e-4, advance=advance, leaving=leaving))
+            found.append(
+                dynamics.relax_until_settled(
+                    chain, phase, T, 1e-4, advance=advance, leaving=leaving
+                )
+            )
         (state, settling), (others, other_settling) = found
         for ours, theirs in zip([*state, *settling], [*others, *other_settling], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

@@ -1,5 +1,6 @@
-"""What an enemy's reading found: resumed sessions, tables that two processes write, files that are not what they
-say."""
+"""What an enemy's reading found: resumed sessions, tables that two processes write, files that are
+not what they say."""
+
 import pathlib
 import shutil
 import types
@@ -16,13 +17,16 @@ from experiment.flags import ALL
 from experiment.report import Sweep
 from experiment.run_folder import RunFolder
 
-TINY = ("--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
-        "--seed 0 --mbs 20 --save")
+TINY = (
+    "--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
+    "--seed 0 --mbs 20 --save"
+)
 SETTINGS = {"attack": "pgd", "attack_norm": "2", "images": 20, "task": "digits"}
 
 
 def result(share=0.5):
     import numpy as np
+
     return {"bptt": {"correct": np.array([share]), "masked": 0.0, "unmoved": 0.0, "mean_norm": 1.0}}
 
 
@@ -30,7 +34,9 @@ def test_the_resume_line_has_what_no_epoch_has_yet(ok, tmp_path):
     ok(TINY)
     run = only_run(tmp_path)
     given = {"device": -1, "T1": 9, "betas": [0.0, 0.5], "epochs": 3, "precision": "fp32"}
-    job = types.SimpleNamespace(args=types.SimpleNamespace(epochs=3), given=given, saved=True, program=["main.py"])
+    job = types.SimpleNamespace(
+        args=types.SimpleNamespace(epochs=3), given=given, saved=True, program=["main.py"]
+    )
     line = resuming.how_to_go_on(job, str(run), 1)
     for words in ("--T1 9", "--betas 0.0 0.5", "--device -1", "--precision fp32", "--epochs 3"):
         assert words in line
@@ -64,14 +70,25 @@ def test_two_sweeps_do_not_write_one_table(tmp_path):
     Sweep(other, {**SETTINGS, "attack": "fgsm"}, 0.9, "model.pt")
     other.release(), first.release()
     again = RunFolder(tmp_path)
-    assert len(Sweep(again, SETTINGS, 0.9, "model.pt").rows) == 1 and not list(tmp_path.glob(".*2.lock"))
+    assert len(Sweep(again, SETTINGS, 0.9, "model.pt").rows) == 1 and not list(
+        tmp_path.glob(".*2.lock")
+    )
     again.release()
 
 
-@pytest.mark.parametrize("old, new", [
-    ("0.1,bptt", "0.1x,bptt"), ("adversarial", "other"), ("0.500000", "nan"),
-    ("0.1,bptt", "1e-320,bptt"), ("0.1,bptt", "1e300,bptt"), ("0.1,bptt", "-0.1,bptt"),
-    ("0.500000", "1.5"), ("0.1,bptt", "0.1,")])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("0.1,bptt", "0.1x,bptt"),
+        ("adversarial", "other"),
+        ("0.500000", "nan"),
+        ("0.1,bptt", "1e-320,bptt"),
+        ("0.1,bptt", "1e300,bptt"),
+        ("0.1,bptt", "-0.1,bptt"),
+        ("0.500000", "1.5"),
+        ("0.1,bptt", "0.1,"),
+    ],
+)
 def test_a_damaged_table_is_one_line(tmp_path, old, new):
     run = RunFolder(tmp_path)
     Sweep(run, SETTINGS, 0.9, "model.pt").add(0.1, result())
@@ -94,14 +111,18 @@ def test_no_attack_has_a_bound_that_is_no_number_of_float32(ok, cli, tmp_path, e
 
 
 def test_audits_with_another_surrogate_or_end_are_other_audits(tmp_path):
-    args = types.SimpleNamespace(**{flag.dest: flag.default for flag in ALL}, )
+    args = types.SimpleNamespace(
+        **{flag.dest: flag.default for flag in ALL},
+    )
     args.eps = 0.1
     models = [torch.nn.Linear(2, 2) for _ in range(2)]
     settings = []
     for surrogate, ends_early in ((None, 1e-3), (None, 0.0), (models[0], 1e-3), (models[1], 1e-3)):
         run = RunFolder(tmp_path)
         other = surrogate and (surrogate, types.SimpleNamespace(T1=3, loss="mse"))
-        files = AuditFiles(run, args, types.SimpleNamespace(weights={}, source="model.pt"), other, ends_early)
+        files = AuditFiles(
+            run, args, types.SimpleNamespace(weights={}, source="model.pt"), other, ends_early
+        )
         assert files.settings not in settings
         settings.append(files.settings)
         run.release()

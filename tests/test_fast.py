@@ -1,4 +1,5 @@
 """Every faster way to take steps against the plain way, in float64."""
+
 import functools
 
 import pytest
@@ -24,13 +25,23 @@ def everything(model, x, y):
     """What phases, learning rules and predictions give: a list of tensors."""
     criterion = criterion_of(model)
     free = model(x, None, None, 11, 0.0, criterion)
-    found = [*free, *model(x, y, free, 9, 0.3, criterion), *model(x, y, None, 9, -0.3, criterion),
-             *model(x, None, free, 3, 0.0, criterion),
-             model(x, None, None, 10, 0.0, criterion, output_in=0)[-1]]
+    found = [
+        *free,
+        *model(x, y, free, 9, 0.3, criterion),
+        *model(x, y, None, 9, -0.3, criterion),
+        *model(x, None, free, 3, 0.0, criterion),
+        model(x, None, None, 10, 0.0, criterion, output_in=0)[-1],
+    ]
     before = model(x, None, None, 5, 0.0, criterion, output_in=4)
-    found.append(model(x, None, before, 4, 0.0, criterion, check_thm=True, output_in=0)[-1].detach())
+    found.append(
+        model(x, None, before, 4, 0.0, criterion, check_thm=True, output_in=0)[-1].detach()
+    )
     found += settle(model, x, None, 40, 0.0, criterion, 1e-5)[0]
-    for learn, more in ((mu.ep_gradients, {"thirdphase": True}), (mu.ep_gradients, {}), (mu.bptt_gradients, {})):
+    for learn, more in (
+        (mu.ep_gradients, {"thirdphase": True}),
+        (mu.ep_gradients, {}),
+        (mu.bptt_gradients, {}),
+    ):
         learn(model, x, y, rule(9, 4, criterion, **more))
         found += grads(model).values()
     return found
@@ -40,11 +51,19 @@ def everything(model, x, y):
 def plainly(name, schedule, drop):
     """A model, a mini-batch, and `everything` by the plain way."""
     torch.manual_seed(0)
-    act = mu.my_hard_sig if "CNN" in name and "avg" not in name else torch.tanh if "VF" in name else mu.my_sigmoid
+    act = (
+        mu.my_hard_sig
+        if "CNN" in name and "avg" not in name
+        else torch.tanh
+        if "VF" in name
+        else mu.my_sigmoid
+    )
     model = MODELS[name](act).double()
     model.schedule = schedule
     if drop:
-        model = masked(model, mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4))
+        model = masked(
+            model, mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4)
+        )
     x, y = varied(model)
     kept, fast.TABLE = fast.TABLE, {}
     try:
@@ -71,19 +90,24 @@ def test_every_row_applies_to_some_model(monkeypatch):
 
     def recording(name, row):
         return row._replace(applies=lambda *args: row.applies(*args) and not seen.add(name))
+
     monkeypatch.setattr(fast, "_compiled", lambda function: function)
     for name in MODELS:
         model, x, y, _ = plainly(name, "sync", False)
         for model.schedule in ("sync", "async"):
             for model.compiled in (False, True):
-                monkeypatch.setattr(fast, "TABLE", {n: recording(n, row) for n, row in fast.TABLE.items()})
+                monkeypatch.setattr(
+                    fast, "TABLE", {n: recording(n, row) for n, row in fast.TABLE.items()}
+                )
                 everything(model, x, y)
         model.schedule, model.compiled = "sync", False
     assert seen == set(NAMES)
 
 
 def test_some_model_goes_through_matrix_products():
-    chains = [fast.suited(MODELS[name](torch.tanh).chain(), 4) for name in ("CNN product", "CNN max")]
+    chains = [
+        fast.suited(MODELS[name](torch.tanh).chain(), 4) for name in ("CNN product", "CNN max")
+    ]
     assert [type(c) for c in chains[0].connections] == [Convolution, WindowConvolution, Dense]
     assert not any(isinstance(c, WindowConvolution) for c in chains[1].connections)
 
@@ -93,7 +117,11 @@ def test_only_the_output_takes_half_of_the_work_and_both_take_half_of_the_calls(
     up = Dense._up
     monkeypatch.setattr(Dense, "_up", lambda self, pre: rows.append(len(pre)) or up(self, pre))
     x, found = torch.rand(7, 6), {}
-    for name, words, paired in (("steps", {}, 0), ("both", {}, 2 ** 20), ("output", {"output_in": 0}, 0)):
+    for name, words, paired in (
+        ("steps", {}, 0),
+        ("both", {}, 2**20),
+        ("output", {"output_in": 0}, 0),
+    ):
         monkeypatch.setattr(fast, "PAIRED", paired)
         rows.clear()
         model(x, None, None, 41, **words)
@@ -107,7 +135,9 @@ def test_asynchronous_steps_find_no_route_twice(monkeypatch):
     torch.manual_seed(0)
     model, found = MODELS["CNN max"](torch.tanh), []
     pool = type(model.pools[1]).pool
-    monkeypatch.setattr(type(model.pools[1]), "pool", lambda self, u: found.append(self) or pool(self, u))
+    monkeypatch.setattr(
+        type(model.pools[1]), "pool", lambda self, u: found.append(self) or pool(self, u)
+    )
     model.schedule = "async"
     model(sample(model)[0], None, None, 10)
     # in every step once, and before the first, of zero neurons
@@ -117,8 +147,13 @@ def test_asynchronous_steps_find_no_route_twice(monkeypatch):
 def test_two_steps_of_one_image_do_not_win_back_a_pass_over_the_weights():
     chain = mu.P_MLP([20, 16, 8, 5], mu.my_sigmoid).chain()
     drive = chain.input_drive(torch.rand(4, 20))
-    for phase, T, folds in ((dynamics.Phase(drive), 5, True), (dynamics.Phase(drive[:1]), 2, False)):
-        assert (fast.rewritten(fast.Steps(chain, phase, None, T)).chain.activation is torch.sigmoid) == folds
+    for phase, T, folds in (
+        (dynamics.Phase(drive), 5, True),
+        (dynamics.Phase(drive[:1]), 2, False),
+    ):
+        assert (
+            fast.rewritten(fast.Steps(chain, phase, None, T)).chain.activation is torch.sigmoid
+        ) == folds
 
 
 def test_compiled_steps_are_those_that_record_no_graph(monkeypatch):
@@ -128,7 +163,9 @@ def test_compiled_steps_are_those_that_record_no_graph(monkeypatch):
         def compiled(*args):
             calls.append(function.__name__)
             return function(*args)
+
         return compiled
+
     monkeypatch.setattr(fast, "_compiled", recording)
     for name in ("CNN max", "MLP"):
         model = MODELS[name](torch.tanh)
@@ -136,7 +173,10 @@ def test_compiled_steps_are_those_that_record_no_graph(monkeypatch):
         plain = model(x, None, None, 4)
         calls.clear()
         model.compiled = True
-        assert all(torch.equal(a, b) for a, b in zip(plain, model(x, None, None, 4))) and calls == ["step"] * 3
+        assert (
+            all(torch.equal(a, b) for a, b in zip(plain, model(x, None, None, 4)))
+            and calls == ["step"] * 3
+        )
         model(x, None, None, 4, check_thm=True)
         assert len(calls) == 3
 
@@ -144,12 +184,19 @@ def test_compiled_steps_are_those_that_record_no_graph(monkeypatch):
 @pytest.mark.parametrize("drop", [False, True])
 def test_steps_compile_whole_and_once(model, drop, monkeypatch):
     """Traced without a break, and not anew for every mini-batch, whose masks are other tensors."""
-    monkeypatch.setattr(fast, "_compiled", functools.cache(lambda f: torch.compile(f, backend="eager", fullgraph=True)))
+    monkeypatch.setattr(
+        fast,
+        "_compiled",
+        functools.cache(lambda f: torch.compile(f, backend="eager", fullgraph=True)),
+    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     criterion, graphs = criterion_of(model), []
     for _ in range(3):
-        (x, y), masks = sample(model), mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4)
+        (x, y), masks = (
+            sample(model),
+            mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4),
+        )
         moving = masked(model, masks) if drop else model
         found = []
         for moving.compiled in (True, False):
@@ -163,17 +210,31 @@ def test_steps_compile_whole_and_once(model, drop, monkeypatch):
 
 
 def small_published(act):
-    """As the network of the published recipe, up to a map of one pixel below the read-out, with routes as on a GPU."""
-    model = mu.P_CNN(12, [2, 4, 5, 6], [3, 3, 2], [1, 1, 1], [5], mu.make_pools("mmm"), [1, 1, 0], act, softmax=True)
+    """As the network of the published recipe, up to a map of one pixel below the read-out, with
+    routes as on a GPU."""
+    model = mu.P_CNN(
+        12,
+        [2, 4, 5, 6],
+        [3, 3, 2],
+        [1, 1, 1],
+        [5],
+        mu.make_pools("mmm"),
+        [1, 1, 0],
+        act,
+        softmax=True,
+    )
     for pool in model.pools:
         pool.masks = True
     return model
 
 
-@pytest.mark.parametrize("name, schedule", [("MLP", "sync"), ("published", "sync"), ("CNN max", "async"),
-                                            ("VFCNN mixed softmax", "sync")])
+@pytest.mark.parametrize(
+    "name, schedule",
+    [("MLP", "sync"), ("published", "sync"), ("CNN max", "async"), ("VFCNN mixed softmax", "sync")],
+)
 def test_a_training_compiles_every_kind_of_phase_once(name, schedule, monkeypatch):
-    """Random signs of beta, dropout, images that settle and leave, a smaller last mini-batch, evaluation between."""
+    """Random signs of beta, dropout, images that settle and leave, a smaller last mini-batch,
+    evaluation between."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     compiled, kinds = [], set()
@@ -186,15 +247,32 @@ def test_a_training_compiles_every_kind_of_phase_once(name, schedule, monkeypatc
     def recording(chain, phase, neurons):
         kinds.add((phase.target is None, all(c.mask is None for c in chain.connections)))
         return step(chain, phase, neurons)
-    monkeypatch.setattr(fast, "_compiled", functools.cache(lambda f: torch.compile(f, backend=backend, fullgraph=True)))
+
+    monkeypatch.setattr(
+        fast,
+        "_compiled",
+        functools.cache(lambda f: torch.compile(f, backend=backend, fullgraph=True)),
+    )
     monkeypatch.setattr(fast, "_compiled_step", recording)
     model = {**MODELS, "published": small_published}[name](mu.my_sigmoid)
     model.compiled, model.schedule = True, schedule
-    args = arguments.resolve({"T1": 10, "T2": 3, "betas": (0.0, 0.3), "loss": "cel" if model.softmax else "mse",
-                              "random_sign": True, "tol": 1e-2, "lrs": [0.1] * len(model.synapses), "epochs": 1})
+    args = arguments.resolve(
+        {
+            "T1": 10,
+            "T2": 3,
+            "betas": (0.0, 0.3),
+            "loss": "cel" if model.softmax else "mse",
+            "random_sign": True,
+            "tol": 1e-2,
+            "lrs": [0.1] * len(model.synapses),
+            "epochs": 1,
+        }
+    )
     args.dropouts = (0.7,) * (len(model.connections) + model.softmax)
     x, y = varied(model, 24)
-    batches = Pieces(x, y, 7)  # twice as many are below 16, from where on a CPU convolves another way
+    batches = Pieces(
+        x, y, 7
+    )  # twice as many are below 16, from where on a CPU convolves another way
     for args.thirdphase in (False, True):
         mu.train(model, mu.make_optimizer(model, args)[0], batches, batches, args)
     assert len(kinds) == 4 and len(compiled) == 4

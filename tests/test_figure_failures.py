@@ -1,4 +1,5 @@
 """Figures that cannot be drawn or written: a line on standard error each, and no result is lost."""
+
 import os
 import pathlib
 import re
@@ -13,20 +14,38 @@ import model_utils as mu
 from experiment import figures
 from experiment.run_folder import RunFolder
 
-TINY = ("--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
-        "--seed 0 --mbs 20 --save")
+TINY = (
+    "--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
+    "--seed 0 --mbs 20 --save"
+)
 # command: (the results that are there before the first figure is drawn, figures)
 TODOS = {
     "evaluate --save": (["predictions.csv"], ["confusion.png"]),
     "attack --eps-list 0.5 --attack-iters 1 --attack-step 2 --save": (
         ["Adversarial_Accuracy.csv", "Adversarial_Accuracy.txt", "Adversarial_Accuracy_images.npz"],
-        ["Adversarial_Accuracy.png", "Adversarial_Accuracy_images.png"]),
+        ["Adversarial_Accuracy.png", "Adversarial_Accuracy_images.png"],
+    ),
     "audit --eps 0.5 --budget quick --test-size 2 --attack-step 2 --seed 1": (
-        ["Audit_2_0.5.json", "Audit_2_0.5.npz", "Audit_2_0.5.txt"], ["Audit_2_0.5.png"]),
-    "characteristic": (["Characteristic_Time.txt"], ["Characteristic_Energy.png", "Characteristic_Time.png"]),
-    "gducheck --save": (["BPTT.tar", "EP.tar", "gducheck.csv"], [
-        "gdu_layers.png", "gdu_neurons_0.png", "gdu_neurons_1.png", "gdu_overview.png", "gdu_synapses.0.bias.png",
-        "gdu_synapses.0.weight.png", "gdu_synapses.1.bias.png", "gdu_synapses.1.weight.png"]),
+        ["Audit_2_0.5.json", "Audit_2_0.5.npz", "Audit_2_0.5.txt"],
+        ["Audit_2_0.5.png"],
+    ),
+    "characteristic": (
+        ["Characteristic_Time.txt"],
+        ["Characteristic_Energy.png", "Characteristic_Time.png"],
+    ),
+    "gducheck --save": (
+        ["BPTT.tar", "EP.tar", "gducheck.csv"],
+        [
+            "gdu_layers.png",
+            "gdu_neurons_0.png",
+            "gdu_neurons_1.png",
+            "gdu_overview.png",
+            "gdu_synapses.0.bias.png",
+            "gdu_synapses.0.weight.png",
+            "gdu_synapses.1.bias.png",
+            "gdu_synapses.1.weight.png",
+        ],
+    ),
 }
 RESULTS = ["checkpoint.tar", "final_checkpoint.tar", "final_model.pt", "metrics.csv", "model.pt"]
 WARNING = re.compile(r"warning: (\S+) was not drawn: (.+)")
@@ -39,15 +58,18 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Makes every figure fail with an exception: returns the files that lay beside each one when it was drawn."""
+    """Makes every figure fail with an exception: returns the files that lay beside each one when it
+    was drawn."""
     seen = []
 
     def fail_with(error):
         def savefig(figure, path, **_):
             seen.append({file.name for file in pathlib.Path(path).parent.iterdir()})
             raise error
+
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
         return seen
+
     return fail_with
 
 
@@ -65,18 +87,26 @@ ERRORS = [MemoryError(), RuntimeError("no\n  such\nfont"), OSError(28, "No space
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_a_training_goes_on_without_its_figures(cli, tmp_path, monkeypatch, failing, error):
     seen = failing(error)
-    monkeypatch.setattr(mu.Trainer, "DRAW", 0)  # after every epoch, and yet there is one line for each figure
+    monkeypatch.setattr(
+        mu.Trainer, "DRAW", 0
+    )  # after every epoch, and yet there is one line for each figure
     code, out, err = cli(TINY, "--epochs 3")
     run = only_run(tmp_path)
-    assert code == 0 and "epoch 3/3" in out and set(RESULTS) <= {path.name for path in run.iterdir()}
-    reason = {MemoryError: "MemoryError", RuntimeError: "no such font", OSError: "no space left"}[type(error)]
+    assert (
+        code == 0 and "epoch 3/3" in out and set(RESULTS) <= {path.name for path in run.iterdir()}
+    )
+    reason = {MemoryError: "MemoryError", RuntimeError: "no such font", OSError: "no space left"}[
+        type(error)
+    ]
     assert undrawn(err) == {"neural_activity.png": reason, "train-test_acc.png": reason}
     assert len(seen) == 6 and all({"metrics.csv", "checkpoint.tar"} <= files for files in seen)
     assert not list(run.glob("*.png")) and not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize("todo", TODOS)
-def test_what_examines_a_run_keeps_its_results_without_figures(cli, trained, tmp_path, failing, todo):
+def test_what_examines_a_run_keeps_its_results_without_figures(
+    cli, trained, tmp_path, failing, todo
+):
     run = pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
     seen, (results, names) = failing(ValueError("nothing can be drawn")), TODOS[todo]
     code, out, err = cli(f"--todo {todo} --device -1 --load-path {run}")
@@ -105,21 +135,41 @@ def test_a_matplotlib_that_cannot_be_imported_is_a_line_for_each_figure(cli, tmp
 @pytest.mark.usefixtures("full_figures")
 def test_figures_are_the_same_whatever_settings_matplotlib_has(tmp_path):
     import matplotlib
+
     rows = [{"epoch": n, "train_acc": 50.0 + n, "test_acc": 49.0 + n} for n in range(1, 6)]
     run = RunFolder(tmp_path)
     run.save_figure("a.png", figures.accuracy, rows)
     plain = (tmp_path / "a.png").read_bytes()
-    with matplotlib.rc_context({"text.usetex": True, "lines.linewidth": 20, "savefig.facecolor": "black",
-                                "savefig.bbox": "tight", "font.size": 30, "axes.formatter.use_mathtext": True}):
+    with matplotlib.rc_context(
+        {
+            "text.usetex": True,
+            "lines.linewidth": 20,
+            "savefig.facecolor": "black",
+            "savefig.bbox": "tight",
+            "font.size": 30,
+            "axes.formatter.use_mathtext": True,
+        }
+    ):
         run.save_figure("a.png", figures.accuracy, rows)
     assert (tmp_path / "a.png").read_bytes() == plain
 
 
 def test_the_users_own_matplotlibrc_and_backend_have_no_influence(tmp_path):
     (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: True\nno key\n\xff")
-    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-                   "MATPLOTLIBRC": str(tmp_path)}
-    done = subprocess.run([sys.executable, ROOT / "main.py", *TINY.split()], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "MATPLOTLIBRC": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *TINY.split()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
-    assert {path.name for path in only_run(tmp_path).glob("*.png")} == {"neural_activity.png", "train-test_acc.png"}
+    assert {path.name for path in only_run(tmp_path).glob("*.png")} == {
+        "neural_activity.png",
+        "train-test_acc.png",
+    }

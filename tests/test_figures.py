@@ -1,4 +1,5 @@
 """The figures: each is drawn and saved in both formats, and shows what it is about."""
+
 import argparse
 import math
 
@@ -11,18 +12,39 @@ from experiment.report import Sweep
 from experiment.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("full_figures")
-ROWS = [{"epoch": n, "train_acc": 50.0 + n, "test_acc": 49.0 + n, "val_acc": 48.0 + n} for n in range(1, 6)]
+ROWS = [
+    {"epoch": n, "train_acc": 50.0 + n, "test_acc": 49.0 + n, "val_acc": 48.0 + n}
+    for n in range(1, 6)
+]
 SETTINGS = {"attack": "pgd", "attack_norm": "inf", "images": 40, "task": "digits"}
-SWEEP = [{"eps": repr(eps), "grad": grad, "adversarial": f"{share}", "masked": "0.5"}
-         for eps, share in ((0.0, 0.9), (0.01, 0.8), (8 / 255, 0.4), (0.1, 0.0)) for grad in ("bptt", "ep", "worst")]
-AUDITED = {"robust": 0.25, "clean": 0.75, "images": 4, "trusted": False, "interval": [0.05, 0.7],
-           "curve": [(0.0, 1.0), (0.5, 0.6), (1.0, 0.3)], "sample": 3, "settings": {"eps": 1.0, "attack_norm": "2"},
-           "attacks": [{"name": "pgd", "stage": "b", "standing": 2}, {"name": "fab", "stage": "c", "standing": 1}]}
+SWEEP = [
+    {"eps": repr(eps), "grad": grad, "adversarial": f"{share}", "masked": "0.5"}
+    for eps, share in ((0.0, 0.9), (0.01, 0.8), (8 / 255, 0.4), (0.1, 0.0))
+    for grad in ("bptt", "ep", "worst")
+]
+AUDITED = {
+    "robust": 0.25,
+    "clean": 0.75,
+    "images": 4,
+    "trusted": False,
+    "interval": [0.05, 0.7],
+    "curve": [(0.0, 1.0), (0.5, 0.6), (1.0, 0.3)],
+    "sample": 3,
+    "settings": {"eps": 1.0, "attack_norm": "2"},
+    "attacks": [
+        {"name": "pgd", "stage": "b", "standing": 2},
+        {"name": "fab", "stage": "c", "standing": 1},
+    ],
+}
 
 
 def gdu():
     torch.manual_seed(0)
-    shapes = {"synapses.0.weight": (6, 4, 3), "synapses.1.bias": (1, 4), "neurons_0": (6, 2, 3, 2, 2)}
+    shapes = {
+        "synapses.0.weight": (6, 4, 3),
+        "synapses.1.bias": (1, 4),
+        "neurons_0": (6, 2, 3, 2, 2),
+    }
     return [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)]
 
 
@@ -35,29 +57,42 @@ def attacked(channels=1, wrong=(1, 3)):
 
 def all_figures():
     bptt, ep = gdu()
-    gdu_rows = [{"name": name, "estimate": estimate, "distance": distance} for estimate in ("one-sided", "symmetric")
-                for name, distance in zip(bptt, (0.1, math.nan, 0.01))]
+    gdu_rows = [
+        {"name": name, "estimate": estimate, "distance": distance}
+        for estimate in ("one-sided", "symmetric")
+        for name, distance in zip(bptt, (0.1, math.nan, 0.01))
+    ]
     seed = torch.Generator().manual_seed(0)
     return {
         "accuracy": figures.accuracy(ROWS, 3, {2: "--T1 30 (until now 20)", 4: ""}, 10),
-        "accuracy of one epoch": figures.accuracy([{"epoch": 1, "train_acc": 1.0, "test_acc": 2.0}]),
-        "activity": figures.activity([torch.rand(4, 7, 3, 3), torch.zeros(4, 5), torch.randn(4, 5)], (0.0, 1.0), True),
+        "accuracy of one epoch": figures.accuracy(
+            [{"epoch": 1, "train_acc": 1.0, "test_acc": 2.0}]
+        ),
+        "activity": figures.activity(
+            [torch.rand(4, 7, 3, 3), torch.zeros(4, 5), torch.randn(4, 5)], (0.0, 1.0), True
+        ),
         "characteristic": figures.characteristic([0.1, 0.5, 0.6], [0.0, 0.2, 1.0], 2, 10),
         "relaxation": figures.relaxation([1.0, 0.1, 0.01], [3.0, 4.0, 4.5], 2),
         "relaxation, no energy": figures.relaxation([0.0, 0.0], None, 20),
         "confusion": figures.confusion(np.eye(10, dtype=int) * 7),
         "confusion of many": figures.confusion(np.eye(100, dtype=int)),
-        "corruptions": figures.corruptions(np.full((19, 5), 70.0), [f"kind_{n}" for n in range(19)], (0.7, 0.7), 7),
-        "gdu_entries": figures_checks.gdu_entries("neurons_0", bptt["neurons_0"], ep["neurons_0"], seed),
+        "corruptions": figures.corruptions(
+            np.full((19, 5), 70.0), [f"kind_{n}" for n in range(19)], (0.7, 0.7), 7
+        ),
+        "gdu_entries": figures_checks.gdu_entries(
+            "neurons_0", bptt["neurons_0"], ep["neurons_0"], seed
+        ),
         "gdu_layers": figures_checks.gdu_layers(bptt, ep, seed),
         "gdu_overview": figures_checks.gdu_overview(list(bptt), gdu_rows),
         "sweep": figures_checks.sweep(SWEEP, SETTINGS, 0.9, 0.1),
         "audit": figures_checks.audit(AUDITED, "Audit, 2-norm, eps 1"),
         "sweep at 0": figures_checks.sweep(SWEEP[:1], SETTINGS, 0.9),
         "attacked_images": figures_checks.attacked_images(*attacked()),
-        "attacked_images, one in colour": figures_checks.attacked_images(*[
-            part[:1] if isinstance(part, np.ndarray) else part for part in attacked(3)[:3]],
-            {key: part[:1] for key, part in attacked(3)[3].items()}, "Attacked images"),
+        "attacked_images, one in colour": figures_checks.attacked_images(
+            *[part[:1] if isinstance(part, np.ndarray) else part for part in attacked(3)[:3]],
+            {key: part[:1] for key, part in attacked(3)[3].items()},
+            "Attacked images",
+        ),
     }
 
 
@@ -75,7 +110,9 @@ def test_every_figure_is_saved_in_both_formats(tmp_path, drawn, form, magic):
     folder = tmp_path / "results" / "EP" / "mse" / "day" / "time_cpu"
     folder.mkdir(parents=True)
     run = RunFolder(folder, form, "MLP on digits")
-    chosen = {name: figure for name, figure in drawn.items() if form == "png" or name.isidentifier()}
+    chosen = {
+        name: figure for name, figure in drawn.items() if form == "png" or name.isidentifier()
+    }
     for name, figure in chosen.items():
         title = figure.get_suptitle()
         assert title and "\n" not in title
@@ -88,6 +125,7 @@ def test_every_figure_is_saved_in_both_formats(tmp_path, drawn, form, magic):
 
 def test_a_png_has_200_dots_an_inch(tmp_path):
     from matplotlib.image import imread
+
     RunFolder(tmp_path).save_figure("a.png", figures.accuracy, ROWS)
     height, width, _ = imread(tmp_path / "a.png").shape
     assert (width, height) == (1200, 760)
@@ -95,6 +133,7 @@ def test_a_png_has_200_dots_an_inch(tmp_path):
 
 def test_the_style_leaves_no_trace():
     import matplotlib
+
     before = dict(matplotlib.rcParams)
     figures.accuracy(ROWS)
     assert dict(matplotlib.rcParams) == before
@@ -109,11 +148,19 @@ def test_curves_differ_in_colour_marker_and_line():
 
 def test_the_training_plot_marks_the_picked_model_resumptions_and_chance(drawn):
     axes, found = drawn["accuracy"].axes[0], labels(drawn["accuracy"])
-    star, = (line for line in axes.get_lines() if line.get_marker() == "*")
-    assert (list(star.get_xdata()), list(star.get_ydata())) == ([3], [51.0])  # chosen on the validation images
-    assert "resumed before epoch 2: --T1 30 (until now 20)" in found and "resumed before epoch 4" in found
+    (star,) = (line for line in axes.get_lines() if line.get_marker() == "*")
+    assert (list(star.get_xdata()), list(star.get_ydata())) == (
+        [3],
+        [51.0],
+    )  # chosen on the validation images
+    assert (
+        "resumed before epoch 2: --T1 30 (until now 20)" in found
+        and "resumed before epoch 4" in found
+    )
     assert any(label.startswith("validation") for label in found) and "chance (10)" in found
-    assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"][-2:] == [1.5, 3.5]
+    assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"][
+        -2:
+    ] == [1.5, 3.5]
 
 
 def test_many_resumptions_leave_room_for_the_curves():
@@ -132,14 +179,18 @@ def test_saturation_is_counted_at_both_ends(drawn):
 def test_the_characteristic_plot_has_two_ranges_and_the_training_s_T1(drawn):
     above, below = drawn["characteristic"].axes
     assert above.get_ylim() != below.get_ylim() and below.get_ylim()[1] > 100
-    assert all("T1 = 2 of the training" in axes.get_legend_handles_labels()[1] for axes in (above, below))
+    assert all(
+        "T1 = 2 of the training" in axes.get_legend_handles_labels()[1] for axes in (above, below)
+    )
 
 
 def test_a_sweep_has_its_eps_as_ticks_intervals_clean_and_chance(drawn):
     axes = drawn["sweep"].axes[0]
     assert list(axes.get_xticks()) == [0.01, 8 / 255, 0.1]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.01", "8/255", "0.1"]
-    assert len(axes.containers) == 3 and {"clean (90.00)", "chance (10)"} <= set(labels(drawn["sweep"]))
+    assert len(axes.containers) == 3 and {"clean (90.00)", "chance (10)"} <= set(
+        labels(drawn["sweep"])
+    )
     assert "an upper bound" in " ".join(labels(drawn["sweep"]))
 
 
@@ -150,8 +201,12 @@ def test_dense_eps_are_not_written_over_each_other():
 
 
 def test_wilson():
-    assert drawing.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # Newcombe 1998, of 50 in 100
-    assert drawing.wilson(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4) and drawing.wilson(0.3, 0) == (0, 1)
+    assert drawing.wilson(0.5, 100) == pytest.approx(
+        (0.4038, 0.5962), abs=1e-4
+    )  # Newcombe 1998, of 50 in 100
+    assert drawing.wilson(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4) and drawing.wilson(
+        0.3, 0
+    ) == (0, 1)
 
 
 def test_gdu_panels_are_named_and_solid_and_dashed_are_explained(drawn):
@@ -165,11 +220,21 @@ def test_gdu_panels_are_named_and_solid_and_dashed_are_explained(drawn):
 def test_attacked_images_have_named_rows_one_scale_and_say_how_they_were_chosen(drawn):
     figure = drawn["attacked_images"]
     panels = figure.axes[:18]
-    assert [panels[6 * row].get_ylabel() for row in range(3)] == ["image", "change", "attacked\nimage"]
-    assert [axes.get_title().split("\n")[0] for axes in panels[:2]] == ["true 1", "true 3"]  # those that became wrong
+    assert [panels[6 * row].get_ylabel() for row in range(3)] == [
+        "image",
+        "change",
+        "attacked\nimage",
+    ]
+    assert [axes.get_title().split("\n")[0] for axes in panels[:2]] == [
+        "true 1",
+        "true 3",
+    ]  # those that became wrong
     scales = {axes.get_images()[0].get_clim() for axes in panels[6:12]}
-    assert len(scales) == 1 and sum(*scales) == 0 and {axes.get_images()[0].get_cmap().name
-                                                       for axes in panels[6:12]} == {"PuOr"}
+    assert (
+        len(scales) == 1
+        and sum(*scales) == 0
+        and {axes.get_images()[0].get_cmap().name for axes in panels[6:12]} == {"PuOr"}
+    )
     assert "all 2 test images that the attack turned from right to wrong" in figure.get_supxlabel()
 
 
@@ -181,7 +246,9 @@ def test_a_sweep_that_is_moved_aside_takes_its_pdf_along(tmp_path):
     assert (tmp_path / "Adversarial_Accuracy.pdf").exists()
     sweep.run.release()
     Sweep(RunFolder(tmp_path, "pdf"), {**settings, "images": 41}, 0.9, "model.pt")
-    assert (tmp_path / "Adversarial_Accuracy_1.pdf").exists() and not (tmp_path / "Adversarial_Accuracy.pdf").exists()
+    assert (tmp_path / "Adversarial_Accuracy_1.pdf").exists() and not (
+        tmp_path / "Adversarial_Accuracy.pdf"
+    ).exists()
 
 
 def test_a_new_run_knows_its_format(tmp_path):

@@ -1,5 +1,6 @@
-"""What a researcher meets first: which model is examined, how a run goes on, flags that do nothing, start-up, and a run
-used from Python."""
+"""What a researcher meets first: which model is examined, how a run goes on, flags that do nothing,
+start-up, and a run used from Python."""
+
 import re
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from data_utils import load_split
 from experiment import arguments, checks, timing
 from experiment.flags import ALL, TODOS
 
-TINY = ("--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
-        "--seed 0 --mbs 20 --save")
+TINY = (
+    "--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
+    "--seed 0 --mbs 20 --save"
+)
 
 
 def rows(run):
@@ -48,16 +51,26 @@ def test_the_best_model_is_chosen_on_images_held_out(ok, cli, tmp_path):
 
 def test_images_held_out_are_the_last_ones_and_not_trained_on(ok, monkeypatch):
     found = {}
-    monkeypatch.setattr(mu, "train", lambda model, optimizer, train, test, args, val_batches, **_:
-                        found.update(train=train, val=val_batches))
+    monkeypatch.setattr(
+        mu,
+        "train",
+        lambda model, optimizer, train, test, args, val_batches, **_: found.update(
+            train=train, val=val_batches
+        ),
+    )
     ok(TINY, "--val-size 10")
     images = load_split("digits", "", True, 60)[0]
-    assert torch.equal(found["train"].images, images[:50]) and torch.equal(found["val"].images, images[50:])
+    assert torch.equal(found["train"].images, images[:50]) and torch.equal(
+        found["val"].images, images[50:]
+    )
 
 
 def test_any_file_of_a_run_can_be_examined(ok, cli, trained):
-    for name, chosen in (("model.pt", "the best on the test images"), ("final_model.pt", "the last of its training"),
-                         ("checkpoint.tar", "the latest")):
+    for name, chosen in (
+        ("model.pt", "the best on the test images"),
+        ("final_model.pt", "the last of its training"),
+        ("checkpoint.tar", "the latest"),
+    ):
         out = ok(f"--todo evaluate --device -1 --load-path {trained / name}")
         assert f"evaluated {name} (epoch 1, {chosen})" in out
     code, _, err = cli(f"--todo evaluate --device -1 --load-path {trained / 'metrics.csv'}")
@@ -65,7 +78,9 @@ def test_any_file_of_a_run_can_be_examined(ok, cli, trained):
 
 
 def test_every_result_says_what_was_examined(ok, trained):
-    ok(f"--todo attack --device -1 --load-path {trained} --eps-list 0.1 --attack-iters 1 --attack-step 2")
+    ok(
+        f"--todo attack --device -1 --load-path {trained} --eps-list 0.1 --attack-iters 1 --attack-step 2"
+    )
     ok(f"--todo characteristic --device -1 --load-path {trained}")
     for file in ("Adversarial_Accuracy.txt", "Characteristic_Time.txt"):
         assert "model.pt (epoch 1, the best on the test images)" in (trained / file).read_text()
@@ -80,7 +95,8 @@ def test_arguments_that_differ_are_told_one_by_one(ok, tmp_path):
     out = ok(f"--device -1 --load-path {run} --T1 9 --mbs 30")
     assert "note: --T1 9 (until now 8)" in out and "note: --mbs 30 (until now 20)" in out
     assert torch.load(run / "checkpoint.tar", weights_only=True)["resumptions"] == {
-        2: "--mbs 30 (until now 20); --T1 9 (until now 8)"}
+        2: "--mbs 30 (until now 20); --T1 9 (until now 8)"
+    }
 
 
 def test_accuracies_on_other_images_do_not_replace_the_best_model(ok, tmp_path, monkeypatch):
@@ -97,7 +113,9 @@ def test_accuracies_on_other_images_do_not_replace_the_best_model(ok, tmp_path, 
     kept = torch.load(run / "model.pt", weights_only=True)
     assert (kept["epoch"] == 4) == (after["history"][-1]["test_acc"] > right)
     if kept["epoch"] < 4:
-        assert all(torch.equal(best[name], weight) for name, weight in kept["model_state_dict"].items())
+        assert all(
+            torch.equal(best[name], weight) for name, weight in kept["model_state_dict"].items()
+        )
 
 
 def test_without_save_a_line_says_that_nothing_is_kept(ok):
@@ -109,21 +127,38 @@ def test_without_save_a_line_says_that_nothing_is_kept(ok):
 
 def given(flag):
     """Words that give a flag another value than its default."""
-    value = flag.choices[-1] if flag.choices else {int: "2", float: "0.5", str: "i", bool: ""}[flag.kind]
-    value = f"0 {value}" if flag.many and flag.kind is float else value  # as many as the run has layers
+    value = (
+        flag.choices[-1]
+        if flag.choices
+        else {int: "2", float: "0.5", str: "i", bool: ""}[flag.kind]
+    )
+    value = (
+        f"0 {value}" if flag.many and flag.kind is float else value
+    )  # as many as the run has layers
     value = {"lr-step": "1 0.5", "alg": "BPTT"}.get(flag.name, value)
     return f"--{flag.name} {value}"
 
 
 @pytest.mark.parametrize("todo", [todo for todo in TODOS if todo not in ("corruptions", "compare")])
 def test_a_flag_without_effect_changes_nothing_and_says_so(cli, trained, todo):
-    idle = [flag for flag in ALL if flag.todos and todo not in flag.todos
-            # another program's; a GPU's; refused
-            and flag.name not in ("dropouts", "compile", "precision", "eps", "eps-list")]
-    start = f"--todo {todo} --device -1 --load-path {trained} --test-size 20" if todo != "train" else TINY.replace(
-        "--save", "--todo train")
-    small = {"attack": "--eps-list 0.1 --attack-iters 1 --attack-step 2 --seed 1", "gducheck": "",
-             "audit": "--eps 0.5 --budget quick --test-size 2 --attack-step 2 --seed 1"}.get(todo, "")
+    idle = [
+        flag
+        for flag in ALL
+        if flag.todos
+        and todo not in flag.todos
+        # another program's; a GPU's; refused
+        and flag.name not in ("dropouts", "compile", "precision", "eps", "eps-list")
+    ]
+    start = (
+        f"--todo {todo} --device -1 --load-path {trained} --test-size 20"
+        if todo != "train"
+        else TINY.replace("--save", "--todo train")
+    )
+    small = {
+        "attack": "--eps-list 0.1 --attack-iters 1 --attack-step 2 --seed 1",
+        "gducheck": "",
+        "audit": "--eps 0.5 --budget quick --test-size 2 --attack-step 2 --seed 1",
+    }.get(todo, "")
     plain = cli(start, small)
     for file in [*trained.glob("Adversarial_Accuracy.*"), *trained.glob("Audit_*")]:
         file.unlink()
@@ -131,11 +166,15 @@ def test_a_flag_without_effect_changes_nothing_and_says_so(cli, trained, todo):
     assert code == plain[0] == 0, err
     for flag in idle:
         assert f"--{flag.name} has no effect on {todo}" in err, flag.name
-    timeless = [re.sub(r"[\d.]+ s|[\d.]+ images/s|\(\d+ %\)|_\d+", "", text) for text in (plain[1], out)]
+    timeless = [
+        re.sub(r"[\d.]+ s|[\d.]+ images/s|\(\d+ %\)|_\d+", "", text) for text in (plain[1], out)
+    ]
     assert timeless[0] == timeless[1]
 
 
-@pytest.mark.parametrize("model, other", [("MLP", "CNN"), ("VFMLP", "VFCNN"), ("CNN", "MLP"), ("VFCNN", "VFMLP")])
+@pytest.mark.parametrize(
+    "model, other", [("MLP", "CNN"), ("VFMLP", "VFCNN"), ("CNN", "MLP"), ("VFCNN", "VFMLP")]
+)
 def test_flags_of_another_model_say_so(model, other):
     words = ["--task", "digits", "--model", model, "--save"]
     for flag in ALL:
@@ -149,16 +188,28 @@ def test_flags_of_another_model_say_so(model, other):
 def test_no_flag_that_has_an_effect_is_said_to_have_none():
     for todo in TODOS:
         for flag in ALL:
-            if (not flag.todos or todo in flag.todos) and not flag.models and flag.name not in (
-                    "dropouts", "load-path", "todo", "random-sign", "thirdphase"):
+            if (
+                (not flag.todos or todo in flag.todos)
+                and not flag.models
+                and flag.name not in ("dropouts", "load-path", "todo", "random-sign", "thirdphase")
+            ):
                 words = ["--todo", todo, "--save", *given(flag).split()]
-                words += ["--adv-train", "0.5"] if flag.name.startswith("adv-") and flag.name != "adv-train" else []
-                values = {**arguments.parse(words[:2], main.FLAGS), **arguments.parse(words[2:], main.FLAGS)}
+                words += (
+                    ["--adv-train", "0.5"]
+                    if flag.name.startswith("adv-") and flag.name != "adv-train"
+                    else []
+                )
+                values = {
+                    **arguments.parse(words[:2], main.FLAGS),
+                    **arguments.parse(words[2:], main.FLAGS),
+                }
                 args = arguments.resolve(values)
                 args.alg, args.optim, args.schedule, args.attack = "EP", "sgd", "sync", "pgd"
                 values.pop("save", None) if flag.name != "save" else None
                 args.task = "CIFAR10"
-                assert not [note for note in checks.notes(args, values) if f"--{flag.name} " in note], (todo, flag.name)
+                assert not [
+                    note for note in checks.notes(args, values) if f"--{flag.name} " in note
+                ], (todo, flag.name)
 
 
 def test_an_unknown_flag_names_the_nearest(cli):
@@ -180,7 +231,9 @@ def test_what_is_no_fraction_is_refused(cli, text):
     assert code == 2 and f"--eps-list: got '{text}'" in err
 
 
-@pytest.mark.parametrize("task, first, last", [("CIFAR10", 3072, 10), ("CIFAR100", 3072, 100), ("MNIST", 784, 10)])
+@pytest.mark.parametrize(
+    "task, first, last", [("CIFAR10", 3072, 10), ("CIFAR100", 3072, 100), ("MNIST", 784, 10)]
+)
 def test_sizes_come_from_the_task_where_no_flag_says_them(task, first, last):
     args = arguments.resolve({"task": task})
     assert args.archi == [first, 512, last] and args.fc == [last]
@@ -189,8 +242,10 @@ def test_sizes_come_from_the_task_where_no_flag_says_them(task, first, last):
 
 @pytest.mark.parametrize("name", ["square", "hopskipjump"])
 def test_attacks_without_a_gradient_have_no_gradient_in_their_rows(ok, trained, name):
-    out = ok(f"--todo attack --device -1 --load-path {trained} --attack {name} --eps-list 0.5 --attack-iters 1 "
-             "--test-size 4 --attack-grad bptt ep")
+    out = ok(
+        f"--todo attack --device -1 --load-path {trained} --attack {name} --eps-list 0.5 --attack-iters 1 "
+        "--test-size 4 --attack-grad bptt ep"
+    )
     assert "bptt" not in out.split("results go to")[1] and "gradients through" not in out
     table = (trained / f"Adversarial_Accuracy_{name}_2.csv").read_text()
     assert table.splitlines()[1].split(",")[1] == name and len(table.splitlines()) == 2
@@ -221,21 +276,33 @@ print(*sorted({{name.split(".")[0] for name in sys.modules}} & slow), code)
 """
 
 
-@pytest.mark.parametrize("words, loaded", [
-    (["--help"], "0"), (["--epoch", "3"], "2"), (["--T1", "x"], "2"), (["--lrs", "1"], "2"),
-    (["--todo", "evaluate"], "2"),
-    (["--load-path", "missing", "--device", "-1"], "torch 2"),
-])
+@pytest.mark.parametrize(
+    "words, loaded",
+    [
+        (["--help"], "0"),
+        (["--epoch", "3"], "2"),
+        (["--T1", "x"], "2"),
+        (["--lrs", "1"], "2"),
+        (["--todo", "evaluate"], "2"),
+        (["--load-path", "missing", "--device", "-1"], "torch 2"),
+    ],
+)
 def test_what_a_command_loads(tmp_path, words, loaded):
     code = COUNT.format(root=str(ROOT), words=words)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.splitlines()[-1] == loaded, done.stderr
 
 
 def test_a_training_on_digits_without_save_loads_no_figures(tmp_path):
     words = TINY.replace("--save", "").split()
-    done = subprocess.run([sys.executable, "-c", COUNT.format(root=str(ROOT), words=words)], capture_output=True,
-                          text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT.format(root=str(ROOT), words=words)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.stdout.splitlines()[-1] == "sklearn torch 0", done.stderr
 
 
@@ -245,24 +312,37 @@ def test_a_training_on_digits_without_save_loads_no_figures(tmp_path):
 def test_a_run_predicts_from_python(ok, trained):
     run = mu.load_run(trained, "cpu")
     images, labels = load_split("digits", "", False, 20)
-    accuracy = float(re.search(r"test accuracy (\S+) %", ok(f"--todo evaluate --device -1 --load-path {trained}"))[1])
+    accuracy = float(
+        re.search(
+            r"test accuracy (\S+) %", ok(f"--todo evaluate --device -1 --load-path {trained}")
+        )[1]
+    )
     found = run.predict(images)
-    assert found.dtype == torch.int64 and 100 * (found == labels).double().mean().item() == pytest.approx(accuracy)
+    assert found.dtype == torch.int64 and 100 * (
+        found == labels
+    ).double().mean().item() == pytest.approx(accuracy)
     for same in (images.float() / 255, images.numpy(), images.numpy() / 255):
         assert torch.equal(run.predict(same), found)
     assert run.predict(images[:0]).shape == (0,) and run.args.T1 == 8 and "model.pt" in run.source
-    for wrong, word in ((images.float(), "0, 1"), (images[:, 0], "expected"), (images.int(), "uint8")):
+    for wrong, word in (
+        (images.float(), "0, 1"),
+        (images[:, 0], "expected"),
+        (images.int(), "uint8"),
+    ):
         with pytest.raises(ValueError, match=word):
             run.predict(wrong)
 
 
 def test_a_run_gives_arts_classifier(trained):
     from art.attacks.evasion import DeepFool
+
     run = mu.load_run(trained, "cpu")
     images, _ = load_split("digits", "", False, 6)
     x = (images.float() / 255).numpy()
     classifier = run.classifier()
-    assert (classifier.predict(x).argmax(1) == run.predict(images).numpy()).all() and classifier.T1 == 8
+    assert (
+        classifier.predict(x).argmax(1) == run.predict(images).numpy()
+    ).all() and classifier.T1 == 8
     assert run.classifier(T1=3, grad="smooth").T1 == 3
     moved = DeepFool(classifier, max_iter=5, verbose=False).generate(x)
     assert moved.shape == x.shape and 0 <= moved.min() and moved.max() <= 1 and (moved != x).any()
@@ -273,12 +353,21 @@ def test_a_model_asks_for_its_number_of_steps(trained):
         mu.load_run(trained, "cpu").model(torch.zeros(1, 1, 28, 28))
 
 
-@pytest.mark.parametrize("words, said", [
-    ("--todo attack --load-path x --eps 8/255", "--eps: is not of --todo attack, which takes --eps-list 0.0313"),
-    ("--todo audit --load-path x --eps-list 0.5 1", "--eps-list: is not of --todo audit, which takes --eps 0.5 1.0"),
-    ("--todo audit --load-path x", "--todo audit needs a bound above 0"),
-    ("--dropouts 1 1", "a flag of main_dropout.py"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            "--todo attack --load-path x --eps 8/255",
+            "--eps: is not of --todo attack, which takes --eps-list 0.0313",
+        ),
+        (
+            "--todo audit --load-path x --eps-list 0.5 1",
+            "--eps-list: is not of --todo audit, which takes --eps 0.5 1.0",
+        ),
+        ("--todo audit --load-path x", "--todo audit needs a bound above 0"),
+        ("--dropouts 1 1", "a flag of main_dropout.py"),
+    ],
+)
 def test_slips_are_answered_before_any_work(cli, words, said):
     code, _, err = cli(words)
     assert code == 2 and err.count("\n") == 1 and said in err

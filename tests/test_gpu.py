@@ -1,5 +1,6 @@
-"""What only a GPU can show: the same numbers as on a CPU, nothing waits, a run goes on bit by bit. Skipped without one;
-GPU_TESTS_ON_CPU=1 runs them on the CPU, which shows that they run."""
+"""What only a GPU can show: the same numbers as on a CPU, nothing waits, a run goes on bit by bit.
+Skipped without one; GPU_TESTS_ON_CPU=1 runs them on the CPU, which shows that they run."""
+
 import contextlib
 import json
 import os
@@ -14,12 +15,16 @@ from ART_Timesteps_Addition import audit_subject
 from experiment.workers import Workers, pick_device
 
 ON_CPU = os.environ.get("GPU_TESTS_ON_CPU") == "1"
-pytestmark = [pytest.mark.gpu,
-              pytest.mark.skipif(not (ON_CPU or torch.cuda.is_available()), reason="there is no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (ON_CPU or torch.cuda.is_available()), reason="there is no CUDA device"),
+]
 INDEX = -1 if ON_CPU else 0
-TRAIN = (f"--task digits --device {INDEX} --seed 3 --deterministic --train-size 80 --test-size 40 --T1 8 --T2 3 "
-         "--thirdphase --random-sign --model CNN --channels 4 6 --kernels 3 3 --pools mm --act my_hard_sig --loss cel "
-         "--softmax")
+TRAIN = (
+    f"--task digits --device {INDEX} --seed 3 --deterministic --train-size 80 --test-size 40 --T1 8 --T2 3 "
+    "--thirdphase --random-sign --model CNN --channels 4 6 --kernels 3 3 --pools mm --act my_hard_sig --loss cel "
+    "--softmax"
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +99,14 @@ def test_compiled_steps_are_the_plain_ones(name, device):
             found.append(grads(model))
         mu.set_precision("fp32")
         for key, grad in found[0].items():
-            torch.testing.assert_close(found[1][key], grad, rtol=1e-2, atol=1e-2 * grad.abs().max().item())
+            torch.testing.assert_close(
+                found[1][key], grad, rtol=1e-2, atol=1e-2 * grad.abs().max().item()
+            )
 
 
-def test_a_run_goes_on_bit_by_bit_and_is_attacked_and_audited_as_on_a_cpu(ok, tmp_path, monkeypatch):
+def test_a_run_goes_on_bit_by_bit_and_is_attacked_and_audited_as_on_a_cpu(
+    ok, tmp_path, monkeypatch
+):
     weights = []
     for name, parts in (("whole", ["--epochs 2"]), ("parts", ["--epochs 1", "--epochs 1"])):
         (tmp_path / name).mkdir()
@@ -110,12 +119,20 @@ def test_a_run_goes_on_bit_by_bit_and_is_attacked_and_audited_as_on_a_cpu(ok, tm
     assert all(torch.equal(a, weights[1][key]) for key, a in weights[0].items())
     rows = []
     for seed, index in enumerate((INDEX, -1)):
-        out = ok(f"--todo attack --load-path {run} --device {index} --test-size 40 --eps-list 0.5 --attack-iters 3 "
-                 f"--attack-step 4 --seed {seed}")
+        out = ok(
+            f"--todo attack --load-path {run} --device {index} --test-size 40 --eps-list 0.5 --attack-iters 3 "
+            f"--attack-step 4 --seed {seed}"
+        )
         rows.append(float(re.search(r"adversarial accuracy (\S+) %", out).group(1)))
     assert abs(rows[0] - rows[1]) <= 5
     line = f"--todo audit --load-path {run} --attack-norm 2 --eps 0.5 --budget quick --test-size 12 --attack-step 4"
     monkeypatch.setitem(audit_subject.BUDGETS, "quick", audit_subject.Budget(5, 2, 20, 30, 5, 1, 4))
-    audits = [ok(line, f"--device {index} --seed {seed}") and json.loads((run / "Audit_2_0.5.json").read_text())
-              for seed, index in enumerate((INDEX, -1))]  # of one seed the second would be the first's
-    assert abs(audits[0]["robust"] - audits[1]["robust"]) <= 1.01 / 12 and audits[0]["clean"] == audits[1]["clean"]
+    audits = [
+        ok(line, f"--device {index} --seed {seed}")
+        and json.loads((run / "Audit_2_0.5.json").read_text())
+        for seed, index in enumerate((INDEX, -1))
+    ]  # of one seed the second would be the first's
+    assert (
+        abs(audits[0]["robust"] - audits[1]["robust"]) <= 1.01 / 12
+        and audits[0]["clean"] == audits[1]["clean"]
+    )

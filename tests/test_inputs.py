@@ -1,4 +1,5 @@
 """Inputs of another floating type, and mini-batches without an image."""
+
 import argparse
 import functools
 
@@ -13,11 +14,18 @@ from data_utils import TASKS, Batches
 
 RULES = {
     "EP": lambda m, x, y, c: mu.ep_gradients(m, x, y, rule(7, 4, c, 0.5)),
-    "EP symmetric": lambda m, x, y, c: mu.ep_gradients(m, x, y, rule(7, 4, c, 0.5, thirdphase=True)),
+    "EP symmetric": lambda m, x, y, c: mu.ep_gradients(
+        m, x, y, rule(7, 4, c, 0.5, thirdphase=True)
+    ),
     "EP, ending early": lambda m, x, y, c: mu.ep_gradients(m, x, y, rule(7, 4, c, 0.5, tol=1e-2)),
     "BPTT": lambda m, x, y, c: mu.bptt_gradients(m, x, y, rule(7, 4, c)),
     "CEP": lambda m, x, y, c: mu.cep_updates(
-        m, x, y, rule(7, 4, c, 0.5), functools.partial(mu.gradient_step, torch.optim.SGD(m.parameters(), lr=0.1))),
+        m,
+        x,
+        y,
+        rule(7, 4, c, 0.5),
+        functools.partial(mu.gradient_step, torch.optim.SGD(m.parameters(), lr=0.1)),
+    ),
 }
 
 
@@ -34,17 +42,27 @@ def test_an_input_of_another_type_is_converted(model, dtype):
             neurons = learn(model, given, y, criterion)
             mu.correct(model.chain(), neurons, y)
             weights = {f"weight {i}": p.detach().clone() for i, p in enumerate(model.parameters())}
-            results.append({**grads(model), **weights, **{f"neurons {i}": s for i, s in enumerate(neurons)}})
+            results.append(
+                {**grads(model), **weights, **{f"neurons {i}": s for i, s in enumerate(neurons)}}
+            )
         ours, theirs = results[-2:]
-        assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.float64 for key in theirs), name
+        assert all(
+            torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.float64
+            for key in theirs
+        ), name
     states = [model(x, y, None, 5, beta, criterion) for beta in (0.0, 0.5)]
     found = []
     for given in (x, x.double()):
         model.compute_syn_grads(given, y, *states, (0.0, 0.5), criterion)
         phi = model.Phi(given, y, states[1], 0.5, criterion)
         gdu = mu.check_gdu(model, given, y, 5, 3, (0.0, 0.5), criterion)
-        found.append([*grads(model).values(), *(phi if isinstance(phi, list) else [phi]),
-                      *(tensor for part in gdu for tensor in part.values())])
+        found.append(
+            [
+                *grads(model).values(),
+                *(phi if isinstance(phi, list) else [phi]),
+                *(tensor for part in gdu for tensor in part.values()),
+            ]
+        )
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
@@ -55,17 +73,21 @@ def test_a_mini_batch_without_an_image(name):
     criterion = criterion_of(model)
     (x, y), shapes = sample(model, 0), [(0, *c.post_shape) for c in model.connections]
     states = [model(x, y, None, 12, beta, criterion) for beta in (0.0, 0.5)]
-    states += [model(x, None, model.init_neurons(0, "cpu"), 3, criterion=criterion),
-               model(x, None, None, 12, criterion=criterion, output_in=0),
-               model(x.clone().requires_grad_(), None, None, 3, criterion=criterion, check_thm=True),
-               *(settle(model, x, y, 12, beta, criterion, 1e-3)[0] for beta in (0.0, 0.5))]
+    states += [
+        model(x, None, model.init_neurons(0, "cpu"), 3, criterion=criterion),
+        model(x, None, None, 12, criterion=criterion, output_in=0),
+        model(x.clone().requires_grad_(), None, None, 3, criterion=criterion, check_thm=True),
+        *(settle(model, x, y, 12, beta, criterion, 1e-3)[0] for beta in (0.0, 0.5)),
+    ]
     assert all([tuple(s.shape) for s in state] == shapes for state in states)
     kept = [torch.randn_like(p) for p in model.parameters()]
     for p, grad in zip(model.parameters(), kept):
         p.grad = grad
     calls = [lambda learn=learn: learn(model, x, y, criterion) for learn in RULES.values()]
-    calls += [lambda: model.compute_syn_grads(x, y, *states[:2], (0.0, 0.5), criterion),
-              lambda: mu.check_gdu(model, x, y, 4, 3, (0.0, 0.5), criterion)]
+    calls += [
+        lambda: model.compute_syn_grads(x, y, *states[:2], (0.0, 0.5), criterion),
+        lambda: mu.check_gdu(model, x, y, 4, 3, (0.0, 0.5), criterion),
+    ]
     for call in calls:
         with pytest.raises(ValueError, match="the mini-batch is empty"):
             call()
@@ -86,12 +108,25 @@ def test_a_data_set_without_an_image(attack):
     model, task = mu.P_MLP([784, 12, 10], mu.my_sigmoid), TASKS["digits"]
     images, labels = torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
     data = Batches(images, labels, 4, task, "cpu")
-    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and mu.predictions(model, data, mu.Rule(T1=5)).shape == (0,
-            )
-    args = argparse.Namespace(task="digits", attack=attack, attack_norm="2", attack_iters=2, attack_step=5,
-                              attack_start="zero", T1=8,
-                              predict_step=None, loss="mse", no_clip=False, tol=0.0, mbs=2, seed=0,
-                              attack_grad=["bptt", "ep"])
+    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and mu.predictions(
+        model, data, mu.Rule(T1=5)
+    ).shape == (0,)
+    args = argparse.Namespace(
+        task="digits",
+        attack=attack,
+        attack_norm="2",
+        attack_iters=2,
+        attack_step=5,
+        attack_start="zero",
+        T1=8,
+        predict_step=None,
+        loss="mse",
+        no_clip=False,
+        tol=0.0,
+        mbs=2,
+        seed=0,
+        attack_grad=["bptt", "ep"],
+    )
     for eps in (0.0, 1.0):
         results = mu.attack(model, images, labels, args, eps)
         assert [*results] == ["bptt", "ep", "worst"]

@@ -1,4 +1,5 @@
 """The rooms of the code, read with `ast`: what may import what."""
+
 import ast
 import re
 import shlex
@@ -11,11 +12,25 @@ from energy import activations, names, poolings
 from experiment import arguments, checks, flag_table
 from experiment.flags import ALL, DROPOUTS, FLAGS
 
-# The floor of each room. A room imports only rooms on lower floors (files of one folder each other).
-FLOORS = {"main_dropout.py": 5, "main.py": 4, "model_utils.py": 3, "learning.py": 2.5, "baselines.py": 2,
-          "experiment": 2, "ART_Timesteps_Addition": 2, "data_utils.py": 1, "energy": 1, "data_files.py": 0}
-FILES = sorted(path for name in FLOORS for path in ([ROOT / name] if name.endswith(".py")
-                                                    else (ROOT / name).glob("*.py")))
+# The floor of each room. A room imports only rooms on lower floors (files of one folder each
+# other).
+FLOORS = {
+    "main_dropout.py": 5,
+    "main.py": 4,
+    "model_utils.py": 3,
+    "learning.py": 2.5,
+    "baselines.py": 2,
+    "experiment": 2,
+    "ART_Timesteps_Addition": 2,
+    "data_utils.py": 1,
+    "energy": 1,
+    "data_files.py": 0,
+}
+FILES = sorted(
+    path
+    for name in FLOORS
+    for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).glob("*.py"))
+)
 
 
 def room(path):
@@ -57,16 +72,22 @@ def test_there_are_no_circles():
                 visit(other)
             under_way.pop()
             done.add(module)
+
     for module in graph:
         visit(module)
 
 
 def test_lines_have_at_most_120_columns():
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True,
-                             text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     paths = [ROOT / name for name in tracked] or FILES
-    long = [f"{path.name}:{n}" for path in paths for n, line in enumerate(path.read_text().splitlines(), 1)
-            if len(line) > 120]
+    long = [
+        f"{path.name}:{n}"
+        for path in paths
+        for n, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > 120
+    ]
     assert not long
 
 
@@ -79,13 +100,18 @@ def test_no_model_is_copied_and_no_private_kernel_called():
 def test_names_are_those_of_the_implementations():
     """`energy.names` is read by the command line before torch is loaded."""
     assert names.ACTIVATIONS == tuple(activations.ACTIVATIONS) and set(activations.RANGES) == set(
-        activations.ACTIVATIONS.values())
+        activations.ACTIVATIONS.values()
+    )
     assert names.POOLINGS == tuple(poolings.POOLS)
 
 
 def test_every_room_is_known():
     """A new file or folder of code gets a floor here."""
-    tops = {path.name for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    tops = {
+        path.name
+        for path in ROOT.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert tops == set(FLOORS)
 
 
@@ -107,7 +133,9 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
         text = path.read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (path.parent / target).exists(), (path.name, target)
-        for word in re.findall(r"(?:bash )?(check/[\w.]+\.sh|benchmarks/[\w.]+|tests/[\w.]+\.py)", text):
+        for word in re.findall(
+            r"(?:bash )?(check/[\w.]+\.sh|benchmarks/[\w.]+|tests/[\w.]+\.py)", text
+        ):
             assert (ROOT / word).exists(), (path.name, word)
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

@@ -1,5 +1,6 @@
-"""Locks of run folders with and without locks of the file system, planted links, and hidden files that killed
-processes leave."""
+"""Locks of run folders with and without locks of the file system, planted links, and hidden files
+that killed processes leave."""
+
 import errno
 import fcntl
 import os
@@ -32,17 +33,28 @@ def epochs(run):
 def flock_fails(monkeypatch, number):
     def fails(*_):
         raise OSError(number, os.strerror(number))
+
     monkeypatch.setattr("fcntl.flock", fails)
 
 
 # ---- what an error of a lock means
 
 
-@pytest.mark.parametrize("number, words", [
-    (errno.EACCES, ""), (errno.EPERM, ""), (errno.EIO, ""),
-    (errno.EACCES, "--todo attack --test-size 4 --eps-list 0.5 --attack-iters 1 --attack-step 2")])
-def test_a_lock_that_fails_is_not_a_file_system_without_locks(cli, tmp_path, monkeypatch, number,
-                                                                      words):
+@pytest.mark.parametrize(
+    "number, words",
+    [
+        (errno.EACCES, ""),
+        (errno.EPERM, ""),
+        (errno.EIO, ""),
+        (
+            errno.EACCES,
+            "--todo attack --test-size 4 --eps-list 0.5 --attack-iters 1 --attack-step 2",
+        ),
+    ],
+)
+def test_a_lock_that_fails_is_not_a_file_system_without_locks(
+    cli, tmp_path, monkeypatch, number, words
+):
     cli(TINY)
     run = only_run(tmp_path)
     before = contents(run)
@@ -59,7 +71,7 @@ def test_a_lock_that_fails_is_not_a_file_system_without_locks(cli, tmp_path, mon
 def test_the_lock_of_another_user_is_a_lock(cli, tmp_path):
     cli(TINY)
     run = only_run(tmp_path)
-    for folder in (run, *run.parents[:run.parts.index("results") - len(run.parts)], tmp_path):
+    for folder in (run, *run.parents[: run.parts.index("results") - len(run.parts)], tmp_path):
         folder.chmod(0o777)
     (run / ".lock").write_text("process 1 on elsewhere")
     before = contents(run)
@@ -70,7 +82,10 @@ def test_the_lock_of_another_user_is_a_lock(cli, tmp_path):
     finally:
         os.seteuid(0)
     assert code == 2 and err.count("\n") == 1 and "Permission denied" in err
-    assert "if no process is at work there, delete that file" in err and contents(tmp_path / run) == before
+    assert (
+        "if no process is at work there, delete that file" in err
+        and contents(tmp_path / run) == before
+    )
 
 
 # ---- file systems without locks
@@ -85,6 +100,7 @@ def test_without_locks_no_two_processes_share_a_run(cli, tmp_path, monkeypatch, 
         lock = only_run(tmp_path) / ".lock"
         second.append((cli(f"--device -1 --load-path {lock.parent}"), lock.read_text()))
         train(*args, **more)
+
     monkeypatch.setattr(mu, "train", while_training)
     assert cli(TINY)[0] == 0
     run = only_run(tmp_path)
@@ -92,7 +108,10 @@ def test_without_locks_no_two_processes_share_a_run(cli, tmp_path, monkeypatch, 
     (code, _, err), text = second.pop()
     notes, error = err.splitlines()
     assert code == 2 and notes.startswith("note:") and error.startswith("main.py: error:")
-    assert f"process {os.getpid()} on {socket.gethostname()}" in err and f"delete {run / '.lock'}" in err
+    assert (
+        f"process {os.getpid()} on {socket.gethostname()}" in err
+        and f"delete {run / '.lock'}" in err
+    )
 
     monkeypatch.setattr(mu, "train", train)
     (run / ".lock").write_text(text)  # after a kill
@@ -133,30 +152,49 @@ KINDS = ["symbolic link", "dangling link", "hard link", "pipe"]
 def test_no_lock_follows_a_link(cli, tmp_path, kind):
     cli(TINY)
     run, victim = only_run(tmp_path), tmp_path / "victim"
-    for name, words in [(".lock", "--epochs 1"), (".Audit_2_0.5.lock", "--todo audit --eps 0.5"),
-                        (".Adversarial_Accuracy.lock", "--todo attack --eps-list 0.5 --attack-step 2")]:
+    for name, words in [
+        (".lock", "--epochs 1"),
+        (".Audit_2_0.5.lock", "--todo audit --eps 0.5"),
+        (".Adversarial_Accuracy.lock", "--todo attack --eps-list 0.5 --attack-step 2"),
+    ]:
         plant(run / name, victim, kind)
         code, _, err = cli(f"{words} --device -1 --load-path {run}")
-        assert code == 2 and err.count("\n") == 1 and f"{run / name}: it is a link or no regular file" in err
-        assert victim.read_text() == "precious" and not (tmp_path / "not-there").exists() and epochs(run) == 1
+        assert (
+            code == 2
+            and err.count("\n") == 1
+            and f"{run / name}: it is a link or no regular file" in err
+        )
+        assert (
+            victim.read_text() == "precious"
+            and not (tmp_path / "not-there").exists()
+            and epochs(run) == 1
+        )
         (run / name).unlink()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_file_that_is_written_follows_a_link(ok, tmp_path, kind):
-    """Neither one that is replaced, nor one that is appended to, nor those that are written to first."""
+    """Neither one that is replaced, nor one that is appended to, nor those that are written to
+    first."""
     ok(TINY)
     run, victim = only_run(tmp_path), tmp_path / "victim"
     host, pid = socket.gethostname(), os.getpid()
     names = [path.name for path in run.iterdir()]
-    for name in [*names, *(f".{name}.tmp-{host}-{pid}" for name in (*names, "probe", "predictions.csv"))]:
-        if name != "checkpoint.tar" and (kind != "pipe" or name.startswith(".") or name == "hyperparameters.txt"):
+    for name in [
+        *names,
+        *(f".{name}.tmp-{host}-{pid}" for name in (*names, "probe", "predictions.csv")),
+    ]:
+        if name != "checkpoint.tar" and (
+            kind != "pipe" or name.startswith(".") or name == "hyperparameters.txt"
+        ):
             plant(run / name, victim, kind)
     ok(f"--device -1 --load-path {run}")
     ok(f"--todo evaluate --save --device -1 --load-path {run}")
     assert victim.read_text() == "precious" and not (tmp_path / "not-there").exists()
     text = (run / "hyperparameters.txt").read_text()
-    assert "resumed from epoch 2 on" in text and text.splitlines()[-1].startswith("evaluated model.pt")
+    assert "resumed from epoch 2 on" in text and text.splitlines()[-1].startswith(
+        "evaluated model.pt"
+    )
     assert text.startswith("precious") == (kind in ("symbolic link", "hard link"))
     assert not [name for name in names if (run / name).is_symlink()]
 
@@ -184,11 +222,16 @@ def test_two_trainings_of_one_host_name_process_and_second_are_two_runs(cli, tmp
             inner.append(None)
             inner[0] = cli(TINY)
         write(self, *args)
+
     monkeypatch.setattr(RunFolder, "write_hyperparameters", write_and_start_another)
     code, _, err = cli(TINY)
     assert code == 0 and inner[0][0] == 0, (err, inner)
     runs = [path.parent for path in tmp_path.rglob("final_checkpoint.tar")]
-    assert len(runs) == 2 and len(os.listdir(runs[0].parent)) == 2 and [epochs(run) for run in runs] == [1, 1]
+    assert (
+        len(runs) == 2
+        and len(os.listdir(runs[0].parent)) == 2
+        and [epochs(run) for run in runs] == [1, 1]
+    )
 
 
 def test_what_another_container_writes_is_not_cleaned_up(ok, tmp_path):
@@ -199,7 +242,10 @@ def test_what_another_container_writes_is_not_cleaned_up(ok, tmp_path):
     dead.wait()
     with replacing(run / "model.pt") as own:
         pass
-    paths = [own.with_name(own.name.replace(str(os.getpid()), str(pid))) for pid in (dead.pid, os.getpid())]
+    paths = [
+        own.with_name(own.name.replace(str(os.getpid()), str(pid)))
+        for pid in (dead.pid, os.getpid())
+    ]
     files = [open(path, "xb") for path in paths]
     for file in files:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -226,7 +272,9 @@ def test_seeds_clean_up_what_killed_starts_have_left(ok, tmp_path, name):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
-    old = tmp_path / "results/EP/mse/2026-01-31/.10-11-12_cpu.999999999"  # as versions before have left it
+    old = (
+        tmp_path / "results/EP/mse/2026-01-31/.10-11-12_cpu.999999999"
+    )  # as versions before have left it
     old.mkdir(parents=True)
     (old / "config.json").write_text("{}")
     (tmp_path / "results/EP/mse/.seed_5_0123456789ab").mkdir()

@@ -1,5 +1,6 @@
-"""The written-out dynamics and updates against automatic differentiation of Phi, in float64, on shapes the golden cases
-lack."""
+"""The written-out dynamics and updates against automatic differentiation of Phi, in float64, on
+shapes the golden cases lack."""
+
 import functools
 import subprocess
 import sys
@@ -47,8 +48,9 @@ def test_ep_update_of_tied_weights_is_the_gradient_of_phi(model, loss, thirdphas
 
 
 def test_vector_field_update_is_the_local_one(model):
-    """Layer n's term: d phi_n / dp with the free state around s_n, between s_n nudged and s_n free; or, with the same
-    update, both ends nudged, and the mean of the two gradients of a connection."""
+    """Layer n's term: d phi_n / dp with the free state around s_n, between s_n nudged and s_n free;
+    or, with the same update, both ends nudged, and the mean of the two gradients of a
+    connection."""
     if not len(model.B_syn):
         pytest.skip("tied weights")
     criterion, (x, y), beta = criterion_of(model), sample(model), 0.3
@@ -60,10 +62,15 @@ def test_vector_field_update_is_the_local_one(model):
         for (state, b), sign in zip(zip(states, betas), (-1, 1)):
             for n in range(len(free)):
                 mixed = [state[n] if k == n else free[k] for k in range(len(free))]
-                (sign * model.Phi(x, y, mixed, b, criterion)[n].mean() / (betas[0] - betas[1])).backward()
+                (
+                    sign * model.Phi(x, y, mixed, b, criterion)[n].mean() / (betas[0] - betas[1])
+                ).backward()
         return grads(model)
 
-    for states, betas, third in (((free, plus), (0.0, beta), None), ((plus, minus), (beta, -beta), minus)):
+    for states, betas, third in (
+        ((free, plus), (0.0, beta), None),
+        ((plus, minus), (beta, -beta), minus),
+    ):
         expected = local(states, betas)
         model.compute_syn_grads(x, y, free, plus, betas, criterion, neurons_3=third)
         for name, grad in grads(model).items():
@@ -77,7 +84,10 @@ def test_vector_field_update_is_the_local_one(model):
         (sign * sum(model.Phi(x, y, state, b, criterion)).mean() / -beta).backward()
     for c in model.connections[1:]:
         forward, backward = c.synapse.weight.grad, c.feedback.weight.grad
-        transposed = backward.shape != c.feedback.weight.shape or c.feedback.weight.shape != c.synapse.weight.shape
+        transposed = (
+            backward.shape != c.feedback.weight.shape
+            or c.feedback.weight.shape != c.synapse.weight.shape
+        )
         mean = (forward + (backward.t() if transposed else backward)) / 2
         c.synapse.weight.grad = mean
         c.feedback.weight.grad = mean.t() if transposed else mean
@@ -89,7 +99,10 @@ def test_vector_field_update_is_the_local_one(model):
 def test_bptt_is_the_second_derivative(model, T1):
     criterion, (x, y) = criterion_of(model), sample(model)
     expected_neurons = autodiff.bptt_gradients(model, x, y, rule(T1, 4, criterion))
-    expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    expected = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
     neurons = mu.bptt_gradients(model, x, y, rule(T1, 4, criterion))
     torch.testing.assert_close(neurons[-1], expected_neurons[-1], **TOLERANCE)
     for name, p in model.named_parameters():
@@ -99,11 +112,14 @@ def test_bptt_is_the_second_derivative(model, T1):
 def test_no_step_and_no_update_calls_autograd(model, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("automatic differentiation was called")
+
     monkeypatch.setattr(torch.autograd, "grad", forbidden)
     monkeypatch.setattr(torch.autograd, "backward", forbidden)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        mu.ep_gradients(model, *sample(model), rule(3, 2, criterion_of(model), 0.5, thirdphase=True))
+        mu.ep_gradients(
+            model, *sample(model), rule(3, 2, criterion_of(model), 0.5, thirdphase=True)
+        )
     assert not saved
 
 
@@ -111,7 +127,9 @@ def test_input_drive_is_computed_once_a_phase(model, monkeypatch):
     calls = []
     first = model.connections[0]
     up = type(first).up
-    monkeypatch.setattr(type(first), "up", lambda self, pre: calls.append(self is first) or up(self, pre))
+    monkeypatch.setattr(
+        type(first), "up", lambda self, pre: calls.append(self is first) or up(self, pre)
+    )
     model(sample(model)[0], None, None, 9)
     assert sum(calls) == 1
 
@@ -145,11 +163,14 @@ def test_forward_leaves_its_arguments_as_they_are(model):
 @pytest.mark.parametrize("name", mu.ACTIVATIONS)
 def test_activations(name):
     x = torch.linspace(-3, 3, 1001, dtype=torch.float64, requires_grad=True)
-    formula = {"mysig": lambda x: 1 / (1 + torch.exp(-4 * (x - 0.5))), "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
-               "tanh": lambda x: (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1),
-               "hard_sigmoid": lambda x: (1 + torch.nn.functional.hardtanh(2 * x - 1)) / 2,
-               "my_hard_sig": lambda x: (1 + torch.nn.functional.hardtanh(x - 1)) / 2,
-               "ctrd_hard_sig": lambda x: torch.nn.functional.hardtanh(2 * x) / 2}[name]
+    formula = {
+        "mysig": lambda x: 1 / (1 + torch.exp(-4 * (x - 0.5))),
+        "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+        "tanh": lambda x: (torch.exp(2 * x) - 1) / (torch.exp(2 * x) + 1),
+        "hard_sigmoid": lambda x: (1 + torch.nn.functional.hardtanh(2 * x - 1)) / 2,
+        "my_hard_sig": lambda x: (1 + torch.nn.functional.hardtanh(x - 1)) / 2,
+        "ctrd_hard_sig": lambda x: torch.nn.functional.hardtanh(2 * x) / 2,
+    }[name]
     ours, theirs = mu.ACTIVATIONS[name](x), formula(x)
     torch.testing.assert_close(ours, theirs)
     slopes = [torch.autograd.grad(v.sum(), x)[0] for v in (ours, theirs)]
@@ -159,7 +180,9 @@ def test_activations(name):
 def test_wrong_constructions_are_refused():
     with pytest.raises(ValueError, match="unknown pooling"):
         mu.make_pools("mx")
-    with pytest.raises(ValueError, match="layer 2: a 5x5 convolution .* leaves nothing of a 3x3 map"):
+    with pytest.raises(
+        ValueError, match="layer 2: a 5x5 convolution .* leaves nothing of a 3x3 map"
+    ):
         mu.P_CNN(8, [1, 2, 2], [3, 5], [1, 1], [10], mu.make_pools("mi"), [0, 0], torch.tanh)
     with pytest.raises(ValueError, match="layer 1: .*pooling"):
         mu.P_CNN(3, [1, 2], [3], [1], [10], mu.make_pools("m"), [0], torch.tanh)
@@ -169,10 +192,15 @@ def test_wrong_constructions_are_refused():
 
 def test_backward_weights_take_the_rates_of_their_twins():
     model = mu.VF_CNN(12, [1, 2, 3], [3, 3], [1, 1], [4], mu.make_pools("mi"), [0, 0], torch.tanh)
-    args = __import__("argparse").Namespace(optim="sgd", lrs=[0.1, 0.2, 0.3], wds=[1e-1, 1e-2, 1e-3], mmt=0.9,
-                                            lr_decay=True)
+    args = __import__("argparse").Namespace(
+        optim="sgd", lrs=[0.1, 0.2, 0.3], wds=[1e-1, 1e-2, 1e-3], mmt=0.9, lr_decay=True
+    )
     optimizer, scheduler = mu.make_optimizer(model, args)
-    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    rates = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     for n, c in enumerate(model.connections):
         for p in [*c.synapse.parameters(), *(c.feedback.parameters() if c.feedback else [])]:
             assert rates[id(p)] == (args.lrs[n], args.wds[n])
@@ -208,16 +236,22 @@ print(worst)
 
 
 def test_no_kernel_stride_or_number_of_channels_corrupts_memory():
-    """In a process of its own, which torch's own convolution would crash for a 1x1 kernel with a stride."""
-    done = subprocess.run([sys.executable, "-c", STRIDED, str(ROOT)], capture_output=True, text=True)
+    """In a process of its own, which torch's own convolution would crash for a 1x1 kernel with a
+    stride."""
+    done = subprocess.run(
+        [sys.executable, "-c", STRIDED, str(ROOT)], capture_output=True, text=True
+    )
     assert done.returncode == 0, (done.returncode, done.stderr)
     assert float(done.stdout) < 1e-4
 
 
 @pytest.mark.parametrize("softmax", [False, True])
 def test_states_share_no_memory_with_parameters(softmax):
-    models = [mu.P_MLP([20, 16, 5], torch.tanh, softmax=softmax), mu.P_MLP([20, 5], torch.tanh),
-              mu.P_CNN(8, [2, 4], [3], [1], [5], mu.make_pools("m"), [0], torch.tanh, softmax=softmax)]
+    models = [
+        mu.P_MLP([20, 16, 5], torch.tanh, softmax=softmax),
+        mu.P_MLP([20, 5], torch.tanh),
+        mu.P_CNN(8, [2, 4], [3], [1], [5], mu.make_pools("m"), [0], torch.tanh, softmax=softmax),
+    ]
     for model in models:
         (x, y), owned = sample(model), {p.untyped_storage().data_ptr() for p in model.parameters()}
         for T in (0, 1, 2):

@@ -1,4 +1,6 @@
-"""What a run leaves behind besides its models: config.json, predictions.csv, relaxations, TensorBoard."""
+"""What a run leaves behind besides its models: config.json, predictions.csv, relaxations,
+TensorBoard."""
+
 import csv
 import importlib.util
 import json
@@ -16,14 +18,18 @@ from experiment.figures import accuracy
 from experiment.run_folder import RunFolder, fingerprint
 
 DIGITS = "--task digits --device -1 --train-size 120 --mbs 30 --seed 3 "
-MODELS = {"MLP": DIGITS + "--archi 784 16 10 --T1 12 --lrs 0.1 0.05 --betas 0 0.5",
-          "VFMLP": DIGITS + "--model VFMLP --loss cel --archi 784 16 10 --T1 12 --lrs 0.1 0.05 --betas 0 0.5"}
+MODELS = {
+    "MLP": DIGITS + "--archi 784 16 10 --T1 12 --lrs 0.1 0.05 --betas 0 0.5",
+    "VFMLP": DIGITS
+    + "--model VFMLP --loss cel --archi 784 16 10 --T1 12 --lrs 0.1 0.05 --betas 0 0.5",
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def trained(request, tmp_path_factory):
     """The run folder of a short training, in a folder of its own."""
     import main
+
     folder, before = tmp_path_factory.mktemp(request.param), os.getcwd()
     os.chdir(folder)
     assert main.main((MODELS[request.param] + " --save --epochs 2").split()) == 0
@@ -50,18 +56,27 @@ def columns(path):
 def test_config_json_is_every_argument_also_after_a_resumption(ok, tmp_path):
     ok(MODELS["MLP"], "--save --figures pdf")
     run = only_run(tmp_path)
-    assert config(run) == saved_config(run) and config(run)["T1"] == 12 and config(run)["figures"] == "pdf"
+    assert (
+        config(run) == saved_config(run)
+        and config(run)["T1"] == 12
+        and config(run)["figures"] == "pdf"
+    )
     assert (run / "train-test_acc.pdf").exists() and not list(run.glob("*.png"))
     ok(f"--device -1 --load-path {run} --T1 15 --epochs 2")
-    assert config(run) == saved_config(run) and config(run)["T1"] == 15 and config(run)["epochs"] == 2
+    assert (
+        config(run) == saved_config(run) and config(run)["T1"] == 15 and config(run)["epochs"] == 2
+    )
     assert config(run)["figures"] == "png" and (run / "train-test_acc.png").exists()
 
 
 def test_the_training_plot_is_told_of_the_model_and_the_resumptions(ok, tmp_path, monkeypatch):
     told = []
     ok(MODELS["MLP"], "--save --val-size 20 --epochs 2")
-    monkeypatch.setattr(RunFolder, "save_figure", lambda run, name, draw, *given: draw is accuracy
-                        and told.append(given))
+    monkeypatch.setattr(
+        RunFolder,
+        "save_figure",
+        lambda run, name, draw, *given: draw is accuracy and told.append(given),
+    )
     ok(f"--device -1 --load-path {only_run(tmp_path)} --mbs 40")
     rows, picked, resumptions, chance = told[-1]
     assert [row["epoch"] for row in rows] == [1, 2, 3] and chance == 10
@@ -84,7 +99,10 @@ def test_predictions_agree_with_the_printed_accuracy(ok, trained, more):
     assert [int(row["image"]) for row in rows] == list(range(90))
     steps = [int(row["steps"]) for row in rows]
     if more:
-        assert f"{sum(steps) / 90:.1f} steps on average, {max(steps)} at most" in out.split("test accuracy")[1]
+        assert (
+            f"{sum(steps) / 90:.1f} steps on average, {max(steps)} at most"
+            in out.split("test accuracy")[1]
+        )
     else:
         assert set(steps) == {12}
     cel = saved_config(trained)["loss"] == "cel"
@@ -104,7 +122,9 @@ def test_characteristic_has_the_residual_and_where_there_is_one_the_energy(ok, t
     ok(f"--todo characteristic --device -1 --load-path {trained} --test-size 40 --mbs 30 --T1 60")
     found, model = columns(trained / "Characteristic_Time.txt"), saved_config(trained)["model"]
     assert list(found) == ["t", "accuracy", "settled", "residual"] + ["energy"] * (model == "MLP")
-    assert found["residual"][0] == pytest.approx(1) and found["residual"][-1] < 1e-3  # all of it is new, then settled
+    assert (
+        found["residual"][0] == pytest.approx(1) and found["residual"][-1] < 1e-3
+    )  # all of it is new, then settled
     assert (trained / "Characteristic_Energy.png").stat().st_size > 5000
     assert "of the first 30 of them" in (trained / "Characteristic_Time.txt").read_text()
 
@@ -115,9 +135,16 @@ def test_the_energy_is_phi_after_each_step_and_the_residual_its_change():
     residual, energy = mu.relaxation(model, x, mu.Rule(T1=5))
     states = [model(x, T=t) for t in range(6)]
     criterion = mu.make_criterion("mse")
-    assert energy == pytest.approx([model.Phi(x, None, s, 0.0, criterion).mean().item() for s in states[1:]])
-    moved = [torch.stack([(b - a).norm(dim=1) / b.norm(dim=1) for a, b in zip(*pair)]).amax(0).mean().item()
-             for pair in zip(states, states[1:])]
+    assert energy == pytest.approx(
+        [model.Phi(x, None, s, 0.0, criterion).mean().item() for s in states[1:]]
+    )
+    moved = [
+        torch.stack([(b - a).norm(dim=1) / b.norm(dim=1) for a, b in zip(*pair)])
+        .amax(0)
+        .mean()
+        .item()
+        for pair in zip(states, states[1:])
+    ]
     assert residual == pytest.approx(moved)
     assert mu.relaxation(mu.VF_MLP([20, 16, 5], mu.my_sigmoid), x, mu.Rule(T1=5))[1] is None
 
@@ -132,7 +159,13 @@ def writers(monkeypatch):
 
     class SummaryWriter:
         def __init__(self, folder, purge_step):
-            self.folder, self.purge_step, self.scalars, self.flushed, self.closed = folder, purge_step, [], 0, False
+            self.folder, self.purge_step, self.scalars, self.flushed, self.closed = (
+                folder,
+                purge_step,
+                [],
+                0,
+                False,
+            )
             made.append(self)
 
         def add_scalar(self, *scalar):
@@ -147,7 +180,9 @@ def writers(monkeypatch):
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard" or find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "tensorboard" or find_spec(name)
+    )
     return made
 
 
@@ -158,17 +193,21 @@ def test_tensorboard_gets_the_numbers_of_every_epoch(ok, tmp_path, writers):
     ok(f"--device -1 --load-path {run}")  # each call for itself
     first, second = writers
     assert [w.folder.resolve() for w in writers] == [run / "tensorboard"] * 2
-    assert (first.purge_step, second.purge_step) == (1, 3) and all(w.closed and w.flushed == len(w.scalars)
-                                                                  for w in writers)
+    assert (first.purge_step, second.purge_step) == (1, 3) and all(
+        w.closed and w.flushed == len(w.scalars) for w in writers
+    )
     rows = list(csv.DictReader(open(run / "metrics.csv")))
     assert [s for s in first.scalars + second.scalars if s[0] == "test_acc"] == [
-        ("test_acc", float(row["test_acc"]), int(row["epoch"])) for row in rows[:3]]
+        ("test_acc", float(row["test_acc"]), int(row["epoch"])) for row in rows[:3]
+    ]
     assert {s[0] for s in first.scalars} == set(rows[0]) - {"epoch"}
 
 
 def test_without_the_package_tensorboard_is_refused_before_the_work(cli, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name)
+    )
     code, out, err = cli(MODELS["MLP"], "--save --tensorboard")
     assert code == 2 and not out and not list(tmp_path.iterdir())
     assert re.fullmatch(r"main.py: error: argument --tensorboard: .* not installed.*\n", err)
@@ -177,13 +216,19 @@ def test_without_the_package_tensorboard_is_refused_before_the_work(cli, tmp_pat
 def test_a_tensorboard_that_cannot_be_written_is_one_line(cli, writers, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(sys.modules["torch.utils.tensorboard"].SummaryWriter, "flush", full)
     code, _, err = cli(MODELS["MLP"], "--save --tensorboard")
     assert code == 1 and "tensorboard: no space left" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("words", [DIGITS + "--figures pdf --tensorboard", "--todo gducheck " + DIGITS
-                                   + "--figures pdf --archi 784 8 10 --T1 8"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        DIGITS + "--figures pdf --tensorboard",
+        "--todo gducheck " + DIGITS + "--figures pdf --archi 784 8 10 --T1 8",
+    ],
+)
 def test_flags_of_what_is_not_written_say_so(cli, words):
     code, _, err = cli(words, "--archi 784 8 10 --T1 8")
     assert code == 0 and "--figures has no effect without --save" in err

@@ -1,4 +1,5 @@
 """What runs and results remember of how they were computed: precision, data, machine, restarts."""
+
 import csv
 import json
 import pathlib
@@ -20,8 +21,10 @@ from data_utils import UserError
 from experiment import compare, measured
 from experiment.workers import check_device
 
-TINY = ("--device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "
-        "0.1 --betas 0 0.5 --save")
+TINY = (
+    "--device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "
+    "0.1 --betas 0 0.5 --save"
+)
 ATTACK = "--todo attack --device -1 --attack-step 2"
 AUDIT = "--todo audit --device -1 --eps 1 --budget quick --attack-step 2 --test-size 4"
 DIGITS = TINY + " --task digits --seed 3"
@@ -299,7 +302,7 @@ def test_a_sweep_of_an_earlier_version_is_continued(ok, tmp_path, attack):
     run = only_run(tmp_path)
     line = f"{ATTACK} --load-path {run} --test-size 8 --attack {attack}"
     ok(line, "--eps-list 1")
-    text, = run.glob("Adversarial_Accuracy*.txt")
+    (text,) = run.glob("Adversarial_Accuracy*.txt")
     settings, old = told(text, "data", "compile")
     assert len(settings["data"]) == 16 and settings["compile"] is False
     text.write_text(old)

@@ -1,4 +1,5 @@
 """Runs that are interrupted, killed, or given files that are not what they should be."""
+
 import os
 import pathlib
 import pickle
@@ -18,21 +19,27 @@ import main
 import model_utils as mu
 from experiment import arguments, checkpoints
 
-MLP = ("--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save "
-       "--archi 784 12 10")
+MLP = (
+    "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save "
+    "--archi 784 12 10"
+)
 CNN = MLP + " --model CNN --channels 3 4"
 BP = "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --seed 5 --save --loss cel"
 FFCNN = BP + " --model FFCNN --channels 3 4 --mmt 0.9"
 EXACT = {
-    "MLP EP random sign, momentum, decay": MLP + " --random-sign --mmt 0.9 --lr-decay --lrs 0.1 0.1",
+    "MLP EP random sign, momentum, decay": MLP
+    + " --random-sign --mmt 0.9 --lr-decay --lrs 0.1 0.1",
     "MLP BPTT Adam": MLP + " --alg BPTT --optim adam --lr-decay",
     "CNN EP random sign Adam": CNN + " --random-sign --optim adam",
     "CNN BPTT momentum": CNN + " --alg BPTT --mmt 0.9 --lr-decay",
-    "VFCNN EP symmetric, augmented": CNN + " --task CIFAR10 --data-aug --model VFCNN --thirdphase --optim adam "
-                                           "--lr-decay",
-    "FFMLP attacked": BP + " --model FFMLP --archi 784 12 10 --mmt 0.9 --lr-step 2 0.5 --adv-train 0.5 --adv-iters 2",
+    "VFCNN EP symmetric, augmented": CNN
+    + " --task CIFAR10 --data-aug --model VFCNN --thirdphase --optim adam "
+    "--lr-decay",
+    "FFMLP attacked": BP
+    + " --model FFMLP --archi 784 12 10 --mmt 0.9 --lr-step 2 0.5 --adv-train 0.5 --adv-iters 2",
     "FFCNN momentum": FFCNN + " --lr-decay",
-    "ViT Adam": BP + " --model ViT --patch 7 --depth 1 --heads 2 --width 8 --mlp-width 12 --optim adam --lr-decay",
+    "ViT Adam": BP
+    + " --model ViT --patch 7 --depth 1 --heads 2 --width 8 --mlp-width 12 --optim adam --lr-decay",
 }
 
 
@@ -56,8 +63,13 @@ def final_weights(run):
 def assert_same_run(run, other):
     for name, weight in final_weights(other).items():
         assert torch.equal(final_weights(run)[name], weight), name
-    rows = [[line.rsplit(",", 1)[0] if "angle" not in line else ""
-             for line in (r / "metrics.csv").read_text().splitlines()] for r in (run, other)]
+    rows = [
+        [
+            line.rsplit(",", 1)[0] if "angle" not in line else ""
+            for line in (r / "metrics.csv").read_text().splitlines()
+        ]
+        for r in (run, other)
+    ]
     strip = [[",".join(line.split(",")[:3]) for line in r] for r in rows]
     assert strip[0] == strip[1]
 
@@ -100,7 +112,7 @@ def test_killed_at_many_moments_a_run_always_resumes_and_ends_the_same(ok, tmp_p
                 process.kill()
                 process.join()
                 kills += 1
-                if (runs or list(folder.glob("results/*/*/*/[!.]*"))):
+                if runs or list(folder.glob("results/*/*/*/[!.]*")):
                     checkpoint = next(folder.glob("results/*/*/*/[!.]*")) / "checkpoint.tar"
                     if torch.load(checkpoint, weights_only=True)["epoch"] == epochs:
                         break
@@ -108,7 +120,10 @@ def test_killed_at_many_moments_a_run_always_resumes_and_ends_the_same(ok, tmp_p
             assert process.exitcode == 0
             break
         assert_same_run(only_run(folder), only_run(once))
-        assert not [p for p in only_run(folder).iterdir() if p.name.startswith(".")] or process.exitcode
+        assert (
+            not [p for p in only_run(folder).iterdir() if p.name.startswith(".")]
+            or process.exitcode
+        )
         ended += 1
 
 
@@ -127,7 +142,9 @@ def killed_after(tmp_path, line, least):
 
 def test_after_a_kill_the_run_says_how_many_epochs_are_left(ok, tmp_path):
     run, done = killed_after(tmp_path, MLP + " --epochs 100", 1)
-    assert f"--epochs {100 - done} those that the run was asked for" in ok(f"--device -1 --load-path {run}")
+    assert f"--epochs {100 - done} those that the run was asked for" in ok(
+        f"--device -1 --load-path {run}"
+    )
     out = ok(f"--device -1 --load-path {run} --epochs {99 - done}")
     assert "epoch 100/100" in out and "asked for" not in out
     assert "asked for" not in ok(f"--device -1 --load-path {run}")  # nothing is left
@@ -136,8 +153,13 @@ def test_after_a_kill_the_run_says_how_many_epochs_are_left(ok, tmp_path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupts_say_how_to_go_on(tmp_path, number, code):
     words = (MLP + " --train-size 1437 --T1 200 --epochs 500").split()
-    process = subprocess.Popen([sys.executable, "-u", ROOT / "main.py", *words], cwd=tmp_path, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", ROOT / "main.py", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert "results go to" in process.stdout.readline()
     time.sleep(1)
     process.send_signal(number)
@@ -148,7 +170,12 @@ def test_interrupts_say_how_to_go_on(tmp_path, number, code):
     again = next(text for text in err.splitlines() if "--load-path" in text).split()
     # as it was started, and nothing that the run remembers
     assert again[:5] == [sys.executable, "-u", str(ROOT / "main.py"), "--device", "-1"]
-    assert len(again) == 9 and again[5:] == ["--load-path", str(run.relative_to(tmp_path)), "--epochs", str(500 - done)]
+    assert len(again) == 9 and again[5:] == [
+        "--load-path",
+        str(run.relative_to(tmp_path)),
+        "--epochs",
+        str(500 - done),
+    ]
 
 
 class Malicious:
@@ -167,7 +194,9 @@ def trained_once(tmp_path_factory):
 
 @pytest.fixture
 def trained(trained_once, tmp_path, cli):
-    return pathlib.Path(shutil.copytree(trained_once, tmp_path / "results" / "EP" / "mse" / "day" / "run"))
+    return pathlib.Path(
+        shutil.copytree(trained_once, tmp_path / "results" / "EP" / "mse" / "day" / "run")
+    )
 
 
 def digest(folder):
@@ -183,11 +212,16 @@ BROKEN = {
     "text": lambda path: path.write_text("not a checkpoint"),
     "no checkpoint": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "a tensor": lambda path: torch.save(torch.zeros(3), path),
-    "other weights": lambda path: torch.save({**torch.load(path, weights_only=True),
-                                              "model_state_dict": mu.P_MLP([784, 9, 10], torch.tanh).state_dict()},
-                                              path),
-    "senseless arguments": lambda path: torch.save({**torch.load(path, weights_only=True),
-                                                    "config": {"channels": "many"}}, path),
+    "other weights": lambda path: torch.save(
+        {
+            **torch.load(path, weights_only=True),
+            "model_state_dict": mu.P_MLP([784, 9, 10], torch.tanh).state_dict(),
+        },
+        path,
+    ),
+    "senseless arguments": lambda path: torch.save(
+        {**torch.load(path, weights_only=True), "config": {"channels": "many"}}, path
+    ),
     "absent": lambda path: path.unlink(),
 }
 
@@ -213,33 +247,48 @@ def test_files_that_are_no_networks_are_refused(ok, cli, name, tmp_path):
     ok(EXACT[name])
     for how in BROKEN:
         for todo in ("train", "evaluate"):
-            run = shutil.copytree(only_run(tmp_path), tmp_path / "copies" / f"{how} {todo}".replace(" ", "-"))
+            run = shutil.copytree(
+                only_run(tmp_path), tmp_path / "copies" / f"{how} {todo}".replace(" ", "-")
+            )
             assert_refused(cli, run, how, todo, tmp_path)
 
 
-@pytest.mark.parametrize("damage", [{"opt": {"state": 3}}, {"random_states": {"python": None}}, {"history": [3]},
-                                    {"asked": -1}])
+@pytest.mark.parametrize(
+    "damage",
+    [{"opt": {"state": 3}}, {"random_states": {"python": None}}, {"history": [3]}, {"asked": -1}],
+)
 def test_a_checkpoint_with_damaged_parts_is_refused(cli, trained, damage):
     path = trained / "checkpoint.tar"
     torch.save({**torch.load(path, weights_only=True), **damage}, path)
     before = digest(trained)
     code, _, err = cli(f"--device -1 --load-path {trained}")
-    assert code == 2 and err.count("\n") == 1 and "checkpoint.tar" in err and digest(trained) == before
+    assert (
+        code == 2 and err.count("\n") == 1 and "checkpoint.tar" in err and digest(trained) == before
+    )
 
 
 def test_contradicting_flags_are_reported_and_the_run_wins(cli, trained):
-    code, out, err = cli(f"--load-path {trained} --device -1 --channels 9 9 --loss cel --task MNIST --lrs 1 1 1 --T1 5")
-    assert code == 0 and all(flag in err for flag in ("--channels 3 4", "--loss mse", "--task digits",
-                                                      "--lrs")) and "--T1" not in err
+    code, out, err = cli(
+        f"--load-path {trained} --device -1 --channels 9 9 --loss cel --task MNIST --lrs 1 1 1 --T1 5"
+    )
+    assert (
+        code == 0
+        and all(flag in err for flag in ("--channels 3 4", "--loss mse", "--task digits", "--lrs"))
+        and "--T1" not in err
+    )
     assert torch.load(trained / "checkpoint.tar", weights_only=True)["config"]["channels"] == [3, 4]
 
 
 def test_a_run_is_recreated_from_its_hyperparameters_alone(ok, trained, tmp_path):
     values = checkpoints.read_arguments(trained)
-    assert {"python", "torch", "torchvision", "cuda", "device", "seed", "channels",
-            "T1"} <= set(values) and "git revision:" in (trained / "hyperparameters.txt").read_text()
-    line = next(text for text in (trained / "hyperparameters.txt").read_text().splitlines()
-                if text.startswith("command line: python main.py"))
+    assert {"python", "torch", "torchvision", "cuda", "device", "seed", "channels", "T1"} <= set(
+        values
+    ) and "git revision:" in (trained / "hyperparameters.txt").read_text()
+    line = next(
+        text
+        for text in (trained / "hyperparameters.txt").read_text().splitlines()
+        if text.startswith("command line: python main.py")
+    )
     shutil.move(trained, tmp_path / "first")
     ok(line.removeprefix("command line: python main.py "), f"--seed {values['seed']}")
     assert_same_run(only_run(tmp_path), tmp_path / "first")
@@ -250,7 +299,9 @@ def test_runs_that_start_in_the_same_second_get_two_folders(tmp_path):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert len([p for p in tmp_path.glob("results/*/*/*/*") if (p / "final_model.pt").exists()]) == 3
+    assert (
+        len([p for p in tmp_path.glob("results/*/*/*/*") if (p / "final_model.pt").exists()]) == 3
+    )
 
 
 def limited(folder, words, limit):
@@ -266,7 +317,9 @@ def limited(folder, words, limit):
 def test_a_full_disk_leaves_the_previous_checkpoint(trained, tmp_path):
     before = (trained / "checkpoint.tar").read_bytes()
     limit = (trained / "checkpoint.tar").stat().st_size - 1000
-    process = context.Process(target=limited, args=(str(tmp_path), f"--load-path {trained} --device -1".split(), limit))
+    process = context.Process(
+        target=limited, args=(str(tmp_path), f"--load-path {trained} --device -1".split(), limit)
+    )
     process.start()
     process.join()
     err = (tmp_path / "err").read_text()
@@ -323,30 +376,42 @@ torch.save((x, out), folder + "/expected")
 def test_files_of_the_original_code_load(ok, tmp_path, kind):
     folder = tmp_path / "old"
     folder.mkdir()
-    subprocess.run([sys.executable, "-c", OLD.format(root=str(ROOT)), kind, str(folder)], check=True)
+    subprocess.run(
+        [sys.executable, "-c", OLD.format(root=str(ROOT)), kind, str(folder)], check=True
+    )
     x, out = torch.load(folder / "expected", weights_only=True)
 
     # the pickled module tells its architecture itself
     saved = checkpoints.open_saved(folder, "evaluate")
-    args = arguments.resolve({"todo": "evaluate"}, {**saved.args, "loss": "cel" if "CNN" in kind else "mse"})
+    args = arguments.resolve(
+        {"todo": "evaluate"}, {**saved.args, "loss": "cel" if "CNN" in kind else "mse"}
+    )
     model = mu.make_model(args)
     checkpoints.load_weights(model, saved)
     torch.testing.assert_close(model.readout(model(x, None, None, 6)), out)
 
-    # the state dict takes it from hyperparameters.txt, as the original code writes it, or from the flags
-    flags = {"P_MLP": "--model MLP --archi 784 12 10 --act tanh",
-             "VF_MLP": "--model VFMLP --archi 784 12 10 10 --act tanh"}.get(
+    # the state dict takes it from hyperparameters.txt, as the original code writes it, or from the
+    # flags
+    flags = {
+        "P_MLP": "--model MLP --archi 784 12 10 --act tanh",
+        "VF_MLP": "--model VFMLP --archi 784 12 10 10 --act tanh",
+    }.get(
         kind,
         f"--model {kind.replace('P_', '').replace('_', '')} --channels 3 4 --kernels 5 5 --pools ma --paddings 0 1 "
-        "--fc 6 10 --act my_hard_sig --loss cel --softmax")
+        "--fc 6 10 --act my_hard_sig --loss cel --softmax",
+    )
     common = "--task digits --device -1 --test-size 20 --train-size 40"
-    assert "test accuracy" in ok(f"--todo evaluate --load-path {folder} {common}", "--loss cel --softmax"
-                                 if "CNN" in kind else "")
+    assert "test accuracy" in ok(
+        f"--todo evaluate --load-path {folder} {common}",
+        "--loss cel --softmax" if "CNN" in kind else "",
+    )
     (folder / "hyperparameters.txt").unlink()
     if kind == "P_CNN":
-        (folder / "hyperparameters.txt").write_text("- task: digits\n- model: CNN\n  channels: [3, 4]\n  kernels : "
-                                                    "[5, 5]\n  pools: ma\n  paddings: [0, 1]\n"
-                                                    "  fc: [6, 10]\n  act: my_hard_sig\n  loss: cel\n  softmax: True\n")
+        (folder / "hyperparameters.txt").write_text(
+            "- task: digits\n- model: CNN\n  channels: [3, 4]\n  kernels : "
+            "[5, 5]\n  pools: ma\n  paddings: [0, 1]\n"
+            "  fc: [6, 10]\n  act: my_hard_sig\n  loss: cel\n  softmax: True\n"
+        )
         flags = ""
     out = ok(f"--load-path {folder} {common} --mmt 0.9", flags)
     assert "from epoch 3 on" in out and "epoch 3/3" in out
@@ -358,4 +423,6 @@ def test_resuming_from_a_model_does_not_call_it_damaged(cli, tmp_path):
     run = only_run(tmp_path)
     (run / "checkpoint.tar").write_bytes(b"")
     code, _, err = cli(f"--device -1 --load-path {run / 'model.pt'}")
-    assert code == 2 and err.count("\n") == 1 and "damaged" not in err and "name the run folder" in err
+    assert (
+        code == 2 and err.count("\n") == 1 and "damaged" not in err and "name the run folder" in err
+    )

@@ -1,4 +1,6 @@
-"""What the surroundings do to a run: who looks at it, who trains beside it, what is killed, full, closed or missing."""
+"""What the surroundings do to a run: who looks at it, who trains beside it, what is killed, full,
+closed or missing."""
+
 import csv
 import json
 import os
@@ -49,14 +51,20 @@ def test_looking_at_a_run_does_not_kill_it(ok, tmp_path):
         time.sleep(0.01)
     run, looks = only_run(tmp_path), 0
     while process.is_alive():
-        for todo in ("evaluate", "gducheck --T1 4 --save",
-                     "attack --test-size 4 --eps-list 0.5 --attack-iters 1 --attack-step 2"):
+        for todo in (
+            "evaluate",
+            "gducheck --T1 4 --save",
+            "attack --test-size 4 --eps-list 0.5 --attack-iters 1 --attack-step 2",
+        ):
             ok(f"--todo {todo} --device -1 --load-path {run}")
             looks += 1
     process.join()
     assert process.exitcode == 0 and looks >= 3
     whole(run)
-    assert len(metrics(run)) == 600 and torch.load(run / "final_checkpoint.tar", weights_only=True)["epoch"] == 600
+    assert (
+        len(metrics(run)) == 600
+        and torch.load(run / "final_checkpoint.tar", weights_only=True)["epoch"] == 600
+    )
     assert (run / "hyperparameters.txt").read_text().count("evaluated") == -(-looks // 3)
 
 
@@ -68,8 +76,10 @@ def test_only_what_no_process_owns_is_cleaned_up(ok, tmp_path):
     with replacing(run / "model.pt") as beside:
         pattern = beside.name
         beside.write_text("being written")
-        others = {name: run / pattern.replace(str(os.getpid()), str(pid)) for name,
-                  pid in (("dead", dead.pid), ("living", os.getppid()))}
+        others = {
+            name: run / pattern.replace(str(os.getpid()), str(pid))
+            for name, pid in (("dead", dead.pid), ("living", os.getppid()))
+        }
         others["elsewhere"] = run / ".model.pt.tmp-another-machine-1"
         others["before"] = run / f".model.pt.tmp-{dead.pid}"  # as versions before named them
         for path in others.values():
@@ -87,7 +97,13 @@ def test_one_training_at_a_time(cli, tmp_path):
         time.sleep(0.01)
     run = only_run(tmp_path)
     code, out, err = cli(f"--device -1 --load-path {run}")
-    assert code == 2 and not out and err.count("\n") == 1 and f"process {process.pid} on" in err and str(run) in err
+    assert (
+        code == 2
+        and not out
+        and err.count("\n") == 1
+        and f"process {process.pid} on" in err
+        and str(run) in err
+    )
     process.kill()
     process.join()
     code, out, err = cli(f"--device -1 --load-path {run}")
@@ -100,6 +116,7 @@ def test_where_there_are_no_locks_a_note_says_so(cli, tmp_path, monkeypatch):
 
     def refused(*_):
         raise OSError(37, "No locks available")
+
     monkeypatch.setattr("fcntl.flock", refused)
     code, _, err = cli(f"--device -1 --load-path {only_run(tmp_path)}")
     assert code == 0 and "note:" in err and "No locks available" in err
@@ -113,6 +130,7 @@ def test_a_run_that_moved_on_while_it_was_read_is_not_trained(cli, tmp_path, mon
         state = read(path)
         os.utime(path, ns=(1, 1))
         return state
+
     monkeypatch.setattr(checkpoints, "_read", slowly)
     code, _, err = cli(f"--device -1 --load-path {run}")
     assert code == 2 and "has changed while it was read" in err and not (run / ".lock").exists()
@@ -123,13 +141,21 @@ def test_a_resumption_is_written_down(ok, tmp_path):
     run = only_run(tmp_path)
     ok(f"--device -1 --load-path {run} --T1 6 --mbs 10")
     text = (run / "hyperparameters.txt").read_text()
-    block = text[text.index("resumed from epoch 2 on"):].splitlines()
+    block = text[text.index("resumed from epoch 2 on") :].splitlines()
     assert f"command line: python main.py --device -1 --load-path {run} --T1 6 --mbs 10" in block[1]
     assert block[2].startswith("date: 20") and any(line.startswith("torch: ") for line in block)
-    assert block[-3:] == ["arguments that differ from before:", "  T1: 6  # before: 4", "  mbs: 10  # before: 15"]
+    assert block[-3:] == [
+        "arguments that differ from before:",
+        "  T1: 6  # before: 4",
+        "  mbs: 10  # before: 15",
+    ]
     assert checkpoints.read_arguments(run)["T1"] == 6
     ok(f"--device -1 --load-path {run}")
-    assert (run / "hyperparameters.txt").read_text().endswith("arguments that differ from before:\n  none\n")
+    assert (
+        (run / "hyperparameters.txt")
+        .read_text()
+        .endswith("arguments that differ from before:\n  none\n")
+    )
 
 
 class Killed(BaseException):
@@ -138,13 +164,18 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("after", [False, True])
 def test_log_table_and_model_agree_after_a_kill_at_any_write(ok, tmp_path, monkeypatch, after):
-    """On a device whose sums differ from run to run: a repeated epoch has another accuracy, here always a lower one."""
+    """On a device whose sums differ from run to run: a repeated epoch has another accuracy, here
+    always a lower one."""
     ok(TINY + " --epochs 2")
     original, runs = only_run(tmp_path), tmp_path / "runs"
     evaluate, repeated = mu.evaluate, [0.0]
-    monkeypatch.setattr(mu, "evaluate", lambda *args, **more: evaluate(*args, **more) * 1e-3 + 0.9 - repeated[0])
+    monkeypatch.setattr(
+        mu, "evaluate", lambda *args, **more: evaluate(*args, **more) * 1e-3 + 0.9 - repeated[0]
+    )
     monkeypatch.setattr(RunFolder, "save_figure", lambda *_: None)
-    writes = {name: getattr(RunFolder, name) for name in ("save", "write_csv", "append_hyperparameters")}
+    writes = {
+        name: getattr(RunFolder, name) for name in ("save", "write_csv", "append_hyperparameters")
+    }
     kill, left = 0, [0]
 
     def counting(name):
@@ -156,7 +187,9 @@ def test_log_table_and_model_agree_after_a_kill_at_any_write(ok, tmp_path, monke
                 raise Killed
             if not after:
                 writes[name](self, *args)
+
         return write
+
     for name in writes:
         monkeypatch.setattr(RunFolder, name, counting(name))
     while True:
@@ -173,8 +206,11 @@ def test_log_table_and_model_agree_after_a_kill_at_any_write(ok, tmp_path, monke
             ok(f"--device -1 --load-path {run} --epochs {4 - done}")
             table, best = metrics(run), torch.load(run / "model.pt", weights_only=True)
             accuracies = [float(row["test_acc"]) for row in table]
-            assert len(table) == 4 and best["test_acc"] == accuracies[:best["epoch"]] and best["test_acc"][
-                    -1] == max(accuracies)
+            assert (
+                len(table) == 4
+                and best["test_acc"] == accuracies[: best["epoch"]]
+                and best["test_acc"][-1] == max(accuracies)
+            )
     assert kill > 10
 
 
@@ -182,7 +218,9 @@ def test_log_table_and_model_agree_after_a_kill_at_any_write(ok, tmp_path, monke
 
 
 def in_a_pipeline(command, tmp_path):
-    return subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    return subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
 
 
 def test_training_goes_on_without_a_reader(tmp_path):
@@ -195,14 +233,16 @@ def test_training_goes_on_without_a_reader(tmp_path):
 
 
 def with_streams(folder, words, out, err):
-    """main.py in this process, with standard output and error on the files of those names; None: closed."""
+    """main.py in this process, with standard output and error on the files of those names; None:
+    closed."""
     for descriptor, name in ((1, out), (2, err)):
         os.dup2(os.open(name or os.devnull, os.O_WRONLY), descriptor)
     for descriptor, name in ((1, out), (2, err)):
         if not name:
             os.close(descriptor)
-    sys.stdout, sys.stderr = (name and open(descriptor, "w", closefd=False) for descriptor,
-                              name in ((1, out), (2, err)))
+    sys.stdout, sys.stderr = (
+        name and open(descriptor, "w", closefd=False) for descriptor, name in ((1, out), (2, err))
+    )
     os.chdir(folder)
     code = main.main(words)
     for stream in (sys.stdout, sys.stderr):
@@ -211,9 +251,13 @@ def with_streams(folder, words, out, err):
     os._exit(code)
 
 
-@pytest.mark.parametrize("out, err", [("/dev/full", "/dev/full"), (None, None), (None, "/dev/full")])
+@pytest.mark.parametrize(
+    "out, err", [("/dev/full", "/dev/full"), (None, None), (None, "/dev/full")]
+)
 def test_training_survives_full_and_closed_streams(tmp_path, out, err):
-    process = context.Process(target=with_streams, args=(str(tmp_path), (TINY + " --epochs 2").split(), out, err))
+    process = context.Process(
+        target=with_streams, args=(str(tmp_path), (TINY + " --epochs 2").split(), out, err)
+    )
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -234,13 +278,21 @@ def test_a_full_disk_says_so_and_how_to_go_on(tmp_path, monkeypatch, cli):
 
     def full(*_):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".txt"}
     code, out, err = cli(f"--device -1 --load-path {run} --epochs 2")
-    assert code == 1 and err.count("\n") == 1 and "no space left" in err and "unchanged" in err and str(run
-            / "metrics.csv") in err, err
+    assert (
+        code == 1
+        and err.count("\n") == 1
+        and "no space left" in err
+        and "unchanged" in err
+        and str(run / "metrics.csv") in err
+    ), err
     assert f"resume with  python main.py --device -1 --load-path {run} --epochs 2" in err
-    assert {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".txt"} == before
+    assert {
+        path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".txt"
+    } == before
 
 
 def test_a_folder_that_is_gone_is_not_said_to_be_unchanged(cli, tmp_path, monkeypatch):
@@ -249,14 +301,19 @@ def test_a_folder_that_is_gone_is_not_said_to_be_unchanged(cli, tmp_path, monkey
     def deleted(self, *args):
         shutil.rmtree(self.run.folder)
         commit(self, *args)
+
     monkeypatch.setattr(mu.Trainer, "_commit", deleted)
     code, _, err = cli(TINY)
     assert code == 1 and err.count("\n") == 1 and "unchanged" not in err
     assert "the folder is gone" in err and "nothing is left to resume" in err
 
 
-@pytest.mark.parametrize("todo", ["evaluate", "attack", "characteristic", "gducheck --save", "train"])
-def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_work(cli, tmp_path, monkeypatch, todo):
+@pytest.mark.parametrize(
+    "todo", ["evaluate", "attack", "characteristic", "gducheck --save", "train"]
+)
+def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_work(
+    cli, tmp_path, monkeypatch, todo
+):
     cli(TINY)
     run, touch = only_run(tmp_path), pathlib.Path.touch
 
@@ -264,6 +321,7 @@ def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_work(cli, tmp_
         if self.parent == run:
             raise PermissionError(13, "Permission denied")
         touch(self, *args, **more)
+
     monkeypatch.setattr(pathlib.Path, "touch", refused)
     monkeypatch.setattr("energy.fast.relax", None)  # no work
     code, _, err = cli(f"--todo {todo} --device -1 --load-path {run}")
@@ -273,13 +331,19 @@ def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_work(cli, tmp_
 def test_text_files_are_utf8_whatever_the_locale(tmp_path):
     folder = tmp_path / "Übung"
     folder.mkdir()
-    program = ("import sys, json; sys.path.insert(0, sys.argv[1]); import main; main.TODOS['train'] = lambda job: "
-               "(print(job.args.data_dir), "
-               "main._new_folder(job, {}).release())\nsys.exit(main.main(json.loads(sys.argv[2])))")
+    program = (
+        "import sys, json; sys.path.insert(0, sys.argv[1]); import main; main.TODOS['train'] = lambda job: "
+        "(print(job.args.data_dir), "
+        "main._new_folder(job, {}).release())\nsys.exit(main.main(json.loads(sys.argv[2])))"
+    )
     words = json.dumps([*TINY.split(), "--data-dir", "Größe\udcff"])
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", program, str(ROOT), words], cwd=folder, capture_output=True,
-                          env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT), words],
+        cwd=folder,
+        capture_output=True,
+        env=environment,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     text = (only_run(folder) / "hyperparameters.txt").read_text(encoding="utf-8")
     assert "Größe\\udcff" in text
@@ -287,8 +351,11 @@ def test_text_files_are_utf8_whatever_the_locale(tmp_path):
 
 @pytest.mark.parametrize("path", ["x/" * 2500, "a\0b", "no\udcfftext", "/dev/null"])
 def test_paths_that_cannot_be(cli, path):
-    code, _, err = cli("--todo evaluate --device -1 --load-path",
-                       path) if "/" in path else (main.main(["--load-path", path]), "", "")
+    code, _, err = (
+        cli("--todo evaluate --device -1 --load-path", path)
+        if "/" in path
+        else (main.main(["--load-path", path]), "", "")
+    )
     assert code == 2 and err.count("\n") <= 1
 
 
@@ -302,8 +369,16 @@ def test_writing_to_a_folder_that_is_not_there_fails_in_one_line(tmp_path):
 
 def test_the_resume_line_keeps_how_it_was_started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/code/main.py", "--save", "--lrs", "1"])
-    monkeypatch.setattr(sys, "orig_argv", ["python3", "-u", "-W", "ignore", "/code/main.py", "--save", "--lrs", "1"])
-    assert console.command_words(None, "main.py") == ["python3", "-u", "-W", "ignore", "/code/main.py"]
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python3", "-u", "-W", "ignore", "/code/main.py", "--save", "--lrs", "1"]
+    )
+    assert console.command_words(None, "main.py") == [
+        "python3",
+        "-u",
+        "-W",
+        "ignore",
+        "/code/main.py",
+    ]
     assert console.command_words(["--save"], "main.py") == ["python", "main.py"]
     monkeypatch.setattr(sys, "orig_argv", ["python3", "-c", "import main"])
     assert console.command_words(None, "main.py") == ["python", "/code/main.py"]
@@ -315,24 +390,37 @@ def test_the_resume_line_keeps_how_it_was_started(monkeypatch):
 QUICK = "--task digits --device -1 --train-size 200 --test-size 40 --mbs 20 --T1 6 --T2 3 --seed 0"
 
 
-@pytest.mark.parametrize("words, said", [
-    ("--lrs 1e6 1e6 --betas 0 0.5", "layer 1 sit at an end of their activation"),
-    ("--scale 0 --betas 0 0.5 --act tanh", "no weight has changed: all weights are zero"),
-    ("--scale 0 --betas 0 0.5", "all neurons have the same weights in synapses.0.weight"),
-    ("--betas 0 1e-8", "rounding"),
-    ("--alg BPTT --T2 1", "synapses.0.weight did not change: the 1 steps of --T2 do not reach below"),
-    ("--betas 0 1e-7 --optim adam", "times the rounding error"),
-    ("--lrs 0 0 --betas 0 0.5", "no weight has changed"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--lrs 1e6 1e6 --betas 0 0.5", "layer 1 sit at an end of their activation"),
+        ("--scale 0 --betas 0 0.5 --act tanh", "no weight has changed: all weights are zero"),
+        ("--scale 0 --betas 0 0.5", "all neurons have the same weights in synapses.0.weight"),
+        ("--betas 0 1e-8", "rounding"),
+        (
+            "--alg BPTT --T2 1",
+            "synapses.0.weight did not change: the 1 steps of --T2 do not reach below",
+        ),
+        ("--betas 0 1e-7 --optim adam", "times the rounding error"),
+        ("--lrs 0 0 --betas 0 0.5", "no weight has changed"),
+    ],
+)
 def test_a_training_that_learns_nothing_says_so(cli, words, said):
     code, out, _ = cli(QUICK, words)
-    warnings = [line for line in out.splitlines() if "warning" in line and "not converged" not in line]
+    warnings = [
+        line for line in out.splitlines() if "warning" in line and "not converged" not in line
+    ]
     assert code == 0 and said in warnings[0] and len(warnings) == 1, out
 
 
-@pytest.mark.parametrize("words", ["--betas 0 0.2 --optim adam",
-                                   "--model CNN --channels 4 6 --act my_hard_sig --betas 0 0.5 --optim adam",
-                                   "--alg BPTT --optim adam --loss cel --softmax --archi 784 32 10"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--betas 0 0.2 --optim adam",
+        "--model CNN --channels 4 6 --act my_hard_sig --betas 0 0.5 --optim adam",
+        "--alg BPTT --optim adam --loss cel --softmax --archi 784 32 10",
+    ],
+)
 def test_a_training_that_learns_says_nothing(cli, words):
     assert "warning" not in cli(QUICK, "--T1 40", words)[1]
 
@@ -345,57 +433,75 @@ def test_the_advice_fits(cli):
 # ---- numbers beyond anything
 
 
-@pytest.mark.parametrize("words, said", [
-    ("--mbs 99999999999999999999",
-     "--mbs: got '99999999999999999999', expected a whole number of at least 1 and at most 1000000000"),
-    ("--seed 99999999999999999999",
-     "--seed: got '99999999999999999999', expected a whole number of at least 0 and at most 9223372036854775807"),
-    ("--archi 784 9999999999 10", "--archi: got '9999999999'"),
-    ("--archi 784 900000000 10", "--archi"),
-    ("--model CNN --paddings 99999999999 0", "--paddings: got '99999999999'"),
-    ("--model CNN --paddings 900000000 0", "cannot be built"),
-    ("--T1 " + "9" * 5000, "--T1: got '9999"),
-    ("--lrs 1e999 1", "--lrs: got '1e999'"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            "--mbs 99999999999999999999",
+            "--mbs: got '99999999999999999999', expected a whole number of at least 1 and at most 1000000000",
+        ),
+        (
+            "--seed 99999999999999999999",
+            "--seed: got '99999999999999999999', expected a whole number of at least 0 and at most 9223372036854775807",
+        ),
+        ("--archi 784 9999999999 10", "--archi: got '9999999999'"),
+        ("--archi 784 900000000 10", "--archi"),
+        ("--model CNN --paddings 99999999999 0", "--paddings: got '99999999999'"),
+        ("--model CNN --paddings 900000000 0", "cannot be built"),
+        ("--T1 " + "9" * 5000, "--T1: got '9999"),
+        ("--lrs 1e999 1", "--lrs: got '1e999'"),
+    ],
+)
 def test_huge_numbers(cli, words, said):
     code, _, err = cli("--task digits --device -1", words)
     assert code == 2 and err.count("\n") == 1 and said in err and len(err) < 600, err
 
 
-@pytest.mark.parametrize("error",
-                         [MemoryError(),
-                          RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't "
-                                       "allocate memory: "
-                                                               "you tried to allocate 4011234304 bytes. Error code 12 "
-                                                               "(Cannot allocate memory)"),
-                                   torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has "
-                                                          "a total capacity of 10 GiB")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't "
+            "allocate memory: "
+            "you tried to allocate 4011234304 bytes. Error code 12 "
+            "(Cannot allocate memory)"
+        ),
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 10 GiB"
+        ),
+    ],
+)
 def test_out_of_memory_is_one_line(cli, monkeypatch, error):
     def fail(*_, **__):
         raise error
+
     monkeypatch.setattr(mu, "train", fail)
     code, _, err = cli(QUICK, "--mbs 20")
     assert code == 1 and err.count("\n") == 1
     assert "out of memory" in err and "smaller --mbs" in err and "--mbs 20" in err
 
 
-
 V1, V2 = "4:memory:/slurm/job_7/step_0\n1:cpu,cpuacct:/\n0::/\n", "0::/slurm/job_7/step_0\n"
 
 
-@pytest.mark.parametrize("groups, limits, expected", [
-    (V2, {"": "max", "slurm/job_7/step_0": "max"}, None),
-    (V2, {"slurm/job_7/step_0": "1000"}, 1000),
-    (V2, {"slurm/job_7": "1000", "slurm/job_7/step_0": "2000"}, 1000),
-    (V2, {"": "1000"}, 1000),  # in a container, with the path outside
-    ("0::/../../elsewhere\n", {"": "1000"}, 1000),
-    (V2, {"slurm/job_7": "no number"}, None),
-    (V2, {"slurm/job_7": str(2 ** 62)}, None),
-    (V1, {"memory/slurm/job_7": "1000", "memory/slurm/job_7/step_0": str(2 ** 63 - 4096)}, 1000),
-    (V1, {"memory": "1000"}, 1000),
-    (V1, {"memory": str(2 ** 63 - 4096), "slurm/job_7": "1000"}, None),
-    ("nonsense\n\n:::\n", {}, None),
-    (None, {}, None)])
+@pytest.mark.parametrize(
+    "groups, limits, expected",
+    [
+        (V2, {"": "max", "slurm/job_7/step_0": "max"}, None),
+        (V2, {"slurm/job_7/step_0": "1000"}, 1000),
+        (V2, {"slurm/job_7": "1000", "slurm/job_7/step_0": "2000"}, 1000),
+        (V2, {"": "1000"}, 1000),  # in a container, with the path outside
+        ("0::/../../elsewhere\n", {"": "1000"}, 1000),
+        (V2, {"slurm/job_7": "no number"}, None),
+        (V2, {"slurm/job_7": str(2**62)}, None),
+        (V1, {"memory/slurm/job_7": "1000", "memory/slurm/job_7/step_0": str(2**63 - 4096)}, 1000),
+        (V1, {"memory": "1000"}, 1000),
+        (V1, {"memory": str(2**63 - 4096), "slurm/job_7": "1000"}, None),
+        ("nonsense\n\n:::\n", {}, None),
+        (None, {}, None),
+    ],
+)
 def test_memory_is_what_machine_and_container_allow(tmp_path, groups, limits, expected):
     (tmp_path / "proc/self").mkdir(parents=True)
     if groups:
@@ -403,15 +509,22 @@ def test_memory_is_what_machine_and_container_allow(tmp_path, groups, limits, ex
     for place, limit in limits.items():
         folder = tmp_path / "sys/fs/cgroup" / place
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ("memory.limit_in_bytes" if place.startswith("memory") else "memory.max")).write_text(limit + "\n")
+        (
+            folder / ("memory.limit_in_bytes" if place.startswith("memory") else "memory.max")
+        ).write_text(limit + "\n")
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert console.memory_limit(tmp_path) == (expected or machine)
 
 
 def test_a_model_beyond_the_memory_of_a_container_is_one_line(cli, monkeypatch):
-    monkeypatch.setattr(mu, "memory_limit", lambda: 2 ** 20)
+    monkeypatch.setattr(mu, "memory_limit", lambda: 2**20)
     code, _, err = cli("--task digits --device -1")
-    assert code == 2 and err.count("\n") == 1 and "take 0.0 GiB" in err and "container has 0.0 GiB" in err
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and "take 0.0 GiB" in err
+        and "container has 0.0 GiB" in err
+    )
 
 
 def test_deterministic_runs_ask_torch_for_it_and_say_so(ok, tmp_path):

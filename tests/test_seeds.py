@@ -1,4 +1,5 @@
 """--seeds: one run after another, found again when the command is rerun."""
+
 import errno
 import json
 import pathlib
@@ -11,8 +12,10 @@ import torch
 from test_data_files import write_mnist
 from test_resume import final_weights, start
 
-TINY = ("--task digits --device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "
-        "0.1 --save")
+TINY = (
+    "--task digits --device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "
+    "0.1 --save"
+)
 
 
 def folders():
@@ -20,14 +23,18 @@ def folders():
 
 
 def states():
-    return {state["config"]["seed"]: state
-            for state in (torch.load(path / "checkpoint.tar", weights_only=True) for path in folders())}
+    return {
+        state["config"]["seed"]: state
+        for state in (torch.load(path / "checkpoint.tar", weights_only=True) for path in folders())
+    }
 
 
 def test_each_seed_is_trained_once_and_pooled(ok):
     out = ok(TINY, "--seeds 3 4 --epochs 2")
     assert set(states()) == {3, 4} and len(folders()) == 2
-    values = [max(row["test_acc"] for row in state["history"]) for _, state in sorted(states().items())]
+    values = [
+        max(row["test_acc"] for row in state["history"]) for _, state in sorted(states().items())
+    ]
     last = out.splitlines()[-1]
     assert "2 of 2 seeds are done" in last
     assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (2) %" in last
@@ -47,7 +54,7 @@ def test_what_was_begun_goes_on_as_if_it_had_not_stopped(ok, tmp_path, monkeypat
         for epochs in parts:
             out = ok(TINY, f"--seeds 3 --epochs {epochs}")
     assert "from epoch 2 on" in out and [state["epoch"] for state in states().values()] == [3]
-    run, = folders()
+    (run,) = folders()
     whole = final_weights(next((tmp_path / "whole").rglob("final_model.pt")).parent)
     assert all(torch.equal(value, final_weights(run)[key]) for key, value in whole.items())
 
@@ -64,13 +71,17 @@ def test_a_seed_that_another_process_trains_is_left_to_it(cli, tmp_path):
     assert f"seed 3 is left to another process, which trains it: process {process.pid} on" in err
     assert "1 of 2 seeds are done" in out
     left = trained[3]["epoch"]
-    assert cli(TINY, f"--T1 2000 --seeds 3 --epochs {left + 1}")[0] == 0 and states()[3]["epoch"] > left
+    assert (
+        cli(TINY, f"--T1 2000 --seeds 3 --epochs {left + 1}")[0] == 0
+        and states()[3]["epoch"] > left
+    )
     assert not list(pathlib.Path("results").rglob(".*"))
 
 
 def test_a_claim_that_fails_trains_nothing(cli, monkeypatch):
     def refused(*_):
         raise OSError(errno.EACCES, "Permission denied")
+
     monkeypatch.setattr("fcntl.flock", refused)
     code, _, err = cli(TINY, "--seeds 3 4")
     assert code == 2 and err.count("\n") == 1 and "Permission denied" in err and not folders()
@@ -79,6 +90,7 @@ def test_a_claim_that_fails_trains_nothing(cli, monkeypatch):
 def test_without_locks_a_claim_that_a_killed_process_left_is_named(cli, monkeypatch):
     def unsupported(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
+
     cli(TINY, "--seeds 3")
     monkeypatch.setattr("fcntl.flock", unsupported)
     code, _, err = cli(TINY, "--seeds 3 4")
@@ -87,29 +99,38 @@ def test_without_locks_a_claim_that_a_killed_process_left_is_named(cli, monkeypa
     claim = pathlib.Path("results/EP/mse", claim)
     claim.write_text("process 1 on elsewhere, without locks")
     code, out, err = cli(TINY, "--seeds 3 4 --epochs 2")
-    assert code == 0 and "process 1 on elsewhere" in err and f"if it has ended, delete {claim}" in err
+    assert (
+        code == 0 and "process 1 on elsewhere" in err and f"if it has ended, delete {claim}" in err
+    )
     assert {seed: state["epoch"] for seed, state in states().items()} == {3: 1, 4: 2}
     assert "1 of 2 seeds are done" in out
 
 
 def test_data_that_have_moved_are_read_where_they_are_now(ok, tmp_path):
-    line = TINY.replace("digits", "MNIST").replace("40", "15").replace("--mbs 20", "--mbs 5") + " --seeds 3"
+    line = (
+        TINY.replace("digits", "MNIST").replace("40", "15").replace("--mbs 20", "--mbs 5")
+        + " --seeds 3"
+    )
     write_mnist(tmp_path / "before")
     ok(line, "--data-dir before")
     (tmp_path / "before").rename(tmp_path / "now")
     ok(line, "--data-dir now --epochs 2")
-    state, = states().values()
+    (state,) = states().values()
     assert state["epoch"] == 2 and state["config"]["data_dir"] == "now"
-    assert "data_dir: 'now'  # before: 'before'" in (folders()[0] / "hyperparameters.txt").read_text()
+    assert (
+        "data_dir: 'now'  # before: 'before'" in (folders()[0] / "hyperparameters.txt").read_text()
+    )
     ok(line, "--epochs 3")
     assert states()[3]["config"]["data_dir"] == "now"
 
 
 def test_only_trainings_of_exactly_these_epochs_are_averaged(ok):
     ok(TINY, "--seeds 3 --epochs 3")
-    longer, = folders()
+    (longer,) = folders()
     out = ok(TINY, "--seeds 3 4 --epochs 2")
-    assert f"seed 3: {longer} has 3 epochs, not the 2 of --epochs; it is left out of the mean" in out
+    assert (
+        f"seed 3: {longer} has 3 epochs, not the 2 of --epochs; it is left out of the mean" in out
+    )
     assert "1 of 2 seeds are done" in out and len(folders()) == 2
     shutil.rmtree(longer)
     ok(TINY, "--seeds 3 --epochs 1")
@@ -121,7 +142,7 @@ def test_only_trainings_of_exactly_these_epochs_are_averaged(ok):
 @pytest.mark.parametrize("name", ["checkpoint.tar", "metrics.csv", "Adversarial_Accuracy.csv"])
 def test_a_run_counts_whatever_has_become_of_files_beside_its_model(ok, name):
     before = ok(TINY, "--seeds 3 --epochs 2")
-    run, = folders()
+    (run,) = folders()
     if name == "Adversarial_Accuracy.csv":
         (run / name).mkdir()
         (run / "Adversarial_Accuracy.txt").write_text("# settings: {}")
@@ -141,14 +162,18 @@ def test_a_run_that_cannot_be_read_is_named(cli):
     assert code == 0 and len(folders()) == 3 and "1 of 2 seeds are done" in out
     assert err.splitlines() == [
         f"note: {of[3]} is left out: {of[3] / 'checkpoint.tar'} cannot be loaded: it is empty",
-        f"note: {of[4]} is left out of the mean: {of[4] / 'model.pt'} cannot be loaded: it is empty"]
+        f"note: {of[4]} is left out of the mean: {of[4] / 'model.pt'} cannot be loaded: it is empty",
+    ]
 
 
-@pytest.mark.parametrize("words, message", [
-    (f"{TINY} --seeds 1 --seed 2", "neither --seed nor --load-path"),
-    ((TINY + " --seeds 1").replace("--save", ""), "needs --save"),
-    (f"{TINY} --seeds x", "argument --seeds"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (f"{TINY} --seeds 1 --seed 2", "neither --seed nor --load-path"),
+        ((TINY + " --seeds 1").replace("--save", ""), "needs --save"),
+        (f"{TINY} --seeds x", "argument --seeds"),
+    ],
+)
 def test_what_makes_no_sense_is_refused(cli, words, message):
     code, _, err = cli(words)
     assert code == 2 and message in err and len(err.splitlines()) == 1

@@ -1,4 +1,5 @@
 """--todo characteristic and --todo corruptions."""
+
 import argparse
 import json
 import os
@@ -21,60 +22,87 @@ import model_utils as mu
 from data_utils import CORRUPTIONS
 from experiment import measured
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # characteristic
 
-MODELS = {"MLP": "--archi 784 32 10 --betas 0 0.2 --lrs 1e-3 1e-3",
-          "CNN": "--model CNN --channels 4 6 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 5e-3",
-          "VFCNN": "--model VFCNN --channels 4 6 --act my_hard_sig --loss cel --betas 0 1 --lrs 5e-3 5e-3 5e-3"}
+MODELS = {
+    "MLP": "--archi 784 32 10 --betas 0 0.2 --lrs 1e-3 1e-3",
+    "CNN": "--model CNN --channels 4 6 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 5e-3",
+    "VFCNN": "--model VFCNN --channels 4 6 --act my_hard_sig --loss cel --betas 0 1 --lrs 5e-3 5e-3 5e-3",
+}
 
 
 def table(path):
-    return np.array([line.split() for line in path.read_text().splitlines() if not line.startswith("#")], dtype=float)
+    return np.array(
+        [line.split() for line in path.read_text().splitlines() if not line.startswith("#")],
+        dtype=float,
+    )
 
 
 @pytest.mark.usefixtures("full_figures")
 @pytest.mark.parametrize("model", MODELS)
 def test_characteristic_agrees_with_evaluate(ok, tmp_path, model):
-    ok("--task digits --device -1 --train-size 600 --T1 12 --T2 4 --thirdphase --optim adam --seed 0 --save",
-       MODELS[model])
+    ok(
+        "--task digits --device -1 --train-size 600 --T1 12 --T2 4 --thirdphase --optim adam --seed 0 --save",
+        MODELS[model],
+    )
     run = only_run(tmp_path)
     common = f"--device -1 --load-path {run} --train-size 1 --test-size 237 --mbs 50"
     out = ok("--todo characteristic --T1 40", common)
     rows = table(run / "Characteristic_Time.txt")
-    columns = 4 if model.startswith("VF") else 5  # the residual is behind those, and the energy where there is one
-    assert rows.shape == (40, columns) and (rows[:, 0] == range(1, 41)).all() and (run
-            / "Characteristic_Time.png").stat().st_size > 5000
+    columns = (
+        4 if model.startswith("VF") else 5
+    )  # the residual is behind those, and the energy where there is one
+    assert (
+        rows.shape == (40, columns)
+        and (rows[:, 0] == range(1, 41)).all()
+        and (run / "Characteristic_Time.png").stat().st_size > 5000
+    )
     first = (run / "Characteristic_Time.txt").read_text().splitlines()[0]
     assert all(word in first for word in ("# model.pt", "T1 = 40", "237 test images", "0.0001"))
     for T1 in (1, 7, 40):
         said = re.search(r"test accuracy (\S+) %", ok(f"--todo evaluate --T1 {T1}", common))[1]
-        assert said == f"{100 * rows[T1 - 1, 1]:.2f}"  # 237 images: no two numbers of them are the same in two decimals
+        assert (
+            said == f"{100 * rows[T1 - 1, 1]:.2f}"
+        )  # 237 images: no two numbers of them are the same in two decimals
     assert rows[0, 2] == 0 and rows[-1, 2] > 0
-    step, away = int(re.search(r"from step (\d+) on", out)[1]), np.abs(rows[:, 1] - rows[-1, 1]) > 0.00100001
-    assert not away[step - 1:].any() and away[step - 2:step - 1].all()
+    step, away = (
+        int(re.search(r"from step (\d+) on", out)[1]),
+        np.abs(rows[:, 1] - rows[-1, 1]) > 0.00100001,
+    )
+    assert not away[step - 1 :].any() and away[step - 2 : step - 1].all()
     assert f"{100 * rows[-1, 2]:.2f} % converged" in out
 
 
 def test_converged_is_what_the_last_five_steps_move_by_less_than_eps(model):
     """Against the states of free phases of t and t - 5 steps, image by image."""
     from conftest import criterion_of, sample
+
     x, y = sample(model, 6)
     task = argparse.Namespace(mean=(0.0,), std=(1.0,))
     batches = data_utils.Batches(torch.zeros(6, *x.shape[1:]), y, 4, task, "cpu")
     batches.images, batches.normalise = 255 * x.float(), lambda images: images.double()
     x = x.float().double()
     states = [model(x, T=t, criterion=criterion_of(model)) for t in range(13)]
-    moved = torch.stack([mu.relative_change(states[max(0, t - 5)], states[t]) for t in range(1, 13)])
+    moved = torch.stack(
+        [mu.relative_change(states[max(0, t - 5)], states[t]) for t in range(1, 13)]
+    )
     for n, state in enumerate(states[8]):
-        assert (moved[7] >= (state - states[3][n]).flatten(1).norm(dim=1) / state.flatten(1).norm(dim=1) - 1e-12).all()
+        assert (
+            moved[7]
+            >= (state - states[3][n]).flatten(1).norm(dim=1) / state.flatten(1).norm(dim=1) - 1e-12
+        ).all()
     eps = moved.median().item() * (1 + 1e-9)  # not exactly what an image moved by
-    accuracy, found = mu.characteristic(model, batches, mu.Rule(T1=12, loss=mu.loss_name(criterion_of(model))), eps)
+    accuracy, found = mu.characteristic(
+        model, batches, mu.Rule(T1=12, loss=mu.loss_name(criterion_of(model))), eps
+    )
     assert found == pytest.approx((moved < eps).double().mean(1).tolist())
-    assert accuracy == pytest.approx([(model.readout(s).argmax(1) == y).double().mean().item() for s in states[1:]])
+    assert accuracy == pytest.approx(
+        [(model.readout(s).argmax(1) == y).double().mean().item() for s in states[1:]]
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # corruptions
 
 
@@ -85,8 +113,10 @@ def template(tmp_path_factory):
     os.chdir(folder)
     write_cifar("data")
     write_corruptions("data", CORRUPTIONS)
-    line = ("--task CIFAR10 --model CNN --channels 4 6 --act my_hard_sig --T1 6 --T2 2 --betas 0 0.5 --device -1 "
-            "--seed 0 --save")
+    line = (
+        "--task CIFAR10 --model CNN --channels 4 6 --act my_hard_sig --T1 6 --T2 2 --betas 0 0.5 --device -1 "
+        "--seed 0 --save"
+    )
     assert main.main(line.split()) == 0
     os.chdir(before)
     return folder
@@ -94,7 +124,8 @@ def template(tmp_path_factory):
 
 @pytest.fixture
 def corrupted(template, tmp_path):
-    """A copy of it in the folder that the test runs in: (the run, the folder of corrupted images)."""
+    """A copy of it in the folder that the test runs in: (the run, the folder of corrupted
+    images)."""
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     return only_run(tmp_path), tmp_path / "data/CIFAR-10-C"
 
@@ -128,19 +159,26 @@ def test_corruptions_are_counted_right(ok, corrupted):
 
     out = ok(line(run))
     lines = (run / "Corruption_Accuracy.txt").read_text().splitlines()
-    assert lines[0].startswith("# settings") and lines[1].startswith("#") and lines[
-            -1].startswith("# mean over all 19: ")
+    assert (
+        lines[0].startswith("# settings")
+        and lines[1].startswith("#")
+        and lines[-1].startswith("# mean over all 19: ")
+    )
     assert [line.split()[0] for line in lines[2:-1]] == list(CORRUPTIONS)
     assert " ".join(["fog", *(f"{share:.6f}" for share in right.mean(1))]) in lines
     rows = entries(run / "Corruption_Accuracy.txt")
     means = np.mean(list(rows.values())), np.mean([rows[name] for name in CORRUPTIONS[:15]])
     assert lines[-1] == f"# mean over all 19: {means[0]:.6f}, over the first 15: {means[1]:.6f}"
-    assert f"mean accuracy {100 * means[0]:.2f} %, over the first 15 corruptions {100 * means[1]:.2f} %" in out
+    assert (
+        f"mean accuracy {100 * means[0]:.2f} %, over the first 15 corruptions {100 * means[1]:.2f} %"
+        in out
+    )
     assert (run / "Corruption_Accuracy.png").stat().st_size > 20000
 
     ok(line(run, "--test-size 2"))  # the first of every severity; the other table is moved aside
-    assert (run / "Corruption_Accuracy_1.txt").read_text().splitlines() == lines and (run
-            / "Corruption_Accuracy_1.png").exists()
+    assert (run / "Corruption_Accuracy_1.txt").read_text().splitlines() == lines and (
+        run / "Corruption_Accuracy_1.png"
+    ).exists()
     assert entries(run / "Corruption_Accuracy.txt")["fog"] == right[:, :2].mean(1).tolist()
     ok(line(run, "--T1 2"))
     assert (run / "Corruption_Accuracy_2.txt").exists()
@@ -149,11 +187,18 @@ def test_corruptions_are_counted_right(ok, corrupted):
 def test_corruptions_are_counted_where_no_figure_can_be_drawn(cli, corrupted, monkeypatch):
     def savefig(*_, **__):
         raise ValueError("nothing can be drawn")
+
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
     run, _ = corrupted
     code, out, err = cli(line(run, "--test-size 1"))
-    assert code == 0 and "over the first 15 corruptions" in out and len(entries(run / "Corruption_Accuracy.txt")) == 19
-    assert re.fullmatch(r"warning: \S+/Corruption_Accuracy.png was not drawn: nothing can be drawn\n", err)
+    assert (
+        code == 0
+        and "over the first 15 corruptions" in out
+        and len(entries(run / "Corruption_Accuracy.txt")) == 19
+    )
+    assert re.fullmatch(
+        r"warning: \S+/Corruption_Accuracy.png was not drawn: nothing can be drawn\n", err
+    )
 
 
 def test_a_killed_run_goes_on_at_the_first_missing_corruption(ok, corrupted, monkeypatch):
@@ -166,7 +211,11 @@ def test_a_killed_run_goes_on_at_the_first_missing_corruption(ok, corrupted, mon
     ok(line(run))
     assert text.read_text() == whole and len(seen) == 15 and seen[0] == "gaussian_blur, severity 1"
     ok(line(run))
-    assert text.read_text() == whole and len(seen) == 15 and not (run / "Corruption_Accuracy_1.txt").exists()
+    assert (
+        text.read_text() == whole
+        and len(seen) == 15
+        and not (run / "Corruption_Accuracy_1.txt").exists()
+    )
 
 
 def test_rows_are_there_as_soon_as_they_are_known(corrupted, cli, monkeypatch):
@@ -179,6 +228,7 @@ def test_rows_are_there_as_soon_as_they_are_known(corrupted, cli, monkeypatch):
             time.sleep(5)
         seen.append(1)
         return evaluate(*args)
+
     monkeypatch.setattr(mu, "evaluate", interrupted)
     code, _, err = cli(line(run))
     assert code == 143 and "2 corruptions are in" in err
@@ -197,7 +247,9 @@ def test_a_process_killed_at_any_moment_goes_on(ok, corrupted, tmp_path):
     assert first
     ok(line(run))
     after = entries(run / "Corruption_Accuracy.txt")
-    assert list(after) == list(CORRUPTIONS) and all(after[name] == shares for name, shares in first.items())
+    assert list(after) == list(CORRUPTIONS) and all(
+        after[name] == shares for name, shares in first.items()
+    )
 
 
 def damage(folder, what):
@@ -266,8 +318,13 @@ def test_damaged_files_are_named_before_anything_is_done(cli, corrupted, what):
     run, folder = corrupted
     damage(folder, what)
     code, out, err = cli(line(run))
-    assert code == 2 and err.count("\n") == 1 and DAMAGES[what] in err and not out and not (run
-            / "Corruption_Accuracy.txt").exists(), err
+    assert (
+        code == 2
+        and err.count("\n") == 1
+        and DAMAGES[what] in err
+        and not out
+        and not (run / "Corruption_Accuracy.txt").exists()
+    ), err
 
 
 # Folders as people have them: what becomes of each file, and a word of what is said of it.
@@ -443,9 +500,15 @@ def test_a_characteristic_of_other_data_is_moved_aside(ok, corrupted, tmp_path):
     ] and (run / "Characteristic_Energy_1.png").exists()
 
 
-@pytest.mark.parametrize("more, message", [("--corruptions-dir elsewhere", "elsewhere/labels.npy is missing"),
-                                           ("--corruptions-dir data", "give --corruptions-dir"),
-                                           ("--test-size 9", "--test-size: got 9"), ("--T1 0", "--T1")])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ("--corruptions-dir elsewhere", "elsewhere/labels.npy is missing"),
+        ("--corruptions-dir data", "give --corruptions-dir"),
+        ("--test-size 9", "--test-size: got 9"),
+        ("--T1 0", "--T1"),
+    ],
+)
 def test_wrong_arguments_are_one_line(cli, corrupted, more, message):
     code, _, err = cli(line(corrupted[0], more))
     assert code == 2 and err.count("\n") == 1 and message in err

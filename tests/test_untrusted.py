@@ -1,5 +1,6 @@
-"""Saved runs that are damaged, crafted, or from before: none crashes the interpreter, ends in a traceback, or passes
-for another run."""
+"""Saved runs that are damaged, crafted, or from before: none crashes the interpreter, ends in a
+traceback, or passes for another run."""
+
 import contextlib
 import copy
 import functools
@@ -23,15 +24,17 @@ import main
 from experiment import checkpoints, run_folder
 
 DATA = ROOT / "tests" / "data"
-RUN = ("--todo train --task digits --device -1 --train-size 20 --test-size 8 --mbs 10 --T1 3 --T2 1 --betas 0 0.5 "
-       "--epochs 1 --seed 3 --save --archi 784 4 10 --loss cel --softmax --optim adam --lr-decay "
-       "--attack-iters 1 --attack-step 2 --eps-list 0.5")
+RUN = (
+    "--todo train --task digits --device -1 --train-size 20 --test-size 8 --mbs 10 --T1 3 --T2 1 --betas 0 0.5 "
+    "--epochs 1 --seed 3 --save --archi 784 4 10 --loss cel --softmax --optim adam --lr-decay "
+    "--attack-iters 1 --attack-step 2 --eps-list 0.5"
+)
 TODOS = {"evaluate": "", "attack": "", "train": "--epochs 1"}
 
 
-
 class Folder:
-    """A run folder whose files are put back after each use. files: {name: bytes} of the good run."""
+    """A run folder whose files are put back after each use. files: {name: bytes} of the good
+    run."""
 
     def __init__(self, path):
         self.path = path
@@ -61,7 +64,8 @@ class Folder:
 
 @pytest.fixture(scope="module")
 def quick():
-    """What takes time and has nothing to do with what a file holds is left out: figures, git, disk, the same data."""
+    """What takes time and has nothing to do with what a file holds is left out: figures, git, disk,
+    the same data."""
     split = functools.cache(data_utils.load_split)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder.RunFolder, "save_figure", lambda *_: None)
@@ -89,10 +93,13 @@ def run(tmp_path_factory, quick):
 
 
 def attempt(folder, todo, words=""):
-    """(exit code, standard error) of a command on the folder; fails where the rules of the suite are broken."""
+    """(exit code, standard error) of a command on the folder; fails where the rules of the suite
+    are broken."""
     out, err, before = io.StringIO(), io.StringIO(), folder.content()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main.main(f"--todo {todo} --device -1 --load-path {folder.path} {TODOS.get(todo, '')} {words}".split())
+        code = main.main(
+            f"--todo {todo} --device -1 --load-path {folder.path} {TODOS.get(todo, '')} {words}".split()
+        )
     err = err.getvalue()
     assert code in (0, 2) or code == 1 and todo == "train" and "not finite" in err, (code, err)
     assert "Traceback" not in err and err.count("main.py: error:") == (code != 0), err
@@ -104,7 +111,7 @@ def attempt(folder, todo, words=""):
     return code, err
 
 
-# ------------------------------------------------------------------------------------------------------------ at random
+# ---------------------------------------------------------------------------------------- at random
 
 
 def expanded(shape):
@@ -112,26 +119,47 @@ def expanded(shape):
 
 
 JUNK = [
-    lambda rng: None, lambda rng: True, lambda rng: rng.choice([0, 1, -1, 2, 7, 2 ** 31, 2 ** 63, -2 ** 64, 10 ** 400]),
+    lambda rng: None,
+    lambda rng: True,
+    lambda rng: rng.choice([0, 1, -1, 2, 7, 2**31, 2**63, -(2**64), 10**400]),
     lambda rng: rng.choice([0.5, -1.0, 1e308, float("nan"), float("inf"), -float("inf")]),
     lambda rng: rng.choice(["", "many", "\0\n", "\udcff", "x" * 5000, "nan", "1"]),
-    lambda rng: rng.choice([[], [None], [1, 2], ["a"], [[]], [0.5] * 3, (), (1,), [float("nan")] * 2]),
+    lambda rng: rng.choice(
+        [[], [None], [1, 2], ["a"], [[]], [0.5] * 3, (), (1,), [float("nan")] * 2]
+    ),
     lambda rng: rng.choice([{}, {1: 2}, {"a": {}}, {None: []}, {"params": 3}, {"step": 1}]),
     lambda rng: torch.zeros(rng.choice([(), (0,), (3,), (4, 784), (1, 1, 1)])),
-    lambda rng: torch.zeros(rng.choice([3, 5056])).to(rng.choice([torch.bool, torch.uint8, torch.cfloat, torch.int64])),
-    lambda rng: expanded(rng.choice([(4, 784), (10 ** 6, 10 ** 6), (10,)])),
-    lambda rng: torch.eye(3).to_sparse(), lambda rng: torch.zeros(3, device="meta"),
+    lambda rng: torch.zeros(rng.choice([3, 5056])).to(
+        rng.choice([torch.bool, torch.uint8, torch.cfloat, torch.int64])
+    ),
+    lambda rng: expanded(rng.choice([(4, 784), (10**6, 10**6), (10,)])),
+    lambda rng: torch.eye(3).to_sparse(),
+    lambda rng: torch.zeros(3, device="meta"),
 ]
 
 TENSOR = [
-    lambda t: t.to(torch.float64), lambda t: t.to(torch.bfloat16), lambda t: t.to(torch.float16),
-    lambda t: t.to(torch.cfloat), lambda t: t.to(torch.int64), lambda t: t.double() * 1e300,
-    lambda t: t * float("nan"), lambda t: -t, lambda t: t + 1e30, lambda t: torch.full_like(t, float("inf")),
-    lambda t: t.flatten()[:-1], lambda t: t[None], lambda t: t.flatten()[:0], lambda t: torch.cat([t.flatten()] * 2),
-    lambda t: t.mT if t.dim() > 1 else t, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
-    lambda t: t.flatten()[0].expand(t.shape), lambda t: expanded((10 ** 6, 10 ** 7)),
-    lambda t: t.float().to_sparse(), lambda t: torch.empty(t.shape, device="meta"),
-    lambda t: torch.nn.Parameter(t.float()), lambda t: torch._neg_view(t.float()),
+    lambda t: t.to(torch.float64),
+    lambda t: t.to(torch.bfloat16),
+    lambda t: t.to(torch.float16),
+    lambda t: t.to(torch.cfloat),
+    lambda t: t.to(torch.int64),
+    lambda t: t.double() * 1e300,
+    lambda t: t * float("nan"),
+    lambda t: -t,
+    lambda t: t + 1e30,
+    lambda t: torch.full_like(t, float("inf")),
+    lambda t: t.flatten()[:-1],
+    lambda t: t[None],
+    lambda t: t.flatten()[:0],
+    lambda t: torch.cat([t.flatten()] * 2),
+    lambda t: t.mT if t.dim() > 1 else t,
+    lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    lambda t: t.flatten()[0].expand(t.shape),
+    lambda t: expanded((10**6, 10**7)),
+    lambda t: t.float().to_sparse(),
+    lambda t: torch.empty(t.shape, device="meta"),
+    lambda t: torch.nn.Parameter(t.float()),
+    lambda t: torch._neg_view(t.float()),
 ]
 
 
@@ -170,7 +198,11 @@ def listed(state):
     """The state with lists for tuples, that every part can be changed."""
     if isinstance(state, dict):
         return {key: listed(value) for key, value in state.items()}
-    return [listed(value) for value in state] if isinstance(state, (list, tuple)) else copy.deepcopy(state)
+    return (
+        [listed(value) for value in state]
+        if isinstance(state, (list, tuple))
+        else copy.deepcopy(state)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -193,9 +225,11 @@ def test_mutated_checkpoints_are_refused_or_run(run, seed):
 def test_truncated_files_and_flipped_bytes_are_refused(run):
     rng, good = random.Random(0), run.files["checkpoint.tar"]
     for n in range(48):
-        damaged = bytearray(good[:rng.randrange(len(good))] if n % 3 == 0 else good)
+        damaged = bytearray(good[: rng.randrange(len(good))] if n % 3 == 0 else good)
         for _ in range(rng.choice([1, 1, 8]) if n % 3 else 0):
-            damaged[rng.randrange(len(damaged)) if n % 2 else rng.randrange(3000)] ^= 1 << rng.randrange(8)
+            damaged[rng.randrange(len(damaged)) if n % 2 else rng.randrange(3000)] ^= (
+                1 << rng.randrange(8)
+            )
         for todo in TODOS:
             run.write(bytes(damaged))
             attempt(run, todo)
@@ -203,11 +237,18 @@ def test_truncated_files_and_flipped_bytes_are_refused(run):
 
 
 TEXTS = {
-    "20,000 minus signs": "- T1: " + "-" * 20000 + "5\n", "1,500 minus signs": "- T1: " + "-" * 1500 + "5\n",
-    "brackets": "lrs: " + "[" * 1900, "a long line": "a: x" + " " * 10 ** 6 + "x", "no text": bytes(range(256)) * 40,
-    "NUL": "T1: 5\0\nact: 'ta\0nh'\n", "escapes": "act: '\\d'\nT1: 5if 1else 2\n", "a huge number": "T1: " + "9" * 5000,
-    "nothing": "", "other types": "archi: {784: 4}\nsoftmax: None\nlrs: 1j\nbetas: b'a'\nact: ...\n",
-    "a word": "channels: many\n", "large": "archi: 784 99999999999\n",
+    "20,000 minus signs": "- T1: " + "-" * 20000 + "5\n",
+    "1,500 minus signs": "- T1: " + "-" * 1500 + "5\n",
+    "brackets": "lrs: " + "[" * 1900,
+    "a long line": "a: x" + " " * 10**6 + "x",
+    "no text": bytes(range(256)) * 40,
+    "NUL": "T1: 5\0\nact: 'ta\0nh'\n",
+    "escapes": "act: '\\d'\nT1: 5if 1else 2\n",
+    "a huge number": "T1: " + "9" * 5000,
+    "nothing": "",
+    "other types": "archi: {784: 4}\nsoftmax: None\nlrs: 1j\nbetas: b'a'\nact: ...\n",
+    "a word": "channels: many\n",
+    "large": "archi: 784 99999999999\n",
 }
 
 
@@ -215,12 +256,16 @@ TEXTS = {
 def test_odd_texts_are_no_traceback(run, name):
     text = TEXTS[name] if isinstance(TEXTS[name], bytes) else TEXTS[name].encode()
     for config in (True, False):
-        damaged = run.write({key: value for key, value in run.checkpoint.items() if config or key != "config"})
+        damaged = run.write(
+            {key: value for key, value in run.checkpoint.items() if config or key != "config"}
+        )
         for todo in ("evaluate", "train"):
             run.write(damaged)
             (run.path / "hyperparameters.txt").write_bytes(text)
             code, err = attempt(run, todo, "--task digits --train-size 20 --test-size 8")
-            assert code == 0 if config else "error" in err or "does not say" in err  # with its config it needs no text
+            assert (
+                code == 0 if config else "error" in err or "does not say" in err
+            )  # with its config it needs no text
             run.put_back()
 
 
@@ -235,7 +280,22 @@ def test_of_a_text_of_100_mb_the_beginning_is_read(tmp_path):
 def test_mutated_texts_of_a_checkpoint_without_arguments(run):
     rng, good = random.Random(1), run.files["hyperparameters.txt"].decode()
     damaged = run.write({key: value for key, value in run.checkpoint.items() if key != "config"})
-    words = ["None", "[]", "-1", "1e999", "'", "[[[", "True", "nan", "\0", "{}", "'mm'", "1" * 300, "0.5", "[1, 'a']"]
+    words = [
+        "None",
+        "[]",
+        "-1",
+        "1e999",
+        "'",
+        "[[[",
+        "True",
+        "nan",
+        "\0",
+        "{}",
+        "'mm'",
+        "1" * 300,
+        "0.5",
+        "[1, 'a']",
+    ]
     for _ in range(30):
         lines = good.splitlines()
         n = rng.choice([n for n, line in enumerate(lines) if line.startswith("  ") and ":" in line])
@@ -249,11 +309,12 @@ def test_mutated_texts_of_a_checkpoint_without_arguments(run):
             run.put_back()
 
 
-# ---------------------------------------------------------------------------------------------------------- one by one
+# --------------------------------------------------------------------------------------- one by one
 
 
 def altered(state, *keys, value=None, by=None):
-    """A copy of the nested state with another value at `keys`: `value`, or what `by` makes of the one there."""
+    """A copy of the nested state with another value at `keys`: `value`, or what `by` makes of the
+    one there."""
     state = copy.deepcopy(state)
     place = state
     for key in keys[:-1]:
@@ -270,20 +331,51 @@ WRONG_SIZE = {  # of the optimizer's state, which kernels of torch take for gran
     "exp_avg of one value": ("opt", "state", 0, "exp_avg", lambda t: torch.zeros(1)),
     "exp_avg_sq without values": ("opt", "state", 0, "exp_avg_sq", lambda t: torch.zeros(0)),
     "exp_avg of another layer": ("opt", "state", 0, "exp_avg", lambda t: torch.zeros(4)),
-    "exp_avg of one repeated value": ("opt", "state", 0, "exp_avg", lambda t: torch.zeros(1).expand(t.shape)),
+    "exp_avg of one repeated value": (
+        "opt",
+        "state",
+        0,
+        "exp_avg",
+        lambda t: torch.zeros(1).expand(t.shape),
+    ),
 }
 
 REFUSED = {  # name: (keys in the checkpoint, what becomes of the value there, words of the error)
     **{name: (*place, "exp_avg") for name, place in WRONG_SIZE.items()},
     "exp_avg of bytes": ("opt", "state", 0, "exp_avg", lambda t: t.to(torch.uint8), "exp_avg"),
-    "an infinite moment": ("opt", "state", 1, "exp_avg", lambda t: t + float("inf"), "exp_avg of parameter 1 in opt"),
+    "an infinite moment": (
+        "opt",
+        "state",
+        1,
+        "exp_avg",
+        lambda t: t + float("inf"),
+        "exp_avg of parameter 1 in opt",
+    ),
     "a negative exp_avg_sq": ("opt", "state", 1, "exp_avg_sq", lambda t: t - 1, "negative"),
     "a negative step": ("opt", "state", 1, "step", lambda t: -1, "step"),
     "many steps": ("opt", "state", 1, "step", lambda t: t.expand(3), "step"),
-    "a moment too few": ("opt", "state", 1, lambda moments: without(moments, "exp_avg"), "remembered"),
-    "a moment too many": ("opt", "state", 1, lambda moments: {**moments, "more": moments["exp_avg"]}, "remembered"),
+    "a moment too few": (
+        "opt",
+        "state",
+        1,
+        lambda moments: without(moments, "exp_avg"),
+        "remembered",
+    ),
+    "a moment too many": (
+        "opt",
+        "state",
+        1,
+        lambda moments: {**moments, "more": moments["exp_avg"]},
+        "remembered",
+    ),
     "half a layer": ("opt", "state", lambda state: without(state, 1), "group 0"),
-    "momentum of SGD": ("opt", "state", 1, lambda moments: {"momentum_buffer": moments["exp_avg"]}, "remembered"),
+    "momentum of SGD": (
+        "opt",
+        "state",
+        1,
+        lambda moments: {"momentum_buffer": moments["exp_avg"]},
+        "remembered",
+    ),
     "a parameter too many": ("opt", "state", lambda state: {**state, 9: state[0]}, "parameters"),
     "a group too few": ("opt", "param_groups", lambda groups: groups[:1], "2 groups"),
     "a parameter twice": ("opt", "param_groups", 1, "params", lambda ids: [0, 3], "twice"),
@@ -291,12 +383,16 @@ REFUSED = {  # name: (keys in the checkpoint, what becomes of the value there, w
     "an unknown key": ("opt", "param_groups", 0, lambda group: {**group, "hook": 1}, "group 0"),
     "a rate that is none": ("opt", "param_groups", 0, "lr", lambda _: float("nan"), "lr"),
     "a rate of text": ("opt", "param_groups", 0, "lr", lambda _: "0.1", "lr"),
-    "a scheduler without its place": ("scheduler", lambda state: without(state, "last_epoch"), "last_epoch"),
+    "a scheduler without its place": (
+        "scheduler",
+        lambda state: without(state, "last_epoch"),
+        "last_epoch",
+    ),
     "a scheduler with a method": ("scheduler", lambda state: {**state, "step": 1}, "step"),
     "another schedule": ("scheduler", "T_max", lambda _: 0, "T_max"),
     "no scheduler": ("scheduler", lambda _: None, "without scheduler"),
     "no optimizer": (lambda state: without(state, "opt"), "without opt"),
-    "numpy's position": ("random_states", "numpy", 2, lambda _: 10 ** 6, "numpy"),
+    "numpy's position": ("random_states", "numpy", 2, lambda _: 10**6, "numpy"),
     "torch's position": ("random_states", "torch", lambda t: at(t, 16, 600), "position"),
     "a short state": ("random_states", "data", lambda t: t[:-1], "random_states"),
     "python's state": ("random_states", "python", lambda state: (3, state[1][:-1], None), "python"),
@@ -304,8 +400,20 @@ REFUSED = {  # name: (keys in the checkpoint, what becomes of the value there, w
     "no history": (lambda state: without(state, "history"), "history"),
     "an accuracy of 101 %": ("history", 0, "test_acc", lambda _: 101.0, "test_acc"),
     "a column with an odd name": ("history", 0, lambda row: {**row, "a,b": 1}, "history"),
-    "a best model of another size": ("best_model", "model_state_dict", "synapses.0.bias", lambda t: t[:3], "best_mod"),
-    "a best model of nan": ("best_model", "model_state_dict", "synapses.0.bias", lambda t: t * float("nan"), "finite"),
+    "a best model of another size": (
+        "best_model",
+        "model_state_dict",
+        "synapses.0.bias",
+        lambda t: t[:3],
+        "best_mod",
+    ),
+    "a best model of nan": (
+        "best_model",
+        "model_state_dict",
+        "synapses.0.bias",
+        lambda t: t * float("nan"),
+        "finite",
+    ),
     "config a list": ("config", lambda config: list(config.items()), "config"),
     "config None": ("config", lambda _: None, "config"),
     "config with numbers for names": ("config", lambda config: {**config, 1: 2}, "config"),
@@ -313,15 +421,30 @@ REFUSED = {  # name: (keys in the checkpoint, what becomes of the value there, w
     "softmax None": ("config", "softmax", lambda _: None, "--softmax"),
     "a text for a number": ("config", "T1", lambda _: "3", "--T1"),
     "a number for a text": ("config", "act", lambda _: 1, "--act"),
-    "10**400": ("config", "mbs", lambda _: 10 ** 400, "--mbs"),
-    "10**400 for a real": ("config", "mmt", lambda _: 10 ** 400, "--mmt"),
+    "10**400": ("config", "mbs", lambda _: 10**400, "--mbs"),
+    "10**400 for a real": ("config", "mmt", lambda _: 10**400, "--mmt"),
     "pools of lines": ("config", "pools", lambda _: "\n\n", "--pools"),
     "nan weights": ("model_state_dict", "synapses.1.weight", lambda t: t * float("nan"), "finite"),
-    "complex weights": ("model_state_dict", "synapses.1.weight", lambda t: t.to(torch.cfloat), "complex"),
+    "complex weights": (
+        "model_state_dict",
+        "synapses.1.weight",
+        lambda t: t.to(torch.cfloat),
+        "complex",
+    ),
     "whole weights": ("model_state_dict", "synapses.1.weight", lambda t: t.long(), "int64"),
     "sparse weights": ("model_state_dict", "synapses.1.weight", lambda t: t.to_sparse(), "weight"),
-    "weights beyond float32": ("model_state_dict", "synapses.1.weight", lambda t: t.double() * 1e300, "finite"),
-    "weights of 40 TB": ("model_state_dict", "synapses.1.weight", lambda t: expanded((10 ** 6, 10 ** 7)), "claims"),
+    "weights beyond float32": (
+        "model_state_dict",
+        "synapses.1.weight",
+        lambda t: t.double() * 1e300,
+        "finite",
+    ),
+    "weights of 40 TB": (
+        "model_state_dict",
+        "synapses.1.weight",
+        lambda t: expanded((10**6, 10**7)),
+        "claims",
+    ),
 }
 
 
@@ -342,10 +465,14 @@ def test_what_no_run_writes_is_refused(run, name):
 
 
 def enter(folders):
-    """Goes on with trainings, in a child process, as they may end the interpreter. Exit code 2 where each is
-    refused."""
+    """Goes on with trainings, in a child process, as they may end the interpreter. Exit code 2
+    where each is refused."""
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    sys.exit(2 if {main.main(f"--device -1 --load-path {folder}".split()) for folder in folders} == {2} else 1)
+    sys.exit(
+        2
+        if {main.main(f"--device -1 --load-path {folder}".split()) for folder in folders} == {2}
+        else 1
+    )
 
 
 def test_no_size_in_an_optimizer_state_ends_the_interpreter(tmp_path):
@@ -375,20 +502,40 @@ def called(name, *arguments):
 
 
 def storage(numel, kind="Float", view=b""):
-    return (b"(" + text("storage") + f"ctorch\n{kind}Storage\n".encode() + text("0") + text("cpu")
-            + whole(numel) + view + b"tQ")
+    return (
+        b"("
+        + text("storage")
+        + f"ctorch\n{kind}Storage\n".encode()
+        + text("0")
+        + text("cpu")
+        + whole(numel)
+        + view
+        + b"tQ"
+    )
 
 
 def tensor(values, size, stride=1, offset=0):
-    return called("torch._utils _rebuild_tensor_v2", values, whole(offset),
-                  b"(" + whole(size) + b"t", b"(" + whole(stride) + b"t", b"\x89",
-                  called("collections OrderedDict"))
+    return called(
+        "torch._utils _rebuild_tensor_v2",
+        values,
+        whole(offset),
+        b"(" + whole(size) + b"t",
+        b"(" + whole(stride) + b"t",
+        b"\x89",
+        called("collections OrderedDict"),
+    )
 
 
 def state(weight):
     """A state dict of one weight; weight: opcodes of its value, and of more names and values."""
-    return (b"\x80\x02}(" + text("model_state_dict") + b"}(" + text("synapses.0.weight") + weight
-            + b"uu.")
+    return (
+        b"\x80\x02}("
+        + text("model_state_dict")
+        + b"}("
+        + text("synapses.0.weight")
+        + weight
+        + b"uu."
+    )
 
 
 def archive(content, values=bytes(16)):
@@ -408,15 +555,18 @@ def old_format(content, keys=("0",), values=bytes(16), announced=4):
 def oversized(content):
     """The archive, whose directory announces 2 GB of data/0."""
     start = content.index(b"archive/data/0", content.index(b"PK\1\2")) - 46
-    sizes = struct.pack("<II", 2 ** 31 - 1, 2 ** 31 - 1)
-    return content[:start + 20] + sizes + content[start + 28:]
+    sizes = struct.pack("<II", 2**31 - 1, 2**31 - 1)
+    return content[: start + 20] + sizes + content[start + 28 :]
 
 
-BILLION, DEEP = 2 ** 30, b")" + b"\x85" * 200_000
+BILLION, DEEP = 2**30, b")" + b"\x85" * 200_000
 PAIRS = b"](" + DEEP + whole(1) + b"\x86e"
 FEW, OLD = storage(4), storage(4, view=b"N")
-MANY_NAMES = (tensor(storage(2 ** 20, "Half"), 2 ** 20) + b"q\1"
-              + b"".join(text(str(n)) + b"h\1" for n in range(2000)))
+MANY_NAMES = (
+    tensor(storage(2**20, "Half"), 2**20)
+    + b"q\1"
+    + b"".join(text(str(n)) + b"h\1" for n in range(2000))
+)
 CRAFTED = {
     "a deep key": archive(b"\x80\x02}(" + DEEP + whole(1) + b"u."),
     "a deep key, one by one": archive(b"\x80\x02}" + DEEP + whole(1) + b"s."),
@@ -433,12 +583,13 @@ CRAFTED = {
     "a tensor before its storage": archive(state(tensor(FEW, 2, stride=-1))),
     "a storage beyond its file": archive(state(tensor(storage(BILLION), 4))),
     "a repeated value": archive(state(tensor(FEW, BILLION, stride=0))),
-    "a tensor as arguments": archive(state(b"ccollections\nOrderedDict\n"
-                                           + tensor(FEW, 2 ** 40, stride=0) + b"R")),
+    "a tensor as arguments": archive(
+        state(b"ccollections\nOrderedDict\n" + tensor(FEW, 2**40, stride=0) + b"R")
+    ),
     "a part beyond its file": oversized(archive(state(tensor(FEW, 4)))),
-    "a weight of many names": archive(state(MANY_NAMES), bytes(2 ** 21)),
+    "a weight of many names": archive(state(MANY_NAMES), bytes(2**21)),
     "a memo of a billion": archive(state(b"]r" + struct.pack("<I", BILLION))),
-    "a long name": archive(state(b"cos\n" + b"x" * 10 ** 6 + b"\n")),
+    "a long name": archive(state(b"cos\n" + b"x" * 10**6 + b"\n")),
     "an old storage": old_format(state(tensor(storage(BILLION, view=b"N"), BILLION))),
     "an old storage that is never written": old_format(state(tensor(OLD, 4)), (), b""),
     "an old storage that ends": old_format(state(tensor(OLD, 4)), values=bytes(15)),
@@ -452,7 +603,7 @@ def enter_crafted(folder, log):
     """Opens every file with 2 GiB more of address space; logs name, exit code and errors."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + 2 ** 31, now + 2 ** 31))
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2**31, now + 2**31))
     for name in CRAFTED:
         err = sys.stderr = io.StringIO()
         (folder / "model.pt").write_bytes(CRAFTED[name])
@@ -475,7 +626,9 @@ def test_no_pickle_ends_the_interpreter_or_takes_memory(tmp_path):
 
 def test_weights_of_another_floating_type_are_converted(run):
     for kind in (torch.float64, torch.float16, torch.bfloat16):
-        weights = {name: weight.to(kind) for name, weight in run.checkpoint["model_state_dict"].items()}
+        weights = {
+            name: weight.to(kind) for name, weight in run.checkpoint["model_state_dict"].items()
+        }
         run.write({**run.checkpoint, "model_state_dict": weights})
         saved = checkpoints.open_saved(run.path, "evaluate").weights
         assert all(torch.equal(saved[name], weight.float()) for name, weight in weights.items())
@@ -484,7 +637,9 @@ def test_weights_of_another_floating_type_are_converted(run):
 
 
 def test_a_moment_in_another_layout_is_brought_into_its_parameters(run):
-    run.write(altered(run.checkpoint, "opt", "state", 0, "exp_avg", by=lambda t: t.mT.contiguous().mT))
+    run.write(
+        altered(run.checkpoint, "opt", "state", 0, "exp_avg", by=lambda t: t.mT.contiguous().mT)
+    )
     assert attempt(run, "train")[0] == 0
     resumed = [torch.load(run.path / "checkpoint.tar", weights_only=True)["model_state_dict"]]
     run.put_back()
@@ -512,18 +667,28 @@ def test_a_compressed_archive_is_refused(run):
 
 
 def test_what_a_run_does_not_say_is_taken_from_the_flags_or_named(run):
-    (run.path / "hyperparameters.txt").write_text("- task: digits\n- model: MLP\n- archi: [784, 4, 10]\n")
+    (run.path / "hyperparameters.txt").write_text(
+        "- task: digits\n- model: MLP\n- archi: [784, 4, 10]\n"
+    )
     state = without(run.checkpoint, "config")
     run.write(state)
     code, err = attempt(run, "evaluate", "--loss cel --test-size 8 --train-size 20")
-    assert code == 0 and "note: the saved run does not say --act, --softmax; taken: act mysig, softmax False\n" in err
-    code, err = attempt(run, "evaluate", "--loss cel --softmax --act mysig --test-size 8 --train-size 20")
+    assert (
+        code == 0
+        and "note: the saved run does not say --act, --softmax; taken: act mysig, softmax False\n"
+        in err
+    )
+    code, err = attempt(
+        run, "evaluate", "--loss cel --softmax --act mysig --test-size 8 --train-size 20"
+    )
     assert code == 0 and not err
     run.put_back()
     assert "taken" not in attempt(run, "evaluate")[1]
 
 
-@pytest.mark.parametrize("path", ["x" * 5000, "a/" * 3000, "a\0b", "a\nb", "\udcff", "", "hyperparameters.txt", "loop"])
+@pytest.mark.parametrize(
+    "path", ["x" * 5000, "a/" * 3000, "a\0b", "a\nb", "\udcff", "", "hyperparameters.txt", "loop"]
+)
 @pytest.mark.parametrize("todo", ["train", "evaluate"])
 def test_odd_paths_are_one_line(cli, tmp_path, path, todo):
     (tmp_path / "hyperparameters.txt").write_text("a file, no folder")
@@ -549,7 +714,9 @@ def enter_as_nobody(words, log):
     sys.exit(main.main(words))
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root becomes somebody else")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0, reason="only root becomes somebody else"
+)
 def test_a_folder_without_permission_is_one_line(tmp_path):
     run = pathlib.Path(shutil.copytree(DATA / "run_2026-11", tmp_path / "run"))
     (tmp_path / "run").chmod(0)
@@ -558,30 +725,42 @@ def test_a_folder_without_permission_is_one_line(tmp_path):
     process.start()
     process.join()
     err = log.read_text()
-    assert process.exitcode == 2 and err.count("\n") == 1 and "cannot be read: permission denied" in err, err
+    assert (
+        process.exitcode == 2
+        and err.count("\n") == 1
+        and "cannot be read: permission denied" in err
+    ), err
 
 
-# ---------------------------------------------------------------------------------- runs of the version before, 795b5bb
+# -------------------------------------------------------------- runs of the version before, 795b5bb
 
 
 def test_a_run_of_the_version_before_is_evaluated_and_resumed(ok, tmp_path):
-    """tests/data/run_2026-11 was made by commit 795b5bb: main.py --task digits --device -1 --train-size 60 --test-size
-    20 --mbs 15 --T1 8 --T2 3 --betas 0 0.5 --random-sign --loss cel --softmax --act tanh --archi 784 4 10 --optim adam
-    --lrs 0.003 0.03 --lr-decay --epochs 2 --seed 5 --save; and the file beside it holds weights and history when that
-    commit had resumed it for two more epochs."""
+    """tests/data/run_2026-11 was made by commit 795b5bb: main.py --task digits --device -1
+    --train-size 60 --test-size 20 --mbs 15 --T1 8 --T2 3 --betas 0 0.5 --random-sign --loss cel
+    --softmax --act tanh --archi 784 4 10 --optim adam --lrs 0.003 0.03 --lr-decay --epochs 2 --seed
+    5 --save; and the file beside it holds weights and history when that commit had resumed it for
+    two more epochs."""
     expected = torch.load(DATA / "run_2026-11_after_four_epochs.pt", weights_only=True)
     run = pathlib.Path(shutil.copytree(DATA / "run_2026-11", tmp_path / "run"))
     out = ok(f"--todo evaluate --device -1 --load-path {run}")
     assert "train accuracy 31.67 % (60 images), test accuracy 10.00 % (20 images)" in out
     assert "from epoch 3 on" in ok(f"--device -1 --epochs 2 --load-path {run}")
     state = torch.load(run / "final_checkpoint.tar", weights_only=True)
-    rows = [[without(row, "seconds", "converged") for row in history]
-            for history in (state["history"], expected["history"])]
-    assert rows[0] == rows[1] and [row.get("converged", "") for row in state["history"]] == ["", "", 100.0, 100.0]
+    rows = [
+        [without(row, "seconds", "converged") for row in history]
+        for history in (state["history"], expected["history"])
+    ]
+    assert rows[0] == rows[1] and [row.get("converged", "") for row in state["history"]] == [
+        "",
+        "",
+        100.0,
+        100.0,
+    ]
     for name, weight in expected["model_state_dict"].items():
-        # Equal on the machine that made it. Adam divides rounding by rounding where a gradient is tiny, so that on
-        # another kind of CPU single weights are off by 1e-5; a forgotten moment, rate or random number moves them by
-        # 1e-3.
+        # Equal on the machine that made it. Adam divides rounding by rounding where a gradient is
+        # tiny, so that on another kind of CPU single weights are off by 1e-5; a forgotten moment,
+        # rate or random number moves them by 1e-3.
         assert (state["model_state_dict"][name] - weight).abs().max() < 1e-4, name
         assert (state["model_state_dict"][name] - weight).abs().median() < 1e-6, name
     assert torch.load(run / "model.pt", weights_only=True)["epoch"] == 4
