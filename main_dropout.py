@@ -4,9 +4,9 @@ and held through all phases."""
 import sys
 
 import main
-from experiment.flags import DROPOUTS
+from experiment import config
 
-FLAGS = {**main.FLAGS, "dropout": [DROPOUTS]}
+FLAGS = config.FLAGS
 
 if __name__ == "__main__":
     sys.exit(main.main(flags=FLAGS, name="main_dropout.py"))

@@ -1,67 +1,80 @@
-"""The table of all flags in docs/flags.md, made from where they are defined:
+"""docs/flags.md, the table of all flags:
 python -m experiment.flag_table > docs/flags.md"""
 
-from experiment.arguments import shown
-from experiment.flags import ALL, DROPOUTS, ENERGY, FLAGS, LARGEST
+from experiment.command_line import DROPOUTS, default_text
+from experiment.config import (
+    ARCHITECTURE,
+    ENERGY_MODELS,
+    FLAGS,
+    LARGEST,
+    RESUMED,
+    SAVED,
+    SECTIONS,
+    SESSION,
+    TRAINING,
+    Flag,
+)
 
 SCOPES = {
-    "architecture": "the saved run's counts, whatever is given",
-    "training": "going on with a training, the saved run's counts",
-    "resumed": "resuming a training, the saved run's counts unless it is given",
-    "session": "of one call, a run does not remember it",
-    "": "",
+    ARCHITECTURE: "the saved value counts, whatever is given",
+    TRAINING: "the saved value counts when the training resumes",
+    RESUMED: "the saved value counts when the training resumes, unless the flag is given",
+    SESSION: "of one call; a run does not remember it",
+    SAVED: "",
 }
 HEAD = """# Every flag
 
-`python main.py --help` says the same. Values are judged after parsing: of a flag given twice the last counts, also of a
-switch and its negative. With `--load-path`, what is not given comes from the saved run. A flag that has no effect on
-what is done says so in a note; where `--todo` is not given, a flag that training does not use is refused.
+`python main.py --help` prints the same. Values are converted after parsing: if a flag is given twice,
+the last counts, also with a switch and its negative. With `--load-path`, values that are not given
+come from the saved run. A note names each flag that has no effect on the task. Without `--todo`, flags
+that training does not use are refused.
 This file is made by `python -m experiment.flag_table > docs/flags.md`."""
+COLUMNS = ("flag", "meaning", "values", "default", "has an effect on", "with a saved run")
 
 
-def values(flag):
-    """What a flag takes, in words."""
+def allowed_values(flag: Flag) -> str:
+    """The values that a flag takes."""
     if flag.kind is bool:
-        return (
-            f"off: `--{flag.negative}`"
-            if flag.negative not in {other.name for other in ALL}
-            else ""
-        )
+        has_negative = all(other.name != flag.negative for other in FLAGS)
+        return f"off: `--{flag.negative}`" if has_negative else ""
     if flag.choices:
-        return ", ".join(f"`{choice}`" for choice in flag.choices)
-    name = {int: "whole number", float: "number", str: "text"}[flag.kind]
-    low = f" of at least {flag.low:g}" if flag.low is not None else ""
-    high = (
-        f"{' and' if low else ' of'} at most {flag.high:g}"
-        if flag.high is not None and flag.high <= LARGEST
-        else ""
-    )
-    return name + low + high
+        text = ", ".join(f"`{choice}`" for choice in flag.choices)
+    else:
+        text = {int: "whole number", float: "number", str: "text"}[flag.kind]
+        if flag.low is not None:
+            text += f" of at least {flag.low:g}"
+        if flag.high is not None and flag.high <= LARGEST:
+            text += f"{' and' if flag.low is not None else ' of'} at most {flag.high:g}"
+    return text + (", one or several" if flag.many else "")
 
 
-def row(flag):
+def row(flag: Flag) -> str:
     """A line of the table."""
-    default = "" if flag.default in (None, False) else f"`{shown(flag.default)}`"
-    takes = values(flag) + (", one or several" if flag.many else "")
-    where = ", ".join(
-        [*(flag.todos or ()), *(["energy models"] if flag.models == ENERGY else flag.models or ())]
-    )
+    default = default_text(flag)
+    if default and flag.shown_default is None:
+        default = f"`{default}`"
     meaning = flag.help + (" (`main_dropout.py`)" if flag is DROPOUTS else "")
-    return f"| `--{flag.name}` | {meaning} | {takes} | {default} | {where or 'all'} | {SCOPES[flag.scope]} |"
+    models = ["energy models"] if flag.models == ENERGY_MODELS else list(flag.models or ())
+    where = ", ".join([*(flag.todos or ()), *models]) or "all"
+    cells = (
+        f"`--{flag.name}`",
+        meaning,
+        allowed_values(flag),
+        default,
+        where,
+        SCOPES[flag.scope],
+    )
+    return f"| {' | '.join(cells)} |"
 
 
-def text():
+def text() -> str:
     """The whole file."""
     lines = [HEAD]
-    for title, group in [*FLAGS.items(), ("dropout", [DROPOUTS])]:
-        lines += [
-            "",
-            f"## {title[0].upper() + title[1:]}",
-            "",
-            "| flag | meaning | takes | default | has an effect on | with a saved run |",
-            "| --- | --- | --- | --- | --- | --- |",
-            *map(row, group),
-        ]
+    for name, section in SECTIONS.items():
+        title = section.title
+        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+        lines += [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
+        lines += [row(flag) for flag in FLAGS if flag.section == name]
     return "\n".join(lines) + "\n"
 
 

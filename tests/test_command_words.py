@@ -182,7 +182,7 @@ def test_what_the_saved_run_decides_is_said_in_words_that_can_be_typed(cli, ok, 
     code, _, err = cli(f"--device -1 --load-path {only_run(tmp_path)} --no-softmax --no-lr-decay")
     assert (
         code == 0
-        and "the saved run decides --softmax (not --no-softmax), --lr-decay (not --no-lr-decay)"
+        and "the saved run determines --softmax (not --no-softmax), --lr-decay (not --no-lr-decay)"
         in err
     )
 

@@ -12,7 +12,7 @@ import main
 import main_dropout
 import model_utils as mu
 from energy import dynamics, fast, gdu
-from experiment import arguments
+from experiment import command_line
 
 KEEP = 0.7
 
@@ -286,11 +286,7 @@ def test_what_cep_cannot_do(cli, words, what):
 
 
 def test_flags_are_defined_once():
-    names = [flag.name for group in main_dropout.FLAGS.values() for flag in group]
-    assert len(names) == len(set(names)) and set(names) - {
-        flag.name for group in main.FLAGS.values() for flag in group
-    } == {"dropouts"}
-    assert (
-        isinstance(arguments.resolve({}), argparse.Namespace)
-        and arguments.resolve({}).dropouts is None
-    )
+    names = [flag.name for flag in main_dropout.FLAGS]
+    assert len(names) == len(set(names))
+    assert set(names) - {flag.name for flag in main.FLAGS} == {"dropouts"}
+    assert command_line.resolve({}).learning.dropouts is None

@@ -132,7 +132,7 @@ def test_what_a_run_held_out_stays_held_out(ok, cli, tmp_path):
     ok(TINY)
     run = only_run(tmp_path)
     _, out, err = cli(f"--todo evaluate --device -1 --load-path {run} --val-size 20")
-    assert "validation" not in out and "the saved run decides --val-size" in err
+    assert "validation" not in out and "the saved run determines --val-size" in err
     ok(f"--device -1 --load-path {run} --val-size 20")
     assert "val_acc" not in (run / "metrics.csv").read_text()
     shutil.rmtree(tmp_path / "results")

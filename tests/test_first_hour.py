@@ -358,13 +358,13 @@ def test_a_model_asks_for_its_number_of_steps(trained):
     [
         (
             "--todo attack --load-path x --eps 8/255",
-            "--eps: is not of --todo attack, which takes --eps-list 0.0313",
+            "--eps: not used by --todo attack; use --eps-list 0.0313",
         ),
         (
             "--todo audit --load-path x --eps-list 0.5 1",
-            "--eps-list: is not of --todo audit, which takes --eps 0.5 1.0",
+            "--eps-list: not used by --todo audit; use --eps 0.5",
         ),
-        ("--todo audit --load-path x", "--todo audit needs a bound above 0"),
+        ("--todo audit --load-path x", "--todo audit needs an eps above 0"),
         ("--dropouts 1 1", "a flag of main_dropout.py"),
     ],
 )

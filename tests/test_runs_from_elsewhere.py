@@ -148,7 +148,7 @@ def test_a_command_line_is_read_and_then_the_lines_below_it(cli, tmp_path, name)
 def test_an_activation_that_is_unknown_is_no_other_one(cli, tmp_path):
     original(tmp_path / "run", (COMMAND + LINES).replace("tanh", "swish"))
     code, _, err = cli("--todo evaluate --load-path run", SIZES)
-    assert code == 2 and err.count("\n") == 1 and "no sensible --act" in err and "swish" in err
+    assert code == 2 and err.count("\n") == 1 and "no valid --act" in err and "swish" in err
 
 
 # ---- state dicts of other tools
@@ -189,7 +189,7 @@ def test_sizes_that_weights_determine_need_no_flag(cli, tmp_path, kind, model, s
     assert code == 0 and "test accuracy" in out, err
     assert ("softmax" in err) == (kind == "MLP")  # whose weights are the same
     code, _, err = cli("--todo evaluate --task digits --loss cel --load-path weights.pt", SIZES)
-    assert code == 0 and "does not say --act" in err and "taken: act mysig" in err
+    assert code == 0 and "does not record --act" in err and "assumed: act mysig" in err
     args = mu.load_run("weights.pt").args
     assert (args.model, args.archi) == (kind, [784, 9, 8, 10])
 

@@ -675,7 +675,7 @@ def test_what_a_run_does_not_say_is_taken_from_the_flags_or_named(run):
     code, err = attempt(run, "evaluate", "--loss cel --test-size 8 --train-size 20")
     assert (
         code == 0
-        and "note: the saved run does not say --act, --softmax; taken: act mysig, softmax False\n"
+        and "note: the saved run does not record --act, --softmax; assumed: act mysig, softmax False\n"
         in err
     )
     code, err = attempt(

@@ -1,0 +1,893 @@
+"""Typed configuration: every flag of the command line is a field of one of these frozen dataclasses.
+
+A field states its flag once: name, type, default, help, range, where it has an effect and what a
+saved run does to it. The parser and `--help` (`experiment.command_line`), config.json, docs/flags.md
+and the settings that identify a result are generated from the fields.
+"""
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from data_utils import TASKS
+from energy.names import ACTIVATIONS
+
+# Scopes: what a saved run does to a flag.
+SAVED = ""  # the saved value counts unless the flag is given
+ARCHITECTURE = "architecture"  # the saved value counts, whatever is given
+TRAINING = "training"  # the saved value counts when the training resumes
+RESUMED = "resumed"  # as SAVED when the training resumes; otherwise a run does not remember it
+SESSION = "session"  # of one call: a run does not remember it
+
+TODOS = (
+    "train",
+    "evaluate",
+    "attack",
+    "gducheck",
+    "characteristic",
+    "corruptions",
+    "audit",
+    "compare",
+)
+ROBUSTNESS = ("attack", "audit")
+GRADIENTS_OF_WEIGHTS = ("train", "gducheck")
+# gducheck takes every step in fp32, of one mini-batch
+NOT_GDUCHECK = tuple(todo for todo in TODOS if todo not in ("gducheck", "compare"))
+
+ENERGY_MODELS = ("MLP", "VFMLP", "CNN", "VFCNN")
+FEED_FORWARD = ("FFMLP", "FFCNN", "ViT")
+DENSE = ("MLP", "VFMLP", "FFMLP")
+CONVOLUTIONAL = ("CNN", "VFCNN", "FFCNN")
+UNTIED = ("VFMLP", "VFCNN")  # with feedback weights of their own
+TRANSFORMERS = ("ViT",)
+
+# Gradient methods of --attack-grad that need time steps, and attacks that need no gradient.
+GRADIENTS_OF_STEPS = ("ep", "soft")
+WITHOUT_GRADIENT = ("square", "hopskipjump")
+ATTACK_STEP = 29  # the largest default of --attack-step: that of the published tables
+
+LEAST_EPS = 1e-9  # range of eps other than 0; images are float32 in [0, 1]
+MOST_EPS = 1e9
+LARGEST = 10**9  # of whole numbers: beyond anything that could run
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag, as its field states it.
+
+    kind: bool (a switch), int, float or str; many: whether it takes several values; optional:
+    whether it may be unset (None); default: as config.json has it (a list where many).
+    low, high: range of numbers; least: the smallest number other than 0; choices: allowed words.
+    scope: see above. todos, models: where it has an effect, everywhere if None.
+    identifies: the kinds of results that depend on it (see `Config.identity`).
+    place: whether it says where data are or how sums are ordered: runs may differ in it.
+    shown_default: the default in words, where it depends on other flags.
+    """
+
+    name: str
+    section: str
+    field: str
+    kind: type
+    many: bool
+    optional: bool
+    default: Any
+    help: str
+    metavar: str
+    scope: str = SAVED
+    choices: tuple[str, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+    least: float = 0.0
+    todos: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    identifies: tuple[str, ...] = ()
+    place: bool = False
+    shown_default: str | None = None
+
+    @property
+    def dest(self) -> str:
+        """The key in config.json and in `Config.flat`."""
+        return self.name.replace("-", "_")
+
+    @property
+    def negative(self) -> str:
+        """The name of the flag that turns a switch off."""
+        is_negative = self.name.startswith("no-")
+        return self.name.removeprefix("no-") if is_negative else f"no-{self.name}"
+
+
+def _flag(default: Any, help: str, *, name: str | None = None, **options: Any) -> Any:
+    """A field with its flag; name: the flag's where it is not the field's; options: of `Flag`."""
+    metadata = {"help": help, "name": name, **options}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------- sections
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What to do in this call, and how it is computed and saved."""
+
+    title = "session"
+
+    todo: str = _flag("train", "the task to run", scope=SESSION, choices=TODOS)
+    load_path: tuple[str, ...] | None = _flag(
+        None,
+        "the run folder, or a file in one, to resume or to examine; several for compare",
+        scope=SESSION,
+        metavar="RUN",
+    )
+    labels: tuple[str, ...] | None = _flag(
+        None,
+        "a name for each group of runs whose arguments differ in the seed alone",
+        scope=SESSION,
+        todos=("compare",),
+        metavar="NAME",
+    )
+    published: tuple[str, ...] | None = _flag(
+        None,
+        "tables of published accuracies to draw in, such as those of check/published",
+        scope=SESSION,
+        todos=("compare",),
+        metavar="CSV",
+    )
+    save: bool = _flag(
+        False,
+        "train: write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its "
+        "own); other tasks: save images, predictions or plots",
+        scope=SESSION,
+        todos=("train", "evaluate", "attack", "gducheck"),
+    )
+    run_dir: str | None = _flag(
+        None,
+        "the folder to train in: created if it is missing, resumed if it contains a run, so that "
+        "the same command can be started again; --epochs N then counts all epochs; implies --save",
+        scope=SESSION,
+        todos=("train",),
+        metavar="DIR",
+    )
+    figures: str = _flag("png", "file format of figures", scope=SESSION, choices=("png", "pdf"))
+    tensorboard: bool = _flag(
+        False,
+        "write the scalars of every epoch to RUN/tensorboard (needs the package tensorboard)",
+        scope=SESSION,
+        todos=("train",),
+    )
+    device: int = _flag(0, "index of the GPU; -1 is the CPU", scope=SESSION, low=-1)
+    precision: str = _flag(
+        "fp32",
+        "precision of the time steps on a CUDA device; weights, the contrast of EP and gradients of "
+        "attacks stay fp32",
+        scope=RESUMED,
+        choices=("fp32", "tf32", "bf16"),
+        todos=NOT_GDUCHECK,
+        identifies=("audit", "characteristic", "corruptions"),
+    )
+    compile: bool = _flag(
+        False,
+        "compile the time step with torch.compile (CUDA)",
+        scope=RESUMED,
+        todos=NOT_GDUCHECK,
+        models=ENERGY_MODELS,
+        identifies=("attack", "audit", "characteristic", "corruptions"),
+    )
+    seed: int | None = _flag(
+        None,
+        "seed of everything random",
+        shown_default="drawn, and recorded",
+        scope=TRAINING,
+        low=0,
+        high=2**63 - 1,
+        todos=("train", "attack", "gducheck", "audit"),
+        identifies=("attack", "audit"),
+        place=True,
+    )
+    seeds: tuple[int, ...] | None = _flag(
+        None,
+        "train with each of these seeds, one after another; finished trainings of an earlier call "
+        "are kept, unfinished ones are resumed",
+        scope=SESSION,
+        low=0,
+        high=2**63 - 1,
+        todos=("train",),
+    )
+    deterministic: bool = _flag(
+        False,
+        "ask torch for kernels that always sum in the same order: a run repeats bit for bit",
+        place=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images and labels, and how they are cut into mini-batches."""
+
+    title = "data"
+
+    task: str = _flag(
+        "MNIST",
+        "the data set; digits needs no download",
+        scope=ARCHITECTURE,
+        choices=tuple(TASKS),
+        identifies=("attack", "audit"),
+    )
+    data_dir: str = _flag(
+        "./data",
+        "where the data sets are, or are downloaded to",
+        metavar="DIR",
+        place=True,
+    )
+    corruptions_dir: str | None = _flag(
+        None,
+        "where the corrupted test images are",
+        shown_default="CIFAR-10-C, or CIFAR-100-C, in --data-dir",
+        todos=("corruptions",),
+        metavar="DIR",
+        place=True,
+    )
+    data_aug: bool = _flag(
+        False, "random flips and shifts of the CIFAR training images", todos=("train",)
+    )
+    train_size: int | None = _flag(
+        None,
+        "use the first N training images",
+        low=1,
+        todos=("train", "evaluate", "gducheck"),
+    )
+    val_size: int | None = _flag(
+        None,
+        "hold out the last N training images and choose the best model on them",
+        shown_default="the best model is chosen on the test images",
+        scope=ARCHITECTURE,
+        low=1,
+        todos=("train",),
+    )
+    test_size: int | None = _flag(
+        None,
+        "use the first N test images",
+        low=1,
+        todos=NOT_GDUCHECK,
+        identifies=("audit",),
+    )
+    mbs: int = _flag(
+        20,
+        "images in a mini-batch",
+        low=1,
+        todos=NOT_GDUCHECK,
+        identifies=("attack", "audit"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What the model is built from. `channels` is without the channels of the image."""
+
+    title = "model"
+
+    kind: str = _flag(
+        "MLP",
+        "energy models: dense or convolutional, with tied or (VF) untied feedback weights; "
+        "feed-forward networks for comparison: FFMLP, FFCNN (batch normalisation and ReLU) and a "
+        "vision transformer",
+        name="model",
+        scope=ARCHITECTURE,
+        choices=(*ENERGY_MODELS, *FEED_FORWARD),
+    )
+    archi: tuple[int, ...] = _flag(
+        (784, 512, 10),
+        "MLP: sizes of all layers, from the input to the classes",
+        shown_default="INPUTS 512 CLASSES of the task",
+        scope=ARCHITECTURE,
+        low=1,
+        models=DENSE,
+        metavar="SIZE",
+    )
+    channels: tuple[int, ...] = _flag(
+        (32, 64),
+        "CNN: feature maps of each convolution",
+        scope=ARCHITECTURE,
+        low=1,
+        models=CONVOLUTIONAL,
+        metavar="SIZE",
+    )
+    kernels: tuple[int, ...] = _flag(
+        (5, 5),
+        "CNN: kernel sizes",
+        scope=ARCHITECTURE,
+        low=1,
+        models=CONVOLUTIONAL,
+        metavar="SIZE",
+    )
+    strides: tuple[int, ...] = _flag(
+        (1, 1), "CNN: strides", scope=ARCHITECTURE, low=1, models=CONVOLUTIONAL
+    )
+    paddings: tuple[int, ...] = _flag(
+        (0, 0), "CNN: paddings", scope=ARCHITECTURE, low=0, models=CONVOLUTIONAL
+    )
+    pools: str = _flag(
+        "mm",
+        "CNN: a letter per convolution: m max, a average (both 2x2, stride 2), i none",
+        scope=ARCHITECTURE,
+        models=CONVOLUTIONAL,
+        metavar="LETTERS",
+    )
+    fc: tuple[int, ...] = _flag(
+        (10,),
+        "CNN: sizes of the dense layers, the last one the number of classes",
+        shown_default="CLASSES of the task",
+        scope=ARCHITECTURE,
+        low=1,
+        models=CONVOLUTIONAL,
+        metavar="SIZE",
+    )
+    patch: int = _flag(
+        4,
+        "ViT: height and width of a patch of the image",
+        scope=ARCHITECTURE,
+        low=1,
+        models=TRANSFORMERS,
+        metavar="SIZE",
+    )
+    depth: int = _flag(6, "ViT: encoder layers", scope=ARCHITECTURE, low=1, models=TRANSFORMERS)
+    heads: int = _flag(4, "ViT: attention heads", scope=ARCHITECTURE, low=1, models=TRANSFORMERS)
+    width: int = _flag(
+        128,
+        "ViT: size of a token, a multiple of --heads",
+        scope=ARCHITECTURE,
+        low=1,
+        models=TRANSFORMERS,
+        metavar="SIZE",
+    )
+    mlp_width: int = _flag(
+        256,
+        "ViT: hidden size of the dense part of a layer",
+        scope=ARCHITECTURE,
+        low=1,
+        models=TRANSFORMERS,
+        metavar="SIZE",
+    )
+    act: str = _flag(
+        "mysig",
+        "activation of the neurons",
+        scope=ARCHITECTURE,
+        choices=ACTIVATIONS,
+        models=ENERGY_MODELS,
+    )
+    loss: str = _flag(
+        "mse",
+        "the loss that nudges the output: squared error or cross-entropy",
+        scope=ARCHITECTURE,
+        choices=("mse", "cel"),
+    )
+    softmax: bool = _flag(
+        False,
+        "with cel: the output is a linear read-out of the last hidden layer",
+        scope=ARCHITECTURE,
+        models=ENERGY_MODELS,
+    )
+    scale: float | None = _flag(
+        None,
+        "factor on the initial weights and biases",
+        low=0,
+        todos=GRADIENTS_OF_WEIGHTS,
+    )
+
+    @property
+    def has_dynamics(self) -> bool:
+        """Whether the model takes time steps; feed-forward networks do not."""
+        return self.kind in ENERGY_MODELS
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether `archi` describes the model."""
+        return self.kind in DENSE
+
+    @property
+    def is_convolutional(self) -> bool:
+        """Whether `channels`, `kernels`, `strides`, `paddings`, `pools` and `fc` describe it."""
+        return self.kind in CONVOLUTIONAL
+
+
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """The dynamics and the learning rule."""
+
+    title = "dynamics and learning rule"
+
+    alg: str = _flag(
+        "EP",
+        "Equilibrium Propagation, its continual form, back-propagation through time, or, for "
+        "feed-forward networks, back-propagation",
+        shown_default="EP; BP for feed-forward networks",
+        choices=("EP", "CEP", "BPTT", "BP"),
+        todos=GRADIENTS_OF_WEIGHTS,
+    )
+    T1: int = _flag(
+        20,
+        "time steps of the free phase",
+        low=1,
+        models=ENERGY_MODELS,
+        identifies=("audit", "characteristic", "corruptions"),
+    )
+    T2: int = _flag(
+        4,
+        "time steps of a nudged phase, or those that BPTT is unrolled through",
+        low=1,
+        todos=GRADIENTS_OF_WEIGHTS,
+        models=ENERGY_MODELS,
+    )
+    betas: tuple[float, ...] = _flag(
+        (0.0, 0.01),
+        "nudging of the free and of the nudged phase",
+        todos=GRADIENTS_OF_WEIGHTS,
+        models=ENERGY_MODELS,
+        metavar="BETA",
+    )
+    schedule: str = _flag(
+        "sync",
+        "all layers step at once (sync), or odd and even ones in turn (async): half the arithmetic "
+        "for the same progress, to a fixed point that can be another",
+        scope=ARCHITECTURE,
+        choices=("sync", "async"),
+        models=ENERGY_MODELS,
+    )
+    tol: float = _flag(
+        0.0,
+        "free phases and predictions: stop an image once five steps change no layer by more than "
+        "this share of its norm; 0: always take T1 steps",
+        low=0,
+        todos=tuple(todo for todo in NOT_GDUCHECK if todo != "characteristic"),
+        models=ENERGY_MODELS,
+        identifies=("audit", "corruptions"),
+    )
+    random_sign: bool = _flag(
+        False,
+        "EP: draw the sign of the second beta anew for each mini-batch",
+        todos=("train",),
+        models=ENERGY_MODELS,
+    )
+    thirdphase: bool = _flag(
+        False,
+        "EP: nudge with beta and -beta (symmetric estimate)",
+        todos=GRADIENTS_OF_WEIGHTS,
+        models=ENERGY_MODELS,
+    )
+    same_update: bool = _flag(
+        False,
+        "VF models: forward and feedback weights take the mean of their updates",
+        scope=ARCHITECTURE,
+        models=UNTIED,
+    )
+    check_thm: bool = _flag(
+        False,
+        "EP: compare with BPTT ten times an epoch while training",
+        todos=("train",),
+        models=ENERGY_MODELS,
+    )
+    dropouts: tuple[float, ...] | None = _flag(
+        None,
+        "probability of keeping a neuron, for each connection on its bottom-up input (training "
+        "only)",
+        scope=TRAINING,
+        low=0,
+        high=1,
+        todos=("train",),
+        models=ENERGY_MODELS,
+        metavar="P",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The optimizer and the length of the training. Rates are per layer, in the order of layers."""
+
+    title = "optimizer"
+
+    optim: str = _flag(
+        "sgd", "optimizer", scope=TRAINING, choices=("sgd", "adam"), todos=("train",)
+    )
+    lrs: tuple[float, ...] | None = _flag(
+        None,
+        "learning rate of each layer",
+        shown_default="0.01 for sgd, 0.0005 for adam",
+        scope=TRAINING,
+        low=0,
+        todos=("train",),
+        metavar="RATE",
+    )
+    wds: tuple[float, ...] | None = _flag(
+        None,
+        "weight decay of each layer",
+        shown_default="none",
+        scope=TRAINING,
+        low=0,
+        todos=("train",),
+        metavar="RATE",
+    )
+    mmt: float = _flag(0.0, "momentum (sgd)", scope=TRAINING, low=0, high=1, todos=("train",))
+    lr_decay: bool = _flag(
+        False,
+        "cosine annealing of the learning rates to 1e-5 over 100 epochs",
+        scope=TRAINING,
+        todos=("train",),
+    )
+    lr_step: tuple[float, ...] | None = _flag(
+        None,
+        "N GAMMA: multiply the learning rates by GAMMA every N epochs",
+        scope=TRAINING,
+        low=0,
+        todos=("train",),
+    )
+    epochs: int = _flag(
+        1,
+        "epochs to train; of a resumed run the further ones, with --run-dir all of them",
+        scope=SESSION,
+        low=1,
+        todos=("train",),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialTraining:
+    """PGD from a random start on every training mini-batch. Images range over [0, 1]."""
+
+    title = "adversarial training"
+
+    eps: float | None = _flag(
+        None,
+        "train on adversarial examples of PGD from a random start within this eps, images in "
+        "[0, 1], also as a fraction such as 8/255",
+        name="adv-train",
+        scope=TRAINING,
+        low=0,
+        high=MOST_EPS,
+        least=LEAST_EPS,
+        todos=("train",),
+        metavar="EPS",
+    )
+    norm: str = _flag(
+        "2",
+        "norm of that eps",
+        name="adv-norm",
+        scope=TRAINING,
+        choices=("2", "inf"),
+        todos=("train",),
+    )
+    iters: int = _flag(
+        20, "iterations of that PGD", name="adv-iters", scope=TRAINING, low=1, todos=("train",)
+    )
+    steps: int = _flag(
+        10,
+        "time steps that its gradient is unrolled through",
+        name="adv-step",
+        scope=TRAINING,
+        low=1,
+        todos=("train",),
+        models=ENERGY_MODELS,
+    )
+    grad: str = _flag(
+        "bptt",
+        "its gradient method, see --attack-grad",
+        name="adv-grad",
+        scope=TRAINING,
+        choices=("bptt", "smooth", "ep"),
+        todos=("train",),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """The attacks of `--todo attack` and the gradients of attack and audit."""
+
+    title = "attack"
+
+    name: str = _flag(
+        "pgd",
+        "the attack",
+        name="attack",
+        choices=(
+            "pgd",
+            "fgsm",
+            "apgd-ce",
+            "apgd-dlr",
+            "apgd-t",
+            "fab",
+            "square",
+            "hopskipjump",
+            "deepfool",
+            "cw",
+            "autoattack",
+            "art-autoattack",
+        ),
+        todos=("attack",),
+        identifies=("attack",),
+    )
+    norm: str = _flag(
+        "2",
+        "norm of the perturbation",
+        name="attack-norm",
+        choices=("2", "inf"),
+        todos=ROBUSTNESS,
+        identifies=("attack", "audit"),
+    )
+    eps_list: tuple[float, ...] | None = _flag(
+        None,
+        "largest norms of the perturbation, images in [0, 1], also as fractions such as 8/255",
+        shown_default="a grid for the norm",
+        low=0,
+        high=MOST_EPS,
+        least=LEAST_EPS,
+        todos=("attack",),
+        metavar="EPS",
+    )
+    iters: int | None = _flag(
+        None,
+        "iterations of the attack",
+        name="attack-iters",
+        shown_default="20; of an ensemble 100",
+        scope=SESSION,
+        low=1,
+        todos=("attack",),
+    )
+    queries: int | None = _flag(
+        None,
+        "predictions for each image, of Square and HopSkipJump",
+        name="attack-queries",
+        shown_default="5000; with --attack-iters as many as these, in an ensemble 50 times as many",
+        scope=SESSION,
+        low=1,
+        todos=("attack",),
+    )
+    restarts: int = _flag(
+        0,
+        "further runs of the attack, from random points within eps",
+        name="attack-restarts",
+        scope=SESSION,
+        low=0,
+        todos=("attack",),
+    )
+    steps: tuple[int, ...] | None = _flag(
+        None,
+        "time steps that the attack's gradient is unrolled through; with several, the strongest "
+        "attack per image counts",
+        name="attack-step",
+        shown_default=f"the smaller of {ATTACK_STEP} and --predict-step or T1",
+        scope=SESSION,
+        low=1,
+        todos=ROBUSTNESS,
+        models=ENERGY_MODELS,
+        identifies=("attack", "audit"),
+    )
+    predict_steps: int | None = _flag(
+        None,
+        "time steps of a prediction",
+        name="predict-step",
+        shown_default="T1",
+        low=1,
+        todos=ROBUSTNESS,
+        models=ENERGY_MODELS,
+        identifies=("audit",),
+    )
+    grads: tuple[str, ...] = _flag(
+        ("bptt",),
+        "gradient method: unrolled through the time steps (bptt), the same with slopes that do not "
+        "vanish (smooth), Equilibrium Propagation (ep), or smooth on a softened copy whose neurons "
+        "do not saturate (soft); with several, the strongest attack per image counts",
+        name="attack-grad",
+        choices=("bptt", "smooth", "ep", "soft"),
+        todos=("attack",),
+        identifies=("attack",),
+    )
+    start: str = _flag(
+        "zero",
+        "where the unrolled time steps start: at zero neurons, or near the equilibrium",
+        name="attack-start",
+        choices=("zero", "equilibrium"),
+        todos=("attack",),
+        models=ENERGY_MODELS,
+        identifies=("attack",),
+    )
+    no_clip: bool = _flag(
+        False,
+        "let adversarial examples leave [0, 1], as those of the published tables did",
+        todos=ROBUSTNESS,
+        identifies=("attack", "audit"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """The audit of robust accuracy."""
+
+    title = "audit"
+
+    eps: float | None = _flag(
+        None,
+        "largest norm of the perturbation, images in [0, 1], also as a fraction such as 8/255",
+        scope=SESSION,
+        low=0,
+        high=MOST_EPS,
+        least=LEAST_EPS,
+        todos=("audit",),
+        identifies=("audit",),
+        metavar="EPS",
+    )
+    budget: str = _flag(
+        "standard",
+        "how many iterations and queries the attacks of the audit take",
+        scope=SESSION,
+        choices=("standard", "quick"),
+        todos=("audit",),
+        identifies=("audit",),
+    )
+    surrogate: str | None = _flag(
+        None,
+        "a run whose adversarial examples are tried on the audited one",
+        scope=SESSION,
+        todos=("audit",),
+        identifies=("audit",),
+        metavar="RUN",
+    )
+
+
+# ------------------------------------------------------------------------------------------ config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole configuration of one call. Sections are typed; `flat` is what files contain.
+
+    train_data, test_data: fingerprints of the images and labels that a run is trained and tested
+    on, see `data_utils.fingerprint`; None where they have not been read.
+    """
+
+    session: Session = Session()
+    data: Data = Data()
+    model: Architecture = Architecture()
+    learning: Learning = Learning()
+    optimizer: Optimizer = Optimizer()
+    adversarial: AdversarialTraining = AdversarialTraining()
+    attack: Attack = Attack()
+    audit: Audit = Audit()
+    train_data: str | None = None
+    test_data: str | None = None
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> "Config":
+        """The configuration with these values, {dest: value}; the others are defaults, unknown
+        keys are ignored."""
+        return cls().replace(**{key: value for key, value in values.items() if key in _KEYS})
+
+    @classmethod
+    def of(cls, args: Any) -> "Config":
+        """The configuration that a namespace, a mapping or a Config describes, for public doors."""
+        if isinstance(args, Config):
+            return args
+        return cls.from_flat(args if isinstance(args, Mapping) else vars(args))
+
+    def flat(self) -> dict[str, Any]:
+        """{dest: value} as files contain it: lists instead of tuples, fingerprints where known."""
+        values = {flag.dest: _listed(self.value(flag)) for flag in FLAGS}
+        known = {name: getattr(self, name) for name in FINGERPRINTS}
+        return {**values, **{name: value for name, value in known.items() if value is not None}}
+
+    def value(self, flag: Flag) -> Any:
+        """The value of a flag."""
+        return getattr(getattr(self, flag.section), flag.field)
+
+    def replace(self, **values: Any) -> "Config":
+        """The configuration with other values of these flags (or fingerprints), {dest: value}."""
+        changes: dict[str, dict[str, Any]] = {}
+        own = {}
+        for key, value in values.items():
+            if key in FINGERPRINTS:
+                own[key] = value
+            else:
+                flag = BY_DEST[key]
+                changes.setdefault(flag.section, {})[flag.field] = _frozen(flag, value)
+        sections = {
+            name: dataclasses.replace(getattr(self, name), **fields)
+            for name, fields in changes.items()
+        }
+        return dataclasses.replace(self, **sections, **own)
+
+    def identity(self, kind: str) -> dict[str, Any]:
+        """{dest: value} of the settings that identify a result of this kind, one of `attack`,
+        `audit`, `characteristic` and `corruptions`. Results of the same settings are continued."""
+        flat = self.flat()
+        return {flag.dest: flat[flag.dest] for flag in FLAGS if kind in flag.identifies}
+
+    @property
+    def predict_steps(self) -> int:
+        """Time steps of a prediction of attack and audit."""
+        return self.attack.predict_steps or self.learning.T1
+
+    @property
+    def attack_steps(self) -> tuple[int, ...]:
+        """Time steps that gradients of attacks are unrolled through."""
+        return self.attack.steps or (min(ATTACK_STEP, self.predict_steps),)
+
+
+# Fingerprint in a config: (the split it is of, the flag that says how many images)
+FINGERPRINTS = {"train_data": ("training", "train_size"), "test_data": ("test", "test_size")}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _frozen(flag: Flag, value: Any) -> Any:
+    if flag.many and value is not None:
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return value
+
+
+def _flags_of(name: str, section: type) -> Iterable[Flag]:
+    hints = typing.get_type_hints(section)
+    for field in dataclasses.fields(section):
+        options = dict(field.metadata)
+        kinds = [hints[field.name]]
+        if isinstance(kinds[0], types.UnionType):
+            kinds = list(typing.get_args(kinds[0]))
+        many = typing.get_origin(kinds[0]) is tuple
+        kind = typing.get_args(kinds[0])[0] if many else kinds[0]
+        metavar = {bool: "", int: "N", float: "X", str: "TEXT"}[kind]
+        if options.get("choices"):
+            metavar = "{" + ",".join(options["choices"]) + "}"
+        yield Flag(
+            name=options.pop("name") or field.name.replace("_", "-"),
+            section=name,
+            field=field.name,
+            kind=kind,
+            many=many,
+            optional=len(kinds) > 1,
+            default=_listed(field.default),
+            metavar=options.pop("metavar", metavar),
+            **options,
+        )
+
+
+SECTIONS: dict[str, type] = {
+    "session": Session,
+    "data": Data,
+    "model": Architecture,
+    "learning": Learning,
+    "optimizer": Optimizer,
+    "adversarial": AdversarialTraining,
+    "attack": Attack,
+    "audit": Audit,
+}
+FLAGS: tuple[Flag, ...] = tuple(
+    flag for name, section in SECTIONS.items() for flag in _flags_of(name, section)
+)
+BY_DEST: dict[str, Flag] = {flag.dest: flag for flag in FLAGS}
+_KEYS = {*BY_DEST, *FINGERPRINTS}
+
+# Keys that the config of every version has; later flags may be missing and had their defaults.
+ALWAYS_SAVED = (
+    "task", "data_aug", "train_size", "test_size", "mbs", "seed",
+    "model", "archi", "channels", "kernels", "strides", "paddings", "pools", "fc", "act", "loss",
+    "softmax", "alg", "T1", "T2", "betas", "random_sign", "thirdphase", "optim", "lrs", "wds",
+    "mmt", "lr_decay",
+)  # fmt: skip
+
+
+@functools.cache
+def training_keys() -> tuple[str, ...]:
+    """Keys of the settings that identify a training, but for its seed and places of data."""
+    return tuple(
+        flag.dest
+        for flag in FLAGS
+        if flag.scope != SESSION
+        and not flag.place
+        and not (flag.todos and set(flag.todos) <= set(ROBUSTNESS))
+    )
+
+
+def training_identity(values: Mapping[str, Any]) -> dict[str, Any]:
+    """{dest: value} of the settings that identify a training, of a config as a file has it."""
+    return {key: values.get(key, BY_DEST[key].default) for key in training_keys()}

@@ -1,0 +1,32 @@
+"""Values and paths as messages show them: on one line, and never at any length."""
+
+import pathlib
+import reprlib
+from typing import Any
+
+
+def format_value(value: Any) -> str:
+    """A value as a user would type it: `784 512 10`."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def describe(value: Any) -> str:
+    """Any value in a few words: values from files may be large, nested deeply, or unprintable."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a tensor of shape {tuple(value.shape)} and type {dtype}"
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    short.maxstring = short.maxother = short.maxlong = 60
+    try:
+        return " ".join(short.repr(value).split())
+    except ValueError:  # more digits than Python prints
+        if isinstance(value, int):
+            return f"a number of {value.bit_length()} bits"
+        return f"a {type(value).__name__}"
+
+
+def name_path(path: str | pathlib.Path) -> str:
+    """A path as errors name it."""
+    text = str(path)
+    return text if len(text) <= 300 and text.isprintable() else describe(text)
