@@ -26,7 +26,7 @@ from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments, checks
 from experiment.files import exists
 from experiment.flags import FLAGS
-from experiment.launch import launched, note_on_separate_processes
+from experiment.launch import launched, note_on_separate_processes, validate_parallel
 
 NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 
@@ -589,7 +589,8 @@ def prepare(given, program, argv, interruption, workers, folders):
 
     import model_utils
     from experiment import checkpoints
-    from experiment.workers import check_device, pick_device, seed_everything
+    from experiment.config import Config
+    from experiment.devices import pick_device, seed_everything, validate_device
 
     device = pick_device(given.get("device", 0), workers)
     workers.connect(device)
@@ -602,9 +603,9 @@ def prepare(given, program, argv, interruption, workers, folders):
         print(f"note: {note}", file=sys.stderr)
     if "compile" not in given and device.type != "cuda":
         args.compile = False  # a compiled training resumes on a CPU as well, with a note
-    check_device(args, device)
+    validate_device(Config.of(args), device)
     model_utils.set_precision("fp32" if args.todo == "gducheck" else args.precision)
-    seed_everything(args, workers)
+    args.seed = seed_everything(Config.of(args), workers).session.seed
     model = model_utils.build(args)
     if saved:
         checkpoints.load_weights(model, saved)
@@ -643,13 +644,13 @@ def _one_run(given):
 def work(given, program, argv, name):
     """Does what the command line asks for, and returns the exit code."""
     from experiment.console import Interruption, out_of_memory
-    from experiment.workers import LostWorker, Workers, check_parallel
+    from experiment.workers import LostWorker, Workers
 
     workers, folders = Workers.launched(), []
     with Interruption(workers) as interruption:
         try:
             with workers.only_rank_zero_prints():
-                check_parallel(given.get("todo", "train"), workers)
+                validate_parallel(given.get("todo", "train"), workers.size)
                 if given.get("todo") == "compare":
                     compare(given, [*program, *argv])
                 else:

@@ -6,6 +6,7 @@ import numpy as np
 
 from data_utils import UserError
 from experiment import arguments, checkpoints, checks, figures_checks
+from experiment.devices import computed_on
 from experiment.files import (
     parse_json,
     printable,
@@ -17,7 +18,6 @@ from experiment.files import (
 from experiment.flags import FEED_FORWARD
 from experiment.report import same_settings
 from experiment.run_folder import fingerprint
-from experiment.workers import computed_on
 
 # of the arguments, what an audit's numbers depend on
 NAMES = (

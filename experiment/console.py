@@ -1,5 +1,4 @@
-"""What the surroundings can do to a long run: streams that break, signals, a launcher that dies;
-and how the user started it."""
+"""Standard streams, signals and memory limits of a long run, and the command that started it."""
 
 import contextlib
 import math
@@ -10,15 +9,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from data_utils import RunFailed, one_line
-from experiment.arguments import shown
 from experiment.launch import launched
+from experiment.text import format_value
+
+if TYPE_CHECKING:
+    from experiment.workers import Workers  # loads torch
 
 
 class _Lenient:
-    """A text stream that goes on without its reader: once a write fails (a closed pipe, a full
-    disk), nothing more is written."""
+    """A text stream that survives its reader: once a write fails (a closed pipe, a full disk),
+    nothing more is written."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -37,18 +41,17 @@ class _Lenient:
         try:
             function(*args)
         except (OSError, ValueError):
-            # What is still in the stream's buffer would fail again when Python flushes it at its
-            # end.
+            # Python would flush the buffer at exit, and fail again.
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self._stream.fileno())
             self._stream = open(os.devnull, "w")
 
 
 @contextlib.contextmanager
-def lenient_streams():
-    """Within the block standard output and error may close, fill up, be missing, or know ASCII
-    alone, and nobody who prints need care."""
-    # a file opened later must not get the number of a missing stream, and what is printed to it
+def lenient_streams() -> Iterator[None]:
+    """A block in which printing never fails: standard output and error may close, fill up, be
+    missing, or encode ASCII alone."""
+    # otherwise a file opened later gets the descriptor of a missing stream, and what is printed
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -63,56 +66,31 @@ def lenient_streams():
     try:
         yield
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         sys.stdout, sys.stderr = before
 
 
-def command_words(argv, name):
-    """The words of the command line in front of the program's own arguments, as the user typed
-    them: interpreter or torchrun with its flags, and the path of the program. argv: the arguments,
-    None where they come from the command line; name: of the program. Raises UserError."""
-    own, program = sys.argv[1:], name if argv is not None else sys.argv[0]
+def command_words(argv: Sequence[str] | None, name: str) -> list[str]:
+    """The words of the command line in front of the program's own arguments: interpreter or
+    torchrun, and the path of the program. argv: the arguments, None where they come from the
+    command line; name: the program. Raises UserError."""
+    program = name if argv is not None else sys.argv[0]
     launch = launched()
     if launch.torchrun:
-        typed, fallback = (
-            _torchrun_words(),
-            ["torchrun", "--standalone", "--nproc_per_node", str(launch.size), program],
-        )
-    else:
-        typed, fallback = sys.orig_argv, ["python", program]
-    before = typed[: len(typed) - len(own)]
-    return (
-        before
-        if argv is None and typed[len(before) :] == own and before[-1:] == [program]
-        else fallback
-    )
+        return ["torchrun", "--standalone", "--nproc_per_node", str(launch.size), program]
+    own = sys.argv[1:]
+    before = sys.orig_argv[: len(sys.orig_argv) - len(own)]
+    as_typed = argv is None and before[-1:] == [program] and sys.orig_argv[len(before) :] == own
+    return before if as_typed else ["python", program]
 
 
-def _torchrun_words():
-    """The command line of the torchrun that started this worker; [] on another system than
-    Linux."""
-    try:
-        words = os.fsdecode(pathlib.Path(f"/proc/{os.getppid()}/cmdline").read_bytes()).split("\0")[
-            :-1
-        ]
-    except OSError:
-        return []
-    for n, word in enumerate(words):
-        if (
-            pathlib.Path(word).name == "torchrun"
-            or word == "torch.distributed.run"
-            and words[n - 1] == "-m"
-        ):
-            return ["torchrun", *words[n + 1 :]]
-    return []
-
-
-def memory_limit(root="/"):
+def memory_limit(root: str | pathlib.Path = "/") -> float:
     """Bytes of memory that this process may use: those of the machine, or fewer where its container
     or batch job (cgroup, version 1 or 2, or one of its parents) has a limit; inf if unknown.
 
     root: the folder that holds proc/ and sys/."""
-    sizes = [math.inf]
+    sizes: list[float] = [math.inf]
     if hasattr(os, "sysconf"):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
@@ -124,9 +102,11 @@ def memory_limit(root="/"):
         _, _, controllers_and_path = group.partition(":")
         controllers, _, path = controllers_and_path.partition(":")
         if not controllers:
-            places, name = (mounted, mounted / "unified"), "memory.max"
+            places = (mounted, mounted / "unified")
+            name = "memory.max"
         elif "memory" in controllers.split(","):
-            places, name = (mounted / "memory", mounted / controllers), "memory.limit_in_bytes"
+            places = (mounted / "memory", mounted / controllers)
+            name = "memory.limit_in_bytes"
         else:
             continue
         # inside a container the path can be the one outside, of which only the root is mounted
@@ -138,32 +118,35 @@ def memory_limit(root="/"):
     return min(size for size in sizes if size > 0)
 
 
-def out_of_memory(error, given):
-    """The RunFailed that says in one line what memory was missing for; None where `error` is
-    something else. given: the flags."""
-    words = one_line(error)
-    known = (
-        "DefaultCPUAllocator",
-        "not enough memory",
-        "out of memory",
-        "allocate memory",
-        "calculation overflowed",
-        "array is too big",
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "out of memory",
+    "allocate memory",
+    "calculation overflowed",
+    "array is too big",
+)  # in messages of PyTorch and NumPy
+
+
+def out_of_memory(error: BaseException, given: Mapping[str, Any]) -> RunFailed | None:
+    """The RunFailed that names the flags to reduce; None where `error` is not about memory. given:
+    the flags of the command line, {dest: value}."""
+    message = one_line(error)
+    is_known = isinstance(error, (RuntimeError, ValueError)) and any(
+        words in message for words in OUT_OF_MEMORY
     )
-    if not isinstance(error, MemoryError) and not (
-        isinstance(error, (RuntimeError, ValueError)) and any(word in words for word in known)
-    ):
+    if not isinstance(error, MemoryError) and not is_known:
         return None
-    asked = re.search(r"(?:allocate|allocated?) ([\d.]+ ?\w*)", words)
+    requested = re.search(r"(?:allocate|allocated?) ([\d.]+ ?\w*)", message)
+    amount = f" (requested {requested[1]})" if requested else ""
     sizes = ", ".join(
-        f"--{name.replace('_', '-')} {shown(given[name])}"
+        f"--{name} {format_value(given[name])}"
         for name in ("mbs", "archi", "channels", "fc", "T2")
         if name in given
     )
     failed = RunFailed(
-        f"out of memory{f' (asked for {asked[1]})' if asked else ''}: a smaller --mbs, fewer or "
-        "smaller layers, and with BPTT a "
-        f"smaller --T2 need less{f'; now {sizes}' if sizes else ''}"
+        f"out of memory{amount}: reduce --mbs, the layers, or with BPTT --T2"
+        + (f"; now {sizes}" if sizes else "")
     )
     failed.resumable = True
     return failed
@@ -178,70 +161,75 @@ SIGNALS = [
 
 
 class Interruption:
-    """Each of SIGNALS raises KeyboardInterrupt within the block, except those that the process
+    """A block in which each of SIGNALS raises KeyboardInterrupt, except those that the process
     inherited as ignored (as with nohup): they stay ignored.
 
-    number: the signal that came, or None; advice: a function that says what is saved and how to go
-    on."""
+    number: the signal that came, or None; advice: a function that returns what is saved and how to
+    resume."""
 
-    def __init__(self, workers):
-        self.number, self.advice, self.workers = None, lambda: "nothing was changed", workers
-        self._before = {}
+    def __init__(self, workers: "Workers") -> None:
+        self.number: int | None = None
+        self.advice: Callable[[], str] = lambda: "nothing was changed"
+        self.workers = workers
+        self._before: dict[int, Any] = {}
 
-    def _handle(self, number, frame):
+    def _handle(self, number: int, frame: object) -> None:
         self.number = number
         raise KeyboardInterrupt
 
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._handle)
-                for number in SIGNALS
-                if signal.getsignal(number) is not signal.SIG_IGN
-            }
-            if self.workers.size > 1:
-                self.workers.on_loss = self.end_for
-                arrivals, wakeup = os.pipe()
-                os.set_blocking(wakeup, False)
-                signal.set_wakeup_fd(wakeup)
-                for watch in ((self._insist, arrivals), (self._outlive_no_launcher, os.getppid())):
-                    threading.Thread(target=watch[0], args=watch[1:], daemon=True).start()
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._before = {
+            number: signal.signal(number, self._handle)
+            for number in SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+        if self.workers.size > 1:
+            self.workers.on_loss = self.end_for
+            arrivals, wakeup = os.pipe()
+            os.set_blocking(wakeup, False)
+            signal.set_wakeup_fd(wakeup)
+            self._start(self._end_after_signal, arrivals)
+            self._start(self._end_without_launcher, os.getppid())
         return self
 
-    def _insist(self, arrivals):
-        """For a worker that waits for a lost one inside a library, where no exception reaches
+    @staticmethod
+    def _start(watch: Callable[[int], None], argument: int) -> None:
+        threading.Thread(target=watch, args=(argument,), daemon=True).start()
+
+    def _end_after_signal(self, arrivals: int) -> None:
+        """End a worker that waits for a lost one inside a library, where no exception reaches
         it."""
         self.number = os.read(arrivals, 1)[0]
         time.sleep(3)
         self.end()
 
-    def _outlive_no_launcher(self, launcher):
-        """Ends a worker whose torchrun was killed without a chance to end it: it would hold its
-        GPU, and the run's lock."""
+    def _end_without_launcher(self, launcher: int) -> None:
+        """End a worker whose torchrun was killed: it would hold its GPU and the lock of the run."""
         while os.getppid() == launcher:
             time.sleep(1)
         self.number = signal.SIGTERM
         self.end()
 
-    def end(self):
-        """Says what was interrupted, and returns the exit code. torchrun sends SIGTERM to those
-        that are left when it has lost a worker."""
-        lost = (
-            " or lost a worker" if self.number == signal.SIGTERM and self.workers.size > 1 else ""
-        )
-        return self.workers.end(f"\ninterrupted{lost}; {self.advice()}", 128 + self.number)
+    def end(self) -> int:
+        """Print what was interrupted, and return the exit code."""
+        assert self.number is not None
+        # torchrun sends SIGTERM to the remaining workers when it has lost one
+        may_be_lost = self.number == signal.SIGTERM and self.workers.size > 1
+        reason = "interrupted or lost a worker" if may_be_lost else "interrupted"
+        return self.workers.end(f"\n{reason}; {self.advice()}", 128 + self.number)
 
-    def end_for(self, reason):
-        """Prints why the run ends, and ends this worker. For one that waits inside a library, where
-        no exception reaches it."""
+    def end_for(self, reason: str) -> int:
+        """Print why the run ends, and end this worker, which may wait inside a library."""
         return self.workers.end(f"\ninterrupted: {reason}; {self.advice()}", 1)
 
-    def ignore(self):
-        """From here on no further signal interrupts."""
+    def ignore(self) -> None:
+        """Ignore all further signals."""
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:

@@ -9,7 +9,7 @@ from data_utils import UserError
 
 # Variables that torchrun sets for a worker. Where one is missing, the process is no worker.
 TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PARALLEL = ("train", "evaluate", "attack")  # of --todo, what several workers can share
+PARALLEL = ("train", "evaluate", "attack")  # tasks of --todo that several workers can share
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,42 @@ def note_on_separate_processes(todo: str, environ: Mapping[str, str] = os.enviro
     process, and for a worker of torchrun."""
     if launched(environ).size > 1:
         return None
-    count, launcher, one_task = _separate(environ)
-    if count < 2:
+    found = _separate(environ)
+    if found.count < 2:
         return None
-    what = todo if todo in PARALLEL else f"run --todo {todo}"
-    advice = (
-        f"to share the work start {one_task}torchrun --standalone --nproc_per_node {count} main.py ..."
-        if todo in PARALLEL
-        else "start one, as this is the work of one process"
-    )
-    return f"{launcher}: these {count} processes each {what} on their own; {advice}"
+    if todo in PARALLEL:
+        torchrun = f"torchrun --standalone --nproc_per_node {found.count} main.py ..."
+        action = todo
+        advice = f"to share the work start {found.one_task}{torchrun}"
+    else:
+        action = f"run --todo {todo}"
+        advice = "start one, as this is the work of one process"
+    processes = f"these {found.count} processes each {action} on their own"
+    return f"{found.launcher}: {processes}; {advice}"
 
 
-def _separate(environ):
-    """(number of processes that another launcher started, which one in words, the words that start
-    one of them)."""
+def validate_parallel(todo: str, size: int) -> None:
+    """Refuse several workers for a task of one process. Raises UserError."""
+    if size > 1 and todo not in PARALLEL:
+        raise UserError(
+            f"--todo {todo} is the work of one process: start it with python instead of torchrun"
+        )
 
-    def number(name):
+
+@dataclass(frozen=True)
+class _Separate:
+    """Processes that another launcher started. launcher: in words; one_task: the words that start
+    one of them."""
+
+    count: int
+    launcher: str
+    one_task: str = ""
+
+
+def _separate(environ: Mapping[str, str]) -> _Separate:
+    """How many processes another launcher than torchrun started."""
+
+    def number(name: str) -> int:
         return _whole(environ.get(name, "")) or 0
 
     # The script of `sbatch --ntasks 4` runs once, with SLURM_NTASKS 4 and SLURM_PROCID 0.
@@ -72,18 +91,16 @@ def _separate(environ):
     if "SLURM_PROCID" in environ and not batch_script:
         tasks = number("SLURM_STEP_NUM_TASKS") or number("SLURM_NTASKS") or number("SLURM_NPROCS")
         if tasks > 1:
-            return (
-                tasks,
-                f"srun has started {tasks} tasks",
-                "one task with torchrun: srun --ntasks 1 ",
-            )
+            one_task = "one task with torchrun: srun --ntasks 1 "
+            return _Separate(tasks, f"srun has started {tasks} tasks", one_task)
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if number(name) > 1:
-            return number(name), f"{name}={environ[name]}", ""
-    return number("WORLD_SIZE"), f"WORLD_SIZE={environ.get('WORLD_SIZE')} without torchrun", ""
+            return _Separate(number(name), f"{name}={environ[name]}")
+    size = environ.get("WORLD_SIZE")
+    return _Separate(number("WORLD_SIZE"), f"WORLD_SIZE={size} without torchrun")
 
 
-def _whole(text):
-    """The whole number in a text, None where it is not one."""
+def _whole(text: str) -> int | None:
+    """The whole number in a text; None for other texts."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None

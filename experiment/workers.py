@@ -1,57 +1,58 @@
-"""The processes that torchrun starts to work on one thing together, the device each computes on,
-and the seeds they share."""
+"""The workers of torchrun: processes that share the mini-batches of one command."""
 
 import contextlib
 import datetime
-import glob
 import itertools
 import os
-import random
 import re
 import secrets
 import socket
 import sys
 import threading
 import time
-import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_utils import RunFailed, UserError, one_line
-from experiment.launch import PARALLEL, launched
+from data_utils import RunFailed, one_line
+from experiment.launch import launched
+
+T = TypeVar("T")
 
 # Timeout of the collectives, whose waits `_Heartbeat` ends; in milliseconds it fits 32 bits.
 FOREVER = datetime.timedelta(days=20)
 
 
 class LostWorker(RunFailed):
-    """Another worker has ended, or was not heard of for too long."""
+    """Another worker has ended, or sent no heartbeat for too long."""
 
     resumable = True
 
 
 class _Heartbeat(threading.Thread):
-    """Counts up in torchrun's store while this worker lives, and watches the counts of the others.
+    """Counts in torchrun's store while this worker lives, and watches the counts of the others.
 
     A killed process closes its connections, which the others notice at once. A frozen process, or a
-    machine that lost its power, does not: it is lost once its count has stood still for `patience`
-    seconds. A worker that computes, writes or downloads for hours goes on counting. Seconds are
-    measured in beats of this thread, not by a clock: workers that were suspended together, by a
-    batch system, do not count as lost when they resume."""
+    machine without power, does not: it is lost once its count has not changed for `patience`
+    seconds. A worker that computes, writes or downloads for hours keeps counting. Seconds are
+    measured in beats of this thread, not by a clock: workers that a batch system suspended together
+    are not lost when they resume."""
 
-    ENDED = 2**40  # added to the count of a worker whose work is complete; no beat gets there
+    ENDED = 2**40  # added to the count of a worker whose work is complete; beats never reach it
 
-    def __init__(self, store, workers, patience):
+    def __init__(self, store: dist.Store, workers: "Workers", patience: float) -> None:
         """store: see `Workers._store`, used by this thread alone; patience: in seconds."""
         super().__init__(daemon=True)
-        self.store, self.workers, self.patience = store, workers, patience
-        self.interval, self._stopped = min(2.0, patience / 20), threading.Event()
+        self.store = store
+        self.workers = workers
+        self.patience = patience
+        self.interval = min(2.0, patience / 20)
+        self._stopped = threading.Event()
 
-    def run(self):
-        """Beats until `stop`, or until another worker is lost; calls `on_loss` of the workers
-        then."""
+    def run(self) -> None:
+        """Beat until `stop`, or until another worker is lost; then call `workers.on_loss`."""
         others = [rank for rank in range(self.workers.size) if rank != self.workers.rank]
         counts = dict.fromkeys(others, 0)
         silent = dict.fromkeys(others, 0)  # beats of this worker without one of the other
@@ -72,8 +73,8 @@ class _Heartbeat(threading.Thread):
                 )
                 return
 
-    def _beat(self, others):
-        """Counts up. Returns {rank: its count, at most ENDED}, or None without a connection to the
+    def _beat(self, others: list[int]) -> dict[int, int] | None:
+        """Count once. Returns {rank: its count, at most ENDED}, or None without a connection to the
         store: its machine, and the worker on it, are lost."""
         try:
             self.store.add(f"heartbeat {self.workers.rank}", 1)
@@ -82,93 +83,93 @@ class _Heartbeat(threading.Thread):
             return None
         return {rank: min(count, self.ENDED) for rank, count in found.items()}
 
-    def stop(self):
-        """Ends the thread, and lets the others know that this worker's work is complete."""
+    def stop(self) -> None:
+        """End the thread, and tell the others that the work of this worker is complete."""
         self._stopped.set()
         with contextlib.suppress(RuntimeError):  # torchrun has ended before
             self.store.add(f"heartbeat {self.workers.rank}", self.ENDED)
 
 
 class Workers:
-    """The processes that torchrun started; one, for which nothing here does anything, without it.
+    """The processes that torchrun started; a single process without it.
 
-    rank, size: which one this is, of how many; rank 0 writes the files. local_rank: which one on
-    its machine. What exchanges (`sum`, `average_gradients`, a mini-batch within
-    `sharing_statistics`, `deal`, `gather`, `gather_dealt`, `gather_strided`, `broadcast`,
-    `rank_zero_first`) is to be called by all, in the same order. It waits for slower workers
-    without a limit, and raises LostWorker where one has ended. Where one is frozen or its machine
-    is gone, `on_loss` is called with the reason, from another thread."""
+    rank, size: the number of this worker, and of all; rank 0 writes the files. local_rank: its
+    number on its machine. All workers have to call collectives (`sum`, `average_gradients`, a
+    mini-batch within `sharing_statistics`, `deal`, `gather`, `gather_dealt`, `gather_strided`,
+    `broadcast`, `rank_zero_first`) in the same order. Collectives wait for slower workers without a
+    limit, and raise LostWorker if one has ended. If one is frozen or its machine is gone, `on_loss`
+    is called with the reason, from another thread."""
 
     PATIENCE = datetime.timedelta(minutes=1)  # without a heartbeat, after which a worker is lost
     START = datetime.timedelta(minutes=10)  # in which all have to start: libraries can load slowly
 
-    def __init__(self, rank=0, size=1, local_rank=0):
-        self.rank, self.size, self.local_rank, self.device, self.stderr = (
-            rank,
-            size,
-            local_rank,
-            None,
-            sys.stderr,
-        )
-        self.on_loss = lambda reason: self.end(reason, LostWorker.code)
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self.device: torch.device | None = None
+        self.stderr = sys.stderr
+        self.on_loss: Callable[[str], object] = lambda reason: self.end(reason, LostWorker.code)
         self.hosts = [socket.gethostname()]  # of each worker, once they are connected
-        self._board, self._heartbeat, self._deals = None, None, 0
+        self._board: dist.Store | None = None
+        self._heartbeat: _Heartbeat | None = None
+        self._deals = 0
         self._meeting = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     @classmethod
-    def launched(cls):
-        """Those that torchrun's environment variables speak of."""
+    def launched(cls) -> "Workers":
+        """The workers that torchrun's environment variables describe."""
         launch = launched()
         return cls(launch.rank, launch.size, launch.local_rank)
 
-    def connect(self, device):
-        """From here on workers exchange: what is on the CPU by gloo, what is on a CUDA device by
+    def connect(self, device: torch.device) -> None:
+        """Connect the workers: tensors on the CPU are exchanged by gloo, those on a CUDA device by
         nccl. See `_Heartbeat`."""
         self.device = device
-        if self.size > 1:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            with self._exchange():
-                self._meeting = self._meet()
-                self._board = self._store(
-                    FOREVER
-                )  # nccl exchanges addresses there when it is first used
-                self._heartbeat = _Heartbeat(
-                    self._store(self.PATIENCE), self, self.PATIENCE.total_seconds()
-                )
-                self._heartbeat.start()
-                dist.init_process_group(
-                    "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                    store=self._board,
-                    rank=self.rank,
-                    world_size=self.size,
-                    timeout=FOREVER,
-                )
-            self.hosts = self.gather(socket.gethostname())
-            self.sum(0)  # connects the devices now, while all are here
-            if len(set(self.hosts)) > 1:
-                print(
-                    f"note: the workers are on {', '.join(dict.fromkeys(self.hosts))}; "
-                    f"{self.hosts[0]} reads and writes the run folder",
-                    file=sys.stderr,
-                )
+        if self.size == 1:
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with self._exchange():
+            self._meeting = self._meet()
+            # nccl exchanges addresses there when it is first used
+            self._board = self._store(FOREVER)
+            heartbeats = self._store(self.PATIENCE)
+            self._heartbeat = _Heartbeat(heartbeats, self, self.PATIENCE.total_seconds())
+            self._heartbeat.start()
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=self._board,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=FOREVER,
+            )
+        self.hosts = self.gather(socket.gethostname())
+        self.sum(0)  # connects the devices now, while all workers are here
+        if len(set(self.hosts)) > 1:
+            print(
+                f"note: the workers are on {', '.join(dict.fromkeys(self.hosts))}; "
+                f"{self.hosts[0]} reads and writes the run folder",
+                file=sys.stderr,
+            )
 
-    def disconnect(self):
-        """The end of `connect`."""
+    def disconnect(self) -> None:
+        """Undo `connect`."""
         if self._heartbeat:
             self._heartbeat.stop()
-            self._board, self._heartbeat = None, None
+            self._board = None
+            self._heartbeat = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def _exchange(self):
+    def _exchange(self) -> Iterator[None]:
+        """A block whose errors of torch.distributed become LostWorker."""
         try:
             yield
-        except RuntimeError as e:  # all of torch.distributed's errors are
-            reason = re.sub(r"^\[\S+:\d+\] ", "", one_line(e)).split(". ")[
-                0
-            ]  # without the place in gloo's source
+        except RuntimeError as e:
+            # without the place in gloo's source
+            reason = re.sub(r"^\[\S+:\d+\] ", "", one_line(e)).split(". ")[0]
             raise LostWorker(f"a worker was lost ({reason})") from None
 
     @property
@@ -178,24 +179,23 @@ class Workers:
 
     # ---- shares of the work
 
-    def shard(self, n):
-        """This worker's part of a mini-batch of n samples: (a slice, how many they are).
+    def shard(self, n: int) -> tuple[slice, int]:
+        """This worker's part of a mini-batch of n samples: (slice, number of samples).
 
-        With fewer samples than workers some get none. They compute along on a sample of another's,
-        for a weight of 0: no learning rule has to do with empty batches, and all draw the same
-        random numbers."""
+        With fewer samples than workers some get none. They compute on a sample of another worker,
+        with weight 0: no learning rule has to handle empty batches, and all draw the same random
+        numbers."""
         first, last = (-(-n * rank // self.size) for rank in (self.rank, self.rank + 1))
         return slice(min(first, n - 1), max(first + 1, last)), last - first
 
-    def strided(self, iterable):
-        """Every size-th item, from this worker's first on: for work that is even. See
-        `gather_strided`."""
+    def strided(self, iterable: Iterable[T]) -> Iterator[T]:
+        """Every size-th item: for items of equal work. See `gather_strided`."""
         return itertools.islice(iterable, self.rank, None, self.size)
 
-    def deal(self, iterable):
-        """(place, item) of the items that this worker takes: each item goes to the next worker that
-        is free, so that slow ones do not pile up. For work that is complete on the device before
-        the next item is asked for. See `gather_dealt`."""
+    def deal(self, iterable: Iterable[T]) -> Iterator[tuple[int, T]]:
+        """(place, item) of the items of this worker: each item goes to the next worker that is
+        free, so that slow ones do not pile up. The work on an item has to be complete on the device
+        before the next one is requested. See `gather_dealt`."""
         places = self._places()
         mine = next(places)
         for place, item in enumerate(iterable):
@@ -203,9 +203,9 @@ class Workers:
                 yield place, item
                 mine = next(places)
 
-    def _places(self):
-        """The places of the items that `deal` gives to this worker, by a shared counter; every
-        size-th without `connect`."""
+    def _places(self) -> Iterator[int]:
+        """The places of this worker's items in `deal`, from a shared counter; every size-th without
+        `connect`."""
         if not self._board:
             yield from itertools.count(self.rank, self.size)
         self._deals += 1
@@ -218,9 +218,9 @@ class Workers:
     # ---- exchange
 
     @torch.no_grad()
-    def average_gradients(self, model, n_local, n_global):
-        """Makes every p.grad, this worker's mean over its n_local samples, the mean over all
-        n_global of the mini-batch."""
+    def average_gradients(self, model: torch.nn.Module, n_local: int, n_global: int) -> None:
+        """Replace every p.grad, the mean over this worker's n_local samples, by the mean over all
+        n_global samples of the mini-batch."""
         if self.size == 1:
             return
         grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -231,15 +231,15 @@ class Workers:
             grad.copy_(mean.view_as(grad))
 
     @contextlib.contextmanager
-    def sharing_statistics(self, model, n_local, n_global):
-        """Within the block the model's batch normalisations, modules with a `whole`, take the
-        statistics of all n_global samples of a mini-batch, of which n_local are this worker's. What
-        a gradient gets through them is what `average_gradients` expects."""
-        norms = (
-            [module for module in model.modules() if hasattr(module, "whole")]
-            if self.size > 1
-            else []
-        )
+    def sharing_statistics(
+        self, model: torch.nn.Module, n_local: int, n_global: int
+    ) -> Iterator[None]:
+        """A block in which batch normalisations (modules with an attribute `whole`) take the
+        statistics of all n_global samples of a mini-batch, n_local of them this worker's. Gradients
+        through them are what `average_gradients` expects."""
+        norms = [module for module in model.modules() if hasattr(module, "whole")]
+        if self.size == 1:
+            norms = []
         for module in norms:
             module.whole = self, n_local / n_global, n_global
         try:
@@ -248,7 +248,7 @@ class Workers:
             for module in norms:
                 module.whole = None
 
-    def sum(self, value):
+    def sum(self, value: Any) -> torch.Tensor:
         """The sum over the workers of a number or tensor, as a tensor."""
         total = torch.as_tensor(value, device=self.device)
         if self.size > 1:
@@ -257,29 +257,29 @@ class Workers:
                 dist.all_reduce(total)
         return total
 
-    def gather(self, item):
+    def gather(self, item: T) -> list[T]:
         """[item of rank 0, of rank 1, ...]."""
-        items = [item]
+        items: list[Any] = [item]
         if self.size > 1:
             items = [None] * self.size
             with self._exchange():
                 dist.all_gather_object(items, item)
         return items
 
-    def gather_strided(self, results):
-        """The list whose items `strided` gave out, from what each worker made of its own."""
+    def gather_strided(self, results: list[T]) -> list[T]:
+        """The results of all items of `strided`, in their order. results: of this worker's."""
         missing = object()
         rounds = itertools.zip_longest(*self.gather(results), fillvalue=missing)
         return [item for row in rounds for item in row if item is not missing]
 
-    def gather_dealt(self, results):
-        """The results of all items of `deal`, in their order. results: (place, result) of those
-        that this worker took."""
+    def gather_dealt(self, results: list[tuple[int, T]]) -> list[T]:
+        """The results of all items of `deal`, in their order. results: (place, result) of this
+        worker's."""
         together = [result for own in self.gather(results) for result in own]
         return [result for _, result in sorted(together, key=lambda result: result[0])]
 
-    def broadcast(self, item):
-        """Rank 0's item."""
+    def broadcast(self, item: Any) -> Any:
+        """The item of rank 0."""
         items = [item]
         if self.size > 1:
             with self._exchange():
@@ -287,19 +287,19 @@ class Workers:
         return items[0]
 
     @contextlib.contextmanager
-    def rank_zero_first(self):
-        """Rank 0 goes through the block before all others do."""
+    def rank_zero_first(self) -> Iterator[None]:
+        """A block that rank 0 executes before all others."""
         if self.rank > 0:
             self.gather(None)
         yield
         if self.rank == 0:
             self.gather(None)
 
-    # ---- what the user hears
+    # ---- output and end
 
     @contextlib.contextmanager
-    def only_rank_zero_prints(self):
-        """Within the block only rank 0 prints and shows progress."""
+    def only_rank_zero_prints(self) -> Iterator[None]:
+        """A block in which only rank 0 prints and shows progress."""
         with contextlib.ExitStack() as stack:
             if self.rank > 0:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -307,37 +307,36 @@ class Workers:
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield
 
-    def end(self, message, code):
-        """Says why the run ends, if no other worker has said so before, and returns `code`; of
-        several workers ends this one at once, for orderly goodbyes would wait for those that are
-        lost."""
-        if self.size == 1 or self._first_to_speak():
+    def end(self, message: str, code: int) -> int:
+        """Print why the run ends, unless another worker has printed it, and return `code`. One of
+        several workers exits at once: an orderly end would wait for those that are lost."""
+        if self.size == 1 or self._is_first_to_end():
             print(message, file=self.stderr, flush=True)
         if self.size > 1:
             sys.stdout.flush()
             os._exit(code)
         return code
 
-    def _first_to_speak(self):
+    def _is_first_to_end(self) -> bool:
         try:
-            return self._store(datetime.timedelta(seconds=2)).add("said why", 1) == 1
+            return self._store(datetime.timedelta(seconds=2)).add("ended", 1) == 1
         except RuntimeError:  # torchrun is gone as well
             return True
 
-    def _store(self, timeout, prefix=None):
-        """What torchrun itself keeps for the workers, whichever of them is lost; empty for those
-        that it starts in place of lost ones."""
+    def _store(self, timeout: datetime.timedelta, prefix: str | None = None) -> dist.Store:
+        """The store that torchrun serves, whichever worker is lost; empty for workers that torchrun
+        starts in place of lost ones."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.PrefixStore(
             prefix or self._meeting, dist.TCPStore(address, port, timeout=timeout)
         )
 
-    def _meet(self):
-        """A name that all workers of this start have in common, and no earlier start had.
+    def _meet(self) -> str:
+        """A name that all workers of this start share, and no earlier start had.
 
         torchrun's count of restarts is no such name: each machine has its own count. So every
-        worker calls with a random word until rank 0, which may first find the call of a lost
-        worker, answers."""
+        worker calls with a random word until rank 0 answers, which may first find the call of a
+        lost worker."""
         store = self._store(self.START, "meeting")
         word = secrets.token_hex(8)
         if self.rank:
@@ -357,153 +356,3 @@ class Workers:
                 raise RuntimeError(f"worker {min(missing)} did not start")
             time.sleep(0.02)
         return word
-
-
-def computed_on():
-    """The machine that a number is computed on, and how many threads torch uses there, in words."""
-    threads = torch.get_num_threads()
-    return f"{socket.gethostname()}, {threads} thread{'s' * (threads != 1)}"
-
-
-def check_parallel(todo, workers):
-    """What --todo demands of the number of workers. Raises UserError."""
-    if workers.size > 1 and todo not in PARALLEL:
-        raise UserError(
-            f"--todo {todo} is the work of one process: start it with python instead of torchrun"
-        )
-
-
-def pick_device(index, workers):
-    """The torch.device of --device: -1 the CPU, else that GPU, made the current one; under torchrun
-    the one of the worker's place on the machine. Without an NVIDIA device, or with
-    CUDA_VISIBLE_DEVICES empty, index 0 is the CPU (`check_device` prints a note). Raises UserError,
-    with the cause, for a GPU that is there and cannot be used."""
-    if index == -1:
-        return torch.device("cpu")
-    on_the_cpu = "--device -1 runs on the CPU"
-    with warnings.catch_warnings(record=True) as caught:  # torch warns of the cause
-        warnings.simplefilter("always")
-        available = torch.cuda.is_available()
-    if not available:
-        cause = _why_unusable(caught)
-        if cause:
-            raise UserError(f"argument --device: {cause}; {on_the_cpu}")
-        if index > 0 and not _hides_all_gpus():
-            raise UserError(
-                f"argument --device: got {index}, there is no CUDA device here; {on_the_cpu}"
-            )
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if workers.size > 1:
-        index = workers.local_rank
-        if index >= count:
-            raise UserError(
-                f"torchrun --nproc_per_node: each process needs a GPU, this machine has {count} (--device "
-                "-1: the CPU)"
-            )
-    if index >= count:
-        raise UserError(
-            f"argument --device: got {index}, the GPUs of this machine are 0 to {count - 1}; {on_the_cpu}"
-        )
-    device = torch.device("cuda", index)
-    try:
-        torch.cuda.set_device(device)  # events and streams are the current device's
-        torch.zeros(1, device=device).add_(1).item()
-    except (
-        Exception
-    ) as e:  # in exclusive use, without memory, not supported: the driver raises several types
-        raise UserError(
-            f"argument --device: GPU {index} cannot be used: {_first_sentence(e)}; {on_the_cpu}"
-        ) from None
-    return device
-
-
-def _hides_all_gpus():
-    """Whether CUDA_VISIBLE_DEVICES hides every GPU, the usual way to ask for the CPU."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-
-
-def _why_unusable(caught):
-    """The reason why torch cannot use a GPU of this machine; None where it has none, or
-    CUDA_VISIBLE_DEVICES hides them all. caught: the warnings of torch.cuda.is_available."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if _hides_all_gpus():
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        seen = torch.cuda.device_count()
-        try:
-            there = (
-                torch.cuda._raw_device_count_nvml()
-            )  # those that CUDA_VISIBLE_DEVICES hides as well
-        except (OSError, AttributeError):  # no driver
-            there = 0
-    there = max(seen, there) > 0 or bool(glob.glob("/dev/nvidia[0-9]*"))
-    # indices, UUIDs of GPUs or of MIG instances, and what Slurm writes for none
-    name = r"\d+|(GPU|MIG)-[\w/-]+|NoDevFiles"
-    if visible and (
-        there
-        and not seen
-        or not all(re.fullmatch(name, part.strip()) for part in visible.split(","))
-    ):
-        return f"CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine"
-    if not there:
-        return None
-    if torch.version.cuda is None and torch.version.hip is None:
-        return "there is a GPU, but this PyTorch was built without CUDA"
-    if caught:
-        return f"the GPU of this machine cannot be used: {_first_sentence(caught[0].message)}"
-    try:
-        torch.cuda.init()
-    except Exception as e:
-        return f"the GPU of this machine cannot be used: {_first_sentence(e)}"
-    return "the GPU of this machine cannot be used: torch.cuda.is_available() is False"
-
-
-def _first_sentence(error):
-    """The cause in an error or warning of CUDA, without its advice."""
-    text = str(error).partition("\n")[0]
-    text = re.sub(r"\. (Please|Alternatively)\b.*|\(Triggered internally.*", "", text)
-    return text.removeprefix("CUDA initialization: ")[:300].rstrip(" .")
-
-
-def check_device(args, device):
-    """Validate the arguments compile and precision for the device. Raises UserError. Prints a note
-    if a GPU was requested and there is none."""
-    if device.type == "cpu" and args.device != -1:
-        print(
-            "note: there is no CUDA device here, running on the CPU (--device -1 says so without "
-            "this note)",
-            file=sys.stderr,
-        )
-    if args.compile and device.type != "cuda":
-        raise UserError(
-            "argument --compile: needs a CUDA device; on a CPU compiled steps are no faster"
-        )
-    if args.precision != "fp32":
-        if device.type != "cuda":
-            raise UserError(
-                f"argument --precision: {args.precision} needs a CUDA device, this one "
-                "computes in fp32; give --precision fp32"
-            )
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            raise UserError(
-                f"argument --precision: {args.precision} needs a GPU of compute capability "
-                f"8.0, {torch.cuda.get_device_name(device)} has "
-                f"{'.'.join(map(str, capability))}; give --precision fp32"
-            )
-
-
-def seed_everything(args, workers):
-    """Seeds python, NumPy and torch with args.seed, which is drawn first where it is None; with
-    args.deterministic asks torch for kernels that always sum in the same order."""
-    if args.seed is None:
-        args.seed = workers.broadcast(random.SystemRandom().randrange(2**31))
-    random.seed(args.seed)
-    np.random.seed(args.seed % 2**32)
-    torch.manual_seed(args.seed)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-        torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(args.deterministic)

@@ -154,7 +154,7 @@ def test_counting_converged_images_changes_no_prediction(model, schedule, T1):
 
 def test_in_bf16_convergence_is_that_of_the_fp32_network(ok, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "experiment.workers.check_device", lambda *_: None
+        "experiment.devices.validate_device", lambda *_: None
     )  # a CPU computes in bf16 as well
     ok(TINY, "--precision bf16 --epochs 2")
     run = only_run(tmp_path)

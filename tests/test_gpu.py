@@ -12,7 +12,8 @@ from conftest import MODELS, criterion_of, grads, only_run, rule, sample
 
 import model_utils as mu
 from ART_Timesteps_Addition import audit_subject
-from experiment.workers import Workers, pick_device
+from experiment.devices import pick_device
+from experiment.workers import Workers
 
 ON_CPU = os.environ.get("GPU_TESTS_ON_CPU") == "1"
 pytestmark = [

@@ -19,7 +19,8 @@ import model_utils as mu
 from ART_Timesteps_Addition import audit, audit_subject
 from data_utils import UserError
 from experiment import compare, measured
-from experiment.workers import check_device
+from experiment.config import Config
+from experiment.devices import validate_device
 
 TINY = (
     "--device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "
@@ -33,7 +34,7 @@ DIGITS = TINY + " --task digits --seed 3"
 @pytest.fixture
 def any_device(monkeypatch):
     """Lets a CPU take what asks for a CUDA device: bf16 is the same there."""
-    monkeypatch.setattr("experiment.workers.check_device", lambda *_: None)
+    monkeypatch.setattr("experiment.devices.validate_device", lambda *_: None)
 
 
 def state(run, name="checkpoint.tar"):
@@ -79,7 +80,7 @@ def test_a_resumed_training_computes_as_before(ok, tmp_path, monkeypatch, any_de
 
 def test_a_change_of_precision_is_noted(ok, cli, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("experiment.workers.check_device", lambda *_: None)
+        patch.setattr("experiment.devices.validate_device", lambda *_: None)
         ok(DIGITS, "--precision bf16")
     run = only_run(tmp_path)
     code, _, err = cli(f"--device -1 --load-path {run}")
@@ -102,7 +103,7 @@ def test_an_old_gpu_takes_no_bf16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
     args = types.SimpleNamespace(compile=False, precision="bf16")
     with pytest.raises(UserError, match="T4 has 7.5; give --precision fp32"):
-        check_device(args, torch.device("cuda", 0))
+        validate_device(Config.of(args), torch.device("cuda", 0))
 
 
 def test_a_compiled_training_resumes_on_a_cpu_with_a_note(ok, tmp_path):

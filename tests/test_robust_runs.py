@@ -479,7 +479,7 @@ def test_out_of_memory_is_one_line(cli, monkeypatch, error):
     monkeypatch.setattr(mu, "train", fail)
     code, _, err = cli(QUICK, "--mbs 20")
     assert code == 1 and err.count("\n") == 1
-    assert "out of memory" in err and "smaller --mbs" in err and "--mbs 20" in err
+    assert "out of memory" in err and "reduce --mbs" in err and "--mbs 20" in err
 
 
 V1, V2 = "4:memory:/slurm/job_7/step_0\n1:cpu,cpuacct:/\n0::/\n", "0::/slurm/job_7/step_0\n"
