@@ -1,17 +1,17 @@
-# Sourced first by the other scripts; no script itself. Goes to the project's folder, sets up .venv, and defines
-#   python, data           the interpreter; the data folder (DATA=... names another, from the project's folder)
-#   suite PROGRAM FLAGS    runs main.py or main_dropout.py, which gets the signals sent to the script
-#   last PROGRAM FLAGS     the same as a script's last command: it takes the place of the shell, and gets the signals sent to the script
+# Functions of the other scripts, which source this file first. It changes to the project's folder, builds .venv, and defines
+#   python, data           the interpreter; the data folder (DATA=... sets another, relative to the project's folder)
+#   suite PROGRAM FLAGS    runs main.py or main_dropout.py and passes signals of the script on to it
+#   last PROGRAM FLAGS     the same for the last command of a script: it replaces the shell and so receives the signals
 #   side_by_side           runs main.py with each line of standard input as its flags, $processes at a time, on the GPUs 0, 1, ... or, with
-#                          GPUS=0, on the CPU with one thread each; the lines of each begin with its number
-#   absolute PATH          a path that is relative to the project's folder, from anywhere
-#   enter FOLDER FLAGS     makes a folder, goes there, and keeps other copies of the script, and other FLAGS, out of it. Further arguments:
+#                          GPUS=0, on the CPU with one thread each; each line of output begins with the number of its command
+#   absolute PATH          prints the absolute path of a path relative to the project's folder
+#   enter FOLDER FLAGS     creates a folder, changes to it, and refuses a second copy of the script or other FLAGS in it. Further arguments:
 #                          paths that will be part of the lines of side_by_side
-#   runs [MODEL]           the folders of all trainings below results/ that have ended, or of those of a model
+#   runs [MODEL]           prints the folders of all complete trainings below results/, or of those of a model
 #   complain TEXT          ends the script with an error
-# With SMOKE=1 in the environment a script only shows that all its commands run: in a minute, on a CPU, with few and random data
-# (`common.sh cifar`) or the digits of scikit-learn (`common.sh mnist`), in a temporary folder that is removed again.
-#   smoke_run FLAGS        trains something for a script that examines a run, and sets `run` to its folder
+# With SMOKE=1 in the environment a script only runs its commands once: in a minute, on a CPU, with few and random data
+# (`common.sh cifar`) or the digits of scikit-learn (`common.sh mnist`), in a temporary folder that is removed at the end.
+#   smoke_run FLAGS        trains a run for a script that needs one, and sets `run` to its folder
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash check/setup.sh
@@ -27,11 +27,11 @@ enter() {
     esac
     mkdir -p "$1" && cd "$1"
     if command -v flock >/dev/null; then
-        exec 9>>.lock # empties nothing; inherited: it holds until the last command of a script that was killed has ended
-        flock -n 9 || complain "another copy, or a command that one has left behind, is at work in $1"
+        exec 9>>.lock # does not empty the file; child processes inherit the lock, so it lasts until the last command of a killed script ends
+        flock -n 9 || complain "another copy of this script, or one of its commands, is running in $1; wait for it"
     fi
     [ ! -e .flags ] || [ "$(cat .flags)" = "$2" ] ||
-        complain "$1 was begun with the further flags '$(cat .flags)', now '$2': go on with the former, or in another folder"
+        complain "$1 was started with the further flags '$(cat .flags)', now '$2'; use the former, or another folder"
     echo "$2" >.flags
 }
 runs() {
@@ -54,14 +54,14 @@ if [ "${SMOKE:-}" != 1 ]; then
         awk '{ sub(/ +$/, ""); print NR, $0 }' |
             xargs -r -L 1 -P "$processes" --process-slot-var=slot bash -o pipefail -c 'numbered "$@"' numbered
     }
-    # in the background and waited for: a shell answers no signal while a command is in its foreground
+    # in the background with `wait`: a shell handles no signal while a command runs in the foreground
     suite() {
         local name code
         (trap - INT && exec "${launcher[@]}" "$root/$1" "${@:2}") &
         child=$!
         for name in TERM HUP USR1 XCPU; do trap "kill -s $name $child" $name; done
-        trap : INT # which a terminal sends to the command as well
-        while # a signal ends `wait` before the command
+        trap : INT # the terminal sends SIGINT to the command as well
+        while # a signal ends `wait` before the command ends
             code=0
             wait $child || code=$?
             kill -0 $child 2>/dev/null
@@ -71,7 +71,7 @@ if [ "${SMOKE:-}" != 1 ]; then
     }
     last() { exec "${launcher[@]}" "$root/$1" "${@:2}"; }
 else
-    # behind a script's own flags, so that these are the ones that count
+    # appended to a script's own flags: the last value of a flag counts
     smoke=(--device -1 --seed 0 --data-dir data --epochs 1 --train-size 100 --test-size 4 --T1 8 --T2 3)
     case "$1" in
         mnist) smoke+=(--task digits) ;;
@@ -82,14 +82,14 @@ else
     trap 'rm -rf "$temporary"' EXIT
     cd "$temporary"
     export TMPDIR=$temporary PYTHONDONTWRITEBYTECODE=1
-    if [ -z "${SMOKE_SERVER:-}" ]; then # a folder in which the tests have such a process already, see tests/test_check.py
+    if [ -z "${SMOKE_SERVER:-}" ]; then # set by tests that share one server, see tests/test_check.py
         SMOKE_SERVER=$temporary
         mkfifo commands codes
         "$python" "$root/tests/smoke.py" <commands 4>codes &
     fi
     exec 5>"$SMOKE_SERVER/commands" 6<"$SMOKE_SERVER/codes"
     echo "$temporary" >&5
-    read -r ready <&6 # the data are there
+    read -r ready <&6 # the data exist now
     suite() {
         local code
         case " $* " in *" --seeds "*) local smoke=("${smoke[@]/--seed/--seeds}") ;; esac

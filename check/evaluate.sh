@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Accuracy of a run on its training and test images, printed and appended to its hyperparameters.txt:  bash check/evaluate.sh RUN [flags]
+# Prints the accuracy of a run on its training and test images and appends it to its hyperparameters.txt:  bash check/evaluate.sh RUN [flags]
 # Needs: for the CIFAR-10 network an NVIDIA GPU and minutes; for a small model a CPU and seconds (--device -1).
 [ $# -gt 0 ] || [ "${SMOKE:-}" = 1 ] || { sed -n '2,3s/^# //p' "$0"; exit 2; }
 source "$(dirname "$0")/common.sh" mnist

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Tests and measures the project on a GPU and writes one file, gpu_report.md (--out names another): card, versions, every number.
-# Needs: an NVIDIA GPU, 9 minutes, PyTorch 2.11 or later and ART; no set-up: it takes .venv where there is one, else python3.
-# Without a GPU it says what it would run. With SMOKE=1 every part runs once on the CPU, with small sizes.
+# Tests and benchmarks the project on a GPU.
+# Needs: an NVIDIA GPU, 9 minutes, PyTorch 2.11 or later and ART. It uses .venv if it exists, otherwise python3; it installs nothing.
+# Output: gpu_report.md (--out sets another name): GPU, versions, all results. Without a GPU it lists what it would run.
+# With SMOKE=1 every part runs once on the CPU, with small sizes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python

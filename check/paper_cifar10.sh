@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The whole paper on CIFAR-10: EP, feed-forward CNNs trained plainly and on attacked images of four strengths, a vision transformer, five
-# seeds each; the attacks of the published tables, audits, corruptions, steps of a prediction; one table and figures, the published curves
-# drawn in dashed:  bash check/paper_cifar10.sh [further flags of all but the comparison that suit every model, e.g. --precision tf32]
-# Needs: NVIDIA GPUs with 10 GB (GPUS=N, 1). Predicted by benchmarks/roofline.py for one H100, not measured: EP training 27 hours (6 with
-# --precision tf32), PGD on its models 40; ensembles and audits not predicted. Started again it goes on where it was; ONLY="train attack"
-# names stages.
-# Everything is in results/paper_cifar10 (PAPER=... names another folder); DATA=... names CIFAR-10's, CORRUPTIONS=... that of CIFAR-10-C,
-# which is not downloaded and left out where it is missing.
+# Reproduces the whole paper on CIFAR-10:  bash check/paper_cifar10.sh [further flags that suit every model, e.g. --precision tf32]
+# Trains EP, feed-forward CNNs without and with adversarial training at four eps, and a vision transformer, five seeds each; then runs the
+# attacks of the published tables, audits, corruptions, accuracy over time steps, and the comparison, to which further flags do not apply.
+# Needs: NVIDIA GPUs with 10 GB (GPUS=N, default 1). Predicted by benchmarks/roofline.py for one H100, not measured: EP training 27 hours
+# (6 with --precision tf32), PGD on its models 40; ensembles and audits are not predicted. Repeating the command resumes it.
+# ONLY="train attack" selects stages. DATA=... sets the folder of CIFAR-10, CORRUPTIONS=... the folder of CIFAR-10-C, which is not
+# downloaded; without it the stage corruptions is skipped.
+# Output: results/paper_cifar10 (PAPER=... sets another folder), with one table and figures; published curves are dashed.
 source "$(dirname "$0")/common.sh" cifar
 GPUS=${GPUS:-1} stages="train attack audit corruptions characteristic compare"
-[[ $GPUS =~ ^[0-9]+$ ]] || complain "GPUS=$GPUS is no number"
+[[ $GPUS =~ ^[0-9]+$ ]] || complain "GPUS=$GPUS: expected a number"
 processes=$((GPUS > 0 ? GPUS : 1)) only=${ONLY:-$stages}
 for name in $only; do
-    [[ " $stages " == *" $name "* ]] || complain "ONLY=$name: there are the stages $stages"
+    [[ " $stages " == *" $name "* ]] || complain "ONLY=$name: unknown stage; choose from $stages"
 done
 stage() { [[ " $only " == *" $1 "* ]]; }
 seeds="11 13 17 19 31" strengths="0.05 0.5 0.75 1" norms="2 inf" small="" budget=standard
@@ -23,12 +23,12 @@ else
     CORRUPTIONS=$(absolute "${CORRUPTIONS:-$data/CIFAR-10-C}")
     enter "$(absolute "${PAPER:-results/paper_cifar10}")" "$*" "$data" "$CORRUPTIONS"
     if stage corruptions && [ ! -d "$CORRUPTIONS" ]; then
-        echo "corruptions are left out: $CORRUPTIONS is not there" >&2
+        echo "skipping the stage corruptions: $CORRUPTIONS does not exist" >&2
         only=${only/corruptions/}
     fi
 fi
 further=$([ $# = 0 ] || printf "'%s' " "$@")
-each() { # the flags in the arguments, of every run of a model
+each() { # prints the given flags for every run of a model
     local run
     for run in $(runs "$1"); do
         echo "--load-path $run ${*:2} $further"
@@ -51,7 +51,7 @@ if stage train; then
         echo "$common $vit --seeds $seed $further"
     done | side_by_side
 fi
-[ -n "$(runs)" ] || complain "no training has ended in $PWD"
+[ -n "$(runs)" ] || complain "no complete training in $PWD; run the stage train first"
 if stage attack; then
     for norm in $norms; do
         each CNN --todo attack --attack pgd --attack-norm $norm --attack-step 10 15 20 25 29 60 70 --no-clip

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds .venv from requirements.txt (some minutes and 6 GB the first time; nothing to do when it is up to date).
-# Source of truth for every other script: they call this one first and use .venv/bin/python.
+# Builds .venv from requirements.txt. Every other script calls this one first and uses .venv/bin/python.
+# Needs: some minutes and 6 GB the first time; no time if .venv is up to date.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-works() { # MODULE: whether the interpreter of .venv starts, has the version that .venv was built for, and finds the module
+works() { # MODULE: whether the interpreter of .venv starts, has the version that .venv was built for, and finds MODULE
     .venv/bin/python -c 'import importlib.util, os, sys, sysconfig
 sys.exit(not os.path.isdir(sysconfig.get_path("purelib")) or not importlib.util.find_spec(sys.argv[1]))' "$1" 2>/dev/null
 }
@@ -11,16 +11,16 @@ up_to_date() { cmp -s requirements.txt .venv/.requirements && works torch; }
 up_to_date && exit 0
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    { echo "setup: $python is $("$python" --version 2>&1); Python 3.10 or newer is needed (PYTHON=... names another)" >&2; exit 2; }
-if command -v flock >/dev/null; then # jobs that start together build once; without locks each builds
-    { exec 9<>requirements.txt; } 2>/dev/null || exec 9<requirements.txt # network file systems lock what can be written to
+    { echo "setup: $python is $("$python" --version 2>&1); Python 3.10 or newer is needed (set PYTHON=...)" >&2; exit 2; }
+if command -v flock >/dev/null; then # of jobs that start together one builds; without locks each builds
+    { exec 9<>requirements.txt; } 2>/dev/null || exec 9<requirements.txt # network file systems lock only files that are opened for writing
     code=0
     flock -n 9 2>/dev/null || code=$?
     [ $code -ne 1 ] || { echo "setup: waiting for another process that builds .venv" >&2; flock 9 || true; }
     up_to_date && exit 0
 fi
 echo "setup: building .venv from requirements.txt (about 6 GB)" >&2
-emptied() { [ ! -e .venv ] || find -H .venv -mindepth 1 -delete; } # half of one, or one whose interpreter is gone
+emptied() { [ ! -e .venv ] || find -H .venv -mindepth 1 -delete; } # an incomplete .venv, or one whose interpreter is gone
 if command -v uv >/dev/null; then
     works sys || { emptied; uv venv --quiet --python "$python" .venv; }
     uv pip install --quiet --python .venv/bin/python -r requirements.txt

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole study on MNIST: small CNNs trained by EP, by BPTT, by EP alone on attacked images, and feed-forward ones plainly and on attacked
-# images, three seeds each; PGD over eps, audits at two eps, and all of it compared in a table and figures:  bash check/study_mnist.sh
-# Needs: two CPU cores and an hour and a half. Started again it goes on where it was. Everything is in results/study_mnist (STUDY=... names
-# another folder); DATA=... names MNIST's folder, PROCESSES=... how many of one thread run side by side (2).
+# Runs a whole study on MNIST: small CNNs trained by EP, by BPTT and by EP with adversarial training, feed-forward CNNs without and with
+# adversarial training, three seeds each; PGD over eps, audits at two eps; one table and figures:  bash check/study_mnist.sh
+# Needs: two CPU cores and an hour and a half. DATA=... sets the folder of MNIST, PROCESSES=... the number of processes (2), one thread each.
+# Output: results/study_mnist (STUDY=... sets another folder). Repeating the command resumes it.
 source "$(dirname "$0")/common.sh" mnist
 GPUS=0 processes=${PROCESSES:-2}
 if [ "${SMOKE:-}" = 1 ]; then
@@ -13,7 +13,7 @@ else
     enter "$(absolute "${STUDY:-results/study_mnist}")" "" "$data"
 fi
 
-# 8,000 training images; the model that is kept is chosen on 2,000 further ones, and the test images are for the report
+# 8,000 training images; model.pt is chosen on 2,000 further images; test images are used only for the results
 common="--task MNIST --data-dir '$data' --train-size 10000 --val-size $held_out --test-size 2000 \
     --channels 16 32 --kernels 5 5 --strides 1 1 --paddings 0 0 --pools mm --fc 10 --loss cel --mbs 50 --epochs 3 --optim adam --save"
 energy="--model CNN --act my_hard_sig --softmax --schedule async --T1 20 --T2 6 --lrs 3e-3 3e-3 3e-3"

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests, on two cores in some minutes; TEST_WORKERS=N takes N processes. Arguments are passed on to pytest.
+# Runs the linters, mypy and the tests. With arguments it passes them to pytest and runs only these tests.
+# Needs: two cores and some minutes. TEST_WORKERS=N sets the number of processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash check/setup.sh
 [ $# -gt 0 ] || { .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy; }
-# Processes of one thread each: the tests' models are too small to gain from more, and those that start processes
-# themselves leave the others waiting.
+# One thread per process: the models of the tests are too small to gain from more, and with more threads tests that start
+# processes slow the others down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/python -m pytest -q --durations=15 -n "${TEST_WORKERS:-2}" --dist worksteal "${@:-tests}"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The published CIFAR-10 recipes: symmetric connections (EP one-sided, random sign, symmetric; BPTT), both losses, dropout, and separate
-# backward weights. Needs: an NVIDIA GPU with 10 GB (bptt-dropout: more); each is a run of 40 to 120 epochs, days on one GPU: start one,
-#   bash check/train_cifar10.sh ep-symmetric-cel [further flags]
-# DATA=... names the data folder; with GPUS=N the recipe runs on N of them. Without a name the names are listed.
+# Trains a published CIFAR-10 recipe:  bash check/train_cifar10.sh ep-symmetric-cel [further flags]
+# Recipes: tied weights (EP one-sided, with random sign, symmetric; BPTT), both losses, dropout, and untied feedback weights.
+# Needs: an NVIDIA GPU with 10 GB (dropout-bptt: more), days per recipe of 40 to 120 epochs. GPUS=N uses N GPUs. DATA=... sets the data
+# folder. Output: a run folder in results/. Without a name it lists the names.
 names=$(sed -n 's/^        \([a-z-]*\)) .*/\1/p' "$0")
 [ $# -gt 0 ] || [ "${SMOKE:-}" = 1 ] || { echo "$names"; exit 2; }
 source "$(dirname "$0")/common.sh" cifar

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Small convolutional models on MNIST: EP symmetric and BPTT, squared error and cross-entropy, tied and separate weights.
-# Needs: a CPU, about 3 minutes a line and epoch on two cores (--train-size 10000: half a minute). DATA=... names MNIST's folder.
-# Further flags are passed on to every line.
+# Trains small convolutional models on MNIST: symmetric EP and BPTT, squared error and cross-entropy, tied and untied feedback weights.
+# Needs: a CPU, about 3 minutes per command and epoch on two cores (--train-size 10000: half a minute). DATA=... sets the folder of MNIST.
+# Output: run folders in results/. Further flags apply to every command.
 source "$(dirname "$0")/common.sh" mnist
 common=(--task MNIST --data-dir "$data" --channels 16 32 --kernels 5 5 --strides 1 1 --paddings 0 0 --pools mm --fc 10
     --act my_hard_sig --optim adam --lrs 3e-3 3e-3 3e-3 --T1 20 --T2 8 --mbs 50 --epochs 2 --device -1 --save)

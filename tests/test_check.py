@@ -131,14 +131,14 @@ def test_side_by_side_a_command_that_fails_stops_no_other(tmp_path):
 @pytest.mark.parametrize(
     "environment, words, said",
     [
-        ({"GPUS": "two"}, (), "GPUS=two is no number"),
-        ({"ONLY": "trian"}, (), "ONLY=trian: there are the stages train"),
-        ({"ONLY": "attack"}, (), "no training has ended in"),
+        ({"GPUS": "two"}, (), "GPUS=two: expected a number"),
+        ({"ONLY": "trian"}, (), "ONLY=trian: unknown stage; choose from train"),
+        ({"ONLY": "attack"}, (), "no complete training in"),
         ({"DATA": "it's"}, (), "quotes, backslashes"),
         (
             {"ONLY": "attack", "before": "--seed 1"},
             ("--precision", "tf32"),
-            "begun with the further flags '--seed 1'",
+            "started with the further flags '--seed 1'",
         ),
         ({"ONLY": "attack", "locked": "1"}, (), "another copy"),
     ],
