@@ -1,7 +1,8 @@
-"""The textbook form, the yardstick of every benchmark here: a step differentiates Phi automatically
-with respect to the neurons, an EP update differentiates it with respect to the parameters, and BPTT
-differentiates through those derivatives a second time. Nothing is kept between steps, the layout is
-PyTorch's default."""
+"""Textbook baseline of all benchmarks: EP and BPTT by automatic differentiation of Phi.
+
+A step differentiates Phi with respect to the neurons, an EP update differentiates it with respect
+to the parameters, and BPTT differentiates through these derivatives a second time. Nothing is
+cached between steps. The memory layout is PyTorch's default."""
 
 import copy
 
@@ -14,7 +15,7 @@ def textbook(model):
 
 
 def relax(model, x, y, neurons, T, beta, criterion, check_thm=False):
-    """T steps; with `check_thm` the graph through them is kept."""
+    """Neurons after T steps. check_thm: keep the graph through the steps (unrolled)."""
     linear_output = not model.softmax and not isinstance(criterion, torch.nn.MSELoss)
     neurons = [n if check_thm and n.requires_grad else n.detach().requires_grad_() for n in neurons]
     for _ in range(T):
@@ -71,9 +72,11 @@ def bptt_gradients(model, x, y, rule):
 
 
 def separate_backpropagations(model, x, y, T1, T2, criterion):
-    """gducheck as T2 + 1 back-propagations: the one through the last K steps, less the one through
-    the last K - 1, is what the K-th step from the end contributes. The same numbers as
-    `model_utils.bptt_contributions`; cost grows with T2 squared."""
+    """BPTT contributions per step, by T2 + 1 separate back-propagations.
+
+    The gradient through the last K steps minus the gradient through the last K - 1 is the
+    contribution of the K-th step from the end. Returns the same numbers as
+    `energy.gdu.bptt_contributions`; the cost is quadratic in T2."""
     names = [name for name, _ in model.named_parameters()]
     result = {name: [] for name in names}
     before = None

@@ -1,16 +1,16 @@
-"""Ours against automatic differentiation of Phi (benchmarks/autodiff.py): time per mini-batch, peak
-memory, and the floor.
+"""Benchmark against automatic differentiation of Phi (benchmarks/autodiff.py): time per mini-batch,
+peak memory, and the lower bound on time from the number of floating-point operations.
 
 Usage, from the project's root:  python benchmarks/bench.py [--device -1] [--only mlp cnn]
 [--repeats 7] [--write]
 
-Both sides run in turn, A B A B ..., in one process, so that a drift of the machine's speed meets
-both; the ratio is the median of the ratios of neighbours. Memory is what a process of its own
-needed at most above what it held before the update: resident memory on a CPU, allocated memory on a
-GPU. Floor: the floating-point operations of our side, as PyTorch's FlopCounterMode counts them, at
-the rate that this machine reaches on a large matrix product just before and after; `of the floor`
-is our time over it. The second table is of our side alone, and says how cost grows with the batch,
-T1 and depth. `--write` appends the tables to benchmarks/RESULTS.md."""
+Both sides run in turn, A B A B ..., in one process, so that a drift of the machine's speed affects
+both. The ratio is the median of the ratios of neighbouring runs. Memory is measured in a separate
+process: its peak above the memory before the update (resident memory on a CPU, allocated memory on
+a GPU). `floor` is the time for the floating-point operations of our side, as counted by PyTorch's
+FlopCounterMode, at the rate of a large matrix product just before and after. `of the floor` is our
+time divided by it. The second table contains our side alone: cost over batch size, T1 and depth.
+`--write` appends the tables to benchmarks/RESULTS.md."""
 
 import argparse
 import ctypes
@@ -74,7 +74,7 @@ def cnn(device, mbs=None):
 
 
 def cases(device):
-    """name -> (network, function of (side, model, x, y)); the same function serves both sides."""
+    """name -> (network, function of (side, model, x, y)); both sides use the same function."""
     small = device.type == "cpu"
     ep, bptt, gdu, attacked = (
         ((30, 10), (10, 10), (10, 5, 2), (10, 4))
@@ -195,7 +195,7 @@ def averaging_cnn(device):
 
 
 def attacked_cnn(device, pools="mmmm"):
-    """The network of the published attack figures, at a quarter of its width or less."""
+    """The network of the published attack results, at a quarter of its width or less."""
     pools = model_utils.make_pools(pools)
     model = model_utils.P_CNN(
         32,
@@ -219,7 +219,7 @@ def attack_gradient(side, model, x, y, T, criterion):
     x = x.clone().requires_grad_()
     if side is model_utils:
         out = Unrolled(model, 60, T, criterion)(x)
-    else:  # as the original code: gradients of the parameters come along
+    else:  # as in the original code, gradients of the parameters are computed as well
         out = model.readout(
             autodiff.relax(
                 model, x, None, autodiff.zeros(model, x), T, 0.0, criterion, check_thm=True
@@ -230,8 +230,8 @@ def attack_gradient(side, model, x, y, T, criterion):
 
 
 class Textbook(torch.nn.Module):
-    """What the original code hands to ART: T1 steps for a prediction, T2 steps where a gradient is
-    asked for."""
+    """The module that the original code passes to ART: T1 steps for a prediction, T2 unrolled
+    steps for a gradient."""
 
     def __init__(self, model, T1, T2):
         super().__init__()
@@ -254,8 +254,7 @@ class Textbook(torch.nn.Module):
 
 
 def attack(side, model, x, y, T1, T2, iterations=20, eps=0.03):
-    """PGD in the L-infinity norm on images that are standardised already, and the predictions on
-    the adversarial ones."""
+    """L-infinity PGD on normalised images, and the predictions for the adversarial examples."""
     common = {
         "input_shape": x.shape[1:],
         "nb_classes": 10,
@@ -285,7 +284,7 @@ def gducheck(side, model, x, y, T1, T2, criterion):
 
 
 def growth(device):
-    """name -> call without arguments: how our cost grows."""
+    """name -> call without arguments, for the cost over batch size, T1 and depth."""
     T, pools = 10, lambda n: model_utils.make_pools("m" * n)
     calls = {}
     for mbs in (4, 8, 16, 32) if device.type == "cpu" else (32, 64, 128, 256):
@@ -319,7 +318,7 @@ def growth(device):
 
 
 def matrix_rates(device, size=2048):
-    """Floating-point operations a second of large products of float32 matrices, one by one."""
+    """Floating-point operations per second of large float32 matrix products, one value each."""
     a, b = torch.randn(2, size, size, device=device)
     return [2 * size**3 / clock(lambda: a @ b, device) for _ in range(12)]
 
@@ -347,7 +346,7 @@ def lengths(name):
 
 
 def chosen(index):
-    """The device of that index, made the current one; -1: the CPU."""
+    """The device with this index, as the current device; -1: the CPU."""
     if index < 0:
         return torch.device("cpu")
     torch.cuda.set_device(index)
@@ -370,7 +369,7 @@ def resident():
 
 
 def memory_of(name, side, device):
-    """`peak_of` one side of a case, in a process of its own."""
+    """`peak_of` one side of a case, measured in a separate process."""
     command = [
         sys.executable,
         __file__,
@@ -384,8 +383,8 @@ def memory_of(name, side, device):
 
 
 def peak_of(call, device):
-    """Bytes that a call needs at most above what was held before it. A first call is not measured:
-    with it the process loads code that stays."""
+    """Peak bytes of a call above the memory before it. A first call is not measured, because the
+    process loads code in it that stays in memory."""
     call()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -395,7 +394,7 @@ def peak_of(call, device):
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(
             0
-        )  # or else the second call would take what the first has given back
+        )  # otherwise the second call reuses memory that the first has freed
     before, peak, done = resident(), [0], threading.Event()
 
     def watch():
@@ -450,7 +449,7 @@ def machine(device):
 
 
 def command_of(argv):
-    """The command line as it stands in RESULTS.md."""
+    """The command line as RESULTS.md records it."""
     return f"python benchmarks/{pathlib.Path(argv[0]).name}" + "".join(
         f" {shlex.quote(a)}" for a in argv[1:] if a != "--write"
     )
@@ -469,7 +468,7 @@ def main():
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--matrix", type=int, default=2048, help="rows of the matrices whose product is timed"
+        "--matrix", type=int, default=2048, help="size of the matrix product that is timed"
     )
     parser.add_argument(
         "--precision", default="fp32", choices=("fp32", "tf32"), help="of both sides, on a GPU"
@@ -495,27 +494,27 @@ def main():
     ]
     print("\n".join(lines), flush=True)
 
-    def say(line):
+    def report(line):
         lines.append(line)
         print(line, flush=True)
 
     for name in cases(device):
         if any(word in name for word in args.only):
-            say("| " + " | ".join(measure(name, device, args.repeats, args.matrix)) + " |")
+            report("| " + " | ".join(measure(name, device, args.repeats, args.matrix)) + " |")
     if args.only == [""] or "growth" in args.only:
-        say("\n| ours alone | ms (range) |\n| --- | --- |")
+        report("\n| ours alone | ms (range) |\n| --- | --- |")
         for name, call in growth(device).items():
             times = sorted(clock(call, device) for _ in range(args.repeats + 1))[
                 :-1
             ]  # the first is the slowest
-            say(
+            report(
                 f"| {name} | {1e3 * statistics.median(times):.1f} ({1e3 * times[0]:.1f} to {1e3 * times[-1]:.1f}) |"
             )
-        say(
+        report(
             "\n| memory of an EP update, MiB | T1 10, T2 10 | T1 250, T2 250 |\n| --- | --- | --- |"
         )
         for network in ("mlp", "small_cnn"):
-            say(
+            report(
                 f"| {network} | "
                 + " | ".join(
                     f"{memory_of(f'{network} {T}', 0, device) / 2**20:.1f}" for T in (10, 250)

@@ -1,15 +1,14 @@
-"""What a piece of work consists of, operation by operation, without a device to run it on: how many
-operations, the bytes that they read and write, their floating-point operations, and what in them
-costs more than it should.
+"""Count the PyTorch operations of a call without the device that would run it: their number, the
+bytes that they read and write, their floating-point operations, copies and waits for the device.
 
     with on_pretended_gpu() as device, Counting() as counted:
         model(torch.rand(128, 784, device=device), T=20)
     print(len(counted.operations), counted.bytes)
 
-`on_pretended_gpu` gives tensors without numbers on a CUDA device that need not exist: shapes,
-layouts and devices are those of the real one, and what mixes devices or number formats fails as it
-would there. A model comes onto it by `moved`. A backward pass needs a real device; on the `meta`
-device, whose layouts are those of no backend, it can be counted."""
+`on_pretended_gpu` creates fake tensors, without values, on a CUDA device that need not exist.
+Shapes, layouts and devices are those of the real device, and code that mixes devices or dtypes
+fails as it would there. `moved` moves a model to it. A backward pass needs a real device; on the
+`meta` device, whose layouts are those of no backend, it can be counted."""
 
 import contextlib
 import math
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 COPIES = {aten.clone.default, aten.copy_.default, aten._to_copy.default, aten.contiguous.default}
-# what gives the host a number, or a shape that depends on numbers
+# operations that return a value, or a shape that depends on values, to the host
 READS = {
     aten._local_scalar_dense.default,
     aten.nonzero.default,
@@ -34,10 +33,11 @@ READS = {
 
 
 class Operation(NamedTuple):
-    """name: of PyTorch's operation; bytes: of its inputs and outputs, each once; flops: of a
-    product or convolution, else 0; copies: whether it only copies; waits: whether the host waits in
-    it for the device; relaid: whether a map goes in with the channels innermost and one comes out
-    that lies otherwise."""
+    """One PyTorch operation.
+
+    name: of the operation; bytes: of its inputs and outputs, each counted once; flops: of a product
+    or convolution, otherwise 0; copies: whether it only copies; waits: whether the host waits for
+    the device; relaid: whether an input is channels_last and an output is not."""
 
     name: str
     bytes: int
@@ -49,15 +49,17 @@ class Operation(NamedTuple):
 
 @contextlib.contextmanager
 def on_pretended_gpu(index=1):
-    """Within the block new tensors on the device that it gives have no numbers, see above. index:
-    of that device; not the current one, so that what forgets to name it is found."""
+    """Yield a fake CUDA device; within the block new tensors on it have no values, see above.
+
+    index: of the device. It is not the current device, so that code that forgets to name the device
+    fails."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield torch.device("cuda", index)
 
 
 def moved(model, device):
-    """The model, with new parameters and buffers of the same shapes and layouts on that device;
-    without numbers where that has none."""
+    """The model, with new parameters and buffers of the same shapes and layouts on the device
+    (uninitialised; without values on a fake device)."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -70,8 +72,9 @@ def moved(model, device):
 
 
 class Counting(TorchDispatchMode):
-    """Within the block every operation is written down in `operations`, views excepted. read: what
-    a number that the host reads is said to be, where tensors have none."""
+    """Record every operation within the block in `operations`, except views.
+
+    read: the value that the host gets when it reads a tensor without values."""
 
     def __init__(self, read=1):
         super().__init__()
@@ -91,21 +94,21 @@ class Counting(TorchDispatchMode):
 
     @property
     def bytes(self):
-        """Read and written by all operations together."""
+        """Bytes read and written by all operations."""
         return sum(operation.bytes for operation in self.operations)
 
     @property
     def flops(self):
-        """Of all products and convolutions together."""
+        """Floating-point operations of all products and convolutions."""
         return sum(operation.flops for operation in self.operations)
 
     def names(self, which):
-        """The names of the operations for which `which(operation)` holds."""
+        """The names of the operations for which `which(operation)` is true."""
         return [operation.name for operation in self.operations if which(operation)]
 
 
 def _is_view(func):
-    """Whether an operation only gives another view of memory, or says something about it."""
+    """Whether an operation only returns a view of memory or metadata."""
     returns = func._schema.returns
     if not returns or func.namespace == "prim":
         return not func._schema.is_mutable
@@ -163,8 +166,8 @@ def _indices(func, args):
 
 
 def _channels_last(t, or_both=False):
-    """Whether a map lies with the channels innermost, and not also (or_both: or also) as one with
-    them outermost."""
+    """Whether a 4-D tensor is channels_last, and not contiguous as well (or_both: or also
+    contiguous)."""
     return (
         t.dim() == 4
         and t.is_contiguous(memory_format=torch.channels_last)
@@ -173,5 +176,5 @@ def _channels_last(t, or_both=False):
 
 
 def _footprint(t):
-    """The bytes that a tensor lies on; what it repeats by strides of 0 counts once."""
+    """Bytes of memory that a tensor occupies; entries repeated by strides of 0 count once."""
     return t.element_size() * math.prod(size for size, stride in zip(t.shape, t.stride()) if stride)

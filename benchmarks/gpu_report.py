@@ -1,13 +1,12 @@
-"""All that is to be known of a GPU, in one Markdown file: its tests, benchmarks, the published
-recipe with a profile, the prediction of the roofline beside what was measured, and trainings of the
-quick start.
+"""GPU report in one Markdown file: tests, benchmarks, the published recipe with a profile, the
+roofline prediction beside the measured times, and trainings of the quick start.
 
 Usage, from the project's root:  python benchmarks/gpu_report.py [--out gpu_report.md] [--minutes 9]
 [--small]
 
-Each part is a command of its own. A part that the time does not reach, or that fails, is said to,
-and the others go on; the exit code is 1 if any failed. Without a GPU it says what would run.
-`--small` runs every part on the CPU with small sizes, which shows only that it runs."""
+Each part is a separate command. The report records a part that fails or for which no time is left,
+and the other parts still run; the exit code is 1 if any part failed. Without a GPU it lists what it
+would run. `--small` runs every part on the CPU with small sizes, only to test that it runs."""
 
 import argparse
 import datetime
@@ -31,8 +30,8 @@ PYTEST = "-m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py"
 
 
 class Part(NamedTuple):
-    """title; words: of the command, after the interpreter; seconds: what it may take; small: its
-    words with `--small`, where there are none it is left out."""
+    """A part of the report. words: arguments of the interpreter; seconds: time limit; small:
+    arguments with `--small`; a part without them is skipped."""
 
     title: str
     words: str
@@ -72,7 +71,7 @@ PARTS = [
     ),
 ]
 
-# setting of recipe.py: that of roofline.py
+# setting of recipe.py: setting of roofline.py
 SAME = {
     "fp32": "fp32, sync",
     "tf32": "tf32, sync",
@@ -91,8 +90,8 @@ def rows(text):
 
 
 def against_measured(roofline, recipe):
-    """Lines of a table: the prediction for each setting, and what the recipe took. roofline,
-    recipe: what they printed."""
+    """Lines of a table: predicted and measured time of each setting. roofline, recipe: the output
+    of the two scripts."""
     predicted, measured = rows(roofline), rows(recipe)
     lines = [
         "| setting | predicted, ms | measured, ms | measured over predicted |",
@@ -106,11 +105,11 @@ def against_measured(roofline, recipe):
 
 
 def run(part, small, deadline):
-    """(what the command printed, None or why it failed)."""
+    """(output of the command, None or the reason for its failure)."""
     words = shlex.split(part.small if small else part.words)
     limit = min(part.seconds, deadline - time.monotonic())
     if limit < 5:
-        return "", "the time was used up"
+        return "", "no time left"
     environment = {**os.environ, **({"GPU_TESTS_ON_CPU": "1"} if small else {})}
     try:
         done = subprocess.run(
@@ -122,15 +121,15 @@ def run(part, small, deadline):
             timeout=limit,
         )
     except subprocess.TimeoutExpired as e:
-        return (e.stdout or b"").decode(errors="replace"), f"not done in {limit:.0f} s"
+        return (e.stdout or b"").decode(errors="replace"), f"not finished in {limit:.0f} s"
     failure = (
-        None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
+        None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
     )
     return done.stdout, failure and f"exit code {done.returncode}: {failure}"
 
 
 def machine(small):
-    """Card, driver and versions, as lines."""
+    """GPU, driver and versions, as lines."""
     versions = [
         f"torch {torch.__version__}",
         f"CUDA {torch.version.cuda}",
@@ -138,7 +137,7 @@ def machine(small):
         f"Python {sys.version.split()[0]}",
     ]
     if small:
-        return ["the CPU, with small sizes: no measurement", ", ".join(versions)]
+        return ["CPU with small sizes, not a measurement", ", ".join(versions)]
     try:
         query = [
             "nvidia-smi",
@@ -159,7 +158,7 @@ def main():
     options = parser.parse_args()
     if not options.small and not torch.cuda.is_available():
         print(
-            "There is no CUDA device here. On a machine with one this would run, in at most "
+            "no CUDA device found. On a machine with a CUDA device this runs, in at most "
             f"{options.minutes:g} minutes:",
             *(f"  {part.title}: python {part.words}" for part in PARTS),
             sep="\n",
@@ -172,8 +171,8 @@ def main():
         out, failure = run(part, options.small, deadline)
         printed[part.title] = out
         failed += [part.title] if failure else []
-        said = failure or (out.strip().splitlines() or [""])[-1]
-        print(f"{part.title}: {said} ({time.monotonic() - start:.0f} s)", flush=True)
+        result = failure or (out.strip().splitlines() or [""])[-1]
+        print(f"{part.title}: {result} ({time.monotonic() - start:.0f} s)", flush=True)
         body = out.strip() if "| ---" in out else f"```\n{out.strip()}\n```"
         command = part.small if options.small else part.words
         lines += [
@@ -187,14 +186,14 @@ def main():
         recipe = "\n".join(out for title, out in printed.items() if title.startswith("Recipe"))
         compared = [
             "",
-            "## Roofline against measured",
+            "## Roofline and measured times",
             "",
             *against_measured(printed.get("Roofline", ""), recipe),
         ]
         options.out.write_text(
             "\n".join([*lines, *compared, ""])
-        )  # whatever happens to the next part
-    print(f"the report is in {options.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+        )  # after each part, in case the next one ends the process
+    print(f"report written to {options.out}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
 

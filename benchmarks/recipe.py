@@ -1,17 +1,17 @@
-"""A training step of the published CIFAR-10 recipe (EP, symmetric, T1 250, T2 30, batch 128),
-setting by setting, and what limits it.
+"""Benchmark of a training step of the published CIFAR-10 recipe (symmetric EP, T1 250, T2 30, batch
+128) for each setting, with a profile of the fastest.
 
 Usage, from the project's root:  python benchmarks/recipe.py [--device 0] [--load-path RUN] [--only
 bf16 ...] [--repeats 3] [--write]
 
 Each setting (precision, torch.compile, --tol, asynchronous steps) runs in turn with automatic
 differentiation of Phi in exact float32, in one process; the ratio is the median of the ratios of
-neighbours. Its gradient is held against that of exact float32 steps: the cosine similarity of the
-whole, and the smallest of a layer. Then a profile of the fastest setting whose smallest cosine is
-above 0.99. Without `--load-path` weights and images are random: times hold, but the cosines of a
-trained network are better known from one. On a CPU, where only some settings exist, the network and
-the numbers of steps are small: there the script only shows that it runs. `--write` appends to
-benchmarks/RESULTS.md."""
+neighbouring runs. Its gradient is compared with the gradient of exact float32 steps: the cosine
+similarity of the whole gradient, and the smallest of a layer. Then the fastest setting whose
+smallest cosine is above 0.99 is profiled. Without `--load-path` weights and images are random:
+times are representative, but cosines need a trained network. On a CPU only some settings exist, and
+the network and the numbers of steps are small, only to test that the script runs. `--write` appends
+to benchmarks/RESULTS.md."""
 
 import argparse
 import datetime
@@ -56,8 +56,8 @@ def rule_of(T1, T2, betas, loss, tol, schedule):
 
 
 def training_step(model, x, y, T1, T2, betas, loss, setting):
-    """A call that takes one training step (with a rate of zero, so that all take the same one) and
-    returns its gradient."""
+    """A call that takes one training step and returns its gradient. The learning rate is zero, so
+    that all calls take the same step."""
     precision, compiled, tol, schedule = setting
     rule, twin = (
         rule_of(T1, T2, betas, loss, tol, schedule),
@@ -92,7 +92,7 @@ def textbook_step(model, x, y, T1, T2, betas, loss):
 
 
 def cosines(grads, exact):
-    """(of all gradients as one vector, the smallest of a parameter)."""
+    """Cosine similarities: (all gradients as one vector, the smallest of a parameter)."""
     whole = [torch.cat([g.flatten() for g in side]) for side in (grads, exact)]
     return cosine(*whole), min(cosine(a, b) for a, b in zip(grads, exact))
 
@@ -101,12 +101,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=int, default=-1)
     parser.add_argument("--load-path", help="a run folder, for its weights and test images")
-    parser.add_argument("--data-dir", default=None, help="that of the run unless it is given")
+    parser.add_argument("--data-dir", default=None, help="default: the data folder of the run")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="settings whose names contain one of these words"
     )
     parser.add_argument(
-        "--without", nargs="+", default=[], help="but not those whose names contain one of these"
+        "--without",
+        nargs="+",
+        default=[],
+        help="exclude settings whose names contain one of these words",
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--write", action="store_true")
@@ -122,8 +125,8 @@ def main():
             )
             if len(model.B_syn):
                 raise data_utils.UserError(
-                    f"{options.load_path} has separate backward weights; the textbook form "
-                    "here is that of tied ones"
+                    f"{options.load_path} has untied feedback weights; the textbook baseline "
+                    "supports only tied weights"
                 )
             betas, loss = tuple(args.betas), args.loss
             x, y = next(iter(batches))
@@ -158,10 +161,10 @@ def main():
     best = None
     theirs()
     for name, setting in settings.items():
-        torch._dynamo.reset()  # one setting's compiled steps are not to use up the limit of another's
+        torch._dynamo.reset()  # so that compiled steps of other settings do not count towards the limit
         ours, settling = training_step(*common, setting)
         whole, smallest = cosines(ours(), exact)
-        ours(), ours()  # torch.compile may look at new shapes twice
+        ours(), ours()  # torch.compile may compile new shapes twice
         times = [(clock(ours, device), clock(theirs, device)) for _ in range(options.repeats)]
         own, other = ([1e3 * t for t in side] for side in zip(*times))
         ratio = statistics.median(b / a for a, b in times)
@@ -188,14 +191,14 @@ def main():
 def profiled(name, step, device):
     """A profile of one training step, as lines."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    for _ in range(3):  # compiled steps of other settings have come in between
+    for _ in range(3):  # compiled steps of other settings ran in between
         step()
     with profile(activities=activities) as found:
         wall = clock(step, device)
     events, own = found.key_averages(), lambda e: e.self_cpu_time_total
     if (
         device.type == "cuda"
-    ):  # kernels alone: the operators that start them carry their times once more
+    ):  # kernels only: the operators that launch them contain their times again
         events = [
             e
             for e in events

@@ -1,19 +1,19 @@
-"""How long a training update by EP must take on a GPU at least, from what it computes and moves; no
-GPU is needed.
+"""Roofline model: lower bound on the time of an EP update on a GPU, from its floating-point
+operations and memory traffic. It needs no GPU.
 
 Usage, from the project's root:  python benchmarks/roofline.py [--batch 128] [--steps 250 30]
 [--async-steps 60 20] [--tflops fp32=67 tf32=495 bf16=990] [--bandwidth 3.35] [--launch 4] [--write]
 [flags of main.py that describe a model]
 
 Without flags of main.py the model is that of the published CIFAR-10 recipe: symmetric EP, T1 250,
-T2 30, batch 128. Operations are counted on tensors without numbers (benchmarks/counting.py). The
-bound of an operation is the larger of its arithmetic at the peak rate and its bytes at the peak
-bandwidth, and of an update the sum of them: nothing overlaps, every operation reads its inputs from
-memory and writes its outputs there. The host's bound is --launch microseconds an operation. The
-defaults are an H100 SXM. Beside it the textbook form (benchmarks/autodiff.py), counted in PyTorch's
-default layout; its two settings are exact float32 and PyTorch's default, whose convolutions are in
-tf32. `fused`: all that is neither product nor convolution costs nothing, as if a compiler had put
-it into those; the most that could be gained by fusing."""
+T2 30, batch 128. Operations are counted on fake tensors (benchmarks/counting.py). The lower bound
+of an operation is the larger of two times: its arithmetic at the peak rate, and its bytes at the
+peak bandwidth. The lower bound of an update is the sum over operations: nothing overlaps, every
+operation reads its inputs from memory and writes its outputs there. The host needs --launch
+microseconds per operation. The defaults are those of an H100 SXM. The table also contains the
+textbook baseline (benchmarks/autodiff.py), counted in PyTorch's default layout, in exact float32
+and in PyTorch's default, whose convolutions use tf32. `fused`: operations other than products and
+convolutions cost nothing, as if a compiler fused them; the largest possible gain from fusion."""
 
 import argparse
 import collections
@@ -43,9 +43,9 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat
 
 
 class Update:
-    """The operations of an EP update, {operation: how many}: `free` and `nudged` of a step, `rest`
-    of all else, counted by count(T1, T2) -> {operation: how many} of an update with so many
-    steps."""
+    """The operations of an EP update, {operation: number}: `free` and `nudged` per step, and `rest`.
+
+    count(T1, T2): returns {operation: number} of an update with these numbers of steps."""
 
     def __init__(self, count):
         base, one_free, one_nudged = count(9, 4), count(10, 4), count(9, 5)
@@ -53,7 +53,7 @@ class Update:
         self.rest = base - times(self.free, 9) - times(self.nudged, 4)
 
     def parts(self, T1, T2):
-        """(the steps, all else)."""
+        """(operations of the steps, other operations)."""
         return times(self.free, T1) + times(self.nudged, T2), self.rest
 
 
@@ -66,19 +66,18 @@ def total(counter, value):
 
 
 class Device:
-    """A GPU by its figures: operations a second by precision, bytes a second, seconds to start an
-    operation."""
+    """Speed of a GPU: operations per second for each precision, bytes per second, seconds to launch
+    an operation."""
 
     def __init__(self, tflops, bandwidth, launch):
         self.rates = {precision: 1e12 * rate for precision, rate in tflops.items()}
         self.bandwidth, self.launch = 1e12 * bandwidth, 1e-6 * launch
 
     def seconds(self, parts, precisions, fused=False):
-        """{what bounds: seconds}: of arithmetic, of memory, of both operation by operation, of the
-        host.
+        """Lower bounds in seconds: `arithmetic`, `memory`, `both` (the larger per operation), `host`.
 
-        parts: of `Update`; precisions: of each, a name of `rates`; fused: only products and
-        convolutions count."""
+        parts: from `Update.parts`; precisions: a name of `rates` for each part; fused: count only
+        products and convolutions."""
         found = dict.fromkeys(("arithmetic", "memory", "both", "host"), 0.0)
         for counter, precision in zip(parts, precisions):
             rate = self.rates[precision]
@@ -91,7 +90,7 @@ class Device:
 
 
 def ours(args, batch, precision, schedule):
-    """The `Update` of symmetric EP on a GPU, as `model_utils.ep_gradients` takes it."""
+    """The `Update` of symmetric EP on a GPU by `model_utils.ep_gradients`."""
     args.schedule = schedule
     model = model_utils.make_model(args)
     twin = model_utils.lowered(model, PRECISIONS[precision]) if precision == "bf16" else None
@@ -134,14 +133,14 @@ def sample(args, batch, device):
 
 
 def bound(found):
-    """What bounds most, in words."""
+    """The largest of the lower bounds, by name."""
     if found["host"] > found["both"]:
         return "the host"
     return "arithmetic" if found["arithmetic"] > found["memory"] else "memory"
 
 
 def table(args, options, device):
-    """The lines of the prediction."""
+    """The prediction as lines of Markdown tables."""
     steps = [
         "| step | free: operations | GFLOP | MB read and written | nudged: operations | MB |",
         "|" + " --- |" * 6,
@@ -175,7 +174,7 @@ def table(args, options, device):
     for schedule, T in (("sync", options.steps), ("async", options.async_steps)):
         for precision in PRECISIONS:
             update = ours(args, options.batch, precision, schedule)
-            # both signs are one phase of twice the size where that is small, else two phases
+            # both signs are one phase of twice the size if this is small, otherwise two phases
             phases = 1 if sum(update.nudged.values()) < 1.5 * sum(update.free.values()) else 2
             parts = update.parts(*T)
             steps.append(
@@ -205,7 +204,7 @@ def main():
     parser.add_argument("--tflops", nargs="+", default=["fp32=67", "tf32=495", "bf16=990"])
     parser.add_argument("--bandwidth", type=float, default=3.35, help="TB/s")
     parser.add_argument(
-        "--launch", type=float, default=4.0, help="microseconds of the host for an operation"
+        "--launch", type=float, default=4.0, help="microseconds per operation on the host"
     )
     parser.add_argument("--write", action="store_true")
     options, words = parser.parse_known_args()

@@ -1,13 +1,12 @@
-"""What --tol saves on a trained network, and what it changes: image-steps, time, predictions, and
-the EP gradient.
+"""Benchmark of --tol, early stopping of converged images, on a trained network: image-steps, time,
+predictions, and the EP gradient.
 
 Usage, from the project's root:  python benchmarks/settling.py --load-path RUN [--tol 1e-4] [--T1
 250] [--images 2000] [--data-dir DIR] [--write]
 
-Of RUN's best model, on its test images: free phases of T1 steps against free phases that end early
-(`EnergyModel.settle`), in turn, mini-batch by mini-batch; then, over 10 mini-batches, the smallest
-cosine similarity of a layer's EP gradient from either of them. `--write` appends the table to
-benchmarks/RESULTS.md."""
+For the best model of RUN and its test images: free phases of T1 steps against free phases with
+--tol, in turn, for each mini-batch. Then, over 10 mini-batches, the smallest cosine similarity of a
+layer's EP gradients from the two. `--write` appends the table to benchmarks/RESULTS.md."""
 
 import argparse
 import dataclasses
@@ -50,8 +49,8 @@ def trained(path, data_dir, T1, images, mbs, device):
 
 
 def compare(model, batches, rule, tol, device):
-    """(image-steps on average, share unsettled, share of identical predictions, median ratio of
-    times)."""
+    """(mean steps per image, share that is not converged, share of identical predictions, median
+    ratio of times)."""
     stopwatch, ratios, same, chain = Stopwatch(), [], 0, model.chain(rule.loss)
     for x, _ in progress(batches, "predictions"):
         outputs = []
@@ -92,7 +91,7 @@ def smallest_cosine(model, batches, args, tol):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--load-path", required=True)
-    parser.add_argument("--data-dir", default=None, help="that of the run unless it is given")
+    parser.add_argument("--data-dir", default=None, help="default: the data folder of the run")
     parser.add_argument("--tol", type=float, nargs="+", default=[1e-4], help="above 0")
     parser.add_argument("--T1", type=int, default=250)
     parser.add_argument("--images", type=int, default=2000)
@@ -124,7 +123,7 @@ def main():
         f"{epochs} epochs, schedule {args.schedule}; {batches.samples} test images, T1 {args.T1}, T2 {args.T2}, "
         f"betas {args.betas[0]:g} {args.betas[1]:g}{', symmetric' if args.thirdphase else ''}",
         "",
-        "| --tol | steps, mean | fewer image-steps | unsettled | same predictions | time, ratio | gradient "
+        "| --tol | steps, mean | fewer image-steps | not converged | same predictions | time, ratio | gradient "
         "cosine at least |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]

@@ -1,12 +1,12 @@
-"""This version against another one, case by case of bench.py: time per call in one process, and
-peak memory in processes of their own.
+"""Benchmark of this version against another one, for each case of bench.py: time per call in one
+process, and peak memory in separate processes.
 
 Usage, from the project's root:  git worktree add /tmp/before COMMIT; python benchmarks/versions.py
 /tmp/before [--only cnn] [--repeats 9] [--write]
 
-Both versions are loaded side by side and run in turn, A B A B ..., so that a drift of the machine's
-speed meets both; the ratio, the other version's time over this one's, is the median of the ratios
-of neighbours. The case is what each version's own bench.py makes of its name. `--write` appends to
+Both versions are loaded and run in turn, A B A B ..., so that a drift of the machine's speed affects
+both. The ratio is the other version's time divided by the time of this version, as the median over
+neighbouring runs. Each version's own bench.py defines its cases. `--write` appends to
 benchmarks/RESULTS.md."""
 
 import argparse
@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 
 
 def load_bench(root):
-    """The module bench.py of the checkout `root`, with that checkout's own modules behind it."""
+    """The module bench.py of the checkout `root`, which imports the modules of this checkout."""
     paths, before = [str(root), str(root / "benchmarks")], set(sys.modules)
     sys.path[:0] = paths
     try:
@@ -31,11 +31,11 @@ def load_bench(root):
         for name in set(sys.modules) - before:
             file = getattr(sys.modules[name], "__file__", None) or ""
             if pathlib.Path(file).is_relative_to(root) and "site-packages" not in file:
-                del sys.modules[name]  # so that the other checkout's are found
+                del sys.modules[name]  # so that the modules of the other checkout are found
 
 
 def memory_of(name, root, device):
-    """Peak memory of one case of a checkout, see `bench.peak_of`, in a process of its own."""
+    """Peak memory of one case of a checkout in a separate process, see `bench.peak_of`."""
     command = [sys.executable, __file__, str(root), "--device", str(device), "--memory-of", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -55,11 +55,11 @@ def main():
     theirs = load_bench(other) if other != own else None
     ours = load_bench(own)
     device = ours.chosen(args.device)
-    if args.memory_of:  # both measured by this version's means
+    if args.memory_of:  # measured by this version's `peak_of` for both
         print(ours.peak_of((theirs or ours).sides(args.memory_of, device)[0], device))
         return
     if theirs is None:
-        parser.error("the other version is this one")
+        parser.error("OTHER is this checkout; give another one")
     lines = [
         f"## {datetime.date.today()}, this version against the one before, {ours.machine(device)}",
         "",
