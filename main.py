@@ -24,9 +24,9 @@ from typing import Any
 
 from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments, checks
-from experiment.files import exists
 from experiment.flags import FLAGS
 from experiment.launch import launched, note_on_separate_processes, validate_parallel
+from experiment.runs.files import exists
 
 NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 
@@ -97,7 +97,7 @@ class Job:
         import torch
 
         import model_utils
-        from experiment import checkpoints
+        from experiment.runs import checkpoint
 
         if not self.model.moves:
             return None
@@ -105,13 +105,13 @@ class Job:
         if self.args.precision == "bf16":  # whose rounding hides what is left of the changes
             with torch.random.fork_rng(devices=[]):
                 model = model_utils.build(self.args).to(self.device)
-            checkpoints.load_weights(model, self.saved)
+            checkpoint.load_weights(model, self.saved)
             model.compiled = self.args.compile
         return model_utils.Convergence(model, T1)
 
     def run_folder(self):
         """The folder of --load-path; raises UserError where nothing can be written to it."""
-        from experiment.run_folder import RunFolder
+        from experiment.runs.folder import RunFolder
 
         run = RunFolder(
             self.saved.path.parent, self.args.figures, f"{self.args.model} on {self.args.task}"
@@ -129,25 +129,25 @@ def train(job):
     import torch
 
     import model_utils
-    from experiment import checkpoints, resuming
-    from experiment.story import Story, changes, resumable_state, snapshot
+    from experiment.runs import checkpoint, resume
+    from experiment.runs.history import Story, changes, resumable_state, snapshot
 
     args, workers, saved = job.args, job.workers, job.saved
     first = len(saved.story.history) if saved else 0
-    last = resuming.last_epoch(args, job.given, saved)
+    last = resume.last_epoch(args, job.given, saved)
     if first >= last:
         return _complete(job, first, last)
     if args.run_dir:
         args.epochs = last
     run = _training_folder(job)
-    left = resuming.epochs_left(saved) if saved and "epochs" not in job.given else 0
+    left = resume.epochs_left(saved) if saved and "epochs" not in job.given else 0
     if left > 1 and not args.run_dir:
         print(f"note: this trains one epoch; --epochs {left} those that the run was asked for")
     generator = torch.Generator().manual_seed(args.seed)
     train_batches, test_batches = job.batches("train", generator), job.batches("test")
     vars(args).update(job.data)  # to be written down with the arguments
     optimizer, scheduler = model_utils.make_optimizer(job.model, args)
-    story = checkpoints.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
+    story = checkpoint.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
     folder = saved and str(saved.path.parent)
     story.asked = max(story.asked, last)
     job.interruption.advice = lambda: _advice(job, folder, first, last)
@@ -197,12 +197,13 @@ def _complete(job, first, last):
     """End a command whose --run-dir has all its epochs. Writes what a kill after the last one kept
     from being written."""
     import model_utils
-    from experiment import records, resuming
+    from experiment import records
+    from experiment.runs import resume
 
     run, story = job.run, job.saved.story
     if run:
-        resuming.finish(run, job.saved)
-    if job.workers.broadcast(run and resuming.figures_are_old(run)):
+        resume.finish(run, job.saved)
+    if job.workers.broadcast(run and resume.figures_are_old(run)):
         x, _ = next(iter(job.batches("train")))
         if run:
             neurons = model_utils.predicting_neurons(job.model, x, job.rule)
@@ -212,13 +213,13 @@ def _complete(job, first, last):
 
 def _advice(job, folder, first, last):
     """What is saved of an interrupted training, and how to resume."""
-    from experiment import resuming
+    from experiment.runs import resume
 
     if job.args.run_dir:
-        return resuming.saved_in_run_dir(job.args.run_dir, job.workers)
+        return resume.saved_in_run_dir(job.args.run_dir, job.workers)
     if folder and job.workers.elsewhere and not exists(folder):
-        return resuming.saved_elsewhere(job, folder, last)
-    return resuming.how_to_go_on(job, folder, first)
+        return resume.saved_elsewhere(job, folder, last)
+    return resume.how_to_go_on(job, folder, first)
 
 
 def _training_folder(job):
@@ -226,13 +227,13 @@ def _training_folder(job):
     not write."""
     if not job.saved or job.args.run_dir:
         return job.run
-    from experiment import resuming
+    from experiment.runs import resume
 
     run = None
     if job.workers.rank == 0:
         run = job.run_folder()
         run.lock()
-        resuming.refuse_to_undo(job.saved)
+        resume.refuse_to_undo(job.saved)
         if not exists(job.saved.path) or job.saved.path.stat().st_mtime_ns != job.saved.stamp:
             raise UserError(
                 f"{job.saved.path} has changed while it was read: another training was "
@@ -243,7 +244,7 @@ def _training_folder(job):
 
 
 def _new_folder(job, checkpoint):
-    from experiment.run_folder import RunFolder
+    from experiment.runs.folder import RunFolder
 
     command = shlex.join(job.command)
     if job.run:
@@ -262,7 +263,7 @@ def evaluate(job):
     --save also what is predicted of every test image."""
     import model_utils
     from experiment import records
-    from experiment.run_folder import fingerprint
+    from experiment.runs.folder import fingerprint
     from experiment.timing import Stopwatch
 
     args, parts, names = job.args, [], {"train": "train", "val": "validation", "test": "test"}
@@ -315,7 +316,7 @@ def characteristic(job):
     """Test accuracy after every number of free steps up to T1."""
     import model_utils
     from experiment import records
-    from experiment.run_folder import fingerprint
+    from experiment.runs.folder import fingerprint
 
     args, run, data, source = job.args, job.run_folder(), job.batches("test"), job.saved.source
     convergence = job.convergence(args.T1)
@@ -351,7 +352,7 @@ def corruptions(job):
     import data_utils
     import model_utils
     from experiment.report import CorruptionTable
-    from experiment.run_folder import fingerprint
+    from experiment.runs.folder import fingerprint
     from experiment.timing import progress
 
     args, task = job.args, TASKS[job.args.task]
@@ -413,7 +414,7 @@ def attack(job):
     from ART_Timesteps_Addition import attacks
     from experiment import sweeps
     from experiment.report import Sweep
-    from experiment.run_folder import fingerprint
+    from experiment.runs.folder import fingerprint
     from experiment.timing import write
 
     args, workers, data, steps = (
@@ -499,7 +500,7 @@ def gducheck(job):
     import data_utils
     from energy import gdu
     from experiment import records, report
-    from experiment.story import Story, snapshot
+    from experiment.runs.history import Story, snapshot
 
     args = job.args
     run, source = (
@@ -565,20 +566,20 @@ def _trains_in_run_dir(given):
 def _opened(given, workers, folders):
     """(the RunFolder of --run-dir, for rank 0; the SavedRun in it or of --load-path), None for
     none. Rank 0 reads the files: the machines of the others need not have them."""
-    from experiment import checkpoints, resuming
+    from experiment.runs import checkpoint, resume
 
     run = saved = None
     if _trains_in_run_dir(given):
-        resuming.refuse_run_elsewhere(given["run_dir"], workers)
+        resume.refuse_run_elsewhere(given["run_dir"], workers)
         if workers.rank == 0:
-            run = resuming.enter_run_dir(given["run_dir"])
+            run = resume.enter_run_dir(given["run_dir"])
             folders.append(run)
-            saved = resuming.read_run_dir(run)
+            saved = resume.read_run_dir(run)
     elif "load_path" in given and workers.rank == 0:
-        saved = checkpoints.open_saved(given["load_path"], given.get("todo", "train"))
+        saved = checkpoint.open_saved(given["load_path"], given.get("todo", "train"))
     saved = workers.broadcast(saved)
     if saved and _trains_in_run_dir(given):
-        resuming.refuse_changes(saved, given)
+        resume.refuse_changes(saved, given)
     return run, saved
 
 
@@ -588,9 +589,9 @@ def prepare(given, program, argv, interruption, workers, folders):
     import torch
 
     import model_utils
-    from experiment import checkpoints
     from experiment.config import Config
     from experiment.devices import pick_device, seed_everything, validate_device
+    from experiment.runs import checkpoint
 
     device = pick_device(given.get("device", 0), workers)
     workers.connect(device)
@@ -608,7 +609,7 @@ def prepare(given, program, argv, interruption, workers, folders):
     args.seed = seed_everything(Config.of(args), workers).session.seed
     model = model_utils.build(args)
     if saved:
-        checkpoints.load_weights(model, saved)
+        checkpoint.load_weights(model, saved)
     model.to(device)
     model.compiled = args.compile
     if args.precision == "bf16" and args.todo not in ("train", "gducheck"):

@@ -26,7 +26,6 @@ from energy.poolings import POOLS, make_pools  # noqa: F401
 from energy.precision import exactly, set_precision  # noqa: F401
 from experiment import records
 from experiment.arguments import resolve
-from experiment.checkpoints import load_weights, open_saved
 from experiment.checks import check
 from experiment.console import memory_limit
 from experiment.flags import ATTACK_STEP
@@ -43,7 +42,8 @@ from experiment.prediction import (  # noqa: F401
     relaxation,
 )
 from experiment.report import epoch_line, epoch_row
-from experiment.story import Story, resumable_state, snapshot
+from experiment.runs.checkpoint import load_weights, open_saved
+from experiment.runs.history import Story, resumable_state, snapshot
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
 from learning import (  # noqa: F401

@@ -25,14 +25,15 @@ import data_utils  # noqa: E402
 import main as command_line  # noqa: E402
 import model_utils  # noqa: E402
 from energy.gdu import cosine  # noqa: E402
-from experiment import arguments, checkpoints, checks  # noqa: E402
+from experiment import arguments, checks  # noqa: E402
+from experiment.runs import checkpoint  # noqa: E402
 from experiment.timing import Stopwatch, progress  # noqa: E402
 from experiment.workers import Workers  # noqa: E402
 
 
 def trained(path, data_dir, T1, images, mbs, device):
     """(model, arguments, mini-batches of test images, epochs trained) of the run folder `path`."""
-    saved = checkpoints.open_saved(path, "evaluate")
+    saved = checkpoint.open_saved(path, "evaluate")
     given = {
         "todo": "evaluate",
         "T1": T1,
@@ -43,7 +44,7 @@ def trained(path, data_dir, T1, images, mbs, device):
     args = arguments.resolve(given, saved.args)
     checks.check(args)
     model = model_utils.make_model(args)
-    checkpoints.load_weights(model, saved)
+    checkpoint.load_weights(model, saved)
     batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches("test")
     return model.to(device), args, batches, len(saved.story.history)
 

@@ -5,9 +5,12 @@ import json
 import numpy as np
 
 from data_utils import UserError
-from experiment import arguments, checkpoints, checks, figures_checks
+from experiment import arguments, checks, figures_checks
 from experiment.devices import computed_on
-from experiment.files import (
+from experiment.flags import FEED_FORWARD
+from experiment.report import same_settings
+from experiment.runs import checkpoint
+from experiment.runs.files import (
     parse_json,
     printable,
     read_arrays,
@@ -15,9 +18,7 @@ from experiment.files import (
     replacing,
     write_text,
 )
-from experiment.flags import FEED_FORWARD
-from experiment.report import same_settings
-from experiment.run_folder import fingerprint
+from experiment.runs.folder import fingerprint
 
 # of the arguments, what an audit's numbers depend on
 NAMES = (
@@ -146,7 +147,7 @@ def open_surrogate(args, build, attack_step=None):
     """(model, its arguments) of --surrogate, with those of the attack from `args`. build: arguments
     -> model; attack_step: of the command line, None for the surrogate's own default. Raises
     UserError."""
-    saved = checkpoints.open_saved(args.surrogate, "audit")
+    saved = checkpoint.open_saved(args.surrogate, "audit")
     given = {"todo": "audit", "mbs": args.mbs, "tol": args.tol}
     if attack_step and args.model not in FEED_FORWARD:
         given["attack_step"] = attack_step
@@ -161,5 +162,5 @@ def open_surrogate(args, build, attack_step=None):
     except UserError as e:
         raise UserError(f"argument --surrogate: {e}") from None
     model = build(own)
-    checkpoints.load_weights(model, saved)
+    checkpoint.load_weights(model, saved)
     return model, own

@@ -12,10 +12,10 @@ import statistics
 from data_utils import UserError
 from experiment import figures_compare
 from experiment.arguments import shown
-from experiment.files import WriteFailed, csv_cell, markdown_cell, printable, why, write_text
 from experiment.flags import DATA
 from experiment.measured import Key, of_training, read_published, read_run
-from experiment.run_folder import RunFolder
+from experiment.runs.files import WriteFailed, csv_cell, markdown_cell, printable, why, write_text
+from experiment.runs.folder import RunFolder
 
 LONGEST = 300  # characters of the name of a group
 COLUMNS = ("group", *Key._fields, "mean", "std", "n")

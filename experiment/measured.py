@@ -7,12 +7,12 @@ import re
 from typing import NamedTuple
 
 from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES, UserError
-from experiment import checkpoints
 from experiment.arguments import named, shown
-from experiment.files import TEXT, number, parse_json, printable, read_text
 from experiment.flags import ALL, LARGEST
 from experiment.report import read_eps, settings_of
-from experiment.run_folder import RunFolder
+from experiment.runs import checkpoint
+from experiment.runs.files import TEXT, number, parse_json, printable, read_text
+from experiment.runs.folder import RunFolder
 
 NORMS = ("2", "inf")
 PLACES = (
@@ -66,7 +66,7 @@ class Measured:
 def read_run(path):
     """The `Measured` of a run folder, or of a file in one. Raises UserError where there is no
     run."""
-    saved = checkpoints.open_saved(path, "evaluate")
+    saved = checkpoint.open_saved(path, "evaluate")
     run, found = RunFolder(saved.path.parent), Measured(saved.args)
     if saved.story.history:
         found.values[Key("clean")] = saved.story.history[-1]["test_acc"]

@@ -10,8 +10,8 @@ from data_utils import TASKS
 from energy.dynamics import CONVERGED, WINDOW
 from experiment import figures, figures_checks
 from experiment.devices import computed_on
-from experiment.files import WriteFailed, why
 from experiment.report import HEADER, same_settings, settings_of
+from experiment.runs.files import WriteFailed, why
 
 PREDICTIONS, CONFUSION = "predictions.csv", "confusion.png"
 

@@ -10,8 +10,8 @@ from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES, TASKS, UserError
 from experiment import figures, figures_checks
 from experiment.arguments import described
 from experiment.devices import computed_on
-from experiment.files import number, parse_json, read_text, replacing
 from experiment.flags import LEAST_EPS, MOST_EPS
+from experiment.runs.files import number, parse_json, read_text, replacing
 
 HEADER = "# settings: "
 

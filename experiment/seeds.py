@@ -10,11 +10,12 @@ import pathlib
 import sys
 
 from data_utils import UserError, fingerprint, load_split
-from experiment import arguments, checkpoints, checks, compare, measured, resuming
-from experiment.files import Busy, Lock, WriteFailed, parse_json, read_text, why
+from experiment import arguments, checks, compare, measured
 from experiment.flags import ALL, DATA, typed
-from experiment.run_folder import remove_half_made
-from experiment.story import other_data
+from experiment.runs import checkpoint, resume
+from experiment.runs.files import Busy, Lock, WriteFailed, parse_json, read_text, why
+from experiment.runs.folder import remove_half_made
+from experiment.runs.history import other_data
 from experiment.workers import Workers
 
 # Flags that a resumed run takes from the command line: data, for example, may have moved meanwhile.
@@ -119,7 +120,7 @@ def _lock(seed, folder, name=""):
 def _claimed_folder(folder, seed):
     """A block in which no other process with --seeds trains in `folder`; gives False if any process
     does. Raises UserError."""
-    resuming.make_folder(folder)
+    resume.make_folder(folder)
     lock = _lock(seed, folder.parent, folder.name)
     try:
         training = lock and _lock(seed, folder)
@@ -192,10 +193,10 @@ def _epochs(run, wanted):
     """The epochs of a run. Where checkpoint.tar cannot be read, final_checkpoint.tar is enough for
     a run that has all `wanted` ones. Raises UserError."""
     try:
-        return len(checkpoints.open_saved(run / "checkpoint.tar", "train").story.history)
+        return len(checkpoint.open_saved(run / "checkpoint.tar", "train").story.history)
     except UserError:
         with contextlib.suppress(UserError):
-            final = checkpoints.open_saved(run / "final_checkpoint.tar", "train")
+            final = checkpoint.open_saved(run / "final_checkpoint.tar", "train")
             if len(final.story.history) == wanted:
                 return wanted
         raise
@@ -233,7 +234,7 @@ def _say(folders, wanted):
     values = []
     for folder in folders:
         try:
-            history = checkpoints.open_saved(folder / "model.pt", "evaluate").story.history
+            history = checkpoint.open_saved(folder / "model.pt", "evaluate").story.history
             if not history:
                 raise UserError(f"{folder / 'model.pt'} has no epochs")
             values.append(history[-1]["test_acc"])

@@ -21,7 +21,7 @@ from ART_Timesteps_Addition import attacks, audit, audit_checks, audit_subject
 from data_utils import load_split
 from experiment import measured
 from experiment.audit import NAMES, AuditFiles
-from experiment.run_folder import RunFolder
+from experiment.runs.folder import RunFolder
 
 TINY = audit_subject.Budget(3, 1, 10, 30, 3, 1, 4)
 LINE = "--todo audit --device -1 --test-size 6 --eps 1 --budget quick --attack-step 8"

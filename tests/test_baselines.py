@@ -16,8 +16,9 @@ from test_resume import final_weights
 import baselines
 import model_utils as mu
 from data_utils import CORRUPTIONS
-from experiment import arguments, untrusted
+from experiment import arguments
 from experiment.flags import FLAGS
+from experiment.runs import contents
 from experiment.workers import Workers
 
 TINY = (
@@ -279,9 +280,9 @@ def test_a_map_of_one_value_has_no_variance():
 
 
 def test_safe_loading_takes_counts_alone_for_whole_numbers():
-    loaded = untrusted.weights(
+    loaded = contents.weights(
         baselines.make_network(args_of(f"{TINY} {NETWORKS['FFCNN']}")).state_dict()
     )
     assert loaded["net.1.num_batches_tracked"].dtype == torch.int64
-    with pytest.raises(untrusted.Damaged):
-        untrusted.weights({"net.0.weight": torch.zeros(2, dtype=torch.int64)})
+    with pytest.raises(contents.Damaged):
+        contents.weights({"net.0.weight": torch.zeros(2, dtype=torch.int64)})

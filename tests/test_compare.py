@@ -15,7 +15,7 @@ from conftest import ROOT, context, only_run
 import main
 from data_utils import CORRUPTIONS
 from experiment import compare, figures_compare, measured
-from experiment.run_folder import RunFolder
+from experiment.runs.folder import RunFolder
 
 TINY = (
     "--task digits --device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 "

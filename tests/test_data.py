@@ -6,7 +6,7 @@ import torch
 from conftest import only_run
 
 from data_utils import TASKS, Batches, UserError, flip_and_shift, load_split
-from experiment.files import replacing
+from experiment.runs.files import replacing
 
 
 def test_digits_are_a_drop_in_for_mnist():

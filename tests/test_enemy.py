@@ -11,11 +11,12 @@ from conftest import only_run
 
 import model_utils as mu
 from data_utils import UserError
-from experiment import drawing, figures, resuming
+from experiment import drawing, figures
 from experiment.audit import AuditFiles
 from experiment.flags import ALL
 from experiment.report import Sweep
-from experiment.run_folder import RunFolder
+from experiment.runs import resume
+from experiment.runs.folder import RunFolder
 
 TINY = (
     "--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
@@ -37,13 +38,13 @@ def test_the_resume_line_has_what_no_epoch_has_yet(ok, tmp_path):
     job = types.SimpleNamespace(
         args=types.SimpleNamespace(epochs=3), given=given, saved=True, program=["main.py"]
     )
-    line = resuming.how_to_go_on(job, str(run), 1)
+    line = resume.how_to_go_on(job, str(run), 1)
     for words in ("--T1 9", "--betas 0.0 0.5", "--device -1", "--precision fp32", "--epochs 3"):
         assert words in line
-    line = resuming.how_to_go_on(job, str(run), 0)  # one epoch of the session is there
+    line = resume.how_to_go_on(job, str(run), 0)  # one epoch of the session is there
     assert "--T1" not in line and "--device -1" in line and "--epochs 2" in line
     job.args.epochs = 1
-    assert "resume with" not in resuming.how_to_go_on(job, str(run), 0)
+    assert "resume with" not in resume.how_to_go_on(job, str(run), 0)
 
 
 def test_a_resumption_without_an_epoch_leaves_no_trace(ok, cli, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from conftest import ROOT, only_run, trained_run
 
 import model_utils as mu
 from experiment import figures
-from experiment.run_folder import RunFolder
+from experiment.runs.folder import RunFolder
 
 TINY = (
     "--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "

@@ -9,7 +9,7 @@ import torch
 
 from experiment import drawing, figures, figures_checks
 from experiment.report import Sweep
-from experiment.run_folder import RunFolder
+from experiment.runs.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("full_figures")
 ROWS = [

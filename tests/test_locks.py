@@ -16,8 +16,8 @@ from test_resume import MLP
 
 import main
 import model_utils as mu
-from experiment.files import replacing
-from experiment.run_folder import RunFolder
+from experiment.runs.files import replacing
+from experiment.runs.folder import RunFolder
 
 TINY = MLP + " --train-size 30"
 

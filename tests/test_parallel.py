@@ -18,7 +18,7 @@ from test_resume import final_weights
 
 import main
 import main_dropout
-from experiment.run_folder import RunFolder
+from experiment.runs.folder import RunFolder
 
 TORCHRUN = [
     sys.executable,

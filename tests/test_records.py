@@ -15,7 +15,7 @@ from conftest import only_run
 
 import model_utils as mu
 from experiment.figures import accuracy
-from experiment.run_folder import RunFolder, fingerprint
+from experiment.runs.folder import RunFolder, fingerprint
 
 DIGITS = "--task digits --device -1 --train-size 120 --mbs 30 --seed 3 "
 MODELS = {

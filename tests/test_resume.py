@@ -17,7 +17,8 @@ from conftest import ROOT, context, only_run
 
 import main
 import model_utils as mu
-from experiment import arguments, checkpoints
+from experiment import arguments
+from experiment.runs import checkpoint
 
 MLP = (
     "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save "
@@ -280,7 +281,7 @@ def test_contradicting_flags_are_reported_and_the_run_wins(cli, trained):
 
 
 def test_a_run_is_recreated_from_its_hyperparameters_alone(ok, trained, tmp_path):
-    values = checkpoints.read_arguments(trained)
+    values = checkpoint.read_arguments(trained)
     assert {"python", "torch", "torchvision", "cuda", "device", "seed", "channels", "T1"} <= set(
         values
     ) and "git revision:" in (trained / "hyperparameters.txt").read_text()
@@ -382,12 +383,12 @@ def test_files_of_the_original_code_load(ok, tmp_path, kind):
     x, out = torch.load(folder / "expected", weights_only=True)
 
     # the pickled module tells its architecture itself
-    saved = checkpoints.open_saved(folder, "evaluate")
+    saved = checkpoint.open_saved(folder, "evaluate")
     args = arguments.resolve(
         {"todo": "evaluate"}, {**saved.args, "loss": "cel" if "CNN" in kind else "mse"}
     )
     model = mu.make_model(args)
-    checkpoints.load_weights(model, saved)
+    checkpoint.load_weights(model, saved)
     torch.testing.assert_close(model.readout(model(x, None, None, 6)), out)
 
     # the state dict takes it from hyperparameters.txt, as the original code writes it, or from the
@@ -415,7 +416,7 @@ def test_files_of_the_original_code_load(ok, tmp_path, kind):
         flags = ""
     out = ok(f"--load-path {folder} {common} --mmt 0.9", flags)
     assert "from epoch 3 on" in out and "epoch 3/3" in out
-    assert checkpoints.read_checkpoint(folder / "checkpoint.tar")["epoch"] == 3
+    assert checkpoint.read_checkpoint(folder / "checkpoint.tar")["epoch"] == 3
 
 
 def test_resuming_from_a_model_does_not_call_it_damaged(cli, tmp_path):

@@ -17,9 +17,10 @@ from test_resume import MLP, enter, start
 
 import main
 import model_utils as mu
-from experiment import checkpoints, console
-from experiment.files import WriteFailed, replacing
-from experiment.run_folder import RunFolder
+from experiment import console
+from experiment.runs import checkpoint
+from experiment.runs.files import WriteFailed, replacing
+from experiment.runs.folder import RunFolder
 
 TINY = MLP + " --train-size 30"
 
@@ -124,14 +125,14 @@ def test_where_there_are_no_locks_a_note_says_so(cli, tmp_path, monkeypatch):
 
 def test_a_run_that_moved_on_while_it_was_read_is_not_trained(cli, tmp_path, monkeypatch):
     cli(TINY)
-    run, read = only_run(tmp_path), checkpoints._read
+    run, read = only_run(tmp_path), checkpoint._read
 
     def slowly(path):
         state = read(path)
         os.utime(path, ns=(1, 1))
         return state
 
-    monkeypatch.setattr(checkpoints, "_read", slowly)
+    monkeypatch.setattr(checkpoint, "_read", slowly)
     code, _, err = cli(f"--device -1 --load-path {run}")
     assert code == 2 and "has changed while it was read" in err and not (run / ".lock").exists()
 
@@ -149,7 +150,7 @@ def test_a_resumption_is_written_down(ok, tmp_path):
         "  T1: 6  # before: 4",
         "  mbs: 10  # before: 15",
     ]
-    assert checkpoints.read_arguments(run)["T1"] == 6
+    assert checkpoint.read_arguments(run)["T1"] == 6
     ok(f"--device -1 --load-path {run}")
     assert (
         (run / "hyperparameters.txt")

@@ -21,7 +21,7 @@ from conftest import ROOT, context, only_run
 
 import data_utils
 import main
-from experiment import checkpoints, run_folder
+from experiment.runs import checkpoint, folder
 
 DATA = ROOT / "tests" / "data"
 RUN = (
@@ -68,8 +68,8 @@ def quick():
     the same data."""
     split = functools.cache(data_utils.load_split)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder.RunFolder, "save_figure", lambda *_: None)
-        patch.setattr(run_folder, "versions", dict)
+        patch.setattr(folder.RunFolder, "save_figure", lambda *_: None)
+        patch.setattr(folder, "versions", dict)
         patch.setattr("experiment.figures.accuracy", lambda *_: None)
         patch.setattr("experiment.figures.activity", lambda *_: None)
         patch.setattr("experiment.report.Sweep.plot", lambda *_: None)
@@ -274,7 +274,7 @@ def test_of_a_text_of_100_mb_the_beginning_is_read(tmp_path):
         file.write(b"archi: [784, 4, 10]\n")
         for _ in range(100):
             file.write(b"T1: 5\n" * 170_000)
-    assert checkpoints.read_arguments(tmp_path) == {"archi": [784, 4, 10], "T1": 5}
+    assert checkpoint.read_arguments(tmp_path) == {"archi": [784, 4, 10], "T1": 5}
 
 
 def test_mutated_texts_of_a_checkpoint_without_arguments(run):
@@ -630,7 +630,7 @@ def test_weights_of_another_floating_type_are_converted(run):
             name: weight.to(kind) for name, weight in run.checkpoint["model_state_dict"].items()
         }
         run.write({**run.checkpoint, "model_state_dict": weights})
-        saved = checkpoints.open_saved(run.path, "evaluate").weights
+        saved = checkpoint.open_saved(run.path, "evaluate").weights
         assert all(torch.equal(saved[name], weight.float()) for name, weight in weights.items())
         assert attempt(run, "evaluate")[0] == 0
         run.put_back()
@@ -700,7 +700,7 @@ def test_odd_paths_are_one_line(cli, tmp_path, path, todo):
 
 def test_a_pipe_or_folder_in_place_of_a_file_is_no_file(cli, tmp_path):
     os.mkfifo(tmp_path / "hyperparameters.txt")
-    assert checkpoints.read_arguments(tmp_path) == {}
+    assert checkpoint.read_arguments(tmp_path) == {}
     for make in (os.mkfifo, os.mkdir):
         make(tmp_path / "model.pt")
         code, _, err = cli(f"--todo evaluate --device -1 --load-path {tmp_path}")

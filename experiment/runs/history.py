@@ -3,9 +3,9 @@ of it."""
 
 import dataclasses
 
-from experiment import training_state
 from experiment.arguments import contrast
 from experiment.flags import ALL, DATA
+from experiment.runs import training_state
 
 
 @dataclasses.dataclass

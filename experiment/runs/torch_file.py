@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 
 from data_files import Call, as_array
-from experiment.old_pickles import OLD_GLOBALS, Pickled
+from experiment.runs.legacy import OLD_GLOBALS, Pickled
 
 LARGEST_PICKLE = 2**23  # bytes of a checkpoint without its tensors; 10,000 epochs have 2 ** 21
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before PyTorch 1.6

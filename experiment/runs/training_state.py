@@ -9,7 +9,7 @@ import torch
 
 from data_utils import one_line
 from experiment.flags import LARGEST
-from experiment.untrusted import (
+from experiment.runs.contents import (
     LARGEST_FLOAT,
     Damaged,
     are_numbers,

@@ -23,7 +23,7 @@ import torch
 from data_utils import UserError, one_line
 from experiment import records
 from experiment.drawing import run_title, style
-from experiment.files import (
+from experiment.runs.files import (
     TEXT,
     Lock,
     WriteFailed,
@@ -216,7 +216,7 @@ class RunFolder:
     def commit(self, state, resumable, improved, final):
         """Writes the models of an epoch, and the table of its history. The checkpoint comes last
         and commits it: before it, resuming repeats the epoch, and writes all again of what the
-        checkpoint says. state, resumable: of `experiment.story`; improved: whether the model is the
+        checkpoint says. state, resumable: of `experiment.runs.history`; improved: whether the model is the
         best until now; final: whether the training ends."""
         self.write_csv("metrics.csv", state["history"])
         if improved:

@@ -15,13 +15,14 @@ import warnings
 import torch
 
 from data_utils import UserError, one_line
-from experiment import arguments, torch_files, training_state, untrusted
+from experiment import arguments
 from experiment.arguments import named
-from experiment.files import open_file, printable
 from experiment.flags import ALL
-from experiment.old_pickles import Pickled, checkpoint_of
-from experiment.story import Story, best_of, changes, chosen_on, other_images, summary
-from experiment.untrusted import Damaged
+from experiment.runs import contents, torch_file, training_state
+from experiment.runs.contents import Damaged
+from experiment.runs.files import open_file, printable
+from experiment.runs.history import Story, best_of, changes, chosen_on, other_images, summary
+from experiment.runs.legacy import Pickled, checkpoint_of
 
 LARGEST_TEXT = 2**20  # bytes of a hyperparameters.txt that are read; ours have two thousand
 LARGEST_VALUE = 2000  # characters of a value in it that can be a list of numbers
@@ -64,7 +65,7 @@ def _read(path):
         with open_file(path) as file:
             status = os.fstat(file.fileno())
             empty = not status.st_size
-            state = torch_files.load(file, status.st_size)
+            state = torch_file.load(file, status.st_size)
         state = checkpoint_of(state) if isinstance(state, Pickled) else state
     except FileNotFoundError:
         raise UserError(f"{named(path)} does not exist") from None
@@ -202,20 +203,20 @@ def open_saved(path, todo):
     path = find_saved(path, todo)
     state, stamp = _read(path)
     try:
-        weights = untrusted.weights(state["model_state_dict"])
-        best = untrusted.best_model(state.get("best_model"), weights, path)
+        weights = contents.weights(state["model_state_dict"])
+        best = contents.best_model(state.get("best_model"), weights, path)
         best = best and {"model_state_dict": best[0], "config": best[1], **summary(best[2])}
         random_states = training_state.checked_random_states(state.get("random_states"))
-        history = untrusted.history(state)
+        history = contents.history(state)
         # the original code's `best` is a number of images, not an accuracy
         best_accuracy = state.get("best") if "config" in state else None
-        best_accuracy = untrusted.accuracy(best_accuracy, best_of(history))
+        best_accuracy = contents.accuracy(best_accuracy, best_of(history))
         story = Story(
             history,
             best,
             best_accuracy,
-            untrusted.resumptions(state.get("resumptions", {})),
-            untrusted.asked(state.get("asked", 0)),
+            contents.resumptions(state.get("resumptions", {})),
+            contents.asked(state.get("asked", 0)),
         )
         saved = SavedRun(
             path,
@@ -257,13 +258,13 @@ def _arguments(state, path, weights):
     """{dest: value} of the arguments that a run records: in its config, or, without one, in its
     pickled module, then in its hyperparameters.txt, then in the shapes of its weights."""
     if "config" in state:
-        config = untrusted.config(state["config"], path)
-        return {**untrusted.judged(config, path), **untrusted.data(config)}
+        config = contents.config(state["config"], path)
+        return {**contents.judged(config, path), **contents.data(config)}
     told = state.get("architecture", {})
-    untrusted.expect(isinstance(told, dict), "architecture", told)
+    contents.expect(isinstance(told, dict), "architecture", told)
     text = path.parent / "hyperparameters.txt"
-    found = {**untrusted.judged(read_arguments(path.parent), text), **untrusted.judged(told, path)}
-    return {**untrusted.judged(untrusted.architecture(weights), path), **found}
+    found = {**contents.judged(read_arguments(path.parent), text), **contents.judged(told, path)}
+    return {**contents.judged(contents.architecture(weights), path), **found}
 
 
 def load_weights(model, saved):

@@ -7,11 +7,11 @@ import shlex
 
 from data_utils import UserError
 from experiment import arguments
-from experiment.checkpoints import SavedRun, open_saved, read_checkpoint
-from experiment.files import exists, why
 from experiment.flags import ALL, typed
-from experiment.run_folder import RunFolder
-from experiment.story import RESUMABLE
+from experiment.runs.checkpoint import SavedRun, open_saved, read_checkpoint
+from experiment.runs.files import exists, why
+from experiment.runs.folder import RunFolder
+from experiment.runs.history import RESUMABLE
 
 # What a training writes besides its checkpoint.tar.
 WRITTEN = (
