@@ -5,6 +5,7 @@ A file may come from anywhere: none runs code, ends the interpreter or takes muc
 it has bytes. One that is damaged raises an exception of any type."""
 
 import contextlib
+import errno
 import gzip
 import io
 import itertools
@@ -12,15 +13,50 @@ import math
 import os
 import pathlib
 import pickle
-import pickletools
 import re
 import shutil
 import socket
+import stat
 import struct
 import sys
 import tempfile
+from typing import BinaryIO
 
 import numpy as np
+
+# ---- opening
+
+
+def open_regular(path: os.PathLike | str) -> io.BufferedReader:
+    """Open a regular file for reading bytes. Raises OSError for anything else: opening a pipe would
+    block until somebody writes to it."""
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError("it is not a regular file")
+
+
+def refusing_links(path: str, flags: int) -> int:
+    """Opener for `open` that refuses links and special files: other users may write to the folder.
+
+    A symbolic link is not followed, and a FIFO does not block. Not for modes that truncate. Raises
+    OSError with errno EMLINK if `path` is a link or no regular file."""
+    foreign = OSError(errno.EMLINK, "it is a link or no regular file")
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as e:
+        raise (foreign if e.errno in (errno.ELOOP, errno.ENXIO) else e) from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise foreign
+    return descriptor
+
+
+# ---- IDX files
 
 LARGEST = 2**31  # bytes of one file; the largest of these data sets has 2 ** 27.2
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
@@ -121,165 +157,211 @@ def misplaced_archive(data_dir, folder, names, archive):
     return None
 
 
-# ---- pickles of arrays
+# ---- pickles
 
-# What arrays are pickled as: by Python 2 and 3, NumPy 1 and 2, and in every protocol.
-ARRAY_MAKERS = {
-    f"numpy.{core}.{function}"
-    for core in ("core", "_core")
-    for function in ("multiarray _reconstruct", "multiarray scalar", "numeric _frombuffer")
+
+def expect(holds: bool) -> None:
+    """Raise ValueError unless `holds`."""
+    if not holds:
+        raise ValueError("it has parts that such a file never has")
+
+
+class StandIn:
+    """Stands for an object of a pickle, and runs none of its class's code."""
+
+    def set_state(self, state) -> None:
+        """Receive the state that the pickle has for the object."""
+        raise NotImplementedError
+
+
+class DType(StandIn):
+    """Stands for a NumPy dtype. name: such as "u1"; order: such as ">"."""
+
+    def __init__(self, name, *_):
+        self.name = name
+        self.order = "="
+
+    def set_state(self, state) -> None:
+        self.order = state[1]
+
+    def array(self, content, shape, order="C") -> np.ndarray:
+        """The array of numbers in `content`, whose memory it may share."""
+        if not re.fullmatch("[biuf][1248]", self.name):
+            raise ValueError(f"it holds an array of {self.name}, which are no numbers")
+        # NumPy takes -1 for "as many as there are"
+        expect(isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape))
+        if isinstance(content, str):  # of Python 2
+            content = content.encode("latin1")
+        dtype = np.dtype(self.name).newbyteorder(self.order)
+        return np.frombuffer(content, dtype).reshape(shape, order=order)
+
+
+class Array(StandIn):
+    """Stands for a NumPy array; its numbers are in `values`, None before the state is set."""
+
+    def __init__(self, *_):
+        self.values: np.ndarray | None = None
+
+    def set_state(self, state) -> None:
+        _, shape, dtype, in_fortran_order, content = state
+        self.values = dtype.array(content, shape, "F" if in_fortran_order else "C")
+
+    @classmethod
+    def from_buffer(cls, content, dtype, shape, order) -> "Array":
+        """As pickled by protocol 5."""
+        array = cls()
+        array.values = dtype.array(content, shape, order)
+        return array
+
+
+def _number(dtype, content):
+    """A NumPy number as Python's."""
+    return dtype.array(content, ()).item()
+
+
+def _bytes(text, encoding):
+    """Bytes, which protocols below 3 write as text."""
+    return text.encode("latin1")
+
+
+# What arrays are pickled as: by Python 2 and 3, NumPy 1 and 2, and in every protocol
+ARRAY_NAMES = {
+    "numpy.ndarray": Array,
+    "numpy.dtype": DType,
+    "_codecs.encode": _bytes,
+    **{
+        f"numpy.{core}.{function}": stand_in
+        for core in ("core", "_core")
+        for function, stand_in in (
+            ("multiarray._reconstruct", Array),
+            ("multiarray.scalar", _number),
+            ("numeric._frombuffer", Array.from_buffer),
+        )
+    },
 }
-NAMES = {*ARRAY_MAKERS, "numpy ndarray", "numpy dtype", "_codecs encode"}
-LITERALS = {
-    "INT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG",
-    "LONG1",
-    "LONG4",
-    "FLOAT",
-    "BINFLOAT",
-    "STRING",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "UNICODE",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE8",
-    "BINBYTES",
-    "SHORT_BINBYTES",
-    "BINBYTES8",
-    "BYTEARRAY8",
-}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
-MARKED = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS"}
-TAKEN = {
-    "TUPLE1": 1,
-    "TUPLE2": 2,
-    "TUPLE3": 3,
-    "APPEND": 1,
-    "SETITEM": 2,
-    "STACK_GLOBAL": 2,
-    "REDUCE": 2,
-    "BUILD": 1,
-}
-MOST = 2**21  # opcodes of one file: 40 for each image of the largest
+OPCODES = [
+    getattr(pickle, name)[0]
+    for name in """
+    PROTO STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+    GLOBAL STACK_GLOBAL BINPERSID
+    """.split()
+]
+MOST = 2**22  # parts of a pickle; the largest of these data sets has 2 ** 21
 
 
-class Call:
-    """What a pickle asks to be called, with which arguments, and the state to be set then: noted
-    down, never done."""
+class _Parts:
+    """The reading side of a file, which stops after MOST parts."""
 
-    def __init__(self, name, args=None):
-        self.name, self.args, self.state = name, args, None
+    def __init__(self, file):
+        self.file = file
+        self.readline = file.readline
+        self.left = MOST
 
-
-def read_pickle(file):
-    """What a pickle holds: dicts, lists, tuples, text, bytes, numbers and, for arrays, Calls (see
-    `as_array`).
-
-    It interprets the few opcodes that such files need. Nothing is imported or called, and no key is
-    hashed but text, bytes and numbers. A pickle.Unpickler that may import little is not enough: a
-    deep tuple as a key ends the interpreter, and ten bytes make it take 34 GB. Raises
-    UnpicklingError where a file asks for more."""
-    stack, marks, memo = [], [], {}
-    for step, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if step == MOST:
+    def read(self, size):
+        self.left -= 1
+        if self.left < 0:
             raise ValueError(f"it has more than {MOST} parts")
-        if opcode.name in LITERALS:
-            stack.append(argument)
-        elif opcode.name in CONSTANTS:
-            stack.append(CONSTANTS[opcode.name])
-        elif opcode.name in EMPTY:
-            stack.append(EMPTY[opcode.name]())
-        elif opcode.name == "MARK":
-            marks.append(len(stack))
-        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif opcode.name == "STOP":
-            return stack.pop()
-        elif opcode.name not in ("PROTO", "FRAME"):
-            _combine(opcode.name, argument, stack, marks)
+        return self.file.read(size)
 
 
-def _combine(name, argument, stack, marks):
-    """Does what takes items off the stack: a number of them, or all above the last mark."""
-    start = marks.pop() if name in MARKED else len(stack) - TAKEN.get(name, 0)
-    items = stack[start:]
-    del stack[start:]
-    match name:
-        case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-            stack.append(tuple(items))
-        case "LIST":
-            stack.append(items)
-        case "APPEND" | "APPENDS":
-            list.extend(stack[-1], items)
-        case "DICT":
-            stack.append(_pairs(items))
-        case "SETITEM" | "SETITEMS":
-            dict.update(stack[-1], _pairs(items))
-        case "GLOBAL" | "STACK_GLOBAL":
-            asked = argument or " ".join(items)
-            if asked not in NAMES:
-                raise _refusal(asked.replace(" ", "."))
-            stack.append(Call(asked))
-        case "REDUCE":
-            stack.append(Call(items[0].name, items[1]))
-        case "BUILD" if isinstance(stack[-1], Call):
-            (stack[-1].state,) = items
-        case _:
-            raise _refusal(name if argument is None else f"{name} {argument}")
+class RestrictedUnpickler(pickle._Unpickler):
+    """Unpickler that runs no code from the file and takes little more memory than the file has.
+
+    It knows OPCODES, and what `names` lists is all that it calls. A restricted `find_class` of
+    Python's fast unpickler would not be enough: a deep tuple as a dict key crashes the interpreter,
+    and ten bytes make it allocate 34 GB. Raises UnpicklingError for a file that asks for other
+    names, any exception for one that is damaged."""
+
+    names: dict = ARRAY_NAMES
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(_Parts(file), encoding="latin1")
+
+    def load(self):
+        try:
+            return super().load()
+        except EOFError:
+            raise ValueError("it ends too early") from None
+
+    def find_class(self, module, name):
+        """What stands for a name in the file."""
+        name = f"{module}.{name}"
+        if name not in self.names:
+            raise pickle.UnpicklingError(self.refusal(name[:100]))
+        return self.names[name]
+
+    def refusal(self, name: str) -> str:
+        """The reason why a file that asks for `name` is not read."""
+        return f"it asks for {name}, which could run code; nothing of it was run"
+
+    def _call(self):
+        arguments = self.stack.pop()
+        function = self.stack.pop()
+        expect(isinstance(arguments, tuple) and callable(function))
+        self.append(function(*arguments))
+
+    def _build(self):
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if isinstance(target, StandIn):
+            target.set_state(state)
+        else:
+            expect(isinstance(target, dict))  # attributes of a dict, metadata, are ignored
+
+    def _dict(self):
+        items = self.pop_mark()
+        self.append({})
+        self._update(items)
+
+    def _set_item(self):
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self._update([key, value])
+
+    def _set_items(self):
+        self._update(self.pop_mark())
+
+    def _update(self, items):
+        keys = items[::2]
+        target = self.stack[-1]
+        expect(isinstance(target, dict) and all(isinstance(k, (str, bytes, int)) for k in keys))
+        target.update(zip(keys, items[1::2], strict=True))
+
+    def _bytearray(self):
+        """Bytes, of which Python's own reader allocates as many as the file announces."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        content = self.read(size)
+        expect(len(content) == size)
+        self.append(content)
+
+    dispatch = {
+        **dict.fromkeys(range(256), lambda self: expect(False)),
+        **{opcode: pickle._Unpickler.dispatch[opcode] for opcode in OPCODES},
+        pickle.FRAME[0]: lambda self: self.read(8),  # frames follow each other without a gap
+        pickle.REDUCE[0]: _call,
+        pickle.NEWOBJ[0]: _call,
+        pickle.BUILD[0]: _build,
+        pickle.DICT[0]: _dict,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.BYTEARRAY8[0]: _bytearray,
+    }
 
 
-def _refusal(what):
-    return pickle.UnpicklingError(
-        f"it asks for {what[:100]}, which could run code; nothing of it was run"
-    )
-
-
-def _pairs(items):
-    """A dict of keys and values in turn."""
-    keys, values = items[::2], items[1::2]
-    if not all(isinstance(key, (str, bytes, int)) for key in keys):
-        raise ValueError("it has keys that are neither text nor numbers")
-    return dict(zip(keys, values, strict=True))
-
-
-def as_array(call):
-    """The array of numbers that a Call from `read_pickle` means; it may share memory with the bytes
-    that were read."""
-    if not isinstance(call, Call) or call.name not in ARRAY_MAKERS:
+def as_array(value) -> np.ndarray:
+    """The array of numbers that a value from a pickle stands for."""
+    if not isinstance(value, Array) or value.values is None:
         raise ValueError("it holds something else in place of an array")
-    shape, order = (), "C"
-    if call.name.endswith("_reconstruct"):
-        _, shape, dtype, in_fortran_order, content = call.state
-        order = "F" if in_fortran_order else "C"
-    elif call.name.endswith("_frombuffer"):
-        content, dtype, shape, order = call.args
-    else:
-        dtype, content = call.args
-    if not re.fullmatch("[biuf][1248]", dtype.args[0]):
-        raise ValueError(f"it holds an array of {dtype.args[0]}, which are no numbers")
-    if any(size < 0 for size in shape):  # which NumPy would take for "as many as there are"
-        raise ValueError(f"it holds an array of shape {shape}")
-    dtype = np.dtype(dtype.args[0]).newbyteorder(dtype.state[1])
-    if isinstance(content, Call):  # of Python 3, in a protocol that knows no bytes
-        content = content.args[0]
-    if isinstance(content, str):  # of Python 2, or that
-        content = content.encode("latin1")
-    return np.frombuffer(content, dtype).reshape(shape, order=order)
+    return value.values
 
 
-def as_labels(values):
-    """The array of a list of numbers, NumPy's among them, or that of an array; of dtype object if
-    one is no number."""
-    if isinstance(values, Call):
+def as_labels(values) -> np.ndarray:
+    """The array of a list of numbers, or that of an array; of dtype object if one is no number."""
+    if isinstance(values, Array):
         return as_array(values)
-    values = [as_array(value).item() if isinstance(value, Call) else value for value in values]
     numbers = all(isinstance(value, (int, float)) for value in values)
     return np.array(values) if numbers else np.empty(len(values), dtype=object)
 
@@ -287,17 +369,18 @@ def as_labels(values):
 # ---- downloads
 
 
-def download(dataset, data_dir, read):
-    """What `read()` returns, once torchvision has downloaded `dataset` to a place of its own inside
-    `data_dir`, and those of its files that are not there yet are where they belong. Raises what the
-    download does, of any type."""
+def download(dataset, data_dir: pathlib.Path, read):
+    """Download torchvision's `dataset` into `data_dir` and return `read()`.
+
+    It is downloaded to a folder of its own inside `data_dir`; only files that are missing are then
+    moved to their place. Raises what the download raises, of any type."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
         with _download_folder(data_dir) as folder:
             with contextlib.suppress(FileNotFoundError):
                 return read()  # another run has been faster
-            files = dataset.__new__(dataset)  # whose constructor would read them, by pickle
+            files = dataset.__new__(dataset)  # its constructor would read them, by pickle
             files.root = str(folder)
             with contextlib.redirect_stdout(io.StringIO()):
                 files.download()
@@ -314,10 +397,12 @@ def download(dataset, data_dir, read):
 
 @contextlib.contextmanager
 def _download_folder(data_dir):
-    """A new folder inside `data_dir`, of one process at a time where the file system has locks. It
-    goes in the end, and with it what killed downloads have left, and every folder that was made for
-    it and is empty."""
-    made, lock, locked = [], None, False
+    """A new folder inside `data_dir`, for one process at a time if the file system has locks.
+
+    At the end it is removed, with what killed downloads have left and every folder that was made
+    for it and is empty."""
+    made = []  # the innermost first
+    lock = None
     try:
         lock, locked = _lock(data_dir / ".download.lock", made)
         for left in data_dir.glob(".download-*") if locked else ():
@@ -325,47 +410,45 @@ def _download_folder(data_dir):
         with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
             yield pathlib.Path(folder)
     finally:
-        with lock or contextlib.nullcontext():
-            for remove in ([pathlib.Path(lock.name).unlink] if lock else []) + [
-                folder.rmdir for folder in made
-            ]:
-                with contextlib.suppress(OSError):
-                    remove()
-
-
-def _no_link(path, flags):
-    """Opener for `open` that neither follows a symbolic link nor waits for the reader of a FIFO."""
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    return os.open(path, flags, 0o666)
+        if lock:
+            with contextlib.suppress(OSError):
+                os.unlink(lock.name)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if lock:
+            lock.close()
 
 
 def _lock(path, made):
-    """Waits for the lock file `path`: (the file, to be removed and then closed; whether it is
-    locked, for not every file system can). Notes in `made` the folders that are made for it, the
-    innermost first."""
-    attempts = 0
-    while True:
+    """Wait for the lock file `path`: (the open file, whether it is locked). Adds the folders that
+    are made for it to `made`."""
+    for attempt in itertools.count(1):
         made.extend(folder for folder in path.parents if not folder.exists())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "ab", opener=_no_link)
-        except FileNotFoundError:
-            attempts += 1
-            if attempts == 10:
+            file = open(path, "ab", opener=refusing_links)
+        except FileNotFoundError:  # another run, whose download failed, has removed the folder
+            if attempt == 10:
                 raise
-            continue  # another run, whose download failed, has just removed the folder
-        try:
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another run's download to {path.parent}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except (ImportError, OSError):
-            locked = False
+            continue
+        locked = _wait(file, path.parent)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file, locked
         file.close()  # the run that had the lock has removed it
+
+
+def _wait(file, data_dir):
+    """Wait until `file` is locked; False if there are no locks here."""
+    try:
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run's download to {data_dir}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return False
+    return True

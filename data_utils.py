@@ -108,19 +108,12 @@ def _torchvision(name, read):
     return read_split
 
 
-def _refuse_pipe(path):
-    """Raises ValueError for what is there and is no regular file: opening a pipe would block."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("it is not a regular file")
-
-
 @contextlib.contextmanager
 def _opened(path):
     """The file at `path`, to be read in the block, whose errors become a UserError.
     FileNotFoundError alone stays: only what is not there at all is downloaded."""
     try:
-        _refuse_pipe(path)
-        with open(path, "rb") as file:
+        with data_files.open_regular(path) as file:
             yield file
     except FileNotFoundError:
         raise
@@ -172,7 +165,7 @@ def _read_cifar(dataset, data_dir, train):
     )
 
     def read(where, name, file):
-        entry = data_files.read_pickle(file)
+        entry = data_files.RestrictedUnpickler(file).load()
         if not isinstance(entry, dict):
             raise ValueError(f"{name} does not hold a dict")
         parts[name] = where
@@ -262,7 +255,7 @@ class Batches:
         return (images - self.mean) / self.std
 
 
-def brought(tensor, device):
+def to_device(tensor, device):
     """A tensor of the CPU on that device, without waiting for what the device computes
     meanwhile."""
     if device.type == "cuda" and tensor.is_cpu and not hasattr(tensor, "fake_mode"):
@@ -279,8 +272,10 @@ def flip_and_shift(images, generator, reach=4):
     import torch
 
     (mbs, channels, size, _), device = images.shape, images.device
-    shift = brought(torch.randint(0, 2 * reach + 1, (mbs, 2), generator=generator) - reach, device)
-    mirrored = brought(torch.rand(mbs, 1, generator=generator) < 0.5, device)
+    shift = to_device(
+        torch.randint(0, 2 * reach + 1, (mbs, 2), generator=generator) - reach, device
+    )
+    mirrored = to_device(torch.rand(mbs, 1, generator=generator) < 0.5, device)
     place, sample, channel = (torch.arange(n, device=device) for n in (size, mbs, channels))
     rows, columns = ((place + shift[:, i : i + 1]).clamp(0, size - 1) for i in (0, 1))
     columns = torch.where(mirrored, size - 1 - columns, columns)
@@ -452,7 +447,7 @@ def _opened_array(folder, name):
     """(path, array) of a file of a folder of corrupted images, memory-mapped."""
     path = pathlib.Path(folder, f"{name}.npy")
     try:
-        _refuse_pipe(path)
+        data_files.open_regular(path).close()  # np.load would wait for a writer of a pipe
         return path, np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         near = (

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import baselines
 from ART_Timesteps_Addition.adversary import Adversary
-from data_utils import TASKS, UserError, brought, one_line
+from data_utils import TASKS, UserError, one_line, to_device
 from energy import fast
 from energy.activations import ACTIVATIONS, ctrd_hard_sig, hard_sigmoid, my_hard_sig, my_sigmoid  # noqa: F401
 from energy.connections import Dense, convolution, set_grad
@@ -512,7 +512,7 @@ def draw_masks(model, keep, mbs, part=slice(None)):
         None if p == 1 else (torch.rand(mbs, *c.pre_shape)[part] < p) / p
         for c, p in zip(connections, keep)
     ]
-    masks = [m if m is None else brought(m.to(weight.dtype), weight.device) for m in masks]
+    masks = [m if m is None else to_device(m.to(weight.dtype), weight.device) for m in masks]
     return [
         m.contiguous(memory_format=torch.channels_last) if m is not None and m.dim() == 4 else m
         for m in masks

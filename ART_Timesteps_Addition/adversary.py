@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ART_Timesteps_Addition.gradients import WAYS
-from data_utils import TASKS, brought
+from data_utils import TASKS, to_device
 from energy.precision import exactly
 
 
@@ -104,7 +104,7 @@ class Adversary:
     def attack(self, model, x, y, start):
         """The attacked images of x, (mbs, C, H, W), normalised as the model sees them, with labels
         y, (mbs,); start: of `draw`."""
-        mean, std, start = self.mean.to(x), self.std.to(x), brought(start, x.device).to(x)
+        mean, std, start = self.mean.to(x), self.std.to(x), to_device(start, x.device).to(x)
         way = _Way(model, self.loss, self.T1, self.steps, self.grad, self.tol)
         images = (x * std + mean).clamp(0, 1)
         found = (images + start).clamp(0, 1)

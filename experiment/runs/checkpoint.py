@@ -14,13 +14,14 @@ import warnings
 
 import torch
 
+from data_files import open_regular
 from data_utils import UserError, one_line
 from experiment import arguments
 from experiment.arguments import named
 from experiment.flags import ALL
 from experiment.runs import contents, torch_file, training_state
 from experiment.runs.contents import Damaged
-from experiment.runs.files import open_file, printable
+from experiment.runs.files import printable
 from experiment.runs.history import Story, best_of, changes, chosen_on, other_images, summary
 from experiment.runs.legacy import Pickled, checkpoint_of
 
@@ -62,7 +63,7 @@ def _read(path):
     """(what `read_checkpoint` returns, when the file was written in ns)"""
     empty = False
     try:
-        with open_file(path) as file:
+        with open_regular(path) as file:
             status = os.fstat(file.fileno())
             empty = not status.st_size
             state = torch_file.load(file, status.st_size)
@@ -94,7 +95,7 @@ def read_arguments(folder):
     """
     path = pathlib.Path(folder, "hyperparameters.txt")
     try:
-        with open_file(path) as file:
+        with open_regular(path) as file:
             lines = file.read(LARGEST_TEXT).decode("utf-8", "replace").splitlines()
     except OSError:
         return {}

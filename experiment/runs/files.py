@@ -12,13 +12,13 @@ import pathlib
 import re
 import secrets
 import socket
-import stat
 import sys
 import time
 import zipfile
 
 import numpy as np
 
+from data_files import open_regular, refusing_links
 from data_utils import RunFailed, UserError, one_line
 
 try:
@@ -76,20 +76,9 @@ def exists(path):
 # ---- reading
 
 
-def open_file(path: os.PathLike | str) -> io.BufferedReader:
-    """Open a regular file for reading bytes. Raises OSError for anything else: opening a pipe would
-    block until somebody writes to it."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return open(descriptor, "rb")
-    os.close(descriptor)
-    raise OSError("it is not a regular file")
-
-
 def read_text(path: os.PathLike | str) -> str:
     """The text in a file. Raises OSError, or ValueError if it has more than LARGEST_TEXT bytes."""
-    with open_file(path) as file:
+    with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > LARGEST_TEXT:
             raise ValueError(f"it has more than {LARGEST_TEXT:,} bytes")
         return file.read().decode(**TEXT)
@@ -126,7 +115,7 @@ def read_arrays(path: os.PathLike | str) -> dict[str, np.ndarray]:
     """The arrays in a .npz file. Raises ValueError if it is damaged, and before it allocates more
     than LARGEST_ARRAYS bytes."""
     try:
-        with open_file(path) as file:
+        with open_regular(path) as file:
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
                 if sum(record.file_size for record in records) > LARGEST_ARRAYS:
@@ -177,24 +166,6 @@ def markdown_cell(text: str) -> str:
 
 
 # ---- writing
-
-
-def own_file(path, flags):
-    """Opener for `open`: a regular file with one name, in a folder where other users may write.
-
-    A symbolic link is not followed, and a FIFO does not block. Not for modes that truncate. Raises
-    OSError with errno EMLINK if `path` is a link or no regular file."""
-    foreign = OSError(errno.EMLINK, "it is a link or no regular file")
-    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except OSError as e:
-        raise (foreign if e.errno in (errno.ELOOP, errno.ENXIO) else e) from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        os.close(descriptor)
-        raise foreign
-    return descriptor
 
 
 def hidden_name(path):
@@ -270,7 +241,7 @@ def append(path, text):
 
     content = text.encode(**TEXT)
     try:
-        with open(path, "ab+", opener=own_file) as file:
+        with open(path, "ab+", opener=refusing_links) as file:
             file.write(line_end(file) + content)
     except OSError as e:
         if e.errno != errno.EMLINK:
@@ -288,7 +259,7 @@ def left_behind(path):
     try:
         if not owner_is_gone(path) and time.time() - path.stat().st_mtime < 24 * 3600:
             return False
-        with open(path, "r+b", opener=own_file) as file:
+        with open(path, "r+b", opener=refusing_links) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
@@ -328,7 +299,7 @@ class Lock:
             created = True
         except FileExistsError:
             try:
-                file = open(self.path, "r+b", opener=own_file)
+                file = open(self.path, "r+b", opener=refusing_links)
                 created = False
             except FileNotFoundError:
                 return False

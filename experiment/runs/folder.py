@@ -20,6 +20,7 @@ import sys
 import numpy as np
 import torch
 
+from data_files import refusing_links
 from data_utils import UserError, one_line
 from experiment import records
 from experiment.drawing import run_title, style
@@ -31,7 +32,6 @@ from experiment.runs.files import (
     csv_cell,
     hidden_name,
     left_behind,
-    own_file,
     owner_is_gone,
     read_table,
     replacing,
@@ -312,7 +312,7 @@ def remove_half_made(folder):
 def _disk_error(path, error):
     """The OSError behind a RuntimeError of torch.save: what writing to the same place says."""
     try:
-        with open(path, "ab", opener=own_file) as file:
+        with open(path, "ab", opener=refusing_links) as file:
             file.write(b"0" * 2**16)
             file.flush()
             os.fsync(file.fileno())

@@ -3,15 +3,18 @@ functions that such a file names."""
 
 import pickle
 
+from data_files import StandIn, expect
 
-class Pickled:
+
+class Pickled(StandIn):
     """What stands in for an object of a file by the original code: its attributes, and none of its
     class's code."""
 
     def __init__(self, *args):
         pass
 
-    def __setstate__(self, state):
+    def set_state(self, state):
+        expect(isinstance(state, dict))
         self.__dict__.update(state)
 
     def children(self, name):

@@ -14,21 +14,11 @@ from typing import BinaryIO
 
 import torch
 
-from data_files import Call, as_array
-from experiment.runs.legacy import OLD_GLOBALS, Pickled
+from data_files import ARRAY_NAMES, RestrictedUnpickler, expect
+from experiment.runs.legacy import OLD_GLOBALS
 
 LARGEST_PICKLE = 2**23  # bytes of a checkpoint without its tensors; 10,000 epochs have 2 ** 21
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before PyTorch 1.6
-
-OPCODES = [
-    getattr(pickle, name)[0]
-    for name in """
-    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT
-    BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES SHORT_BINSTRING
-    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
-    BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID
-    """.split()
-]
 
 
 def load(file: BinaryIO, size: int):
@@ -108,31 +98,23 @@ def _values(content, dtype, numel):
     return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
 
 
-class _Unpickler(pickle._Unpickler):
-    """Python's unpickler in Python, restricted to OPCODES and NAMES. What it calls takes little
-    time and memory for any arguments; keys of dicts are text and whole numbers."""
-
+class _Unpickler(RestrictedUnpickler):
     def __init__(self, content, storage):
         """storage: (key, dtype, number of values) -> 1-d tensor."""
-        super().__init__(content, encoding="latin1")
+        super().__init__(content)
         self.storage = storage
+        self.names = NAMES
 
-    def find_class(self, module, name):
-        """The function or type that stands for a name in the file."""
-        name = f"{module}.{name}"
-        if name in NAMES:
-            return NAMES[name]
-        if module.partition(".")[0] == "torch":
-            reason = f"it has weights or other parts that are not plain tensors: {name}"
-        else:
-            reason = f"it asks for {name}, which could run code; nothing of it was run"
-        raise pickle.UnpicklingError(reason)
+    def refusal(self, name):
+        if name.partition(".")[0] == "torch":
+            return f"it has weights or other parts that are not plain tensors: {name}"
+        return super().refusal(name)
 
     def persistent_load(self, saved):
         """The storage that ("storage", type, key, device, number of values) names."""
-        _expect(isinstance(saved, tuple) and len(saved) in (5, 6))
+        expect(isinstance(saved, tuple) and len(saved) in (5, 6))
         kind, dtype, key, _, numel, *view = saved
-        _expect(
+        expect(
             kind == "storage"
             and isinstance(dtype, torch.dtype)
             and isinstance(key, str)
@@ -142,73 +124,19 @@ class _Unpickler(pickle._Unpickler):
         )
         return self.storage(key, dtype, numel)
 
-    def _call(self):
-        arguments = self.stack.pop()
-        function = self.stack.pop()
-        _expect(isinstance(arguments, tuple) and callable(function))
-        self.append(function(*arguments))
-
-    def _build(self):
-        state = self.stack.pop()
-        target = self.stack[-1]
-        if isinstance(target, Call):
-            target.state = state
-            return
-        _expect(isinstance(target, (Pickled, dict)) and isinstance(state, dict))
-        if isinstance(target, Pickled):  # attributes of a dict, metadata, are ignored
-            target.__setstate__(state)
-
-    def _set_item(self):
-        value = self.stack.pop()
-        key = self.stack.pop()
-        self._update([key, value])
-
-    def _set_items(self):
-        self._update(self.pop_mark())
-
-    def _update(self, items):
-        keys = items[::2]
-        _expect(isinstance(self.stack[-1], dict) and all(isinstance(k, (str, int)) for k in keys))
-        self.stack[-1].update(zip(keys, items[1::2], strict=True))
-
-    dispatch = {
-        **dict.fromkeys(range(256), lambda self: _expect(False)),
-        **{op: read for op, read in pickle._Unpickler.dispatch.items() if op in OPCODES},
-        pickle.REDUCE[0]: _call,
-        pickle.NEWOBJ[0]: _call,
-        pickle.BUILD[0]: _build,
-        pickle.SETITEM[0]: _set_item,
-        pickle.SETITEMS[0]: _set_items,
-    }
-
-
-def _expect(holds):
-    if not holds:
-        raise pickle.UnpicklingError("it has parts that torch.save does not write")
-
 
 # ---- what stands for the names in a file
 
 
 def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
     """The view of a storage; raises RuntimeError beyond its end. metadata: negated, for example."""
-    _expect(not metadata and isinstance(size, tuple) and len(size) <= 8)
+    expect(not metadata and isinstance(size, tuple) and len(size) <= 8)
     return storage.as_strided(size, stride, offset)
-
-
-def _number(dtype, content):
-    """A NumPy number as Python's."""
-    return as_array(Call("numpy.core.multiarray scalar", (dtype, content))).item()
-
-
-def _bytes(text, encoding):
-    """Bytes, which protocol 2 writes as text."""
-    return text.encode("latin1")
 
 
 def _dict(*pairs):
     """An empty OrderedDict, as which one is pickled before its items."""
-    _expect(not pairs)
+    expect(not pairs)
     return {}
 
 
@@ -227,13 +155,10 @@ TYPES = {
     "ComplexDouble": torch.complex128,
 }
 NAMES = {
+    **ARRAY_NAMES,
     **OLD_GLOBALS,
     **{f"torch.{name}Storage": dtype for name, dtype in TYPES.items()},
     "collections.OrderedDict": _dict,
-    "_codecs.encode": _bytes,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": lambda data, requires_grad, hooks: data,
-    "numpy.dtype": lambda *args: Call("numpy dtype", args),
-    "numpy.core.multiarray.scalar": _number,
-    "numpy._core.multiarray.scalar": _number,
 }
