@@ -224,20 +224,20 @@ def _bytes(text, encoding):
     return text.encode("latin1")
 
 
-# What arrays are pickled as: by Python 2 and 3, NumPy 1 and 2, and in every protocol
-ARRAY_NAMES = {
-    "numpy.ndarray": Array,
+# What numbers and arrays are pickled as: by Python 2 and 3, NumPy 1 and 2, and in every protocol
+NUMBER_NAMES = {
     "numpy.dtype": DType,
     "_codecs.encode": _bytes,
-    **{
-        f"numpy.{core}.{function}": stand_in
-        for core in ("core", "_core")
-        for function, stand_in in (
-            ("multiarray._reconstruct", Array),
-            ("multiarray.scalar", _number),
-            ("numeric._frombuffer", Array.from_buffer),
-        )
-    },
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+}
+ARRAY_NAMES = {
+    **NUMBER_NAMES,
+    "numpy.ndarray": Array,
+    "numpy.core.multiarray._reconstruct": Array,
+    "numpy._core.multiarray._reconstruct": Array,
+    "numpy.core.numeric._frombuffer": Array.from_buffer,
+    "numpy._core.numeric._frombuffer": Array.from_buffer,
 }
 OPCODES = [
     getattr(pickle, name)[0]

@@ -130,10 +130,10 @@ def train(job):
 
     import model_utils
     from experiment.runs import checkpoint, resume
-    from experiment.runs.history import Story, changes, resumable_state, snapshot
+    from experiment.runs.history import History, changes, resumable_state, snapshot
 
     args, workers, saved = job.args, job.workers, job.saved
-    first = len(saved.story.history) if saved else 0
+    first = len(saved.history.epochs) if saved else 0
     last = resume.last_epoch(args, job.given, saved)
     if first >= last:
         return _complete(job, first, last)
@@ -147,16 +147,16 @@ def train(job):
     train_batches, test_batches = job.batches("train", generator), job.batches("test")
     vars(args).update(job.data)  # to be written down with the arguments
     optimizer, scheduler = model_utils.make_optimizer(job.model, args)
-    story = checkpoint.restore(saved, args, optimizer, scheduler, generator) if saved else Story()
+    story = checkpoint.restore(saved, args, optimizer, scheduler, generator) if saved else History()
     folder = saved and str(saved.path.parent)
-    story.asked = max(story.asked, last)
+    story.requested = max(story.requested, last)
     job.interruption.advice = lambda: _advice(job, folder, first, last)
     for change in changes(saved.args, vars(args)) if saved else ():
         print(f"note: {change}")
     if run and saved:
         if args.run_dir:
             run.complete(shlex.join(job.command), args, job.model, job.device)
-        run.restore(story.history, story.best)
+        run.restore(story.epochs, story.best)
         run.at_commit = functools.partial(
             run.note_resumption,
             shlex.join(job.command),
@@ -200,7 +200,7 @@ def _complete(job, first, last):
     from experiment import records
     from experiment.runs import resume
 
-    run, story = job.run, job.saved.story
+    run, story = job.run, job.saved.history
     if run:
         resume.finish(run, job.saved)
     if job.workers.broadcast(run and resume.figures_are_old(run)):
@@ -299,7 +299,7 @@ def evaluate(job):
     if job.workers.rank == 0:
         run.append_hyperparameters(line)
         if found:
-            epochs, weights = len(job.saved.story.history), fingerprint(job.saved.weights)
+            epochs, weights = len(job.saved.history.epochs), fingerprint(job.saved.weights)
             model = f"{job.saved.path.name}@{epochs}:{weights}"
             records.write_predictions(run, found, TASKS[args.task].classes, model)
             print(records.where_predictions(run, args.loss))
@@ -500,7 +500,7 @@ def gducheck(job):
     import data_utils
     from energy import gdu
     from experiment import records, report
-    from experiment.runs.history import Story, snapshot
+    from experiment.runs.history import History, snapshot
 
     args = job.args
     run, source = (
@@ -521,7 +521,7 @@ def gducheck(job):
     print("\n".join(report.gdu_table(comparison.rows)))
     print(gdu.verdict(comparison, job.rule))
     if args.save:
-        run = run or _new_folder(job, snapshot(job.model, args, Story()))
+        run = run or _new_folder(job, snapshot(job.model, args, History()))
         records.save_gdu(run, comparison)
         print(f"plots and data are in {run.folder}")
 

@@ -43,7 +43,7 @@ from experiment.prediction import (  # noqa: F401
 )
 from experiment.report import epoch_line, epoch_row
 from experiment.runs.checkpoint import load_weights, open_saved
-from experiment.runs.history import Story, resumable_state, snapshot
+from experiment.runs.history import History, resumable_state, snapshot
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
 from learning import (  # noqa: F401
@@ -547,7 +547,7 @@ class Trainer:
     args: object
     scheduler: object = None
     run: object = None
-    story: Story = dataclasses.field(default_factory=Story)
+    story: History = dataclasses.field(default_factory=History)
     workers: Workers = dataclasses.field(default_factory=Workers)
     last: int | None = None
 
@@ -575,7 +575,7 @@ class Trainer:
             print(self.adversary.words(self.model.moves), flush=True)
         if self.args.precision != "fp32":
             report_precision(self, train_batches)
-        history = self.story.history
+        history = self.story.epochs
         last = self.last or len(history) + self.args.epochs
         while len(history) < last:
             epoch, start = len(history) + 1, time.perf_counter()
@@ -692,14 +692,14 @@ class Trainer:
     def _commit(self, row, final, generator):
         """Appends an epoch to the history, and writes it to the run folder."""
         story, accuracy = self.story, row.get("val_acc", row["test_acc"])
-        improved, committed = accuracy > story.best_accuracy, [*story.history, row]
+        improved, committed = accuracy > story.best_accuracy, [*story.epochs, row]
         story.best_accuracy = max(story.best_accuracy, accuracy)
         if self.run:
-            state = snapshot(self.model, self.args, dataclasses.replace(story, history=committed))
+            state = snapshot(self.model, self.args, dataclasses.replace(story, epochs=committed))
             story.best = copy.deepcopy(state) if improved else story.best
             resumable = resumable_state(story, self.optimizer, self.scheduler, generator)
             self.run.commit(state, resumable, improved, final)
-        story.history.append(row)
+        story.epochs.append(row)
 
     def _draw(self, neurons, final):
         """Draws the figures of the run, of a long training now and then. neurons: of the last

@@ -46,7 +46,7 @@ def trained(path, data_dir, T1, images, mbs, device):
     model = model_utils.make_model(args)
     checkpoint.load_weights(model, saved)
     batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches("test")
-    return model.to(device), args, batches, len(saved.story.history)
+    return model.to(device), args, batches, len(saved.history.epochs)
 
 
 def compare(model, batches, rule, tol, device):

@@ -68,8 +68,8 @@ def read_run(path):
     run."""
     saved = checkpoint.open_saved(path, "evaluate")
     run, found = RunFolder(saved.path.parent), Measured(saved.args)
-    if saved.story.history:
-        found.values[Key("clean")] = saved.story.history[-1]["test_acc"]
+    if saved.history.epochs:
+        found.values[Key("clean")] = saved.history.epochs[-1]["test_acc"]
     rows = [
         (
             number(row.get("epoch"), 1, LARGEST),

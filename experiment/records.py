@@ -25,7 +25,7 @@ def draw_training(run, model, args, story, neurons):
     run.save_figure(
         "train-test_acc.png",
         figures.accuracy,
-        story.history,
+        story.epochs,
         best and best["epoch"],
         story.resumptions,
         100 / TASKS[args.task].classes,

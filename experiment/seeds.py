@@ -193,11 +193,11 @@ def _epochs(run, wanted):
     """The epochs of a run. Where checkpoint.tar cannot be read, final_checkpoint.tar is enough for
     a run that has all `wanted` ones. Raises UserError."""
     try:
-        return len(checkpoint.open_saved(run / "checkpoint.tar", "train").story.history)
+        return len(checkpoint.open_saved(run / "checkpoint.tar", "train").history.epochs)
     except UserError:
         with contextlib.suppress(UserError):
             final = checkpoint.open_saved(run / "final_checkpoint.tar", "train")
-            if len(final.story.history) == wanted:
+            if len(final.history.epochs) == wanted:
                 return wanted
         raise
 
@@ -234,7 +234,7 @@ def _say(folders, wanted):
     values = []
     for folder in folders:
         try:
-            history = checkpoint.open_saved(folder / "model.pt", "evaluate").story.history
+            history = checkpoint.open_saved(folder / "model.pt", "evaluate").history.epochs
             if not history:
                 raise UserError(f"{folder / 'model.pt'} has no epochs")
             values.append(history[-1]["test_acc"])

@@ -18,7 +18,7 @@ from conftest import ROOT, context, only_run
 import main
 import model_utils as mu
 from experiment import arguments
-from experiment.runs import checkpoint
+from experiment.runs import checkpoint, legacy
 
 MLP = (
     "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save "
@@ -281,7 +281,7 @@ def test_contradicting_flags_are_reported_and_the_run_wins(cli, trained):
 
 
 def test_a_run_is_recreated_from_its_hyperparameters_alone(ok, trained, tmp_path):
-    values = checkpoint.read_arguments(trained)
+    values = legacy.read_arguments(trained)
     assert {"python", "torch", "torchvision", "cuda", "device", "seed", "channels", "T1"} <= set(
         values
     ) and "git revision:" in (trained / "hyperparameters.txt").read_text()

@@ -18,7 +18,7 @@ from test_resume import MLP, enter, start
 import main
 import model_utils as mu
 from experiment import console
-from experiment.runs import checkpoint
+from experiment.runs import checkpoint, legacy
 from experiment.runs.files import WriteFailed, replacing
 from experiment.runs.folder import RunFolder
 
@@ -150,7 +150,7 @@ def test_a_resumption_is_written_down(ok, tmp_path):
         "  T1: 6  # before: 4",
         "  mbs: 10  # before: 15",
     ]
-    assert checkpoint.read_arguments(run)["T1"] == 6
+    assert legacy.read_arguments(run)["T1"] == 6
     ok(f"--device -1 --load-path {run}")
     assert (
         (run / "hyperparameters.txt")

@@ -21,7 +21,7 @@ from conftest import ROOT, context, only_run
 
 import data_utils
 import main
-from experiment.runs import checkpoint, folder
+from experiment.runs import checkpoint, folder, legacy
 
 DATA = ROOT / "tests" / "data"
 RUN = (
@@ -274,7 +274,7 @@ def test_of_a_text_of_100_mb_the_beginning_is_read(tmp_path):
         file.write(b"archi: [784, 4, 10]\n")
         for _ in range(100):
             file.write(b"T1: 5\n" * 170_000)
-    assert checkpoint.read_arguments(tmp_path) == {"archi": [784, 4, 10], "T1": 5}
+    assert legacy.read_arguments(tmp_path) == {"archi": [784, 4, 10], "T1": 5}
 
 
 def test_mutated_texts_of_a_checkpoint_without_arguments(run):
@@ -349,7 +349,7 @@ REFUSED = {  # name: (keys in the checkpoint, what becomes of the value there, w
         1,
         "exp_avg",
         lambda t: t + float("inf"),
-        "exp_avg of parameter 1 in opt",
+        "exp_avg of parameter 1 of opt",
     ),
     "a negative exp_avg_sq": ("opt", "state", 1, "exp_avg_sq", lambda t: t - 1, "negative"),
     "a negative step": ("opt", "state", 1, "step", lambda t: -1, "step"),
@@ -359,14 +359,14 @@ REFUSED = {  # name: (keys in the checkpoint, what becomes of the value there, w
         "state",
         1,
         lambda moments: without(moments, "exp_avg"),
-        "remembered",
+        "parameter 1 of opt lacks exp_avg",
     ),
     "a moment too many": (
         "opt",
         "state",
         1,
         lambda moments: {**moments, "more": moments["exp_avg"]},
-        "remembered",
+        "parameter 1 of opt also has 'more'",
     ),
     "half a layer": ("opt", "state", lambda state: without(state, 1), "group 0"),
     "momentum of SGD": (
@@ -374,9 +374,9 @@ REFUSED = {  # name: (keys in the checkpoint, what becomes of the value there, w
         "state",
         1,
         lambda moments: {"momentum_buffer": moments["exp_avg"]},
-        "remembered",
+        "parameter 1 of opt lacks step",
     ),
-    "a parameter too many": ("opt", "state", lambda state: {**state, 9: state[0]}, "parameters"),
+    "a parameter too many": ("opt", "state", lambda state: {**state, 9: state[0]}, "opt's state"),
     "a group too few": ("opt", "param_groups", lambda groups: groups[:1], "2 groups"),
     "a parameter twice": ("opt", "param_groups", 1, "params", lambda ids: [0, 3], "twice"),
     "another kind of Adam": ("opt", "param_groups", 0, "amsgrad", lambda _: True, "amsgrad"),
@@ -700,7 +700,7 @@ def test_odd_paths_are_one_line(cli, tmp_path, path, todo):
 
 def test_a_pipe_or_folder_in_place_of_a_file_is_no_file(cli, tmp_path):
     os.mkfifo(tmp_path / "hyperparameters.txt")
-    assert checkpoint.read_arguments(tmp_path) == {}
+    assert legacy.read_arguments(tmp_path) == {}
     for make in (os.mkfifo, os.mkdir):
         make(tmp_path / "model.pt")
         code, _, err = cli(f"--todo evaluate --device -1 --load-path {tmp_path}")

@@ -1,10 +1,11 @@
-"""What a saved file holds, held against what a run writes. Everything that is read of a checkpoint
-passes here once, what only training needs in `training_state`; what these functions return has the
-types, shapes and ranges that the rest of the program relies on. They raise Damaged for anything
-else."""
+"""Validation of what a checkpoint contains: types, shapes and ranges that the program relies on.
+
+`open_saved` validates everything here once, except what only training needs, which
+`training_state` compares with the run's own optimizer and scheduler. All raise Damaged."""
 
 import re
 import sys
+from typing import Any
 
 import torch
 
@@ -12,39 +13,44 @@ from experiment.arguments import described, judge_saved
 from experiment.flags import ALL, ALWAYS_SAVED, DATA, LARGEST
 
 LARGEST_FLOAT = sys.float_info.max
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+# Numbers of optimizer, scheduler and random states that may differ from those of a new run:
+# name -> (smallest, largest). All other numbers are settings and must be equal.
+RANGES = {
+    "lr": (0, LARGEST_FLOAT),
+    "initial_lr": (0, LARGEST_FLOAT),
+    "weight_decay": (0, LARGEST_FLOAT),
+    "momentum": (0, 1),
+    "base_lrs": (0, LARGEST_FLOAT),
+    "_last_lr": (0, LARGEST_FLOAT),
+    "last_epoch": (0, LARGEST),
+    "_step_count": (0, LARGEST),
+    "python": (-(2**32), 2**32),
+    "numpy": (-(2**32), 2**32),
+}
+NOT_NEGATIVE = ("step", "exp_avg_sq")  # tensors
 
 
 class Damaged(Exception):
-    """A file holds what no run writes. The message says where in the file, and what there is."""
+    """A file contains something that no run writes. The message says what, and where."""
 
 
-def expect(holds, what, value):
-    """Raises Damaged, which says that `what` is `value`, unless `holds`."""
+def expect(holds: Any, what: str, value: object) -> None:
+    """Raise Damaged, with the message that `what` is `value`, unless `holds`."""
     if not holds:
         raise Damaged(f"{what} is {described(value)}")
 
 
-def is_number(value, low=-LARGEST_FLOAT, high=LARGEST_FLOAT, whole=False):
-    """Whether `value` is a finite number (whole: an int) from low to high; True and False are
-    none."""
+def is_number(
+    value: object, low: float = -LARGEST_FLOAT, high: float = LARGEST_FLOAT, whole: bool = False
+) -> bool:
+    """Whether `value` is a finite number (whole: an int) from low to high, and no bool."""
     return (
         isinstance(value, int if whole else (int, float))
         and not isinstance(value, bool)
         and low <= value <= high
     )
-
-
-def are_numbers(values, length, low=-LARGEST_FLOAT, high=LARGEST_FLOAT, whole=False):
-    """Whether `values` is a list or tuple of `length` numbers, as `is_number` has them."""
-    return (
-        isinstance(values, (list, tuple))
-        and len(values) == length
-        and all(is_number(value, low, high, whole) for value in values)
-    )
-
-
-def _is_name(value):
-    return isinstance(value, str) and len(value) <= 100 and value.isidentifier()
 
 
 def plain(value):
@@ -54,113 +60,116 @@ def plain(value):
     return value.item() if torch.is_tensor(value) and not value.dim() else value
 
 
-# ------------------------------------------------------------------------------------------ tensors
+def conform(saved, template, what: str):
+    """Compare `saved` with `template` recursively and return it in the template's types.
+
+    Keys, lengths and shapes must be equal, and so must all values except the finite ones of tensors
+    and the numbers in RANGES. Tensors get the template's dtype, device and memory layout, on which
+    fused kernels rely. None in the template stands for None or a number."""
+    if isinstance(template, torch.Tensor):
+        return _conforming_tensor(saved, template, what)
+    if isinstance(template, dict):
+        expect(isinstance(saved, dict), what, saved)
+        for name in template:
+            if name not in saved:
+                raise Damaged(f"{what} lacks {name}")
+        for name in saved:
+            if name not in template:
+                raise Damaged(f"{what} also has {described(name)}")
+        return {name: conform(saved[name], template[name], f"{name} of {what}") for name in saved}
+    if isinstance(template, (list, tuple)):
+        fits = isinstance(saved, (list, tuple)) and len(saved) == len(template)
+        expect(fits, f"{what}, expected to have {len(template)} values,", saved)
+        return type(template)(conform(*pair, what) for pair in zip(saved, template))
+    saved = plain(saved)
+    name = what.partition(" ")[0]
+    if template is None:
+        expect(saved is None or is_number(saved), what, saved)
+    elif name in RANGES and is_number(template):
+        expect(is_number(saved, *RANGES[name], whole=isinstance(template, int)), what, saved)
+    else:
+        expect(isinstance(saved, (bool, int, float, str)) and saved == template, what, saved)
+        return template
+    return saved
 
 
-def real_tensor(value, what, shape=None):
-    """The float32 tensor with the values of `value`, which are finite. Weights of another floating
-    type (float64, float16, bfloat16) are converted, where that leaves them finite: models compute
-    in float32. shape: the one that it must have."""
-    expect(
+def _conforming_tensor(saved, template, what):
+    if template.dtype in FLOATS:
+        if is_number(saved):  # a step, as older versions of torch save it
+            saved = torch.tensor(float(saved))
+        saved = real_tensor(saved, what)
+    expect(_is_plain_tensor(saved, template.dtype), what, saved)
+    if saved.shape != template.shape:
+        shapes = f"{tuple(saved.shape)} instead of {tuple(template.shape)}"
+        raise Damaged(f"{what} has the shape {shapes}")
+    if what.startswith(NOT_NEGATIVE) and (saved < 0).any():
+        raise Damaged(f"{what} is negative")
+    return torch.empty_like(template, requires_grad=False).copy_(saved)
+
+
+# ---- weights
+
+
+def _is_plain_tensor(value, *dtypes):
+    return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and value.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-        what,
-        value,
+        and value.is_cpu
+        and value.dtype in dtypes
     )
-    held = value.untyped_storage().nbytes() // value.element_size()
-    if value.numel() > held:  # a view that repeats a few values
-        raise Damaged(f"{what} claims {value.numel():,} values, of which the file has {held:,}")
-    if shape is not None and value.shape != shape:
-        raise Damaged(f"{what} has the shape {tuple(value.shape)} instead of {tuple(shape)}")
+
+
+def _expect_stored(tensors, what):
+    """Raise Damaged if tensors have more bytes than their storages: views that repeat values."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if claimed > held:
+        raise Damaged(f"{what} claims {claimed:,} bytes, of which the file has {held:,}")
+
+
+def real_tensor(value: object, what: str) -> torch.Tensor:
+    """`value` as a float32 tensor of finite values; other floating types are converted."""
+    expect(_is_plain_tensor(value, *FLOATS), what, value)
+    _expect_stored([value], what)
     value = value.detach().resolve_neg().to(torch.float32)
     if not value.isfinite().all():
         raise Damaged(f"{what} is not finite")
     return value
 
 
-def weights(saved):
+def weights(saved: object) -> dict[str, torch.Tensor]:
     """{name: float32 tensor} of a model_state_dict; counts of batch normalisation stay int64. The
     prefixes of DataParallel, DistributedDataParallel and torch.compile are removed from names."""
     expect(isinstance(saved, dict), "model_state_dict", saved)
     for name in saved:
-        expect(
-            isinstance(name, str) and len(name) <= 200 and name.isprintable(),
-            "the name of a weight",
-            name,
-        )
+        is_name = isinstance(name, str) and len(name) <= 200 and name.isprintable()
+        expect(is_name, "the name of a weight", name)
     found = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in saved.items()}
     expect(len(found) == len(saved), "names of weights, two of which mean the same,", list(saved))
+    # together, because conversion copies each of many views of one storage
     tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
-    claimed = sum(value.numel() * value.element_size() for value in tensors)
-    storages = [value.untyped_storage() for value in tensors]
-    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    if claimed > held:  # views that repeat values; converted, each would be a copy
-        raise Damaged(f"model_state_dict claims {claimed:,} bytes, of which the file has {held:,}")
-    return {
-        name: _count(value, name) if name.endswith(".num_batches_tracked") else _weight(value, name)
-        for name, value in found.items()
-    }
-
-
-def architecture(weights: dict) -> dict:
-    """{dest: value} of the arguments that the shapes of an energy model's weights determine; {}
-    for other weights. weights: {name: tensor}."""
-    synapses = {
-        int(name.split(".")[1]): tuple(value.shape)
-        for name, value in weights.items()
-        if re.fullmatch(r"synapses\.\d{1,4}\.weight", name)
-    }
-    shapes = [synapses[n] for n in sorted(synapses)]
-    convolutions = [shape for shape in shapes if len(shape) == 4]
-    dense = [shape for shape in shapes if len(shape) == 2]
-    if not dense or shapes != convolutions + dense:
-        return {}
-    feedback = sum(name.startswith("B_syn.") and name.endswith(".weight") for name in weights)
-    found = {"model": ("VF" if feedback else "") + ("CNN" if convolutions else "MLP")}
-    if feedback:
-        readout = feedback < len(shapes) - 1  # which has no feedback weights
-        found |= {"softmax": True, "loss": "cel"} if readout else {"softmax": False}
-    if not convolutions:
-        return {**found, "archi": [dense[0][1], *(shape[0] for shape in dense)]}
-    if all(shape[2] == shape[3] for shape in convolutions):
-        found["kernels"] = [shape[2] for shape in convolutions]
-    return {
-        **found,
-        "channels": [shape[0] for shape in convolutions],
-        "fc": [shape[0] for shape in dense],
-    }
+    _expect_stored(tensors, "model_state_dict")
+    return {name: _weight(value, name) for name, value in found.items()}
 
 
 def _weight(value, name):
+    if name.endswith(".num_batches_tracked"):  # of batch normalisation
+        fits = _is_plain_tensor(value, torch.int64) and not value.dim() and value >= 0
+        expect(fits, f"the count {name}", value)
+        return value.clone()
     value = real_tensor(value, f"the weight {name}")
     if name.endswith(".running_var") and (value < 0).any():
-        raise Damaged(f"the weight {name} is negative, which no variance is")
+        raise Damaged(f"the variance {name} is negative")
     return value
 
 
-def _count(value, name):
-    """How many mini-batches a batch normalisation has seen."""
-    expect(
-        isinstance(value, torch.Tensor)
-        and value.dtype == torch.int64
-        and not value.dim()
-        and value.is_cpu
-        and value.layout == torch.strided
-        and value >= 0,
-        f"the count {name}",
-        value,
-    )
-    return value.clone()
+# ---- arguments
 
 
-# ---------------------------------------------------------------------------- arguments and history
-
-
-def judged(values, path):
-    """{dest: value} of the flags among `values`, a dict, each held to its flag's type and range,
-    those of one call left out. path: the file that they are from. Raises UserError."""
+def judged(values: dict, path) -> dict:
+    """{dest: value} of the flags among `values`, each validated as its flag; flags of one call are
+    left out. path: the file with the values. Raises UserError."""
     return {
         flag.dest: judge_saved(flag, values[flag.dest], path)
         for flag in ALL
@@ -168,23 +177,23 @@ def judged(values, path):
     }
 
 
-def config(saved, path):
-    """The arguments that a checkpoint of this program carries, as it carries them: a dict of plain
-    values, those of flags judged, and all there that no version left out. Raises UserError as
-    well."""
-    expect(isinstance(saved, dict) and all(_is_name(name) for name in saved), "config", saved)
+def config(saved: object, path) -> dict:
+    """The arguments in a checkpoint of this program: a dict of plain values, with every flag that
+    all versions have saved. Raises UserError as well."""
+    expect(isinstance(saved, dict) and all(map(_is_name, saved)), "config", saved)
     missing = [name.replace("_", "-") for name in ALWAYS_SAVED if name not in saved]
     if missing:
         raise Damaged(f"its config does not say --{', --'.join(missing)}")
     saved = {name: plain(value) for name, value in saved.items()}
     judged(saved, path)
     for name, value in saved.items():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        expect(all(map(_is_plain, values)), f"config's {name}", value)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            fits = item is None or isinstance(item, (bool, str, float))
+            expect(fits or is_number(item, -(2**63), 2**63), f"config's {name}", value)
     return saved
 
 
-def data(config):
+def data(config: dict) -> dict[str, str]:
     """The fingerprints of its data that a config has, see `flags.DATA`."""
     found = {name: config[name] for name in DATA if name in config}
     for name, value in found.items():
@@ -193,123 +202,65 @@ def data(config):
     return found
 
 
-def _is_plain(value):
-    return (
-        value is None
-        or isinstance(value, (bool, str, float))
-        or is_number(value, -(2**63), 2**63, True)
-    )
+def _is_name(value):
+    return isinstance(value, str) and len(value) <= 100 and value.isidentifier()
 
 
-def history(saved):
-    """The history of a checkpoint: [{"epoch": 1, "train_acc": %, "test_acc": %, "seconds": s or "",
-    ...}, ...], the rows of metrics.csv. One of the original code, without `config`, may have two
-    lists of accuracies instead."""
-    epoch = plain(saved.get("epoch"))
-    if "history" not in saved and "config" not in saved:
-        return _history_of_lists(saved.get("train_acc", []), saved.get("test_acc", []), epoch)
+# ---- history
+
+
+def history(saved: dict) -> list[dict]:
+    """The rows of metrics.csv in a checkpoint: [{"epoch": 1, "train_acc": %, "test_acc": %,
+    "seconds": s or "", ...}, ...]."""
     rows = saved.get("history")
     expect(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), "history", rows)
-    rows = [{name: plain(value) for name, value in row.items()} for row in rows]
-    expect(
-        is_number(epoch, len(rows), len(rows), True),
-        f"epoch, with {len(rows)} epochs in history,",
-        epoch,
-    )
-    for n, row in enumerate(rows, 1):
-        what = f"epoch {n} in history"
-        expect(all(_is_name(name) for name in row), what, row)
-        expect(is_number(row.get("epoch"), n, n, True), f"the number of {what}", row.get("epoch"))
-        for name in ("train_acc", "test_acc"):
-            expect(is_number(row.get(name), 0, 100), f"{name} of {what}", row.get(name))
-        if "val_acc" in row:
-            expect(is_number(row["val_acc"], 0, 100), f"val_acc of {what}", row["val_acc"])
-        seconds = row.get("seconds", "")
-        expect(
-            isinstance(seconds, str) and not seconds or is_number(seconds, 0),
-            f"seconds of {what}",
-            seconds,
-        )
-        for name, value in row.items():
-            expect(
-                isinstance(value, float)
-                or is_number(value, -LARGEST, LARGEST)  # an angle may be nan
-                or isinstance(value, str)
-                and len(value) <= 100
-                and value.isprintable(),
-                f"{name} of {what}",
-                value,
-            )
-    first = dict.fromkeys(("epoch", "train_acc", "test_acc", "seconds"), "")
-    return [{**first, **row} for row in rows]
+    epoch = plain(saved.get("epoch"))
+    good = is_number(epoch, len(rows), len(rows), whole=True)
+    expect(good, f"epoch, with {len(rows)} epochs in history,", epoch)
+    return [_row(row, n) for n, row in enumerate(rows, 1)]
 
 
-def _history_of_lists(train, test, epoch):
-    """The history of a checkpoint of the original code, without the accuracy of 10 % with which
-    its lists begin before the first epoch."""
-    expect(
-        isinstance(train, list) and isinstance(test, list) and len(train) == len(test),
-        "train_acc and test_acc, which are two lists of one length,",
-        (train, test),
-    )
-    pairs = [plain([*pair]) for pair in zip(train, test)]
-    for n, pair in enumerate(pairs):
-        expect(are_numbers(pair, 2, 0, 100), f"entry {n} of train_acc and test_acc", pair)
-    # `epoch` of a final_checkpoint.tar counts the epochs of its last session alone
-    if pairs and (
-        pairs[0] == [10.0, 10.0]
-        and epoch != len(pairs)
-        or pairs[0][0] == pairs[0][1]
-        and epoch == len(pairs) - 1
-    ):
-        del pairs[0]
-    return [
-        {"epoch": n, "train_acc": float(pair[0]), "test_acc": float(pair[1]), "seconds": ""}
-        for n, pair in enumerate(pairs, 1)
-    ]
+def _row(row, epoch):
+    where = f"epoch {epoch} in history"
+    row = {name: plain(value) for name, value in row.items()}
+    expect(all(map(_is_name, row)), where, row)
+    row = {"epoch": "", "train_acc": "", "test_acc": "", "seconds": "", **row}
+    expect(is_number(row["epoch"], epoch, epoch, whole=True), f"the number of {where}", row)
+    for name, value in row.items():
+        if name.endswith("_acc"):
+            good = is_number(value, 0, 100)
+        elif name == "seconds" and value != "":
+            good = is_number(value, 0)
+        elif isinstance(value, str):
+            good = len(value) <= 100 and value.isprintable()
+        else:
+            good = isinstance(value, float) or is_number(value, -LARGEST, LARGEST)  # an angle: nan
+        expect(good, f"{name} of {where}", value)
+    return row
 
 
-def resumptions(saved):
+def resumptions(saved: object) -> dict[int, str]:
     """{epoch: text} of a checkpoint."""
-    expect(
-        isinstance(saved, dict)
-        and all(is_number(epoch, 1, LARGEST, True) for epoch in saved)
-        and all(
-            isinstance(text, str) and len(text) <= 2000 and text.isprintable()
-            for text in saved.values()
-        ),
-        "resumptions",
-        saved,
-    )
+    expect(isinstance(saved, dict), "resumptions", saved)
+    for epoch, text in saved.items():
+        fits = is_number(epoch, 1, LARGEST, whole=True) and isinstance(text, str)
+        expect(fits and len(text) <= 2000 and text.isprintable(), "resumptions", saved)
     return dict(saved)
 
 
-def asked(saved):
-    """The most epochs that a checkpoint was asked to have."""
+def number(saved: object, what: str, low: float, high: float, whole: bool = False):
+    """The number in a checkpoint called `what`, from low to high."""
     saved = plain(saved)
-    expect(is_number(saved, 0, LARGEST, True), "asked", saved)
+    expect(is_number(saved, low, high, whole), what, saved)
     return saved
 
 
-def accuracy(saved, otherwise):
-    """The accuracy of the best model, in %, or -1; `otherwise` where the file does not say it."""
-    if saved is None:
-        return otherwise
-    saved = plain(saved)
-    expect(is_number(saved, -1, 100), "best", saved)
-    return float(saved)
+def best_model(saved: object, own: dict, path) -> tuple[dict, dict, list] | None:
+    """(weights, config, history) of the best model in a checkpoint; None without one.
 
-
-def best_model(saved, own, path):
-    """(weights, config, history) of the best model, which a checkpoint carries along as model.pt
-    holds it; or None. own: the weights of the checkpoint. Raises UserError as well."""
+    own: the weights of the checkpoint. Raises UserError as well."""
     if saved is None:
         return None
     expect(isinstance(saved, dict), "best_model", saved)
-    state = weights(saved.get("model_state_dict"))
-    shapes = [
-        {name: tuple(value.shape) for name, value in tensors.items()} for tensors in (state, own)
-    ]
-    if shapes[0] != shapes[1]:
-        raise Damaged("the weights of best_model are those of another model")
+    state = conform(weights(saved.get("model_state_dict")), own, "best_model")
     return state, config(saved.get("config"), path), history(saved)

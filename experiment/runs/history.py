@@ -1,7 +1,8 @@
-"""The story of a training, from epoch to epoch and over its resumptions, and what checkpoints hold
-of it."""
+"""The history of a training, and the content of its checkpoints."""
 
 import dataclasses
+
+import torch
 
 from experiment.arguments import contrast
 from experiment.flags import ALL, DATA
@@ -9,36 +10,38 @@ from experiment.runs import training_state
 
 
 @dataclasses.dataclass
-class Story:
-    """What a training has gone through. history: the rows of metrics.csv; best: the best model
-    until now, as `snapshot` made it, None where it is not known; best_accuracy: its accuracy in %
-    on the images that models are chosen on, -1 before the first epoch, None where it was measured
-    on others; resumptions: {epoch: which arguments changed before it}; asked: the most epochs that
-    it was asked to have, 0 where that is not known."""
+class History:
+    """A training so far, over all its resumptions.
 
-    history: list = dataclasses.field(default_factory=list)
+    epochs: the rows of metrics.csv
+    best: the best model so far, of `snapshot`; None if it is not known
+    best_accuracy: its accuracy in % on the images that models are chosen on; -1 before the first
+        epoch, None if it was computed on other images
+    resumptions: {epoch: which arguments changed before it}
+    requested: the most epochs that were requested, 0 if that is not known"""
+
+    epochs: list[dict] = dataclasses.field(default_factory=list)
     best: dict | None = None
     best_accuracy: float | None = -1.0
-    resumptions: dict = dataclasses.field(default_factory=dict)
-    asked: int = 0
+    resumptions: dict[int, str] = dataclasses.field(default_factory=dict)
+    requested: int = 0
 
 
-def chosen_on(args):
-    """The images that a run's best model is chosen on, in words. args: {dest: value}."""
+def chosen_on(args: dict) -> str:
+    """The name of the images that a run's best model is chosen on. args: {dest: value}."""
     return f"{args['val_size']} validation images" if args.get("val_size") else "the test images"
 
 
-def other_images(before, now):
+def other_images(before: dict, now: dict) -> bool:
     """Whether the best model is chosen on other images than before. before, now: {dest: value}."""
     data, size = ("train_data", "train_size") if now["val_size"] else ("test_data", "test_size")
     others = any(now[name] != before.get(name) for name in ("val_size", size))
     return others or data in other_data(before, now)
 
 
-def other_data(before, now):
-    """The names of flags.DATA whose fingerprint has changed; without those that are not recorded,
-    and those of another number of images, which `changes` names by its flag. before, now: {dest:
-    value}."""
+def other_data(before: dict, now: dict) -> list[str]:
+    """The names of flags.DATA whose fingerprint has changed, although the number of images, which
+    `changes` names by its flag, has not. before, now: {dest: value}."""
     return [
         name
         for name, (_, size) in DATA.items()
@@ -49,9 +52,9 @@ def other_data(before, now):
     ]
 
 
-def changes(before, now):
-    """What a resumed training does otherwise than until now, a text per argument. before, now:
-    {dest: value}."""
+def changes(before: dict, now: dict) -> list[str]:
+    """The arguments and data that a resumed training changes, a text for each. before, now: {dest:
+    value}."""
     flags = [
         contrast(flag, now[flag.dest], "until now", before[flag.dest])
         for flag in ALL
@@ -63,13 +66,13 @@ def changes(before, now):
     ]
 
 
-def snapshot(model, args, story):
-    """What is written down of a model after the epochs of `story`."""
+def snapshot(model: torch.nn.Module, args, history: History) -> dict:
+    """The content of a saved model after the epochs of `history`."""
     return {
         "model_state_dict": model.state_dict(),
         "config": vars(args),
-        **summary(story.history),
-        "best": story.best_accuracy,
+        **summary(history.epochs),
+        "best": history.best_accuracy,
     }
 
 
@@ -77,31 +80,33 @@ def snapshot(model, args, story):
 RESUMABLE = ("opt", "scheduler", "random_states", "best_model", "resumptions", "asked")
 
 
-def resumable_state(story, optimizer, scheduler, generator):
-    """What a checkpoint holds besides `snapshot`, so that training can go on from it. It carries
-    the best model along, so that one file commits all that an epoch changes."""
+def resumable_state(history: History, optimizer, scheduler, generator: torch.Generator) -> dict:
+    """What a checkpoint contains besides `snapshot`, so that training can resume from it.
+
+    It contains the best model, so that one file commits all that an epoch changes."""
     return {
         "opt": optimizer.state_dict(),
         "scheduler": scheduler and scheduler.state_dict(),
         "random_states": training_state.random_states(generator),
-        "best_model": story.best,
-        "resumptions": story.resumptions,
-        "asked": story.asked,
+        "best_model": history.best,
+        "resumptions": history.resumptions,
+        "asked": history.requested,
     }
 
 
-def summary(history):
-    """What checkpoints say of a history: themselves, and under the names of the original code."""
+def summary(epochs: list[dict]) -> dict:
+    """The keys of a checkpoint about its epochs, with those of the original code.
+
+    epochs: the rows of metrics.csv."""
     return {
-        "epoch": len(history),
-        "history": history,
-        "train_acc": [row["train_acc"] for row in history],
-        "test_acc": [row["test_acc"] for row in history],
-        "best": best_of(history),
+        "epoch": len(epochs),
+        "history": epochs,
+        "train_acc": [row["train_acc"] for row in epochs],
+        "test_acc": [row["test_acc"] for row in epochs],
+        "best": best_of(epochs),
     }
 
 
-def best_of(history):
-    """The best accuracy of a history by which models are chosen, in %; -1 before the first
-    epoch."""
-    return max((row.get("val_acc", row["test_acc"]) for row in history), default=-1.0)
+def best_of(epochs: list[dict]) -> float:
+    """The best accuracy of the images that models are chosen on, in %; -1 without epochs."""
+    return max((row.get("val_acc", row["test_acc"]) for row in epochs), default=-1.0)

@@ -1,14 +1,26 @@
-"""Modules that the original code pickled whole, read through stand-ins for the classes and
-functions that such a file names."""
+"""Files of the original code and of earlier versions: pickled modules, hyperparameters.txt, lists of
+accuracies, bare state dicts."""
 
+import ast
+import contextlib
+import pathlib
 import pickle
+import re
+import sys
+import warnings
 
-from data_files import StandIn, expect
+from data_files import StandIn, expect, open_regular
+from experiment import arguments
+from experiment.arguments import named
+from experiment.flags import ALL
+from experiment.runs import contents
+from experiment.runs.contents import is_number, plain
+
+# ---- modules that the original code pickled whole
 
 
 class Pickled(StandIn):
-    """What stands in for an object of a file by the original code: its attributes, and none of its
-    class's code."""
+    """Stands for an object of a file by the original code: its attributes alone."""
 
     def __init__(self, *args):
         pass
@@ -17,8 +29,8 @@ class Pickled(StandIn):
         expect(isinstance(state, dict))
         self.__dict__.update(state)
 
-    def children(self, name):
-        """The members of a ModuleList or list called `name`."""
+    def children(self, name: str) -> list:
+        """The members of the ModuleList or list called `name`."""
         value = self.__dict__.get("_modules", {}).get(name, self.__dict__.get(name, []))
         value = list(value._modules.values()) if isinstance(value, Pickled) else value
         if not isinstance(value, list):
@@ -31,7 +43,7 @@ def _named(name):
 
 
 def _activation(name):
-    """Stands in for an activation function, which is never called through the file."""
+    """Stands for an activation function, which no file calls."""
 
     def named():
         raise TypeError(name)
@@ -41,15 +53,15 @@ def _activation(name):
 
 
 def _getattr(owner, name):
-    """torch.tanh is pickled as getattr(torch._C._VariableFunctionsClass, 'tanh'): this getattr
-    knows such names alone."""
+    """torch.tanh is pickled as getattr(torch._C._VariableFunctionsClass, "tanh"): only such names
+    are known here."""
     if name not in ("tanh", "sigmoid"):
         raise pickle.UnpicklingError(f"it asks for the attribute {name}")
     return _activation(name)
 
 
 def _set(values=()):
-    """Stands in for a set, whose elements are not read."""
+    """Stands for a set, whose elements are not read."""
     return []
 
 
@@ -78,10 +90,14 @@ OLD_GLOBALS = {
 }
 
 
-def checkpoint_of(module):
-    """The checkpoint that a module pickled by the original code amounts to: its parameters, and, as
-    `architecture`, those arguments of its model that it knows. Fails in any way where it is no such
-    module."""
+def _first(value):
+    """The size that a square kernel, stride or padding has in both directions."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+def checkpoint_of(module: Pickled) -> dict:
+    """Convert a pickled module to a checkpoint: its parameters and, as `architecture`, those
+    arguments of its model that it records. Raises any exception if it is another module."""
     kind = type(module).__name__.replace("P_", "").replace("_", "")  # P_CNN -> CNN, VF_CNN -> VFCNN
     synapses, pools = module.children("synapses"), module.children("pools")
     state = {
@@ -92,14 +108,13 @@ def checkpoint_of(module):
         if p is not None
     }
     act = {"my_sigmoid": "mysig"}.get(module.activation.__name__, module.activation.__name__)
-    told = {"model": kind, "act": act}
-    told.update((name, module.__dict__.get(name, False)) for name in ("softmax", "same_update"))
+    found = {"model": kind, "act": act}
+    found.update((name, module.__dict__.get(name, False)) for name in ("softmax", "same_update"))
     dense = [layer for layer in synapses if type(layer).__name__ == "Linear"]
     if kind in ("MLP", "VFMLP"):
-        told["archi"] = [dense[0].in_features, *(layer.out_features for layer in dense)]
+        found["archi"] = [dense[0].in_features, *(layer.out_features for layer in dense)]
     else:
         convolutions = synapses[: len(synapses) - len(dense)]
-        square = lambda value: value[0] if isinstance(value, tuple) else value  # noqa: E731
         letters = {"MaxPool2d": "m", "AvgPool2d": "a", "Identity": "i"}
         geometry = {
             "channels": "out_channels",
@@ -107,12 +122,139 @@ def checkpoint_of(module):
             "strides": "stride",
             "paddings": "padding",
         }
-        told.update(
-            (flag, [square(getattr(c, name)) for c in convolutions])
+        found.update(
+            (flag, [_first(getattr(c, name)) for c in convolutions])
             for flag, name in geometry.items()
         )
-        told.update(
+        found.update(
             pools="".join(letters[type(pool).__name__] for pool in pools),
             fc=[layer.out_features for layer in dense],
         )
-    return {"model_state_dict": state, "architecture": told}
+    return {"model_state_dict": state, "architecture": found}
+
+
+# ---- hyperparameters.txt
+
+LARGEST_TEXT = 2**20  # bytes of a hyperparameters.txt that are read; ours have two thousand
+LARGEST_VALUE = 2000  # characters of a value in it that can be a list of numbers
+# What ast.literal_eval raises
+NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+
+# Labels in the original code's hyperparameters.txt: the argument that each stands for
+LABELS = {
+    "data augmentation": "data_aug",
+    "learning rate decay": "lr_decay",
+    "scale for weight init": "scale",
+    "activation": "act",
+    "learning rates": "lrs",
+    "weight decays": "wds",
+    "momentum": "mmt",
+    "optimizer": "optim",
+    "minibatch size": "mbs",
+    "random beta_2 sign": "random_sign",
+    "random sign beta_2": "random_sign",
+    "same update vfcnn": "same_update",
+}
+
+
+def read_arguments(folder: str | pathlib.Path) -> dict:
+    """The arguments in a run folder's hyperparameters.txt, as text or plain values; {} without one.
+
+    Reads lines `name: value` (any indentation, or a dash before them; value a Python literal or a
+    word) as this program writes them, and as the original code does: its first line is the command
+    line, which has priority, and some of its names are LABELS. Other lines are ignored, and text
+    beyond LARGEST_TEXT bytes."""
+    path = pathlib.Path(folder, "hyperparameters.txt")
+    try:
+        with open_regular(path) as file:
+            lines = file.read(LARGEST_TEXT).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return {}
+    texts = {}
+    for line in lines:
+        name, colon, value = line.strip().lstrip("- \t").partition(":")
+        name = name.partition("(")[0].strip()  # as in "momentum (if sgd)"
+        name = LABELS.get(name.lower(), name)
+        if colon and value.strip() and re.fullmatch(r"[A-Za-z]\w*", name):
+            texts[name] = value.strip()
+    values = {name: _value(text) for name, text in texts.items()}
+    values = {name: value for name, value in values.items() if value != []}  # not given
+    first = lines[0] if lines and not lines[0].startswith("command line:") else ""
+    given = arguments.parse_leniently(first)
+    differing = [
+        f"--{flag.name}"
+        for flag in ALL
+        if flag.dest in given
+        and flag.scope != "session"
+        and values.get(flag.dest, given[flag.dest]) != given[flag.dest]
+    ]
+    if differing:
+        print(
+            f"note: {named(path)}: the command line and the lines below it differ in "
+            f"{', '.join(differing)}; used: the command line",
+            file=sys.stderr,
+        )
+    return {**(arguments.implied() if given else {}), **values, **given}
+
+
+def _value(text):
+    if len(text) <= LARGEST_VALUE:
+        with warnings.catch_warnings(), contextlib.suppress(*NO_LITERAL):
+            warnings.simplefilter("ignore")  # about escapes
+            return ast.literal_eval(text)
+    return text
+
+
+# ---- state dicts
+
+
+def architecture(weights: dict) -> dict:
+    """{dest: value} of the arguments that the shapes of an energy model's weights determine.
+
+    weights: {name: tensor}; {} for those of other models."""
+    synapses = {
+        int(name.split(".")[1]): tuple(value.shape)
+        for name, value in weights.items()
+        if re.fullmatch(r"synapses\.\d{1,4}\.weight", name)
+    }
+    shapes = [synapses[n] for n in sorted(synapses)]
+    convolutions = [shape for shape in shapes if len(shape) == 4]
+    dense = [shape for shape in shapes if len(shape) == 2]
+    if not dense or shapes != convolutions + dense:
+        return {}
+    feedback = sum(name.startswith("B_syn.") and name.endswith(".weight") for name in weights)
+    found = {"model": ("VF" if feedback else "") + ("CNN" if convolutions else "MLP")}
+    if feedback:
+        readout = feedback < len(shapes) - 1  # which has no feedback weights
+        found |= {"softmax": True, "loss": "cel"} if readout else {"softmax": False}
+    if not convolutions:
+        return {**found, "archi": [dense[0][1], *(shape[0] for shape in dense)]}
+    if all(shape[2] == shape[3] for shape in convolutions):
+        found["kernels"] = [shape[2] for shape in convolutions]
+    return {
+        **found,
+        "channels": [shape[0] for shape in convolutions],
+        "fc": [shape[0] for shape in dense],
+    }
+
+
+def history(saved: dict) -> list[dict]:
+    """The history of a checkpoint with two lists of accuracies, in the form of `contents.history`.
+
+    The lists of the original code begin with an accuracy of 10 % before the first epoch."""
+    train, test, epoch = saved.get("train_acc", []), saved.get("test_acc", []), saved.get("epoch")
+    lists = isinstance(train, list) and isinstance(test, list) and len(train) == len(test)
+    contents.expect(lists, "train_acc and test_acc, which are two lists,", (train, test))
+    pairs = list(zip(plain(train), plain(test)))
+    for pair in pairs:
+        valid = all(is_number(accuracy, 0, 100) for accuracy in pair)
+        contents.expect(valid, "an entry of train_acc and test_acc", pair)
+    if pairs:
+        epoch = plain(epoch)  # of a final_checkpoint.tar: those of its last session
+        constant = pairs[0] == (10, 10) and epoch != len(pairs)
+        if constant or pairs[0][0] == pairs[0][1] and epoch == len(pairs) - 1:
+            del pairs[0]
+    return [
+        {"epoch": n, "train_acc": float(train), "test_acc": float(test), "seconds": ""}
+        for n, (train, test) in enumerate(pairs, 1)
+    ]

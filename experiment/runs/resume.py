@@ -154,9 +154,9 @@ def last_epoch(args, given: dict, saved: SavedRun | None) -> int:
 
     With --run-dir, --epochs counts all epochs; if it is not given, the saved number counts."""
     if not args.run_dir:
-        return args.epochs + (len(saved.story.history) if saved else 0)
+        return args.epochs + (len(saved.history.epochs) if saved else 0)
     if saved and "epochs" not in given:
-        return max(saved.story.asked, 1)
+        return max(saved.history.requested, 1)
     return args.epochs
 
 
@@ -184,7 +184,7 @@ def saved_in_run_dir(path: str, workers) -> str:
     """What is saved of an interrupted training in --run-dir, and how to resume."""
     checkpoint = pathlib.Path(path, "checkpoint.tar")
     if exists(checkpoint):
-        epochs = len(open_saved(checkpoint, "train").story.history)
+        epochs = len(open_saved(checkpoint, "train").history.epochs)
         return f"{epochs} epochs are saved in {path}; the same command resumes"
     if workers.elsewhere:
         return f"the epochs are saved in {path} on {workers.hosts[0]}; the same command resumes"
@@ -211,7 +211,7 @@ def refuse_to_undo(saved):
     """Raises UserError where going on from a file would undo epochs that its run has."""
     latest = saved.path.with_name("checkpoint.tar")
     if saved.path.name != latest.name and exists(latest):
-        epochs = [len(run.story.history) for run in (saved, open_saved(latest, "train"))]
+        epochs = [len(run.history.epochs) for run in (saved, open_saved(latest, "train"))]
         if epochs[0] != epochs[1]:
             raise UserError(
                 f"{saved.path} has {epochs[0]} epochs, {latest} {epochs[1]}, which going on would undo: "
@@ -221,7 +221,7 @@ def refuse_to_undo(saved):
 
 def epochs_left(saved):
     """How many epochs a run lacks of those that it was asked for; 0 where it has them all."""
-    return max(0, saved.story.asked - len(saved.story.history))
+    return max(0, saved.history.requested - len(saved.history.epochs))
 
 
 def how_to_go_on(job, folder, first):
@@ -235,7 +235,7 @@ def how_to_go_on(job, folder, first):
         return "nothing was saved, for want of --save"
     if not exists(pathlib.Path(folder, "checkpoint.tar")):
         return f"nothing is left to resume in {folder}"
-    done = len(open_saved(folder, "train").story.history)  # an epoch may just be written
+    done = len(open_saved(folder, "train").history.epochs)  # an epoch may just be written
     if done - first >= job.args.epochs:
         return f"all {done} epochs are saved in {folder}"
     words = list(job.program)

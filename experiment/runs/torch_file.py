@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import torch
 
-from data_files import ARRAY_NAMES, RestrictedUnpickler, expect
+from data_files import NUMBER_NAMES, RestrictedUnpickler, expect
 from experiment.runs.legacy import OLD_GLOBALS
 
 LARGEST_PICKLE = 2**23  # bytes of a checkpoint without its tensors; 10,000 epochs have 2 ** 21
@@ -155,7 +155,7 @@ TYPES = {
     "ComplexDouble": torch.complex128,
 }
 NAMES = {
-    **ARRAY_NAMES,
+    **NUMBER_NAMES,
     **OLD_GLOBALS,
     **{f"torch.{name}Storage": dtype for name, dtype in TYPES.items()},
     "collections.OrderedDict": _dict,
