@@ -20,7 +20,7 @@ import stat
 import struct
 import sys
 import tempfile
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -54,6 +54,14 @@ def refusing_links(path: str, flags: int) -> int:
         os.close(descriptor)
         raise foreign
     return descriptor
+
+
+def is_current(file: IO, path: os.PathLike | str) -> bool:
+    """Whether an open file is still the one at `path`, not removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 # ---- IDX files
@@ -433,9 +441,8 @@ def _lock(path, made):
                 raise
             continue
         locked = _wait(file, path.parent)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file, locked
+        if is_current(file, path):
+            return file, locked
         file.close()  # the run that had the lock has removed it
 
 

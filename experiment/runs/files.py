@@ -1,5 +1,5 @@
-"""Files of run folders: reading files that can come from anywhere, making their text safe to show,
-replacing files whole, and a lock on a folder that dies with its process."""
+"""Files of run folders: reading files that can come from anywhere, making their text safe to print,
+replacing files atomically, and locks on folders."""
 
 import contextlib
 import csv
@@ -15,10 +15,11 @@ import socket
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 
-from data_files import open_regular, refusing_links
+from data_files import is_current, open_regular, refusing_links
 from data_utils import RunFailed, UserError, one_line
 
 try:
@@ -26,7 +27,7 @@ try:
 except ImportError:  # not a Unix system
     fcntl = None
 
-# of every text file, whatever the locale; paths need not be text
+# Of every text file, for any locale; paths need not be text
 TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
 # Bytes of a text file (metrics.csv of 100,000 epochs has 2 ** 23), and of the arrays in a .npz file
 # (10,000 images of CIFAR-10 in float32 have 2 ** 27), that are read
@@ -46,27 +47,25 @@ class WriteFailed(RunFailed):
 
 
 class Busy(UserError):
-    """Another process holds the folder or the table. holder: which one; delete: what to do where
-    that cannot be found out, "" with locks."""
+    """Another process holds the folder or the table.
 
-    def __init__(self, message, holder, delete):
+    holder: the process; delete: what to do if it may have ended, "" on file systems with locks."""
+
+    def __init__(self, message: str, holder: str, delete: str):
         super().__init__(message)
         self.holder = holder
         self.delete = delete
 
 
-def why(error):
-    """The reason of an OSError, in words."""
-    return (
-        "no space left"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else error.strerror or one_line(error)
-    )
+def why(error: OSError) -> str:
+    """The reason of an OSError, for a message."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left"
+    return error.strerror or one_line(error)
 
 
-def exists(path):
-    """Whether there is a file or folder `path`; there is none where the path cannot be one, being
-    too long, say."""
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is a file or folder `path`; False for impossible paths, such as long ones."""
     try:
         return pathlib.Path(path).exists()
     except (OSError, ValueError):
@@ -168,18 +167,20 @@ def markdown_cell(text: str) -> str:
 # ---- writing
 
 
-def hidden_name(path):
-    """A new hidden path beside `path`, for a file or folder that is renamed to `path` once it is
-    complete. It contains host and process id, see `owner_is_gone`; a random part makes it unique
-    among containers that share both."""
+def hidden_name(path: str | os.PathLike) -> pathlib.Path:
+    """A new hidden path beside `path`, for a file or folder that is renamed once it is complete.
+
+    It contains host and process id, see `owner_is_gone`, and a random part, because containers can
+    share both."""
     path = pathlib.Path(path)
     owner = f"{socket.gethostname()}-{os.getpid()}"
     return path.with_name(f".{path.name}.tmp-{owner}-{secrets.token_hex(4)}")
 
 
-def owner_is_gone(path):
-    """Whether the process in a hidden path's name (of `hidden_name`, or of earlier versions) has
-    ended on this machine. Process ids of several containers on one host cannot be told apart."""
+def owner_is_gone(path: pathlib.Path) -> bool:
+    """Whether the process in a hidden path's name, also of earlier versions, has ended here.
+
+    A process of another container on the same host can have the same id."""
     owner = rf"(?:{re.escape(socket.gethostname())}-)?(\d{{1,9}})(?:-[0-9a-f]{{8}})?"
     found = re.fullmatch(rf".*\.(?:tmp-)?{owner}", path.name)
     if not found or not fcntl:
@@ -194,11 +195,11 @@ def owner_is_gone(path):
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """A new file beside `path` to write to, which is renamed to `path` when the block succeeds.
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Give the path of a new file, which replaces `path` atomically when the block succeeds.
 
-    No reader ever sees half a file, and a failure, for example a full disk, keeps the old file. The
-    new file is locked until it is renamed, see `left_behind`. Raises WriteFailed."""
+    No reader sees half a file, and a failure, for example a full disk, keeps the old file. The new
+    file is locked until it is renamed, see `left_behind`. Raises WriteFailed."""
     path = pathlib.Path(path)
     beside = hidden_name(path)
     file = None
@@ -209,7 +210,7 @@ def replacing(path):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield beside
             os.fsync(file.fileno())
-            if not os.path.samestat(os.fstat(file.fileno()), os.lstat(beside)):
+            if not is_current(file, beside):
                 raise OSError(errno.EEXIST, "another process has replaced the new file")
         os.replace(beside, path)
     except OSError as e:
@@ -223,39 +224,43 @@ def replacing(path):
                 beside.unlink(missing_ok=True)
 
 
-def write_text(path, text):
-    """Replaces the file `path` by one that holds `text`. Raises WriteFailed."""
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Replace the file `path` by one that contains `text`. Raises WriteFailed."""
     with replacing(path) as beside:
         beside.write_text(text, **TEXT)
 
 
-def append(path, text):
-    """Append `text` in one write, so that two processes that append lose nothing; on a new line,
-    where the file ends within one. A link is first replaced by a copy, so that the file it leads to
+def append(path: pathlib.Path, text: str) -> None:
+    """Append `text` in one write, so that processes that append at the same time lose nothing.
+
+    It begins on a new line. A link is first replaced by a copy of the file that it leads to, which
     does not change. Raises WriteFailed."""
-
-    def line_end(file):
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(end - 1, 0))
-        return b"" if file.read(1) in (b"", b"\n") else b"\n"
-
-    content = text.encode(**TEXT)
     try:
         with open(path, "ab+", opener=refusing_links) as file:
-            file.write(line_end(file) + content)
+            _append(file, text)
     except OSError as e:
         if e.errno != errno.EMLINK:
             raise WriteFailed(f"cannot write {path}: {why(e)}") from None
         with replacing(path) as beside:
             beside.write_bytes(path.read_bytes() if path.is_file() else b"")
             with open(beside, "ab+") as file:
-                file.write(line_end(file) + content)
+                _append(file, text)
 
 
-def left_behind(path):
-    """Whether the writer of a file of `replacing` has ended: its process is gone, or, on another
-    machine, has not written for a day, and no process, for example of another container, holds its
-    lock. False where the file system has no locks."""
+def _append(file, text):
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(end - 1, 0))
+    within_a_line = file.read(1) not in (b"", b"\n")
+    if within_a_line:
+        text = "\n" + text
+    file.write(text.encode(**TEXT))
+
+
+def left_behind(path: pathlib.Path) -> bool:
+    """Whether the writer of a file of `replacing` has ended.
+
+    Its process is gone or, on another machine, has not written for a day; and no process, for
+    example of another container, holds its lock. False if the file system has no locks."""
     try:
         if not owner_is_gone(path) and time.time() - path.stat().st_mtime < 24 * 3600:
             return False
@@ -267,16 +272,18 @@ def left_behind(path):
 
 
 class Lock:
-    """Holds a folder for one training, or one table in it: a lock on its file .lock, or
-    .TABLE.lock, that the system releases when the process ends, however it ends.
+    """Lock on a folder for one training, or on one table in it.
 
-    On a file system without locks the existence of the file is the lock: the process that creates
-    it holds the folder. After a kill the user has to delete it; a note reports this."""
+    It is a lock on the file .lock, or .TABLE.lock, which the system releases when the process ends
+    in any way. On a file system without locks the existence of the file is the lock; after a kill
+    the user has to delete it, and a note says so.
 
-    def __init__(self, folder, table=""):
+    The library `filelock` would not make this shorter: it follows hard links, leaves the file
+    behind, names no holder, and takes EACCES for a lock of somebody else."""
+
+    def __init__(self, folder: str | os.PathLike, table: str = ""):
         """Raises Busy if another process holds the lock, UserError if that cannot be found out."""
         self.path = pathlib.Path(folder, f".{table}.lock" if table else ".lock")
-        self._file = None
         if table:
             self._busy = f"{table} in {folder} is being written already"
             self._alone = "this table takes one process at a time"
@@ -284,16 +291,16 @@ class Lock:
             self._busy = f"{folder} is being trained already"
             self._alone = "a run takes one training at a time"
         try:
-            while not self._acquired():
-                pass
+            self._file = self._acquire()
+            while self._file is None:
+                self._file = self._acquire()
         except OSError as e:
             left = os.path.lexists(self.path)
             delete = "; if no process is at work there, delete that file" if left else ""
             raise UserError(f"{folder} cannot be locked: {self.path}: {why(e)}{delete}") from None
 
-    def _acquired(self):
-        """Whether this process holds the lock now; False if the file was removed meanwhile, to try
-        again. Raises Busy, OSError."""
+    def _acquire(self):
+        """The locked file; None if its holder has just removed it. Raises Busy, OSError."""
         try:
             file = open(self.path, "x+b")
             created = True
@@ -302,26 +309,25 @@ class Lock:
                 file = open(self.path, "r+b", opener=refusing_links)
                 created = False
             except FileNotFoundError:
-                return False
+                return None
         try:
             locked = self._flock(file, created)
-            if locked and not self._is_current(file):
+            if locked and not is_current(file, self.path):
                 file.close()
-                return False
+                return None
             if _content(file).endswith(WITHOUT_LOCKS):  # of a machine that has no locks here
                 raise self._held(file, by_hand=True)
             holder = f"process {os.getpid()} on {socket.gethostname()}"
-            file.truncate(0)
             file.seek(0)
-            file.write((holder + ("" if locked else WITHOUT_LOCKS)).encode(**TEXT))
+            file.truncate()
+            file.write((holder if locked else holder + WITHOUT_LOCKS).encode(**TEXT))
             file.flush()
         except BaseException as e:
             if created and not isinstance(e, Busy):
                 self.path.unlink(missing_ok=True)
             file.close()
             raise
-        self._file = file
-        return True
+        return file
 
     def _flock(self, file, created):
         """Lock the file; False if there are no locks, and the file is new. Raises Busy, OSError."""
@@ -344,21 +350,16 @@ class Lock:
             )
             return False
 
-    def _is_current(self, file):
-        """Whether `file` is the one at the path: its last holder removes it."""
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
-        except FileNotFoundError:
-            return False
-
     def _held(self, file, by_hand=False):
         """The Busy that names the process in a lock file. by_hand: that process may have ended."""
         holder = _content(file) or "another process"
-        delete = f"; there are no locks here: if it has ended, delete {self.path}" * by_hand
+        delete = ""
+        if by_hand:
+            delete = f"; there are no locks here: if it has ended, delete {self.path}"
         return Busy(f"{self._busy}, by {holder}; {self._alone}{delete}", holder, delete)
 
-    def release(self):
-        """Gives the folder back, and removes the file."""
+    def release(self) -> None:
+        """Unlock the folder and remove the file. Does nothing the second time."""
         if self._file:
             with contextlib.suppress(OSError):
                 self.path.unlink()
@@ -369,5 +370,4 @@ class Lock:
 def _content(file):
     """The text of a lock file, on one line."""
     file.seek(0)
-    text = file.read(200).decode("utf-8", "replace").strip()
-    return printable(text)
+    return printable(file.read(200).decode("utf-8", "replace").strip())
