@@ -1,7 +1,11 @@
-"""Every script of check/ runs, with SMOKE=1, from anywhere, and leaves nothing behind."""
+"""The scripts of check/: every command line in them is one that the suite accepts, three run for
+real, and what they need is said before anything is set up."""
 
 import fcntl
+import json
 import os
+import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,34 +16,236 @@ import pytest
 import smoke
 from conftest import ROOT, context  # which makes benchmarks/ known
 
+import main
+import main_dropout
+from experiment import arguments, checks
+
 SCRIPTS = sorted(
     path.stem
     for path in (ROOT / "check").glob("*.sh")
     if path.stem not in ("setup", "test", "common")
 )
+# Between them they train every model but the ViT by every rule, and use every --todo but gducheck
+# and corruptions, which the tests of main.py run; gpu runs the benchmarks.
+RUN_FOR_REAL = [
+    "quickstart",
+    pytest.param("study_mnist", marks=pytest.mark.slow),
+    pytest.param("gpu", marks=pytest.mark.slow),
+]
+PROGRAMS = {"main.py": main.FLAGS, "main_dropout.py": main_dropout.FLAGS}
+
+
+def bash(script, tmp, *words, **options):
+    """Runs a script from another folder; options: env, added to this process's; those of
+    subprocess."""
+    environment = {**os.environ, "TMPDIR": str(tmp), **options.pop("env", {})}
+    return subprocess.run(
+        ["bash", str(script), *words],
+        cwd=tempfile.gettempdir(),
+        text=True,
+        env=environment,
+        timeout=400,
+        **(options or {"capture_output": True}),
+    )
+
+
+# ------------------------------------------------------------------------------ read as data
+
+RECORDER = """#!/bin/bash
+line=$(printf '%q ' "$@")
+echo "$line" >>"$LOG"
+echo "epoch 1/1: train"
+case " $* " in *" --act relu "*) echo "main.py: error: argument --act" >&2; exit 2 ;; esac
+"""
+
+
+class Copy:
+    """A copy of check/ whose interpreter only writes down the command lines that it gets."""
+
+    def __init__(self, folder):
+        self.folder, self.log = folder / "copy", folder / "log"
+        shutil.copytree(ROOT / "check", self.folder / "check")
+        (self.folder / "check/setup.sh").write_text("exit 0\n")
+        (self.folder / ".venv/bin").mkdir(parents=True)
+        (self.folder / ".venv/bin/python").write_text(RECORDER)
+        (self.folder / ".venv/bin/python").chmod(0o755)
+
+    def run(self, name, *words, **environment):
+        """(the finished script, the command lines that it started: a list of words each)"""
+        self.log.write_text("")
+        environment = {"LOG": str(self.log), **environment}
+        done = bash(self.folder / f"check/{name}.sh", self.folder.parent, *words, env=environment)
+        return done, [shlex.split(line) for line in self.log.read_text().splitlines()]
+
+    def finish(self, root, commands):
+        """Makes the folders, below `root`, that the trainings among the commands would leave when
+        they end."""
+        for n, words in enumerate(commands):
+            args = trained(words)
+            folder = root / "results" / args["alg"] / args["loss"] / "day" / str(n)
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps(args))
+            (folder / "final_model.pt").touch()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return Copy(tmp_path)
+
+
+def program_and_words(command):
+    """The program of the suite that a recorded command line starts, also through torchrun, and its
+    own words."""
+    n = next(n for n, word in enumerate(command) if pathlib.Path(word).name in PROGRAMS)
+    return pathlib.Path(command[n]).name, command[n + 1 :]
+
+
+def trained(command):
+    """The arguments that a run of this training records."""
+    program, words = program_and_words(command)
+    given = arguments.parse(words, PROGRAMS[program])
+    given.pop("seeds", None)
+    return vars(arguments.resolve(given))
+
+
+@pytest.fixture
+def accepted(tmp_path, monkeypatch, capsys):
+    """Asserts that the suite accepts a command line: `accepted(command, saved)` goes through all
+    that main.py does before it loads a model. saved: the arguments of the run of --load-path."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(command, saved=None):
+        program, words = program_and_words(command)
+
+        def work(given, *_):
+            if "load_path" in given and given["todo"] != "compare":
+                checks.check(arguments.resolve(given, saved))
+            return 0
+
+        monkeypatch.setattr(main, "work", work)
+        code = main.main(words, PROGRAMS[program], program)
+        err = capsys.readouterr().err
+        assert code == 0, (words, err)
+        assert not err, (words, err)
+
+    return check
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "setup", "test", "common"])
+def test_bash_can_parse_it(name):
+    done = subprocess.run(
+        ["bash", "-n", ROOT / f"check/{name}.sh"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("quickstart", 1),
+        ("train_mnist", 5),
+        ("train_mnist_cep", 2),
+        ("train_mnist_cnn", 6),
+        ("gdu_check_mnist", 3),
+        ("gdu_check_cifar10", 1),
+        ("train_cifar10_parallel", 1),
+    ],
+)
+def test_every_training_of_a_script_is_accepted(copy, accepted, name, lines):
+    done, commands = copy.run(name, "--epochs", "3")
+    assert done.returncode == 0, done.stderr
+    assert len(commands) == lines
+    for command in commands:
+        assert command[-2:] == ["--epochs", "3"]
+        accepted(command)
+
+
+def test_every_cifar10_recipe_is_accepted(copy, accepted):
+    names = copy.run("train_cifar10")[0].stdout.split()
+    assert len(names) == 12
+    for name in names:
+        done, commands = copy.run("train_cifar10", name, "--epochs", "3")
+        assert done.returncode == 0, done.stderr
+        assert len(commands) == 1
+        assert ("dropout" in name) == commands[0][0].endswith("main_dropout.py")
+        accepted(commands[0])
+
+
+def test_recipes_in_parallel_start_by_torchrun(copy, accepted):
+    done, (command,) = copy.run("train_cifar10_parallel", GPUS="3")
+    assert done.returncode == 0
+    assert command[:2] == ["-m", "torch.distributed.run"]
+    assert command[command.index("--nproc_per_node") + 1] == "3"
+
+
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("evaluate", 1),
+        ("characteristic", 1),
+        ("corruptions", 1),
+        ("audit", 2),
+        ("attack_sweep", 14),
+        ("gdu_check_cifar10", 1),
+    ],
+)
+def test_every_command_on_a_run_is_accepted(copy, accepted, name, lines):
+    (training,) = copy.run("train_cifar10", "ep-symmetric-cel")[1]
+    done, commands = copy.run(name, "RUN", "--test-size", "40")
+    assert done.returncode == 0, done.stderr
+    assert len(commands) == lines
+    for command in commands:
+        assert command[command.index("--load-path") + 1] == "RUN"
+        assert "--test-size 40" in " ".join(command)
+        accepted(command, trained(training))
+
+
+@pytest.mark.parametrize(
+    "name, folder, trainings, lines",
+    [("study_mnist", "STUDY", 15, 70), ("paper_cifar10", "PAPER", 35, 321)],
+)
+def test_every_command_of_a_study_is_accepted(
+    copy, accepted, tmp_path, name, folder, trainings, lines
+):
+    data = tmp_path / "data"
+    (data / "CIFAR-10-C").mkdir(parents=True)
+    environment = {folder: str(tmp_path / "study"), "DATA": str(data)}
+    begun = [words for words in copy.run(name, **environment)[1] if "--todo" not in words]
+    assert len(begun) == trainings
+    copy.finish(tmp_path / "study", begun)
+    done, commands = copy.run(name, **environment)
+    assert done.returncode == 0, done.stderr
+    assert len(commands) == lines
+    for command in commands:
+        words = " ".join(command)
+        run = "--load-path" in words and command[command.index("--load-path") + 1]
+        saved = run and json.loads((tmp_path / "study" / run / "config.json").read_text())
+        accepted(command, saved or None)
+    assert sum("--todo compare" in " ".join(command) for command in commands) == 1
+
+
+def test_every_command_of_the_gpu_report_is_accepted(copy, accepted):
+    done, commands = copy.run("gpu", "--minutes", "3")
+    assert done.returncode == 0
+    assert commands == [["benchmarks/gpu_report.py", "--minutes", "3"]]
+    for part in gpu_report.PARTS:
+        for words in (part.words, part.small):
+            if words.startswith("main.py"):
+                accepted(shlex.split(words))
+
+
+# ------------------------------------------------------------------------------------ for real
 
 
 def listing(tmp):
     return [sorted(os.listdir(folder)) for folder in (ROOT, ROOT / "results", tmp)]
 
 
-def bash(script, tmp, small, *words, **options):
-    environment = {**os.environ, "TMPDIR": str(tmp), **options.pop("env", {})}
-    environment.pop("SMOKE", None)
-    return subprocess.run(
-        ["bash", str(script), *words],
-        cwd=tempfile.gettempdir(),
-        text=True,
-        env={**environment, **({"SMOKE": "1"} if small else {})},
-        timeout=400,
-        **(options or {"capture_output": True}),
-    )
-
-
 @pytest.fixture
 def server(tmp_path_factory):
     """A folder with the pipes of a `smoke` process that has loaded the libraries already, and what
-    it says, `out` and `err`."""
+    it prints, `out` and `err`."""
     folder = tmp_path_factory.mktemp("server")
     for name in ("commands", "codes"):
         os.mkfifo(folder / name)
@@ -50,25 +256,29 @@ def server(tmp_path_factory):
     process.join()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_script(tmp_path, server, name):
-    before, said = listing(tmp_path), [server / "out", server / "err"]
-    with open(said[0], "a") as out, open(said[1], "a") as err:
+@pytest.mark.parametrize("name", RUN_FOR_REAL)
+def test_it_runs_and_leaves_nothing_behind(tmp_path, server, name):
+    before, printed = listing(tmp_path), [server / "out", server / "err"]
+    with open(printed[0], "a") as out, open(printed[1], "a") as err:
         done = bash(
             ROOT / f"check/{name}.sh",
             tmp_path,
-            True,
-            env={"SMOKE_SERVER": str(server)},
+            env={"SMOKE": "1", "SMOKE_SERVER": str(server)},
             stdout=out,
             stderr=err,
         )
-    assert done.returncode == 0, said[0].read_text() + said[1].read_text()
-    assert said[0].read_text() and listing(tmp_path) == before
+    assert done.returncode == 0, printed[0].read_text() + printed[1].read_text()
+    assert printed[0].read_text()
+    assert listing(tmp_path) == before
 
 
-def test_without_a_gpu_its_report_says_what_would_run(tmp_path):
-    done = bash(ROOT / "check/gpu.sh", tmp_path, False)
-    assert done.returncode == 0 and "recipe.py" in done.stdout and not os.listdir(tmp_path)
+def test_without_a_gpu_its_report_says_what_would_run(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu_report.main() == 0
+    assert "recipe.py" in capsys.readouterr().out
+    assert not os.listdir(tmp_path)
 
 
 def test_what_the_roofline_predicts_stands_beside_what_was_measured():
@@ -79,9 +289,11 @@ def test_what_the_roofline_predicts_stands_beside_what_was_measured():
     assert gpu_report.against_measured(roofline, recipe)[2:] == ["| bf16 | 51 | 60.5 | 1.19 |"]
 
 
-def test_the_first_failure_ends_a_script(tmp_path):
-    done = bash(ROOT / "check/train_mnist.sh", tmp_path, True, "--act", "relu")
-    assert done.returncode == 2 and done.stderr.count("--act") == 1 and not os.listdir(tmp_path)
+def test_the_first_failure_ends_a_script(copy):
+    done, commands = copy.run("train_mnist", "--act", "relu")
+    assert done.returncode == 2
+    assert done.stderr.count("--act") == 1
+    assert len(commands) == 1
 
 
 @pytest.mark.parametrize(
@@ -97,13 +309,11 @@ def test_the_first_failure_ends_a_script(tmp_path):
 def test_without_arguments_scripts_say_what_they_need(tmp_path, name, said):
     """Also in a copy without .venv: before they set anything up."""
     shutil.copytree(ROOT / "check", tmp_path / "check")
-    done = bash(tmp_path / f"check/{name}.sh", tmp_path, False)
-    assert (
-        done.returncode == 2
-        and said in done.stdout
-        and not done.stderr
-        and os.listdir(tmp_path) == ["check"]
-    )
+    done = bash(tmp_path / f"check/{name}.sh", tmp_path)
+    assert done.returncode == 2
+    assert said in done.stdout
+    assert not done.stderr
+    assert os.listdir(tmp_path) == ["check"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -113,19 +323,27 @@ def test_the_first_lines_say_what_it_needs(name):
     )
 
 
-def test_side_by_side_a_command_that_fails_stops_no_other(tmp_path):
-    """What each says begins with its number; words in quotes are one; the whole fails where one
-    has."""
+def test_side_by_side_a_command_that_fails_stops_no_other(copy):
+    """The lines of each command begin with its number; words in quotes are one; the whole fails
+    where one has."""
     lines = "--task digits --archi 784 4 10 --data-dir 'a b' \n--act relu\n--task digits --archi 784 5 10\n"
-    script = f'source {ROOT}/check/common.sh mnist; cd "$1"; GPUS=0 processes=2; printf %s "$2" | side_by_side'
-    done = subprocess.run(
-        ["bash", "-c", script, "bash", str(tmp_path), lines], capture_output=True, text=True
+    script = copy.folder / "check/three.sh"
+    script.write_text(
+        f'source {copy.folder}/check/common.sh mnist\nGPUS=0 processes=2\nprintf %s "$1" | side_by_side\n'
     )
-    assert done.returncode == 123 and "[2] main.py: error: argument --act" in done.stdout
-    assert (
-        all(f"[{n}] epoch 1/1: train" in done.stdout for n in (1, 3))
-        and "[1] main.py --task digits" in done.stdout
-    )
+    done, commands = copy.run("three", lines)
+    assert done.returncode == 123
+    assert "[2] main.py: error: argument --act" in done.stdout
+    assert "[1] main.py --task digits" in done.stdout
+    for n in (1, 3):
+        assert f"[{n}] epoch 1/1: train" in done.stdout
+    program = str(copy.folder / "main.py")
+    device = ["--device", "-1"]
+    assert sorted(commands) == [
+        [program, "--act", "relu", *device],
+        [program, *"--task digits --archi 784 4 10 --data-dir".split(), "a b", *device],
+        [program, *"--task digits --archi 784 5 10".split(), *device],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +373,9 @@ def test_the_paper_refuses_what_would_spoil_it(tmp_path, environment, words, sai
             text=True,
             env={**os.environ, "PAPER": str(tmp_path), **environment},
         )
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ---- setup.sh, with an interpreter and installers that only write down what they are asked for
