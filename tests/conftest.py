@@ -1,11 +1,15 @@
 import copy
 import multiprocessing
+import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 import pytest
 import quick_figures
 import torch
+from filelock import FileLock
 from make_cifar import write_cifar
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -76,14 +80,47 @@ def only_run(folder):
     return runs[0]
 
 
-def trained_run(tmp_path_factory, line):
-    """The folder of a run that the command line trains, in a folder of its own: for fixtures of a
-    module."""
-    root = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        assert main.main(line.split()) == 0
-    return only_run(root)
+_DIGITS = "--task digits --device -1 --seed 0 --save"
+ZOO = {  # small models: the command line that trains each
+    "tiny": _DIGITS + " --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 "
+    "--betas 0 0.5 --mbs 20",
+}
+
+
+class Zoo:
+    """Run folders of the small models in ZOO, each trained once for all workers of a test
+    session, when the first of them asks for it."""
+
+    def __init__(self, root):
+        self.root = root
+        root.mkdir(exist_ok=True)
+
+    def __call__(self, name):
+        """The run folder of a model, for tests that only read it."""
+        folder = self.root / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                self._train(ZOO[name], folder)
+        return folder
+
+    def _train(self, line, folder):
+        with tempfile.TemporaryDirectory(dir=self.root) as work:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(work)
+                assert main.main(line.split()) == 0
+            only_run(work).rename(folder)
+
+    def copy(self, name, folder):
+        """A copy of the run folder of a model, in `folder`/run, for tests that write to it."""
+        return pathlib.Path(shutil.copytree(self(name), pathlib.Path(folder, "run")))
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder of all workers
+        root = root.parent
+    return Zoo(root / "zoo")
 
 
 @pytest.fixture(scope="session")
