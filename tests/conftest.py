@@ -74,45 +74,92 @@ def full_figures(monkeypatch):
 
 
 def only_run(folder):
-    """The one run folder below `folder`/results."""
-    runs = [p.parent for p in pathlib.Path(folder, "results").rglob("hyperparameters.txt")]
+    """The one run folder below `folder`/results; hidden ones, which a kill can leave, are none."""
+    files = pathlib.Path(folder, "results").rglob("hyperparameters.txt")
+    runs = [file.parent for file in files if not file.parent.name.startswith(".")]
     assert len(runs) == 1, runs
     return runs[0]
 
 
-_DIGITS = "--task digits --device -1 --seed 0 --save"
+_DIGITS = "--task digits --device -1 --save"
+_LEARNT = _DIGITS + " --thirdphase --optim adam --epochs 3 --seed 0"
+_MLP = " --archi 784 32 10 --T1 20 --T2 6 --mbs 20"
+_RESUMED = (
+    _DIGITS + " --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 "
+    "--archi 784 12 10"
+)
+_FEW = (
+    _DIGITS + " --train-size 300 --T1 12 --T2 4 --thirdphase --optim adam --seed 0 --epochs 2 "
+    "--archi 784 24 10"
+)
+_RECORDED = (
+    _DIGITS + " --train-size 120 --mbs 30 --seed 3 --epochs 2 --archi 784 16 10 --T1 12 "
+    "--lrs 0.1 0.05 --betas 0 0.5"
+)
+_COMPARED = (
+    _DIGITS + " --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --epochs 2 "
+    "--seed 1"
+)
 ZOO = {  # small models: the command line that trains each
+    # for what needs any run
     "tiny": _DIGITS + " --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 "
-    "--betas 0 0.5 --mbs 20",
+    "--betas 0 0.5 --mbs 20 --seed 0",
+    "tiny seed 3": _DIGITS + " --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 "
+    "--archi 784 8 10 --lrs 0.1 0.1 --betas 0 0.5 --seed 3",
+    "MLP": _RESUMED,
+    "CNN": _RESUMED + " --model CNN --channels 3 4",
+    "recorded MLP": _RECORDED,
+    "recorded VFMLP": _RECORDED + " --model VFMLP --loss cel",
+    "compared EP": _COMPARED,
+    "compared BPTT": _COMPARED + " --alg BPTT",
+    # some of whose test images have converged
+    "converging": _DIGITS + " --train-size 60 --test-size 50 --archi 784 8 10 --T1 20 --T2 2 "
+    "--betas 0 0.5 --seed 0 --mbs 20",
+    # that have learnt some of the digits
+    "few digits": _FEW + " --betas 0 0.2 --lrs 2e-3 2e-3",
+    "few digits, softmax": _FEW + " --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3",
+    # that have learnt the digits
+    "digits": _LEARNT + _MLP + " --betas 0 0.2 --lrs 2e-3 2e-3",
+    "digits, tanh": _DIGITS + _MLP + " --optim adam --epochs 3 --seed 0 --act tanh --alg BPTT "
+    "--lrs 2e-3 2e-3",
+    "digits, softmax": _LEARNT + _MLP + " --act my_hard_sig --loss cel --softmax --betas 0 1 "
+    "--lrs 5e-3 5e-3",
+    "digits, CNN": _LEARNT + " --model CNN --channels 6 8 --T1 16 --T2 6 --act my_hard_sig "
+    "--loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 5e-3",
+    "digits, VFCNN": _LEARNT + " --model VFCNN --channels 4 6 --kernels 5 5 --strides 2 2 "
+    "--pools ii --paddings 0 0 --T1 20 --T2 6 --mbs 20 --act my_hard_sig --loss cel --softmax "
+    "--betas 0 1 --lrs 5e-3 5e-3 5e-3",
 }
 
 
 class Zoo:
-    """Run folders of the small models in ZOO, each trained once for all workers of a test
-    session, when the first of them asks for it."""
+    """The runs of the small models in ZOO, each trained once for all workers of a test session,
+    when the first test asks for it."""
 
     def __init__(self, root):
         self.root = root
         root.mkdir(exist_ok=True)
 
-    def __call__(self, name):
-        """The run folder of a model, for tests that only read it."""
-        folder = self.root / name
+    def _trained(self, name):
+        folder = self.root / name.replace(" ", "_").replace(",", "")
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
-                self._train(ZOO[name], folder)
+                with tempfile.TemporaryDirectory(dir=self.root) as work:
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.chdir(work)
+                        assert main.main(ZOO[name].split()) == 0
+                    pathlib.Path(work, "results").rename(folder)
         return folder
 
-    def _train(self, line, folder):
-        with tempfile.TemporaryDirectory(dir=self.root) as work:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(work)
-                assert main.main(line.split()) == 0
-            only_run(work).rename(folder)
+    def __call__(self, name):
+        """The run folder of a model, for tests that only read it."""
+        (file,) = self._trained(name).rglob("hyperparameters.txt")
+        return file.parent
 
     def copy(self, name, folder):
-        """A copy of the run folder of a model, in `folder`/run, for tests that write to it."""
-        return pathlib.Path(shutil.copytree(self(name), pathlib.Path(folder, "run")))
+        """A copy of that run folder, below `folder`/results as if it had been trained there."""
+        shutil.copytree(self._trained(name), pathlib.Path(folder, "results"))
+        return only_run(folder)
 
 
 @pytest.fixture(scope="session")

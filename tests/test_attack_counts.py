@@ -5,50 +5,28 @@ restarts."""
 import argparse
 import csv
 import json
-import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from art.attacks import evasion
-from conftest import only_run
 from test_attack_seeds import OneOfTwo, Stopped
 
-import main
 import model_utils as mu
 from ART_Timesteps_Addition import attacks, audit_subject
 from ART_Timesteps_Addition.pytorch import Unrolled
 from data_utils import load_split
 
 T1 = 12
-BASE = (
-    f"--task digits --device -1 --T1 {T1} --T2 4 --thirdphase --optim adam --seed 0 --save "
-    "--train-size 300 "
-)
-LINES = {
-    "mse": "--archi 784 24 10 --betas 0 0.2 --lrs 2e-3 2e-3 --epochs 2",
-    "softmax": "--archi 784 24 10 --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 --epochs 2",
-}
 ATTACK = "--todo attack --device -1 --seed 0"
 FEW = audit_subject.Budget(2, 1, 4, 130, 2, 3, 2)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """name of LINES -> the run folder of a small MLP that has learnt some of the digits."""
-    known = {}
-
-    def get(name):
-        if name not in known:
-            folder, before = tmp_path_factory.mktemp(name), os.getcwd()
-            os.chdir(folder)
-            assert main.main((BASE + LINES[name]).split()) == 0
-            os.chdir(before)
-            known[name] = only_run(folder)
-        return known[name]
-
-    return get
+@pytest.fixture
+def trained(zoo):
+    """name -> the run folder of a small MLP that has learnt some of the digits."""
+    return lambda name: zoo({"mse": "few digits", "softmax": "few digits, softmax"}[name])
 
 
 def changed(run, folder, weights=None, config=None):

@@ -14,7 +14,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import context, only_run
+from conftest import context
 
 import main
 from ART_Timesteps_Addition import attacks, audit, audit_checks, audit_subject
@@ -28,17 +28,9 @@ LINE = "--todo audit --device -1 --test-size 6 --eps 1 --budget quick --attack-s
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(zoo):
     """The run folder of a small MLP that has learnt the digits."""
-    folder, before = tmp_path_factory.mktemp("audited"), os.getcwd()
-    os.chdir(folder)
-    line = (
-        "--task digits --device -1 --archi 784 32 10 --betas 0 0.2 --lrs 2e-3 2e-3 --T1 12 --T2 5 --thirdphase "
-        "--optim adam --epochs 3 --seed 0 --save --mbs 20"
-    )
-    assert main.main(line.split()) == 0
-    os.chdir(before)
-    return only_run(folder)
+    return zoo("digits")
 
 
 @pytest.fixture

@@ -4,13 +4,10 @@ twin withstands, or not trusted, for a reason that names it. Honest models are t
 import argparse
 import copy
 import dataclasses
-import os
 
 import pytest
 import torch
-from conftest import only_run
 
-import main
 import model_utils as mu
 from ART_Timesteps_Addition import audit, audit_checks, audit_subject
 from data_utils import load_split
@@ -18,30 +15,22 @@ from energy.dynamics import Chain
 
 IMAGES = 12
 TINY = audit_subject.Budget(8, 3, 60, 150, 5, 1, IMAGES)
-COMMON = (
-    "--task digits --device -1 --epochs 3 --seed 0 --save --mbs 20 --optim adam --T1 20 --T2 6 "
-)
-LINES = {
-    "mysig": "--archi 784 32 10 --betas 0 0.2 --thirdphase --lrs 2e-3 2e-3",
-    "tanh": "--archi 784 32 10 --act tanh --alg BPTT --lrs 2e-3 2e-3",
-    "softmax": "--archi 784 32 10 --act my_hard_sig --loss cel --softmax --betas 0 1 --thirdphase --lrs 5e-3 5e-3",
-    "CNN": "--model VFCNN --channels 4 6 --kernels 5 5 --strides 2 2 --pools ii --paddings 0 0 --act my_hard_sig "
-    "--loss cel --softmax --betas 0 1 --thirdphase --lrs 5e-3 5e-3 5e-3",
+MODELS = {
+    "mysig": "digits",
+    "tanh": "digits, tanh",
+    "softmax": "digits, softmax",
+    "CNN": "digits, VFCNN",
 }
 
 
 @pytest.fixture(scope="module")
-def honest(tmp_path_factory):
+def honest(zoo):
     """name -> (model, args, result of its audit), each trained and audited once."""
     known = {}
 
     def get(name):
         if name not in known:
-            folder, before = tmp_path_factory.mktemp(name), os.getcwd()
-            os.chdir(folder)
-            assert main.main((COMMON + LINES[name]).split()) == 0
-            os.chdir(before)
-            state = torch.load(only_run(folder) / "model.pt", weights_only=True)
+            state = torch.load(zoo(MODELS[name]) / "model.pt", weights_only=True)
             args = argparse.Namespace(
                 **{
                     **state["config"],
@@ -118,7 +107,7 @@ def seeing(model, change):
     return model
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", MODELS)
 def test_an_honest_model_is_trusted(honest, name):
     result = honest(name)[2]
     assert result["clean"] > 0.6 and not failed(result)

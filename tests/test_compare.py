@@ -10,7 +10,7 @@ import statistics
 import sys
 
 import pytest
-from conftest import ROOT, context, only_run
+from conftest import ROOT, context
 
 import main
 from data_utils import CORRUPTIONS
@@ -69,19 +69,13 @@ def dress(run, clean, seed):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(zoo, tmp_path_factory):
     """Six run folders: two groups of three seeds, the last of the second without any attack, made
     of two trainings."""
-    import main
-
     root = tmp_path_factory.mktemp("runs")
-    monkeypatch = pytest.MonkeyPatch()
     found = {}
-    for name, more in (("EP", ""), ("BPTT", "--alg BPTT")):
-        (root / name).mkdir()
-        monkeypatch.chdir(root / name)
-        assert main.main(f"{TINY} --seed 1 {more}".split()) == 0
-        first, found[name] = only_run(root / name), []
+    for name in ("EP", "BPTT"):
+        first, found[name] = zoo(f"compared {name}"), []
         for seed in (1, 2, 3):
             run = root / f"{name}_{seed}"
             shutil.copytree(first, run)
@@ -89,7 +83,6 @@ def runs(tmp_path_factory):
             if (name, seed) != ("BPTT", 3):
                 dress(run, 0.9, seed)
             found[name].append(run)
-    monkeypatch.undo()
     return found
 
 

@@ -8,16 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import criterion_of, only_run, sample, trained_run
+from conftest import ZOO, criterion_of, only_run, sample
 
 import model_utils as mu
 from ART_Timesteps_Addition.adversary import Adversary
 from data_utils import TASKS, Batches, load_split
 
-TINY = (
-    "--task digits --device -1 --train-size 60 --test-size 50 --archi 784 8 10 --T1 20 --T2 2 --betas 0 0.5 "
-    "--seed 0 --mbs 20 --save"
-)
+TINY = ZOO["converging"]
 CNN = " --model CNN --channels 4 6 --act my_hard_sig --T1 13"
 ADVICE = "EP and predictions assume convergence; increase --T1"
 
@@ -46,9 +43,9 @@ def share(model, T1, data, loss="mse"):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(zoo, tmp_path_factory):
     """A run folder to look at, of a network some of whose test images have converged."""
-    return trained_run(tmp_path_factory, TINY)
+    return zoo.copy("converging", tmp_path_factory.mktemp("run"))
 
 
 @pytest.mark.parametrize(

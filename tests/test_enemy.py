@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import only_run
+from conftest import ZOO, only_run
 
 import model_utils as mu
 from data_utils import UserError
@@ -18,10 +18,7 @@ from experiment.report import Sweep
 from experiment.runs import resume
 from experiment.runs.folder import RunFolder
 
-TINY = (
-    "--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
-    "--seed 0 --mbs 20 --save"
-)
+TINY = ZOO["tiny"]
 SETTINGS = {"attack": "pgd", "attack_norm": "2", "images": 20, "task": "digits"}
 
 
@@ -31,9 +28,8 @@ def result(share=0.5):
     return {"bptt": {"correct": np.array([share]), "masked": 0.0, "unmoved": 0.0, "mean_norm": 1.0}}
 
 
-def test_the_resume_line_has_what_no_epoch_has_yet(ok, tmp_path):
-    ok(TINY)
-    run = only_run(tmp_path)
+def test_the_resume_line_has_what_no_epoch_has_yet(zoo, tmp_path):
+    run = zoo.copy("tiny", tmp_path)
     given = {"device": -1, "T1": 9, "betas": [0.0, 0.5], "epochs": 3, "precision": "fp32"}
     job = types.SimpleNamespace(
         args=types.SimpleNamespace(epochs=3), given=given, saved=True, program=["main.py"]
@@ -47,9 +43,8 @@ def test_the_resume_line_has_what_no_epoch_has_yet(ok, tmp_path):
     assert "resume with" not in resume.how_to_go_on(job, str(run), 0)
 
 
-def test_a_resumption_without_an_epoch_leaves_no_trace(ok, cli, tmp_path, monkeypatch):
-    ok(TINY)
-    run = only_run(tmp_path)
+def test_a_resumption_without_an_epoch_leaves_no_trace(ok, cli, zoo, tmp_path, monkeypatch):
+    run = zoo.copy("tiny", tmp_path)
     before = [(run / name).read_text() for name in ("hyperparameters.txt", "config.json")]
     with monkeypatch.context() as patch:
         patch.setattr(mu, "train", lambda *_, **__: None)
@@ -129,9 +124,8 @@ def test_audits_with_another_surrogate_or_end_are_other_audits(tmp_path):
         run.release()
 
 
-def test_what_a_run_held_out_stays_held_out(ok, cli, tmp_path):
-    ok(TINY)
-    run = only_run(tmp_path)
+def test_what_a_run_held_out_stays_held_out(ok, cli, zoo, tmp_path):
+    run = zoo.copy("tiny", tmp_path)
     _, out, err = cli(f"--todo evaluate --device -1 --load-path {run} --val-size 20")
     assert "validation" not in out and "the saved run determines --val-size" in err
     ok(f"--device -1 --load-path {run} --val-size 20")
@@ -156,9 +150,8 @@ def test_a_crafted_validation_accuracy_is_one_line(ok, cli, tmp_path, value):
         assert code == 2 and err.count("\n") == 1 and "val_acc of epoch 1" in err
 
 
-def test_no_file_undoes_the_epochs_of_its_run(ok, cli, tmp_path):
-    ok(TINY)
-    run = only_run(tmp_path)
+def test_no_file_undoes_the_epochs_of_its_run(ok, cli, zoo, tmp_path):
+    run = zoo.copy("tiny", tmp_path)
     shutil.copy(run / "checkpoint.tar", run / "early.tar")
     ok(f"--device -1 --load-path {run}")
     kept = (run / "checkpoint.tar").read_bytes()
@@ -168,9 +161,8 @@ def test_no_file_undoes_the_epochs_of_its_run(ok, cli, tmp_path):
     ok(f"--device -1 --load-path {run / 'final_checkpoint.tar'}")  # which is the latest
 
 
-def test_a_crafted_run_is_refused_from_python(ok, tmp_path):
-    ok(TINY)
-    run = only_run(tmp_path)
+def test_a_crafted_run_is_refused_from_python(zoo, tmp_path):
+    run = zoo.copy("tiny", tmp_path)
     state = torch.load(run / "model.pt", weights_only=True)
     state["config"]["archi"] = [100, 8, 10]
     torch.save(state, run / "model.pt")

@@ -3,21 +3,17 @@
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, only_run, trained_run
+from conftest import ROOT, ZOO, only_run
 
 import model_utils as mu
 from experiment import figures
 from experiment.runs.folder import RunFolder
 
-TINY = (
-    "--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
-    "--seed 0 --mbs 20 --save"
-)
+TINY = ZOO["tiny"]
 # command: (the results that are there before the first figure is drawn, figures)
 TODOS = {
     "evaluate --save": (["predictions.csv"], ["confusion.png"]),
@@ -51,9 +47,9 @@ RESULTS = ["checkpoint.tar", "final_checkpoint.tar", "final_model.pt", "metrics.
 WARNING = re.compile(r"warning: (\S+) was not drawn: (.+)")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return trained_run(tmp_path_factory, TINY)
+@pytest.fixture
+def run(zoo, tmp_path):
+    return zoo.copy("tiny", tmp_path)
 
 
 @pytest.fixture
@@ -104,10 +100,7 @@ def test_a_training_goes_on_without_its_figures(cli, tmp_path, monkeypatch, fail
 
 
 @pytest.mark.parametrize("todo", TODOS)
-def test_what_examines_a_run_keeps_its_results_without_figures(
-    cli, trained, tmp_path, failing, todo
-):
-    run = pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+def test_what_examines_a_run_keeps_its_results_without_figures(cli, run, failing, todo):
     seen, (results, names) = failing(ValueError("nothing can be drawn")), TODOS[todo]
     code, out, err = cli(f"--todo {todo} --device -1 --load-path {run}")
     assert code == 0 and out and set(results) <= {path.name for path in run.iterdir()}
@@ -115,8 +108,7 @@ def test_what_examines_a_run_keeps_its_results_without_figures(
     assert set(results) <= seen[0]
 
 
-def test_a_comparison_keeps_its_table_without_figures(cli, ok, trained, tmp_path, failing):
-    run = pathlib.Path(shutil.copytree(trained, tmp_path / "run"))
+def test_a_comparison_keeps_its_table_without_figures(cli, ok, run, tmp_path, failing):
     ok(f"--todo characteristic --device -1 --load-path {run}")
     seen = failing(ValueError("nothing can be drawn"))
     code, out, err = cli("--todo compare --load-path", run)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, only_run, trained_run
+from conftest import ROOT, ZOO, only_run
 
 import main
 import model_utils as mu
@@ -15,10 +15,7 @@ from data_utils import load_split
 from experiment import arguments, checks, timing
 from experiment.flags import ALL, TODOS
 
-TINY = (
-    "--task digits --device -1 --train-size 60 --test-size 20 --archi 784 8 10 --T1 8 --T2 2 --betas 0 0.5 "
-    "--seed 0 --mbs 20 --save"
-)
+TINY = ZOO["tiny"]
 
 
 def rows(run):
@@ -26,9 +23,9 @@ def rows(run):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(zoo, tmp_path_factory):
     """A run folder to look at."""
-    return trained_run(tmp_path_factory, TINY)
+    return zoo.copy("tiny", tmp_path_factory.mktemp("run"))
 
 
 # ---- which model is examined

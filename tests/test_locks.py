@@ -53,10 +53,9 @@ def flock_fails(monkeypatch, number):
     ],
 )
 def test_a_lock_that_fails_is_not_a_file_system_without_locks(
-    cli, tmp_path, monkeypatch, number, words
+    cli, zoo, tmp_path, monkeypatch, number, words
 ):
-    cli(TINY)
-    run = only_run(tmp_path)
+    run = zoo.copy("MLP", tmp_path)
     before = contents(run)
     flock_fails(monkeypatch, number)
     code, _, err = cli(f"{words} --device -1 --load-path {run}")
@@ -68,9 +67,8 @@ def test_a_lock_that_fails_is_not_a_file_system_without_locks(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-def test_the_lock_of_another_user_is_a_lock(cli, tmp_path):
-    cli(TINY)
-    run = only_run(tmp_path)
+def test_the_lock_of_another_user_is_a_lock(cli, zoo, tmp_path):
+    run = zoo.copy("MLP", tmp_path)
     for folder in (run, *run.parents[: run.parts.index("results") - len(run.parts)], tmp_path):
         folder.chmod(0o777)
     (run / ".lock").write_text("process 1 on elsewhere")
@@ -149,9 +147,8 @@ KINDS = ["symbolic link", "dangling link", "hard link", "pipe"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_lock_follows_a_link(cli, tmp_path, kind):
-    cli(TINY)
-    run, victim = only_run(tmp_path), tmp_path / "victim"
+def test_no_lock_follows_a_link(cli, zoo, tmp_path, kind):
+    run, victim = zoo.copy("MLP", tmp_path), tmp_path / "victim"
     for name, words in [
         (".lock", "--epochs 1"),
         (".Audit_2_0.5.lock", "--todo audit --eps 0.5"),
@@ -173,11 +170,10 @@ def test_no_lock_follows_a_link(cli, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_file_that_is_written_follows_a_link(ok, tmp_path, kind):
+def test_no_file_that_is_written_follows_a_link(ok, zoo, tmp_path, kind):
     """Neither one that is replaced, nor one that is appended to, nor those that are written to
     first."""
-    ok(TINY)
-    run, victim = only_run(tmp_path), tmp_path / "victim"
+    run, victim = zoo.copy("MLP", tmp_path), tmp_path / "victim"
     host, pid = socket.gethostname(), os.getpid()
     names = [path.name for path in run.iterdir()]
     for name in [
@@ -234,10 +230,9 @@ def test_two_trainings_of_one_host_name_process_and_second_are_two_runs(cli, tmp
     )
 
 
-def test_what_another_container_writes_is_not_cleaned_up(ok, tmp_path):
+def test_what_another_container_writes_is_not_cleaned_up(ok, zoo, tmp_path):
     """Where its process has a number that no process has here, or this process."""
-    ok(TINY)
-    run = only_run(tmp_path)
+    run = zoo.copy("MLP", tmp_path)
     dead = subprocess.Popen(["true"])
     dead.wait()
     with replacing(run / "model.pt") as own:

@@ -4,7 +4,6 @@ TensorBoard."""
 import csv
 import importlib.util
 import json
-import os
 import re
 import sys
 import types
@@ -18,23 +17,13 @@ from experiment.figures import accuracy
 from experiment.runs.folder import RunFolder, fingerprint
 
 DIGITS = "--task digits --device -1 --train-size 120 --mbs 30 --seed 3 "
-MODELS = {
-    "MLP": DIGITS + "--archi 784 16 10 --T1 12 --lrs 0.1 0.05 --betas 0 0.5",
-    "VFMLP": DIGITS
-    + "--model VFMLP --loss cel --archi 784 16 10 --T1 12 --lrs 0.1 0.05 --betas 0 0.5",
-}
+MLP = DIGITS + "--archi 784 16 10 --T1 12 --lrs 0.1 0.05 --betas 0 0.5"
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def trained(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=["MLP", "VFMLP"])
+def trained(request, zoo, tmp_path_factory):
     """The run folder of a short training, in a folder of its own."""
-    import main
-
-    folder, before = tmp_path_factory.mktemp(request.param), os.getcwd()
-    os.chdir(folder)
-    assert main.main((MODELS[request.param] + " --save --epochs 2").split()) == 0
-    os.chdir(before)
-    return only_run(folder)
+    return zoo.copy(f"recorded {request.param}", tmp_path_factory.mktemp("run"))
 
 
 def config(run):
@@ -54,7 +43,7 @@ def columns(path):
 
 
 def test_config_json_is_every_argument_also_after_a_resumption(ok, tmp_path):
-    ok(MODELS["MLP"], "--save --figures pdf")
+    ok(MLP, "--save --figures pdf")
     run = only_run(tmp_path)
     assert (
         config(run) == saved_config(run)
@@ -71,7 +60,7 @@ def test_config_json_is_every_argument_also_after_a_resumption(ok, tmp_path):
 
 def test_the_training_plot_is_told_of_the_model_and_the_resumptions(ok, tmp_path, monkeypatch):
     told = []
-    ok(MODELS["MLP"], "--save --val-size 20 --epochs 2")
+    ok(MLP, "--save --val-size 20 --epochs 2")
     monkeypatch.setattr(
         RunFolder,
         "save_figure",
@@ -187,7 +176,7 @@ def writers(monkeypatch):
 
 
 def test_tensorboard_gets_the_numbers_of_every_epoch(ok, tmp_path, writers):
-    ok(MODELS["MLP"], "--save --epochs 2 --tensorboard")
+    ok(MLP, "--save --epochs 2 --tensorboard")
     run = only_run(tmp_path)
     ok(f"--device -1 --load-path {run} --tensorboard")
     ok(f"--device -1 --load-path {run}")  # each call for itself
@@ -208,7 +197,7 @@ def test_without_the_package_tensorboard_is_refused_before_the_work(cli, tmp_pat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "tensorboard" else find_spec(name)
     )
-    code, out, err = cli(MODELS["MLP"], "--save --tensorboard")
+    code, out, err = cli(MLP, "--save --tensorboard")
     assert code == 2 and not out and not list(tmp_path.iterdir())
     assert re.fullmatch(r"main.py: error: argument --tensorboard: .* not installed.*\n", err)
 
@@ -218,7 +207,7 @@ def test_a_tensorboard_that_cannot_be_written_is_one_line(cli, writers, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sys.modules["torch.utils.tensorboard"].SummaryWriter, "flush", full)
-    code, _, err = cli(MODELS["MLP"], "--save --tensorboard")
+    code, _, err = cli(MLP, "--save --tensorboard")
     assert code == 1 and "tensorboard: no space left" in err and "Traceback" not in err
 
 

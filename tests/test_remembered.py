@@ -106,9 +106,8 @@ def test_an_old_gpu_takes_no_bf16(monkeypatch):
         validate_device(Config.of(args), torch.device("cuda", 0))
 
 
-def test_a_compiled_training_resumes_on_a_cpu_with_a_note(ok, tmp_path):
-    ok(DIGITS)
-    run = only_run(tmp_path)
+def test_a_compiled_training_resumes_on_a_cpu_with_a_note(ok, zoo, tmp_path):
+    run = zoo.copy("tiny seed 3", tmp_path)
     rewrite(run, compile=True)
     assert "note: --no-compile (until now --compile)" in ok(f"--device -1 --load-path {run}")
     assert state(run)["config"]["compile"] is False
@@ -138,10 +137,9 @@ def test_seeds_and_comparisons_pool_one_precision_alone(ok, any_device):
 # ---- the machine
 
 
-def test_a_run_and_its_results_have_host_and_threads(ok, tmp_path, monkeypatch):
+def test_a_run_and_its_results_have_host_and_threads(ok, zoo, tmp_path, monkeypatch):
     monkeypatch.setitem(audit_subject.BUDGETS, "quick", BUDGET)
-    ok(DIGITS)
-    run, threads = only_run(tmp_path), torch.get_num_threads()
+    run, threads = zoo.copy("tiny seed 3", tmp_path), torch.get_num_threads()
     attack = f"{ATTACK} --load-path {run} --attack-iters 2 --test-size 8"
     audited = f"{AUDIT} --load-path {run}"
     ok(attack, "--eps-list 1")
@@ -247,9 +245,8 @@ def test_a_run_that_knows_nothing_of_its_data_resumes_without_a_word(ok, tmp_pat
 
 
 @pytest.mark.parametrize("value", ["x" * 100, 5, ["a"], "not hexadecimal\n"])
-def test_a_fingerprint_that_is_none_is_refused(ok, cli, tmp_path, value):
-    ok(DIGITS)
-    run = only_run(tmp_path)
+def test_a_fingerprint_that_is_none_is_refused(ok, cli, zoo, tmp_path, value):
+    run = zoo.copy("tiny seed 3", tmp_path)
     saved = state(run)
     saved["config"]["train_data"] = value
     torch.save(saved, run / "checkpoint.tar")
@@ -298,9 +295,8 @@ def told(path, *without):
 @pytest.mark.parametrize(
     "attack", ["pgd --attack-iters 2", "pgd --attack-iters 2 --attack-restarts 1", "fgsm"]
 )
-def test_a_sweep_of_an_earlier_version_is_continued(ok, tmp_path, attack):
-    ok(DIGITS)
-    run = only_run(tmp_path)
+def test_a_sweep_of_an_earlier_version_is_continued(ok, zoo, tmp_path, attack):
+    run = zoo.copy("tiny seed 3", tmp_path)
     line = f"{ATTACK} --load-path {run} --test-size 8 --attack {attack}"
     ok(line, "--eps-list 1")
     (text,) = run.glob("Adversarial_Accuracy*.txt")
@@ -362,9 +358,8 @@ def test_an_audit_of_other_data_is_another_audit(ok, tmp_path, data, monkeypatch
 # ---- how an attack was made
 
 
-def test_a_comparison_tells_attacks_of_other_settings_apart(ok, tmp_path, any_device):
-    ok(DIGITS)
-    run, found = only_run(tmp_path), {}
+def test_a_comparison_tells_attacks_of_other_settings_apart(ok, zoo, tmp_path, any_device):
+    run, found = zoo.copy("tiny seed 3", tmp_path), {}
     line = f"{ATTACK} --load-path {run} --test-size 8 --attack-iters 2 --eps-list 1"
     for more, words in (
         ("", ""),

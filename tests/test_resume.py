@@ -1,7 +1,6 @@
 """Runs that are interrupted, killed, or given files that are not what they should be."""
 
 import os
-import pathlib
 import pickle
 import random
 import resource
@@ -13,18 +12,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, context, only_run
+from conftest import ROOT, ZOO, context, only_run
 
 import main
 import model_utils as mu
 from experiment import arguments
 from experiment.runs import checkpoint, legacy
 
-MLP = (
-    "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --T1 4 --T2 2 --betas 0 0.5 --seed 5 --save "
-    "--archi 784 12 10"
-)
-CNN = MLP + " --model CNN --channels 3 4"
+MLP, CNN = ZOO["MLP"], ZOO["CNN"]
 BP = "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --seed 5 --save --loss cel"
 FFCNN = BP + " --model FFCNN --channels 3 4 --mmt 0.9"
 EXACT = {
@@ -170,20 +165,9 @@ class Malicious:
         return os.system, ("touch breached",)
 
 
-@pytest.fixture(scope="session")
-def trained_once(tmp_path_factory):
-    folder, before = tmp_path_factory.mktemp("trained"), os.getcwd()
-    os.chdir(folder)
-    assert main.main(CNN.split()) == 0
-    os.chdir(before)
-    return only_run(folder)
-
-
 @pytest.fixture
-def trained(trained_once, tmp_path, cli):
-    return pathlib.Path(
-        shutil.copytree(trained_once, tmp_path / "results" / "EP" / "mse" / "day" / "run")
-    )
+def trained(zoo, tmp_path, cli):
+    return zoo.copy("CNN", tmp_path)
 
 
 def digest(folder):
@@ -405,9 +389,8 @@ def test_files_of_the_original_code_load(ok, tmp_path, kind):
     assert checkpoint.read_checkpoint(folder / "checkpoint.tar")["epoch"] == 3
 
 
-def test_resuming_from_a_model_does_not_call_it_damaged(cli, tmp_path):
-    cli(MLP)
-    run = only_run(tmp_path)
+def test_resuming_from_a_model_does_not_call_it_damaged(cli, zoo, tmp_path):
+    run = zoo.copy("MLP", tmp_path)
     (run / "checkpoint.tar").write_bytes(b"")
     code, _, err = cli(f"--device -1 --load-path {run / 'model.pt'}")
     assert (
