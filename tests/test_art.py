@@ -50,7 +50,9 @@ def test_golden_logits(golden):
     np.testing.assert_allclose(classifier.predict(x), g["clean_logits"].numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("row", range(7))
+@pytest.mark.parametrize(
+    "row", [0, *(pytest.param(row, marks=pytest.mark.slow) for row in range(1, 6)), 6]
+)
 def test_golden_attacks(golden, row):
     g, classifier, x = golden
     norm, eps, clean, adversarial = g["rows"][row]
@@ -81,6 +83,7 @@ def test_golden_attacks(golden, row):
         )  # ART changed its L2 step since
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not AVX512, reason="the test above has held the images to 1 % already")
 def test_golden_images_with_the_kernels_that_made_them():
     kernels = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}

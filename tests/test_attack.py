@@ -13,27 +13,18 @@ from conftest import only_run
 from test_cli import SEED_LINES, SMALL
 from test_resume import start
 
-import main
 import model_utils as mu
 from ART_Timesteps_Addition import attacks
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled
 from data_utils import load_split
 
 
-@pytest.fixture(scope="session", params=["CNN", "MLP"])
-def trained(request, tmp_path_factory):
+@pytest.fixture(
+    params=[pytest.param("digits, CNN", marks=pytest.mark.slow), "digits"], ids=["CNN", "MLP"]
+)
+def trained(request, zoo):
     """A model that has learnt the digits, in a run folder."""
-    folder, before = tmp_path_factory.mktemp("attacked"), os.getcwd()
-    os.chdir(folder)
-    model = {
-        "CNN": "--model CNN --channels 6 8 --act my_hard_sig --loss cel --softmax --betas 0 1 --lrs 5e-3 5e-3 "
-        "5e-3",
-        "MLP": "--archi 784 64 10 --betas 0 0.2 --lrs 1e-3 1e-3",
-    }[request.param]
-    line = f"--task digits --device -1 --T1 16 --T2 6 --thirdphase --optim adam --epochs 3 --seed 0 --save {model}"
-    assert main.main(line.split()) == 0
-    os.chdir(before)
-    return only_run(folder)
+    return zoo(request.param)
 
 
 def rows(run, stem="Adversarial_Accuracy"):
@@ -248,12 +239,10 @@ def test_hopskipjump_starts_from_an_image_of_another_class(monkeypatch):
     assert drawn[0][1] == drawn[0][2]  # there is none: ART looks for a start of its own
 
 
-def test_the_warning(ok, tmp_path, trained):
+def test_the_warning(ok, tmp_path, zoo):
     model, images, labels = saturated()
-    run = fresh(trained, tmp_path)
+    run = zoo.copy("digits, CNN", tmp_path)
     state = torch.load(run / "model.pt", weights_only=True)
-    if state["config"]["model"] != "CNN":
-        pytest.skip("the saturated network is convolutional")
     torch.save({**state, "model_state_dict": model.state_dict()}, run / "model.pt")
     out = ok(COMMON, f"--load-path {run} --eps-list 0.5 --attack-iters 3 --attack-grad bptt smooth")
     assert "upper bound" in out and "--attack-grad smooth" in out
@@ -321,6 +310,7 @@ def test_the_gradient_by_ep_is_that_of_bptt_at_equilibrium(softmax):
         assert (gradients[0].norm() / gradients[1].norm()).item() == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_iterations(trained):
     state = torch.load(trained / "model.pt", weights_only=True)
     model = mu.make_model(argparse.Namespace(**state["config"]))

@@ -374,3 +374,12 @@ def test_a_loaded_run_gives_a_classifier_of_as_many_steps(trained, tmp_path):
         )
     ]
     assert steps == [(T1, T1), (7, 7), (50, 29), (T1, 3)]
+
+
+def test_a_margin_is_the_lead_of_the_own_class_over_the_best_other_one():
+    logits = np.array([[1.0, 3.0, 0.0], [1.0, 3.0, 0.0], [2.0, 2.0, 0.0], [2.0, 2.0, 0.0]])
+    leads, trails, first_of_tie, second_of_tie = attacks.margins(logits, np.array([1, 0, 0, 1]))
+    assert leads == 2
+    assert trails == -2
+    assert 0 < first_of_tie < 1e-300
+    assert -1e-300 < second_of_tie < 0

@@ -434,6 +434,7 @@ def requeued(folder, line, rng, kills, longest):
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_requeued_after_random_kills_results_are_those_of_one_go(ok, tmp_path, monkeypatch, whole):
     rng = random.Random(1)
     requeued(tmp_path, f"{RUN} --epochs 6", rng, 3, 0.8)
@@ -484,6 +485,7 @@ def codes(processes):
     return [process.exitcode for process in processes]
 
 
+@pytest.mark.slow
 def test_workers_without_a_shared_file_system(tmp_path, whole, store):
     """Only the first one's machine has the run."""
     nodes = [tmp_path / "node0", tmp_path / "node1"]
@@ -611,6 +613,7 @@ def test_a_script_of_the_docs_runs_a_command_that_is_one(tmp_path, cluster, scri
     assert "nnodes" not in words or words[words.index("--rdzv_endpoint") + 1] == "node0:29500"
 
 
+@pytest.mark.slow
 def test_the_script_of_one_training_trains(tmp_path, cluster):
     process = cluster(SCRIPTS[0], *LONG.split(), "--run-dir", "d", stubs=("scontrol",))
     wait_for(tmp_path / "out", "epoch 1/500")

@@ -170,9 +170,9 @@ QUICK = (
     "words",
     [
         "--alg EP --thirdphase",
-        "--alg BPTT",
-        "--alg EP --thirdphase --model VFCNN --same-update",
-        "--alg EP --thirdphase --tol 1e-3",
+        pytest.param("--alg BPTT", marks=pytest.mark.slow),
+        pytest.param("--alg EP --thirdphase --model VFCNN --same-update", marks=pytest.mark.slow),
+        pytest.param("--alg EP --thirdphase --tol 1e-3", marks=pytest.mark.slow),
     ],
 )
 def test_a_cnn_learns_with_dropout(ok, words):
@@ -249,7 +249,15 @@ def test_cep_decays_weights_once_a_batch(model):
     same([0.95 * p for p in before], [p.detach() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("words", ["", "--thirdphase", "--random-sign --lr-decay", "--model VFMLP"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        pytest.param("--thirdphase", marks=pytest.mark.slow),
+        pytest.param("--random-sign --lr-decay", marks=pytest.mark.slow),
+        pytest.param("--model VFMLP", marks=pytest.mark.slow),
+    ],
+)
 def test_cep_learns_and_resumes(ok, tmp_path, words):
     line = (
         "--task digits --device -1 --archi 784 64 10 --alg CEP --betas 0 0.2 --T1 20 --T2 6 --lrs 0.005 0.005 "

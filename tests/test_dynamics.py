@@ -202,10 +202,10 @@ QUICK = (
     "words",
     [
         "",
-        "--alg BPTT",
+        pytest.param("--alg BPTT", marks=pytest.mark.slow),
         "--alg BPTT --T2 60",
-        "--schedule async --thirdphase",
-        "--model VFCNN --thirdphase",
+        pytest.param("--schedule async --thirdphase", marks=pytest.mark.slow),
+        pytest.param("--model VFCNN --thirdphase", marks=pytest.mark.slow),
     ],
 )
 def test_settling_is_counted(ok, tmp_path, words):

@@ -8,9 +8,11 @@ import sys
 import autodiff
 import pytest
 import torch
-from conftest import ROOT, criterion_of, grads, rule, sample
+from conftest import MODELS, ROOT, criterion_of, grads, rule, sample
 
 import model_utils as mu
+from experiment import arguments
+from experiment.flags import FLAGS
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 
@@ -212,6 +214,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import model_utils as mu
+from experiment import arguments
+from experiment.flags import FLAGS
 torch.set_num_threads(1)
 worst = 0.0
 for kernel in (1, 2, 3):
@@ -270,3 +274,20 @@ def test_continual_ep_after_one_free_step_is_that_of_its_own_free_state():
     mu.cep_updates(model, x, y, mu.Rule("CEP", 1, 2, (0.0, 0.3), "cel"), change)
     for name, old, p in zip(exact, before, model.parameters()):
         torch.testing.assert_close((old - p.detach()) / 1e-7, exact[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_random_sign_of_beta_is_drawn_for_each_mini_batch(monkeypatch):
+    model, betas = MODELS["MLP"](torch.tanh), []
+
+    def ep(model, x, y, rule, *_):
+        betas.append(tuple(rule.betas))
+        return model(x, T=1)
+
+    monkeypatch.setitem(mu.LEARN, "EP", ep)
+    given = arguments.parse("--betas 0.1 0.5 --random-sign".split(), FLAGS)
+    trainer = mu.Trainer(model, None, arguments.resolve(given))
+    torch.manual_seed(0)
+    for _ in range(40):
+        trainer.gradients(torch.randn(2, 20), torch.tensor([0, 1]))
+    assert set(betas) == {(0.1, 0.5), (0.1, -0.5)}
+    assert 10 < sum(beta < 0 for _, beta in betas) < 30

@@ -59,6 +59,9 @@ EXAMINED = {
 }
 
 
+pytestmark = pytest.mark.slow  # every test starts processes
+
+
 @contextlib.contextmanager
 def torchrun(*words, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -44,8 +44,9 @@ def without_figures(folder, words):
     enter(folder, words)
 
 
+@pytest.mark.slow
 def test_looking_at_a_run_does_not_kill_it(ok, tmp_path):
-    words = (TINY + " --epochs 600").split()
+    words = (TINY + " --epochs 150").split()
     process = context.Process(target=without_figures, args=(str(tmp_path), words))
     process.start()
     while not list(tmp_path.glob("results/*/*/*/[!.]*/metrics.csv")):
@@ -63,15 +64,14 @@ def test_looking_at_a_run_does_not_kill_it(ok, tmp_path):
     assert process.exitcode == 0 and looks >= 3
     whole(run)
     assert (
-        len(metrics(run)) == 600
-        and torch.load(run / "final_checkpoint.tar", weights_only=True)["epoch"] == 600
+        len(metrics(run)) == 150
+        and torch.load(run / "final_checkpoint.tar", weights_only=True)["epoch"] == 150
     )
     assert (run / "hyperparameters.txt").read_text().count("evaluated") == -(-looks // 3)
 
 
-def test_only_what_no_process_owns_is_cleaned_up(ok, tmp_path):
-    ok(TINY)
-    run = only_run(tmp_path)
+def test_only_what_no_process_owns_is_cleaned_up(ok, zoo, tmp_path):
+    run = zoo.copy("MLP", tmp_path)
     dead = subprocess.Popen(["true"])
     dead.wait()
     with replacing(run / "model.pt") as beside:
@@ -123,9 +123,8 @@ def test_where_there_are_no_locks_a_note_says_so(cli, tmp_path, monkeypatch):
     assert code == 0 and "note:" in err and "No locks available" in err
 
 
-def test_a_run_that_moved_on_while_it_was_read_is_not_trained(cli, tmp_path, monkeypatch):
-    cli(TINY)
-    run, read = only_run(tmp_path), checkpoint._read
+def test_a_run_that_moved_on_while_it_was_read_is_not_trained(cli, zoo, tmp_path, monkeypatch):
+    run, read = zoo.copy("MLP", tmp_path), checkpoint._read
 
     def slowly(path):
         state = read(path)
@@ -137,9 +136,8 @@ def test_a_run_that_moved_on_while_it_was_read_is_not_trained(cli, tmp_path, mon
     assert code == 2 and "has changed while it was read" in err and not (run / ".lock").exists()
 
 
-def test_a_resumption_is_written_down(ok, tmp_path):
-    ok(TINY)
-    run = only_run(tmp_path)
+def test_a_resumption_is_written_down(ok, zoo, tmp_path):
+    run = zoo.copy("MLP", tmp_path)
     ok(f"--device -1 --load-path {run} --T1 6 --mbs 10")
     text = (run / "hyperparameters.txt").read_text()
     block = text[text.index("resumed from epoch 2 on") :].splitlines()
@@ -224,6 +222,7 @@ def in_a_pipeline(command, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_a_reader(tmp_path):
     python = f"{sys.executable} -u {ROOT / 'main.py'} {TINY} --epochs 3"
     done = in_a_pipeline(f"{python} | head -1; echo ${{PIPESTATUS[0]}}", tmp_path)
@@ -273,9 +272,8 @@ def test_a_lenient_stream_writes_until_it_cannot(capsys):
     assert capsys.readouterr() == ("said\n", "also")
 
 
-def test_a_full_disk_says_so_and_how_to_go_on(tmp_path, monkeypatch, cli):
-    cli(TINY)
-    run = only_run(tmp_path)
+def test_a_full_disk_says_so_and_how_to_go_on(zoo, tmp_path, monkeypatch, cli):
+    run = zoo.copy("MLP", tmp_path)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -313,10 +311,9 @@ def test_a_folder_that_is_gone_is_not_said_to_be_unchanged(cli, tmp_path, monkey
     "todo", ["evaluate", "attack", "characteristic", "gducheck --save", "train"]
 )
 def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_work(
-    cli, tmp_path, monkeypatch, todo
+    cli, zoo, tmp_path, monkeypatch, todo
 ):
-    cli(TINY)
-    run, touch = only_run(tmp_path), pathlib.Path.touch
+    run, touch = zoo.copy("MLP", tmp_path), pathlib.Path.touch
 
     def refused(self, *args, **more):
         if self.parent == run:
@@ -329,6 +326,7 @@ def test_a_folder_that_cannot_be_written_to_is_noticed_before_the_work(
     assert code == 2 and err.count("\n") == 1 and str(run) in err and "Permission denied" in err
 
 
+@pytest.mark.slow
 def test_text_files_are_utf8_whatever_the_locale(tmp_path):
     folder = tmp_path / "Übung"
     folder.mkdir()

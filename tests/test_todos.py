@@ -357,6 +357,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 def test_other_forms_of_the_same_folder_give_the_same_table(cli, corrupted):
     run, folder = corrupted
     good, tables = {path.stem: np.load(path) for path in folder.glob("*.npy")}, []
