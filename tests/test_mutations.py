@@ -96,8 +96,8 @@ FAULTS = {
         ("tests/test_data.py::test_batches_cover_an_epoch_and_repeat_with_the_seed",),
     ),
     "the seed is ignored": Fault(
-        "experiment/workers.py",
-        "    torch.manual_seed(args.seed)\n",
+        "experiment/devices.py",
+        "    torch.manual_seed(seed)\n",
         "    torch.seed()\n",
         ("tests/test_cli.py::test_the_same_seed_gives_the_same_run",),
     ),
