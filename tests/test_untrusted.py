@@ -329,7 +329,7 @@ def test_without_its_config_an_odd_text_is_refused_or_completed(run, capsys, nam
     (run.path / "hyperparameters.txt").write_bytes(as_bytes(TEXTS[name]))
     refusal = restore(run, todo, DATA_FLAGS)
     run.put_back()
-    assert refusal or "does not say" in capsys.readouterr().err
+    assert refusal or "does not record" in capsys.readouterr().err
 
 
 def test_of_a_text_of_100_mb_the_beginning_is_read(tmp_path):
