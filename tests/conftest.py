@@ -1,4 +1,6 @@
+import contextlib
 import copy
+import io
 import multiprocessing
 import os
 import pathlib
@@ -145,9 +147,15 @@ class Zoo:
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 with tempfile.TemporaryDirectory(dir=self.root) as work:
-                    with pytest.MonkeyPatch.context() as patch:
+                    # its output is not that of the test that asked for it
+                    output = io.StringIO()
+                    with (
+                        pytest.MonkeyPatch.context() as patch,
+                        contextlib.redirect_stdout(output),
+                        contextlib.redirect_stderr(output),
+                    ):
                         patch.chdir(work)
-                        assert main.main(ZOO[name].split()) == 0
+                        assert main.main(ZOO[name].split()) == 0, output.getvalue()
                     pathlib.Path(work, "results").rename(folder)
         return folder
 
