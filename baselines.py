@@ -1,20 +1,28 @@
-"""Feed-forward networks to hold energy models against: dense, convolutional, and a vision
+"""Feed-forward networks to compare energy models with: dense, convolutional, and a vision
 transformer.
 
-To everything else a network is a model whose `Chain` has one connection: its way up is the whole
-network, the layer that it drives are the logits, and nothing drives down. One time step reaches the
-fixed point. What predicts with an energy model, trains, attacks or audits it, therefore does so
-with a network as well, and where time steps matter it asks a model whether it `moves`."""
+To everything else a network is a model whose `Chain` has one connection: the whole network drives
+the logits bottom-up, and nothing drives top-down. One time step reaches the fixed point. Code that
+predicts with an energy model, trains, attacks or audits it therefore works with a network as well;
+where time steps matter it asks for `has_dynamics`."""
 
+import argparse
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
-from data_utils import TASKS
-from energy.connections import Connection
-from energy.dynamics import Chain
+from energy.connections import Connection, Shape
+from energy.dynamics import Chain, Neurons
+
+if TYPE_CHECKING:
+    from data_utils import Task
+
+Layers = list[list[nn.Module]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,159 +32,141 @@ class Network(Connection):
     classes: int = 10
 
     @property
-    def post_shape(self):
+    def post_shape(self) -> Shape:
         return (self.classes,)
 
-    def _up(self, pre):
-        return self.synapse.logits(pre), None
+    def _up(self, pre: Tensor) -> tuple[Tensor, None]:
+        return self.synapse.net(pre), None
 
 
 class FeedForward(nn.Module):
-    """A network with what an energy model has for the rest of the program.
+    """A network with the interface of an energy model.
 
     net: a module from (mbs, *in_shape) to logits, (mbs, classes); layers: lists of its modules,
-    those of one list being a layer with a learning rate of its own. BatchNorm follows the
-    statistics of a mini-batch while the learning rule computes its gradient, see
-    `learning.bp_gradients`, and those of the training anywhere else."""
+    each list a layer with a learning rate of its own. BatchNorm uses the statistics of a mini-batch
+    while the learning rule computes its gradient, see `model_utils.bp_gradients`, and those of the
+    training anywhere else."""
 
-    moves = softmax = same_update = compiled = False
+    has_dynamics = softmax = same_update = compiled = False
     activation, schedule, B_syn = None, "sync", ()
 
-    def __init__(self, net, layers, in_shape, classes):
+    def __init__(self, net: nn.Module, layers: Layers, in_shape: Shape, classes: int) -> None:
         super().__init__()
-        self.net, self.nc, self._layers = net, classes, layers
+        self.net = net
+        self.nc = classes
+        self._layers = layers
         self.connections = (Network(self, in_shape, classes=classes),)
         self.eval()
 
     @property
-    def synapses(self):
+    def synapses(self) -> list[nn.Module]:
         """The modules with weights that connect layers."""
         return [m for m in self.net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
     @property
-    def weight(self):
+    def weight(self) -> Tensor:
         """One of the weights, in the type and on the device of all."""
         return next(self.parameters())
 
-    def rated(self):
-        """[(the number of a layer, its parameters)], see `model_utils.make_optimizer`."""
+    def parameter_layers(self) -> list[tuple[int, list[nn.Parameter]]]:
+        """[(the layer whose learning rate counts, parameters)], see `model_utils.make_optimizer`."""
         return [
             (n, [p for m in modules for p in m.parameters()])
             for n, modules in enumerate(self._layers)
         ]
 
-    def logits(self, x):
-        """(mbs, classes) of images (mbs, ...)."""
-        return self.net(x)
-
-    def chain(self, loss="mse", masks=None):
+    def chain(self, loss: str = "mse", masks: Any = None) -> Chain:
         """See `energy.dynamics.Chain`."""
         return Chain(self.connections, None, linear_output=True)
 
     def forward(
         self,
-        x,
-        y=None,
-        neurons=None,
-        T=None,
-        beta=0.0,
-        criterion=None,
-        check_thm=False,
-        output_in=None,
-    ):
-        """[logits], as `EnergyModel.forward` gives neurons; only x and check_thm, whether a graph
-        is kept, matter."""
+        x: Tensor,
+        y: Any = None,
+        neurons: Any = None,
+        T: Any = None,
+        beta: Any = 0.0,
+        criterion: Any = None,
+        check_thm: bool = False,
+        output_in: Any = None,
+    ) -> Neurons:
+        """[logits], as `EnergyModel.forward` returns neurons; check_thm keeps the graph, all other
+        arguments have no effect."""
         with torch.set_grad_enabled(check_thm):
-            return [self.logits(x)]
+            return [self.net(x)]
 
-    def angles(self):
-        """None: there are no backward weights."""
+    def angles(self) -> list[float]:
+        """Empty: there are no feedback weights."""
         return []
 
 
-def _joined(layers, in_shape, classes):
-    """The network of some layers, lists of modules, one after another."""
-    return FeedForward(
-        nn.Sequential(*(m for layer in layers for m in layer)), layers, in_shape, classes
-    )
+def _joined(layers: Layers, task: "Task") -> FeedForward:
+    """The network of some layers, one after another."""
+    net = nn.Sequential(*(m for layer in layers for m in layer))
+    return FeedForward(net, layers, (task.channels, task.size, task.size), task.classes)
 
 
-def _dense(sizes):
+def _dense(sizes: Sequence[int]) -> Layers:
     """Linear layers with ReLU between them."""
-    last = len(sizes) - 2
-    return [
-        [nn.Linear(a, b), *([nn.ReLU()] if n < last else [])]
-        for n, (a, b) in enumerate(zip(sizes, sizes[1:]))
-    ]
+    layers: Layers = [[nn.Linear(a, b), nn.ReLU()] for a, b in zip(sizes, sizes[1:])]
+    layers[-1].pop()
+    return layers
 
 
-def ff_mlp(args, task):
+def ff_mlp(args: argparse.Namespace, task: "Task") -> FeedForward:
     """Linear layers of the sizes args.archi with ReLU between them."""
     first, *layers = _dense(args.archi)
-    return _joined(
-        [[nn.Flatten(), *first], *layers], (task.channels, task.size, task.size), task.classes
-    )
+    return _joined([[nn.Flatten(), *first], *layers], task)
 
 
 POOLINGS = {"m": nn.MaxPool2d, "a": nn.AvgPool2d}
 
 
-def ff_cnn(args, task):
+def ff_cnn(args: argparse.Namespace, task: "Task") -> FeedForward:
     """Convolutions, each with batch normalisation, ReLU and pooling, then linear layers with ReLU
     between them. Raises ValueError, naming the layer, where nothing is left of a map."""
-    layers, channels, size = [], task.channels, task.size
-    for n, out in enumerate(args.channels):
-        kernel, stride, padding, pool = (
-            args.kernels[n],
-            args.strides[n],
-            args.paddings[n],
-            args.pools[n],
-        )
+    layers: Layers = []
+    channels, size = task.channels, task.size
+    geometries = zip(args.channels, args.kernels, args.strides, args.paddings, args.pools)
+    for n, (out, kernel, stride, padding, pool) in enumerate(geometries, 1):
+        pooling = [POOLINGS[pool](2)] if pool in POOLINGS else []
         size = (size + 2 * padding - kernel) // stride + 1
-        size = size // 2 if pool in POOLINGS else size
+        size = size // 2 if pooling else size
         if size < 1:
-            raise ValueError(f"layer {n + 1}: nothing is left of the map")
-        layers.append(
-            [
-                nn.Conv2d(channels, out, kernel, stride, padding),
-                BatchNorm(out),
-                nn.ReLU(),
-                *([POOLINGS[pool](2)] if pool in POOLINGS else []),
-            ]
-        )
+            raise ValueError(f"layer {n}: nothing is left of the map")
+        conv = nn.Conv2d(channels, out, kernel, stride, padding)
+        layers.append([conv, BatchNorm(out), nn.ReLU(), *pooling])
         channels = out
     first, *rest = _dense([channels * size * size, *args.fc])
-    return _joined(
-        [*layers, [nn.Flatten(), *first], *rest],
-        (task.channels, task.size, task.size),
-        task.classes,
-    )
+    return _joined([*layers, [nn.Flatten(), *first], *rest], task)
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over a mini-batch, from the mean over each worker's share of it, a number of 0 to 1.
-    As each worker's loss is a mean over its share as well, slopes average as values do."""
+    """The mean over a mini-batch, from the mean over each worker's share of it, in [0, 1]. As each
+    worker's loss is a mean over its share as well, gradients average as values do."""
 
     @staticmethod
-    def forward(ctx, share, workers, value):
-        ctx.share, ctx.workers = share, workers
+    def forward(ctx: Any, share: float, workers: Any, value: Tensor) -> Tensor:
+        ctx.share = share
+        ctx.workers = workers
         return workers.sum(value * share)
 
     @staticmethod
-    def backward(ctx, slope):
-        return None, None, ctx.workers.sum(slope * ctx.share)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, ctx.workers.sum(grad * ctx.share)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """PyTorch's, which of a single value a map, that has no variance, takes the statistics of the
-    training; and which normalises a share of a mini-batch by the statistics of the whole.
+    """PyTorch's batch normalisation, but a mini-batch with a single value per map, which has no
+    variance, is normalised by the statistics of the training, and a worker's share of a mini-batch
+    by those of the whole.
 
-    whole: None, or where a mini-batch is a share of one: (workers, share, samples of the whole),
-    see `experiment.workers.Workers.sharing_statistics`."""
+    whole: None, or (workers, share, samples of the whole mini-batch), see
+    `experiment.workers.Workers.sharing_statistics`."""
 
-    whole = None
+    whole: tuple[Any, float, int] | None = None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         values = (self.whole[2] if self.whole else len(x)) * x[0, 0].numel()
@@ -186,8 +176,8 @@ class BatchNorm(nn.BatchNorm2d):
             )
         return self._of_whole(x, *self.whole[:2], values) if self.whole else super().forward(x)
 
-    def _of_whole(self, x, workers, share, values):
-        """The same on a share. values: how many of the whole a map has."""
+    def _of_whole(self, x: Tensor, workers: Any, share: float, values: int) -> Tensor:
+        """The same on a share. values: of a map in the whole mini-batch."""
         mean = _Mean.apply(share, workers, x.mean((0, 2, 3)))
         centred = x - mean.view(-1, 1, 1)
         variance = _Mean.apply(share, workers, centred.square().mean((0, 2, 3)))
@@ -199,7 +189,7 @@ class BatchNorm(nn.BatchNorm2d):
         return torch.addcmul(self.bias.view(-1, 1, 1), centred, scale.view(-1, 1, 1))
 
 
-def vit(args, task):
+def vit(args: argparse.Namespace, task: "Task") -> FeedForward:
     """torchvision's VisionTransformer for images of any number of channels."""
     from torchvision.models.vision_transformer import VisionTransformer
 
@@ -212,7 +202,7 @@ def vit(args, task):
         args.mlp_width,
         num_classes=task.classes,
     )
-    if task.channels != 3:  # what it begins with is for three; it starts as that does
+    if task.channels != 3:  # its first layer is for three; this one starts as that does
         net.conv_proj = nn.Conv2d(task.channels, args.width, args.patch, args.patch)
         nn.init.trunc_normal_(
             net.conv_proj.weight, std=math.sqrt(1 / (task.channels * args.patch**2))
@@ -221,10 +211,14 @@ def vit(args, task):
     return FeedForward(net, [[net]], (task.channels, task.size, task.size), task.classes)
 
 
-KINDS = {"FFMLP": ff_mlp, "FFCNN": ff_cnn, "ViT": vit}
+KINDS: dict[str, Callable[[argparse.Namespace, "Task"], FeedForward]] = {
+    "FFMLP": ff_mlp,
+    "FFCNN": ff_cnn,
+    "ViT": vit,
+}
 
 
-def make_network(args):
+def make_network(args: argparse.Namespace, task: "Task") -> FeedForward:
     """The `FeedForward` that the command line's arguments describe. Raises ValueError where there
     is none."""
-    return KINDS[args.model](args, TASKS[args.task])
+    return KINDS[args.model](args, task)

@@ -82,14 +82,14 @@ class Job:
     @property
     def rule(self):
         """How the model learns and predicts."""
-        import model_utils
+        from experiment.training import rule_of
 
-        return model_utils.Rule.of(self.args)
+        return rule_of(self.args)
 
     @property
     def steps(self):
         """How many time steps a prediction takes, in words."""
-        return f" with T1 = {self.args.T1}" if self.model.moves else ""
+        return f" with T1 = {self.args.T1}" if self.model.has_dynamics else ""
 
     def convergence(self, T1):
         """An empty `Convergence` for free phases of T1 steps; None of a model without time
@@ -99,7 +99,7 @@ class Job:
         import model_utils
         from experiment.runs import checkpoint
 
-        if not self.model.moves:
+        if not self.model.has_dynamics:
             return None
         model = self.model
         if self.args.precision == "bf16":  # whose rounding hides what is left of the changes
@@ -147,16 +147,18 @@ def train(job):
     train_batches, test_batches = job.batches("train", generator), job.batches("test")
     vars(args).update(job.data)  # to be written down with the arguments
     optimizer, scheduler = model_utils.make_optimizer(job.model, args)
-    story = checkpoint.restore(saved, args, optimizer, scheduler, generator) if saved else History()
+    history = (
+        checkpoint.restore(saved, args, optimizer, scheduler, generator) if saved else History()
+    )
     folder = saved and str(saved.path.parent)
-    story.requested = max(story.requested, last)
+    history.requested = max(history.requested, last)
     job.interruption.advice = lambda: _advice(job, folder, first, last)
     for change in changes(saved.args, vars(args)) if saved else ():
         print(f"note: {change}")
     if run and saved:
         if args.run_dir:
             run.complete(shlex.join(job.command), args, job.model, job.device)
-        run.restore(story.epochs, story.best)
+        run.restore(history.epochs, history.best)
         run.at_commit = functools.partial(
             run.note_resumption,
             shlex.join(job.command),
@@ -166,8 +168,10 @@ def train(job):
             vars(args),
         )
     elif workers.rank == 0 and args.save:
-        state = snapshot(job.model, args, story)
-        run = _new_folder(job, {**state, **resumable_state(story, optimizer, scheduler, generator)})
+        state = snapshot(job.model, args, history)
+        run = _new_folder(
+            job, {**state, **resumable_state(history, optimizer, scheduler, generator)}
+        )
     print(
         (
             f"results go to {run.folder}"
@@ -187,7 +191,7 @@ def train(job):
         val_batches=job.batches("val") if args.val_size else None,
         scheduler=scheduler,
         run=run,
-        story=story,
+        history=history,
         workers=workers,
         last=last,
     )
@@ -200,14 +204,14 @@ def _complete(job, first, last):
     from experiment import records
     from experiment.runs import resume
 
-    run, story = job.run, job.saved.history
+    run, history = job.run, job.saved.history
     if run:
         resume.finish(run, job.saved)
     if job.workers.broadcast(run and resume.figures_are_old(run)):
         x, _ = next(iter(job.batches("train")))
         if run:
             neurons = model_utils.predicting_neurons(job.model, x, job.rule)
-            records.draw_training(run, job.model, job.args, story, neurons)
+            records.draw_training(run, job.model, job.args, history, neurons)
     print(f"nothing to train: {job.args.run_dir} has {first} epochs, --epochs is {last}")
 
 
@@ -282,14 +286,14 @@ def evaluate(job):
             convergence,
         )
         if args.save and split == "test":
-            found = model_utils.judgements(*work)
+            found = model_utils.predict(*work)
             accuracy = found.accuracy
         else:
             accuracy = model_utils.evaluate(*work)
-        stopwatch.settling.gather(job.workers)
+        stopwatch.steps.gather(job.workers)
         parts.append(
             f"{names[split]} accuracy {100 * accuracy:.2f} % ({data.samples} "
-            f"images{f', {stopwatch.settling}' if args.tol else ''})"
+            f"images{f', {stopwatch.steps}' if args.tol else ''})"
         )
     if convergence is not None:
         parts.append(f"{convergence.percent:.2f} % of {convergence.images} test images converged")

@@ -133,7 +133,7 @@ class Audit:
             "settled": float((moved < STILL).mean()),
             "responds": subject.responds(),
             "layers": len(subject.model.synapses),
-            "moves": subject.model.moves,
+            "moves": subject.model.has_dynamics,
         }
 
     # ---- b: projected gradient descent
@@ -265,7 +265,7 @@ class Audit:
         """Gradients of the loss averaged over intermediate states; adversarial images judged at
         every step."""
         subject, state = self.subject, self.state
-        for grad in ("bptt", "smooth") if subject.model.moves else ():
+        for grad in ("bptt", "smooth") if subject.model.has_dynamics else ():
             way = subject.calibrated(
                 attacks.Way(grad, steps=min(subject.steps[-1], subject.T1), states="all")
             )

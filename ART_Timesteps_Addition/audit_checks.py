@@ -195,7 +195,7 @@ def conduct(model, args, data, files, surrogate=None, ends_early=ENDS_EARLY):
     args: see `audit.Subject`, and budget; data: (images uint8 (n, C, H, W), labels), tensors;
     files: what `Audit.run` needs of a store, and source, settings, computed_on, text, write and
     plot; surrogate: (model, args) or None; ends_early: how far images have settled where the
-    predictions that attacks ask for stop, see `relax_until_settled`."""
+    predictions that attacks ask for stop, see `relax_until_converged`."""
     x, y = (data[0].float() / 255).cpu().numpy(), data[1].cpu().numpy()
     other = (
         Subject(surrogate[0].to(next(model.parameters()).device), surrogate[1], x, y)

@@ -31,7 +31,7 @@ class Budget:
 
 BUDGETS = {"standard": Budget(), "quick": Budget(10, 5, 150, 100, 50, 1, 20)}
 GRADS, CALIBRATED = ("bptt", "smooth", "ep", "soft"), ("smooth", "ep", "soft")
-ENDS_EARLY = 1e-3  # of predictions within attacks, where nothing else is asked for, see `relax_until_settled`
+ENDS_EARLY = 1e-3  # of predictions within attacks, where nothing else is asked for, see `relax_until_converged`
 TINY = 1e-4
 STILL = 0.05  # an image has settled, here, once a step moves no layer by more than this share of its norm
 
@@ -66,7 +66,7 @@ class Subject:
     @property
     def grads(self):
         """Ways to a gradient that this model has."""
-        return GRADS if self.model.moves else ("bptt", "smooth")
+        return GRADS if self.model.has_dynamics else ("bptt", "smooth")
 
     @property
     def T1(self):

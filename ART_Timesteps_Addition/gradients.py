@@ -239,9 +239,9 @@ def through_time(unrolled, x):
 
 def _free(chain, phase, T, tol, output_in=None):
     """The neurons after T free steps from zero; with `tol` after at most T, see
-    `relax_until_settled`."""
+    `relax_until_converged`."""
     if tol:
-        return fast.relax_until_settled(chain, phase, T, tol)[0]
+        return fast.relax_until_converged(chain, phase, T, tol)[0]
     return fast.relax(chain, phase, None, T, output_in)
 
 

@@ -57,7 +57,7 @@ class Options:
                 logarithm of its softmax, whose negative log-likelihood is the mean cross-entropy of all states
     exact       whether what comes with a gradient is the read-out of a prediction, so that an attack which looks there
                 for its success sees what counts, instead of that of the steps that the gradient goes through
-    tol         of the steps without a graph: stop an image once it has settled to this, see `relax_until_settled`
+    tol         of the steps without a graph: stop an image once it has settled to this, see `relax_until_converged`
     beta        how far `ep` nudges
     gain        attacks see gain * read-out: output neurons within [0, 1] are no logits (a softmax
                 hardly distinguishes values that are at most 1 apart)

@@ -59,7 +59,7 @@ def training_step(model, x, y, T1, T2, betas, loss, setting):
     """A call that takes one training step and returns its gradient. The learning rate is zero, so
     that all calls take the same step."""
     precision, compiled, tol, schedule = setting
-    rule, twin = (
+    rule, bf16_copy = (
         rule_of(T1, T2, betas, loss, tol, schedule),
         model_utils.lowered(model, torch.bfloat16) if precision == "bf16" else None,
     )
@@ -68,15 +68,15 @@ def training_step(model, x, y, T1, T2, betas, loss, setting):
 
     def step():
         model_utils.set_precision(precision)
-        for moving in (model, twin) if twin else (model,):
+        for moving in (model, bf16_copy) if bf16_copy else (model,):
             moving.compiled, moving.schedule = compiled, schedule
-        model_utils.ep_gradients(model, x, y, rule, None, twin, stopwatch)
+        model_utils.ep_gradients(model, x, y, rule, None, bf16_copy, stopwatch)
         optimizer.step()
-        if twin:
-            model_utils.refresh(twin, model)
+        if bf16_copy:
+            model_utils.refresh(bf16_copy, model)
         return [p.grad for p in model.parameters()]
 
-    return step, stopwatch.settling
+    return step, stopwatch.steps
 
 
 def textbook_step(model, x, y, T1, T2, betas, loss):

@@ -93,16 +93,16 @@ def ours(args, batch, precision, schedule):
     """The `Update` of symmetric EP on a GPU by `model_utils.ep_gradients`."""
     args.schedule = schedule
     model = model_utils.make_model(args)
-    twin = model_utils.lowered(model, PRECISIONS[precision]) if precision == "bf16" else None
+    bf16_copy = model_utils.lowered(model, PRECISIONS[precision]) if precision == "bf16" else None
 
     def count(T1, T2):
         rule = model_utils.Rule(T1=T1, T2=T2, betas=(0.0, 0.5), loss=args.loss, thirdphase=True)
         with on_pretended_gpu() as device:
-            for m in (model, twin) if twin else (model,):
+            for m in (model, bf16_copy) if bf16_copy else (model,):
                 moved(m, device)
             x, y = sample(args, batch, device)
             with Counting() as counted:
-                model_utils.ep_gradients(model, x, y, rule, None, twin)
+                model_utils.ep_gradients(model, x, y, rule, None, bf16_copy)
         return collections.Counter(counted.operations)
 
     return Update(count)

@@ -25,9 +25,11 @@ import data_utils  # noqa: E402
 import main as command_line  # noqa: E402
 import model_utils  # noqa: E402
 from energy.gdu import cosine  # noqa: E402
+from energy.rule import UNOBSERVED  # noqa: E402
 from experiment import arguments, checks  # noqa: E402
 from experiment.runs import checkpoint  # noqa: E402
 from experiment.timing import Stopwatch, progress  # noqa: E402
+from experiment.training import rule_of  # noqa: E402
 from experiment.workers import Workers  # noqa: E402
 
 
@@ -58,17 +60,17 @@ def compare(model, batches, rule, tol, device):
 
         def predict(tol):
             neurons = model_utils.predicting_neurons(
-                model, x, dataclasses.replace(rule, tol=tol), stopwatch if tol else None
+                model, x, dataclasses.replace(rule, tol=tol), stopwatch if tol else UNOBSERVED
             )
             outputs.append(chain.read(neurons))
 
         times = [clock(lambda: predict(t), device) for t in (0.0, tol)]
         ratios.append(times[0] / times[1])
         same += int((outputs[0].argmax(1) == outputs[1].argmax(1)).sum())
-    count = stopwatch.settling
+    count = stopwatch.steps
     return (
         int(count.steps) / count.images,
-        int(count.unsettled) / count.images,
+        int(count.unconverged) / count.images,
         same / batches.samples,
         statistics.median(ratios),
     )
@@ -82,7 +84,7 @@ def smallest_cosine(model, batches, args, tol):
         found = []
         for t in (0.0, tol):
             model_utils.ep_gradients(
-                model, x, y, dataclasses.replace(model_utils.Rule.of(args), alg="EP", tol=t)
+                model, x, y, dataclasses.replace(rule_of(args), alg="EP", tol=t)
             )
             found.append([p.grad.clone() for p in model.parameters()])
         smallest = min(smallest, *(cosine(a, b) for a, b in zip(*found)))
@@ -110,7 +112,7 @@ def main():
     except data_utils.UserError as e:
         sys.exit(str(e))
     model_utils.set_precision("fp32")
-    rule = model_utils.Rule.of(args)
+    rule = rule_of(args)
     shape = (
         f"--channels {' '.join(map(str, args.channels))} --fc" if "CNN" in args.model else "--archi"
     )

@@ -17,17 +17,36 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from energy.activations import Activation
 from energy.connections import Connection, Dense, take_samples
 
 Neurons = list[Tensor]
+Criterion = nn.Module | str  # a loss of PyTorch, or its name: `mse` or `cel`
+
+
+def loss_name(criterion: Criterion) -> str:
+    """`mse` or `cel`, of a loss of PyTorch or of its name."""
+    if isinstance(criterion, str):
+        return criterion
+    return "mse" if isinstance(criterion, nn.MSELoss) else "cel"
+
+
+def readout_loss(readout: Tensor, y: Tensor, loss: str) -> Tensor:
+    """L of each sample, (mbs,): 0.5 * ||read-out - onehot(y)||^2 for `mse`, the cross-entropy for
+    `cel`. readout: (mbs, classes); y: class indices (mbs,)."""
+    if loss == "mse":
+        target = F.one_hot(y, readout.size(1)).to(readout.dtype)
+        return 0.5 * (readout - target).square().sum(1)
+    return F.cross_entropy(readout, y, reduction="none")
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """What moves.
+    """A model as its steps see it.
 
     connections     one per layer of neurons: into s_1, ..., s_N
     activation      of the neurons
@@ -109,7 +128,7 @@ class Chain:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What is fixed while a mini-batch moves.
+    """What stays fixed during the steps of a mini-batch.
 
     drive    of the image on s_1, (mbs, *shape of s_1)
     target   one-hot labels, (mbs, classes); None in a free phase
@@ -211,43 +230,44 @@ def has_converged(
     return relative_change(before, after) < tol
 
 
-class Settling(NamedTuple):
-    """steps: how many each image took, (mbs,) whole numbers; settled: whether it had converged to
-    the tolerance by then, (mbs,) bool."""
+class EarlyStop(NamedTuple):
+    """Where each image stopped. steps: that it took, (mbs,) int64; converged: whether it had
+    converged to the tolerance by then, (mbs,) bool."""
 
     steps: Tensor
-    settled: Tensor
+    converged: Tensor
 
 
 class Leaving(NamedTuple):
-    """When images that have converged leave the batch: at every `looks`-th look, if they are more
-    than `share` of it. Only then the host asks the device how many they are, and waits for it."""
+    """When images that have converged leave the batch: at every `looks`-th test of convergence, if
+    they are more than `share` of it. Only then does the host wait for the device."""
 
     looks: int
     share: float
 
     @property
     def at_once(self) -> bool:
-        """Whether none that has converged stays."""
+        """Whether images leave as soon as they have converged."""
         return self.looks == 1 and not self.share
 
     @classmethod
     def of(cls, device: torch.device) -> "Leaving":
-        """On a CPU as soon as they can; on a GPU rarely, as waiting for it costs more than a few
-        images do."""
+        """On a CPU at once; on a GPU rarely, where waiting for it costs more than computing a few
+        images."""
         return cls(4, 0.25) if device.type == "cuda" else cls(1, 0.0)
 
 
 @dataclasses.dataclass
-class _Moving:
+class _Active:
     """The part of a mini-batch that still takes steps, n images.
 
     chain, phase   for these images
-    images         which of the mini-batch they are, (n,) indices
+    images         their indices in the mini-batch, (n,)
     state          their neurons now
-    before         their neurons at the last look
-    stopped        what to return: neurons at convergence, at the last look of those that move
-    moves          whether they still move, (n,) bool: images leave together, see `Leaving`
+    before         their neurons at the last test of convergence
+    stopped        the neurons to return: at convergence, or at the last test
+    active         whether they have not converged yet, (n,) bool: images leave together, see
+                   `Leaving`
     """
 
     chain: Chain
@@ -256,10 +276,10 @@ class _Moving:
     state: Neurons
     before: Neurons
     stopped: Neurons
-    moves: Tensor
+    active: Tensor
 
     @classmethod
-    def from_zero(cls, chain: Chain, phase: Phase) -> "_Moving":
+    def from_zero(cls, chain: Chain, phase: Phase) -> "_Active":
         """All images of a mini-batch, at zero neurons."""
         mbs, device = len(phase.drive), phase.drive.device
         zeros = chain.zeros(phase.drive)
@@ -273,24 +293,25 @@ class _Moving:
             torch.ones(mbs, dtype=torch.bool, device=device),
         )
 
-    def without_stopped(self, result: Neurons) -> "_Moving":
-        """The images that still move; the neurons of the others are written to `result`."""
-        left, gone = self.moves.nonzero().flatten(), (~self.moves).nonzero().flatten()
+    def without_stopped(self, result: Neurons) -> "_Active":
+        """The images that have not converged; the neurons of the others are written to
+        `result`."""
+        left, gone = self.active.nonzero().flatten(), (~self.active).nonzero().flatten()
         _put(result, self.images[gone], [s[gone] for s in self.stopped])
         state = [take_samples(s, left) for s in self.state]
-        return _Moving(
+        return _Active(
             self.chain.take(left),
             self.phase.take(left),
             self.images[left],
             state,
             state,
             state,
-            self.moves[left],
+            self.active[left],
         )
 
 
 @torch.no_grad()
-def relax_until_settled(
+def relax_until_converged(
     chain: Chain,
     phase: Phase,
     T: int,
@@ -298,41 +319,43 @@ def relax_until_settled(
     every: int = WINDOW,
     advance: Step | None = None,
     leaving: Leaving | None = None,
-) -> tuple[Neurons, Settling]:
+) -> tuple[Neurons, EarlyStop]:
     """`relax` from zero neurons for at most T steps, but an image stops once it has converged: once
     `every` steps have together changed no layer of it by `tol` of that layer's norm.
 
     Images that have converged leave the batch, see `Leaving`, by default that of the device; it
-    changes no state and no number of steps. advance: what takes a step, by default the chain's own.
-    Returns (neurons, Settling)."""
+    changes no state and no number of steps. advance: takes a step, by default the chain's own.
+    Returns (neurons, EarlyStop)."""
     advance = advance or STEPS[chain.schedule]
     leaving = leaving or Leaving.of(phase.drive.device)
-    result, batch, looks = chain.zeros(phase.drive), _Moving.from_zero(chain, phase), 0
+    result = chain.zeros(phase.drive)
+    batch = _Active.from_zero(chain, phase)
+    looks = 0
     steps = torch.full_like(batch.images, T)  # (mbs,)
-    settled = torch.zeros_like(batch.moves)  # (mbs,)
+    converged = torch.zeros_like(batch.active)  # (mbs,)
     for done in range(1, T + 1):
         batch.state = advance(batch.chain, batch.phase, batch.state)
         if done % every and done < T:
             continue
         looks += 1
         batch.stopped = (
-            batch.state if leaving.at_once else _where(batch.moves, batch.state, batch.stopped)
+            batch.state if leaving.at_once else _where(batch.active, batch.state, batch.stopped)
         )
         if done % every == 0:  # else the last look came early
-            still = batch.moves & has_converged(batch.before, batch.state, tol)
-            steps[batch.images] = torch.where(still, done, steps[batch.images])
-            settled[batch.images] |= still
-            batch.moves = batch.moves & ~still
+            now = batch.active & has_converged(batch.before, batch.state, tol)  # (n,)
+            steps[batch.images] = torch.where(now, done, steps[batch.images])
+            converged[batch.images] |= now
+            batch.active = batch.active & ~now
         batch.before = batch.state
         if looks % leaving.looks or done == T:
             continue
-        count = int(batch.moves.sum())
+        count = int(batch.active.sum())
         if count < len(batch.images) * (1 - leaving.share) or not count:
             batch = batch.without_stopped(result)
         if not count:
-            return result, Settling(steps, settled)
+            return result, EarlyStop(steps, converged)
     _put(result, batch.images, batch.stopped)
-    return result, Settling(steps, settled)
+    return result, EarlyStop(steps, converged)
 
 
 def _where(chosen: Tensor, ours: Neurons, theirs: Neurons) -> Neurons:

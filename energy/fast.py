@@ -10,7 +10,7 @@ part of the steps to the others.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from energy import dynamics
 from energy.activations import RESCALED, affine, my_hard_sig
 from energy.connections import Connection, Convolution, Dense
-from energy.dynamics import CONVERGED, Chain, Neurons, Phase, Settling, half_step, step
+from energy.dynamics import CONVERGED, Chain, EarlyStop, Neurons, Phase, half_step, step
 
 # Neurons in a mini-batch up to which two phases, or two trajectories, are faster as one mini-batch
 # of twice the size.
@@ -87,22 +87,34 @@ def rewritten(steps: Steps) -> Steps:
     return steps
 
 
-def relax_until_settled(
+def trajectory(
+    chain: Chain, phase: Phase, T: int, neurons: Sequence[Tensor] | None = None
+) -> Iterator[Neurons]:
+    """The neurons after each of T steps, one after another, from `neurons` (from zero if None).
+
+    Every step is taken by itself. To round as `relax` does over all T steps, give it the
+    `rewritten` chain and phase. Gradients go through the steps where the caller records them."""
+    for _ in range(T):
+        neurons = relax(chain, phase, neurons, 1)
+        yield neurons
+
+
+def relax_until_converged(
     chain: Chain, phase: Phase, T: int, tol: float, every: int = dynamics.WINDOW
-) -> tuple[Neurons, Settling]:
-    """`dynamics.relax_until_settled`, of the rewritten chain, and compiled where requested."""
+) -> tuple[Neurons, EarlyStop]:
+    """`dynamics.relax_until_converged`, of the rewritten chain, and compiled where requested."""
     steps = rewritten(Steps(chain, phase, None, T))
     advance = _compiled_step if "compiled" in TABLE and _compiles(steps) else None
-    return dynamics.relax_until_settled(steps.chain, steps.phase, T, tol, every, advance)
+    return dynamics.relax_until_converged(steps.chain, steps.phase, T, tol, every, advance)
 
 
 def from_zero(
     chain: Chain, phase: Phase, T: int, tol: float = 0.0, output_in: int | None = None
-) -> tuple[Neurons, Settling | None]:
-    """(the neurons after T steps from zero, None); with `tol` what `relax_until_settled` returns,
+) -> tuple[Neurons, EarlyStop | None]:
+    """(the neurons after T steps from zero, None); with `tol` what `relax_until_converged` returns,
     after at most T steps; `output_in`, see `relax`, then has no effect."""
     if tol:
-        return relax_until_settled(chain, phase, T, tol)
+        return relax_until_converged(chain, phase, T, tol)
     return relax(chain, phase, None, T, output_in), None
 
 
@@ -123,7 +135,7 @@ def relax_and_check(
     steps, last = rewritten(Steps(chain, phase, None, T)), dynamics.window(T)
     before = None
     if T > last and ends_early:
-        before = relax_until_settled(chain, phase, T - last, FIXED)[0]
+        before = relax_until_converged(chain, phase, T - last, FIXED)[0]
     elif T > last:
         before = _every_layer(steps._replace(T=T - last))
     after = _every_layer(steps._replace(neurons=before, T=last))

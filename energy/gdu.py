@@ -2,7 +2,7 @@
 2019). The EP update between successive steps of the nudged phase is to be the BPTT gradient through
 the same step, counted from the end.
 
-`model` is an energy model of `model_utils`, `rule` a `model_utils.Rule`.
+`model` is an energy model of `model_utils`.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from energy import fast
-from energy.dynamics import Neurons, Phase, step
+from energy.dynamics import Criterion, Neurons, Phase, loss_name, step
+from energy.rule import Rule
 
-Criterion = nn.Module | str  # a loss of PyTorch, or its name: `mse` or `cel`
 Contributions = dict[str, Tensor]  # name of a parameter, or `neurons_i`: time first
 Row = dict[str, Any]
 
@@ -94,17 +94,21 @@ def ep_contributions(
     """
     kept = [p.grad for p in model.parameters()]
     beta_1, beta_2 = betas
-    state = model(x, y, None, T1, beta_1, criterion)
-    names = [*dict(model.named_parameters()), *(f"neurons_{i}" for i in range(len(state)))]
-    result: dict[str, list[Tensor]] = {name: [] for name in names}
-    for _ in range(T2):
-        before = state
-        state = model(x, y, before, 1, beta_2, criterion)
-        model.compute_syn_grads(x, y, before, state, betas, criterion, check_thm=True)
-        for name, p in model.named_parameters():
-            result[name].append(p.grad.clone())
-        for i, (a, b) in enumerate(zip(before, state)):
-            result[f"neurons_{i}"].append((b - a) / (beta_2 - beta_1))
+    loss = loss_name(criterion)
+    chain = model.chain(loss)
+    result: dict[str, list[Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    result |= {f"neurons_{i}": [] for i in range(len(chain))}
+    with torch.no_grad():
+        drive = chain.input_drive(x)
+        before = fast.relax(chain, model.phase(drive, y, beta_1, loss), None, T1)
+        nudged = model.phase(drive, y, beta_2, loss)
+        for state in fast.trajectory(chain, nudged, T2, before):
+            model.compute_syn_grads(x, y, before, state, betas, criterion, check_thm=True)
+            for name, p in model.named_parameters():
+                result[name].append(p.grad.clone())
+            for i, (a, b) in enumerate(zip(before, state)):
+                result[f"neurons_{i}"].append((b - a) / (beta_2 - beta_1))
+            before = state
     for p, grad in zip(model.parameters(), kept):
         p.grad = grad
     return {name: torch.stack(values) for name, values in result.items()}
@@ -167,7 +171,7 @@ class Comparison(NamedTuple):
     converged: Tensor
 
 
-def activation_slopes(model: Any, x: Tensor, y: Tensor, rule: Any) -> Neurons:
+def activation_slopes(model: Any, x: Tensor, y: Tensor, rule: Rule) -> Neurons:
     """act'(dPhi/ds_n) after T1 free steps: a list of tensors, one per layer, (mbs, *shape of the
     layer)."""
     chain = model.chain(rule.loss)
@@ -183,7 +187,7 @@ def activation_slopes(model: Any, x: Tensor, y: Tensor, rule: Any) -> Neurons:
     return slopes
 
 
-def complete_ep(model: Any, x: Tensor, y: Tensor, rule: Any, beta: float) -> dict[str, Tensor]:
+def complete_ep(model: Any, x: Tensor, y: Tensor, rule: Rule, beta: float) -> dict[str, Tensor]:
     """The EP update {name: gradient} from the whole of a phase nudged by `beta`. p.grad is left
     unchanged."""
     kept = [p.grad for p in model.parameters()]
@@ -205,7 +209,7 @@ def mean(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def comparable(
-    model: Any, x: Tensor, y: Tensor, rule: Any, BPTT: Contributions, runs: Sequence[Contributions]
+    model: Any, x: Tensor, y: Tensor, rule: Rule, BPTT: Contributions, runs: Sequence[Contributions]
 ) -> tuple[Contributions, Contributions]:
     """The sides that the theorem compares, from EP's `runs` nudged by beta_2, and of two the second
     by -beta_2: (BPTT's side, EP's side), {name: tensor}, time first.
@@ -258,7 +262,7 @@ def compare_gdu(bptt: Contributions, ep: Contributions, estimate: str) -> list[R
     return rows
 
 
-def image_cosines(model: Any, x: Tensor, y: Tensor, rule: Any) -> dict[str, list[float]]:
+def image_cosines(model: Any, x: Tensor, y: Tensor, rule: Rule) -> dict[str, list[float]]:
     """{parameter: [cosine of the complete EP and BPTT gradients of each image alone]}, of the
     rule's estimate."""
     found: dict[str, list[float]] = {name: [] for name, _ in model.named_parameters()}
@@ -273,7 +277,7 @@ def image_cosines(model: Any, x: Tensor, y: Tensor, rule: Any) -> dict[str, list
     return found
 
 
-def gdu_report(model: Any, x: Tensor, y: Tensor, rule: Any, images: bool = False) -> Comparison:
+def gdu_report(model: Any, x: Tensor, y: Tensor, rule: Rule, images: bool = False) -> Comparison:
     """The `Comparison` for the rule's T1, T2, betas, thirdphase and loss.
 
     images: also report in the rows of the best estimate, for every parameter, the median and the
@@ -301,7 +305,7 @@ def gdu_report(model: Any, x: Tensor, y: Tensor, rule: Any, images: bool = False
     return Comparison(rows, BPTT, runs, bptt, ep, converged)
 
 
-def verdict(comparison: Comparison, rule: Any, enough: float = 0.99) -> str:
+def verdict(comparison: Comparison, rule: Rule, enough: float = 0.99) -> str:
     """One line: whether EP agrees with BPTT (every row's cosine of the best estimate above
     `enough`), or what to change."""
     estimate = comparison.rows[-1]["estimate"]

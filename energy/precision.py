@@ -1,11 +1,15 @@
-"""Precision of float32 products on a CUDA device."""
+"""Precision: of float32 products on a CUDA device, and copies of a model in another type."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.nn as nn
 from torch import backends
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _mkldnn: Any = backends.mkldnn  # their stubs lack the newer settings
 _cudnn: Any = backends.cudnn
@@ -66,3 +70,14 @@ def exactly() -> Iterator[None]:
         yield
     finally:
         _set(before)
+
+
+def lowered(model: Model, dtype: torch.dtype) -> Model:
+    """A copy of the model in another type, which takes its time steps: the bf16 copy."""
+    return copy.deepcopy(model).to(dtype)
+
+
+@torch.no_grad()
+def refresh(lower: nn.Module, model: nn.Module) -> None:
+    """Copy the model's weights to its copy of `lowered`."""
+    torch._foreach_copy_(list(lower.parameters()), list(model.parameters()))

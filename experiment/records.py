@@ -66,7 +66,7 @@ def write_scalars(writer, folder, row):
 
 def write_predictions(run, found, classes, model):
     """Writes predictions.csv, a row per test image in their order, and the confusion matrix. found:
-    `Judgements`; classes: how many there are; model: which model's they are, in a word."""
+    `Predictions`; classes: how many there are; model: which model's they are, in a word."""
     columns = ("label", "prediction", "confidence", "steps")
     rows = zip(*(values.tolist() for values in found), strict=True)
     run.write_csv(

@@ -18,7 +18,7 @@ HEADER = "# settings: "
 
 def epoch_row(epoch, accuracies, seconds, convergence, settling, angles):
     """A row of metrics.csv. accuracies: {column: share}; convergence: a `Convergence`, None of a
-    model without time steps, whose column stays empty; settling: a `SettlingCount`; angles: of
+    model without time steps, whose column stays empty; settling: a `StepCount`; angles: of
     `EnergyModel.angles`, in degrees."""
     percent = {name: round(100 * share, 4) for name, share in accuracies.items()}
     return {
@@ -35,7 +35,7 @@ def epoch_row(epoch, accuracies, seconds, convergence, settling, angles):
 
 def epoch_line(row, rate, settling):
     """A row of metrics.csv as a line of the log. rate: training images a second; settling: a
-    `SettlingCount`."""
+    `StepCount`."""
     validation = f"validation {row['val_acc']:.2f} %, " if "val_acc" in row else ""
     line = (
         f"train {row['train_acc']:.2f} %, {validation}test {row['test_acc']:.2f} %, {row['seconds']:.1f} s, "

@@ -1,13 +1,19 @@
-"""Progress bars, a stopwatch for the parts of a training, and the count of steps that --tol
-saves."""
+"""Progress bars, a stopwatch for the parts of a training, and the count of steps with --tol."""
 
 import contextlib
 import io
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
+
+from energy.rule import Observer
+
+T = TypeVar("T")
 
 LOG_SECONDS = 60.0  # between two lines of a bar in a log file
 
@@ -28,12 +34,12 @@ class _LogBar(tqdm):
         """A log file has no lines to move between."""
 
     def close(self):
-        self.fp = io.StringIO()  # for what would clear the line
+        self.fp = io.StringIO()  # takes the characters that would clear the line
         super().close()
 
 
-def progress(iterable, description, total=None):
-    """A tqdm bar on standard error; in a log file a line a minute, and only of work that takes
+def progress(iterable: Iterable[T], description: str, total: int | None = None) -> tqdm:
+    """A tqdm bar on standard error; in a log file a line a minute, and only for work that takes
     longer."""
     if sys.stderr.isatty():
         return tqdm(iterable, desc=description, total=total, leave=False, dynamic_ncols=True)
@@ -48,42 +54,49 @@ def progress(iterable, description, total=None):
     )
 
 
-def write(text):
-    """Prints a line, and leaves a bar in one piece."""
+def write(text: str) -> None:
+    """Print a line without breaking a bar."""
     if sys.stderr.isatty():
         tqdm.write(text)
     else:
         print(text, flush=True)
 
 
-class Stopwatch:
-    """Where the time of a training goes, in seconds by part; settling: the SettlingCount of its
-    free phases.
+class Stopwatch(Observer):
+    """Seconds that each part of a training takes. steps: the `StepCount` of its free phases.
 
     On a CUDA device work is timed by events and added up only when asked for, so that nothing waits
     for it meanwhile."""
 
-    def __init__(self, device=None):
+    def __init__(self, device: torch.device | None = None) -> None:
         self.cuda = device is not None and device.type == "cuda"
-        self._seconds, self._events, self.settling = {}, [], SettlingCount()
+        self.steps = StepCount()
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
-    def part(self, name):
-        """Counts the time that the block takes to the part `name`."""
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to the part `name`."""
         if self.cuda:
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             yield
-            events[1].record()
-            self._events.append((name, *events))
+            end.record()
+            self._events.append((name, start, end))
         else:
-            start = time.perf_counter()
+            begun = time.perf_counter()
             yield
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._add(name, time.perf_counter() - begun)
 
-    def iterate(self, batches, name):
-        """Iterates over `batches`, and counts the time that they take to come to the part
-        `name`."""
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def count_steps(self, steps: Tensor, converged: Tensor) -> None:
+        """Count a mini-batch whose free phase ended early, see `Observer.count_steps`."""
+        self.steps.add(steps, converged)
+
+    def iterate(self, batches: Iterable[T], name: str) -> Iterator[T]:
+        """Iterate over `batches`, and add the time that they take to arrive to the part `name`."""
         iterator = iter(batches)
         while True:
             with self.part(name):
@@ -92,21 +105,21 @@ class Stopwatch:
                 return
             yield batch
 
-    def seconds(self):
+    def seconds(self) -> dict[str, float]:
         """{part: seconds}."""
         for name, start, end in self._events:
             end.synchronize()
-            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1000
+            self._add(name, start.elapsed_time(end) / 1000)
         self._events = []
         return self._seconds
 
-    def add(self, other):
-        """Adds the seconds of another stopwatch."""
+    def add(self, other: "Stopwatch") -> None:
+        """Add the seconds of another stopwatch."""
         for name, seconds in other.seconds().items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            self._add(name, seconds)
 
-    def shares(self):
-        """The parts in words, with their shares of the whole."""
+    def shares(self) -> str:
+        """The parts with their seconds and their shares of the whole, one line."""
         total = sum(self.seconds().values()) or 1.0
         return ", ".join(
             f"{name} {seconds:.1f} s ({100 * seconds / total:.0f} %)"
@@ -114,46 +127,47 @@ class Stopwatch:
         )
 
 
-class SettlingCount:
-    """How many steps the free phases of a data set took with --tol, and how many of its images
-    stayed above it."""
+class StepCount:
+    """How many steps the free phases of a data set took with --tol, and how many images had not
+    converged to it. Counts stay on the device until they are asked for.
 
-    def __init__(self):
-        self.images = self.steps = self.most = self.unsettled = 0
+    images: counted; steps: their sum; most: of an image; unconverged: images"""
 
-    def add(self, steps, settled):
-        """Counts in one mini-batch. steps: of each image, (mbs,) whole numbers; settled: whether it
-        had settled by then, (mbs,) bool."""
+    def __init__(self) -> None:
+        self.images = 0
+        self.steps: int | Tensor = 0
+        self.most: int | Tensor = 0
+        self.unconverged: int | Tensor = 0
+
+    def add(self, steps: Tensor, converged: Tensor) -> None:
+        """Count a mini-batch. steps: of each image, (mbs,) int64; converged: (mbs,) bool."""
         if len(steps):
             self.images += len(steps)
-            self.steps, self.unsettled = self.steps + steps.sum(), self.unsettled + (~settled).sum()
-            most = steps.max()  # a number brought to the device would wait for it
-            self.most = (
-                torch.maximum(most, self.most)
-                if torch.is_tensor(self.most)
-                else most.clamp(min=self.most)
-            )
+            self.steps = self.steps + steps.sum()
+            self.unconverged = self.unconverged + (~converged).sum()
+            self.most = steps.max().clamp(min=self.most)
 
-    def gather(self, workers):
-        """Counts in the free phases of all workers, in each one's count."""
-        counted = workers.gather(
-            [int(count) for count in (self.images, self.steps, self.unsettled, self.most)]
-        )
-        self.images, self.steps, self.unsettled = (sum(row[i] for row in counted) for i in range(3))
-        self.most = max(row[3] for row in counted)
+    def gather(self, workers: Any) -> None:
+        """Make each worker's count the count of all `Workers`."""
+        own = [int(count) for count in (self.images, self.steps, self.unconverged, self.most)]
+        images, steps, unconverged, most = zip(*workers.gather(own))
+        self.images = sum(images)
+        self.steps = sum(steps)
+        self.unconverged = sum(unconverged)
+        self.most = max(most)
 
-    def columns(self):
-        """Columns of metrics.csv: mean and maximum of the steps, and the share in % of images that
-        did not settle; {} if not counted."""
+    def columns(self) -> dict[str, float]:
+        """Columns of metrics.csv: mean and maximum of the steps, and the share of images in % that
+        had not converged; {} without --tol."""
         if not self.images:
             return {}
         return {
             "steps_mean": round(int(self.steps) / self.images, 2),
             "steps_max": int(self.most),
-            "unsettled": round(100 * int(self.unsettled) / self.images, 4),
+            "unsettled": round(100 * int(self.unconverged) / self.images, 4),
         }
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = (
             "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % above --tol"
         )

@@ -263,7 +263,7 @@ def settle(model, x, y, T, beta, criterion, tol, every=5):
     """(neurons, steps, settled) of a phase from zero neurons that ends early."""
     loss = mu.loss_name(criterion)
     chain = model.chain(loss)
-    neurons, settling = fast.relax_until_settled(
+    neurons, settling = fast.relax_until_converged(
         chain, model.phase(chain.input_drive(x), y, beta, loss), T, tol, every
     )
     return neurons, *settling

@@ -19,6 +19,7 @@ from data_utils import CORRUPTIONS
 from experiment import arguments
 from experiment.flags import FLAGS
 from experiment.runs import contents
+from experiment.training import rule_of
 from experiment.workers import Workers
 
 TINY = (
@@ -71,7 +72,7 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
             torch.rand(16, 1, 28, 28, generator=generator),
             torch.randint(10, (16,), generator=generator),
         )
-        neurons = mu.bp_gradients(model, x, y, mu.Rule.of(args))
+        neurons = mu.bp_gradients(model, x, y, rule_of(args))
         ours.step()
         theirs.zero_grad()
         logits = plain(x)
@@ -83,7 +84,7 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
     ):
         assert torch.equal(ours, theirs)
     plain.eval()
-    assert torch.equal(mu.predicting_neurons(model, x, mu.Rule.of(args))[-1], plain(x))
+    assert torch.equal(mu.predicting_neurons(model, x, rule_of(args))[-1], plain(x))
 
 
 def test_every_command_works_with_a_network(ok, tmp_path, network):
@@ -280,9 +281,7 @@ def test_a_map_of_one_value_has_no_variance():
 
 
 def test_safe_loading_takes_counts_alone_for_whole_numbers():
-    loaded = contents.weights(
-        baselines.make_network(args_of(f"{TINY} {NETWORKS['FFCNN']}")).state_dict()
-    )
+    loaded = contents.weights(mu.make_model(args_of(f"{TINY} {NETWORKS['FFCNN']}")).state_dict())
     assert loaded["net.1.num_batches_tracked"].dtype == torch.int64
     with pytest.raises(contents.Damaged):
         contents.weights({"net.0.weight": torch.zeros(2, dtype=torch.int64)})

@@ -22,9 +22,10 @@ from energy import fast
 from energy.poolings import MaxPool
 from energy.precision import _current, _set
 from experiment import arguments
+from experiment.diagnostics import Diagnostics, report_precision
 from experiment.flags import FLAGS
-from experiment.health import Health, report_precision
 from experiment.timing import Stopwatch
+from experiment.training import Trainer
 from experiment.workers import Workers
 
 
@@ -47,11 +48,11 @@ def everything(model, x, y, twin):
         yield from mu.ep_gradients(model, x, y, rule(4, 2, criterion, **more), drop, moving)
         yield from (p.grad for p in model.parameters())
     yield from mu.cep_updates(
-        model, x, y, rule(2, 2, criterion, thirdphase=True), lambda share: None, masks
+        model, x, y, rule(2, 2, criterion, thirdphase=True), masks, change=lambda share: None
     )
     count = mu.Convergence(model, 8)
     for predicting in (twin, model):
-        yield from mu.predicting_neurons(predicting, x, rule(8, 2, criterion), None, count)
+        yield from mu.predicting_neurons(predicting, x, rule(8, 2, criterion), convergence=count)
     yield count.converged
     out, pullback = by_equilibrium_propagation(Unrolled(model, 7, 2, criterion, grad="ep"), x)
     yield from (out, pullback(out))
@@ -127,27 +128,27 @@ def test_a_training_waits_for_the_device_once_in_many_mini_batches(monkeypatch):
         torch.zeros(26, 3, 32, 32, dtype=torch.uint8),
         torch.zeros(26, dtype=torch.int64),
     )
-    starts, gradients = [], mu.Trainer.gradients
+    starts, gradients = [], Trainer.gradients
 
     def noted(self, *rest):
         starts.append(len(counted.names(lambda o: o.waits)))
         return gradients(self, *rest)
 
-    monkeypatch.setattr(mu.Trainer, "gradients", noted)
+    monkeypatch.setattr(Trainer, "gradients", noted)
     with pretended(model) as (x, _):
         optimizer, _ = mu.make_optimizer(model, args)
         for group in optimizer.param_groups:
             group.update(
                 fused=False, foreach=True
             )  # the fused step is a kernel without a description
-        trainer = mu.Trainer(model, optimizer, args)
+        trainer = mu.make_trainer(model, optimizer, args)
         batches = Batches(
             images, labels, 2, TASKS["CIFAR10"], x.device, torch.Generator(), augment=True
         )
         with Counting(read=0) as counted:
-            health = Health(model, trainer.rule, optimizer, 1)
+            trainer.diagnostics.begin(1)
             before = len(counted.names(lambda o: o.waits))
-            trainer._epoch(batches, 1, Stopwatch(), health)
+            trainer.train_epoch(batches, 1, Stopwatch())
     waits = [b - a for a, b in zip(starts, [*starts[1:], len(counted.names(lambda o: o.waits))])]
     assert before == 0 and waits == [0] * 9 + [1] + [0] * 2 + [1]
 
@@ -264,9 +265,9 @@ def test_the_noise_is_measured_without_waiting_for_the_device(kind):
     rule = mu.Rule(T1=6, T2=3, betas=(0.0, 0.1))
     with pretended(model, *([twin] if twin else [])) as (x, y), Counting(read=0.0) as counted:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        health = Health(model, rule, optimizer, 1, twin, "fp32" if twin else "tf32")
-        health.examine(x[:2], y[:2])
-        assert health.contrast.device == x.device
+        diagnostics = Diagnostics(model, rule, optimizer, twin, "fp32" if twin else "tf32")
+        diagnostics.examine(x[:2], y[:2])
+        assert diagnostics.contrast.device == x.device
     assert not counted.names(lambda o: o.waits)
 
 
@@ -290,17 +291,19 @@ def test_a_direction_of_rounding_alone_is_not_compared(capsys, monkeypatch):
     words = "--model FFCNN --alg BP --task digits --channels 4 4 --precision tf32"
     args = arguments.resolve(arguments.parse(words.split(), FLAGS))
     model = mu.make_model(args)
-    trainer = mu.Trainer(model, mu.make_optimizer(model, args)[0], args)
+    trainer = mu.make_trainer(model, mu.make_optimizer(model, args)[0], args)
     images, labels = torch.randint(0, 255, (8, 1, 28, 28), dtype=torch.uint8), torch.arange(8)
-    gradients, calls = mu.Trainer.gradients, []
+    gradients, calls = Trainer.gradients, []
 
     def rounded(self, x, y, *more):
         calls.append(x)
         return gradients(self, x if len(calls) < 2 else x * (1 + 1e-3), y, *more)
 
-    monkeypatch.setattr(mu.Trainer, "gradients", rounded)
+    monkeypatch.setattr(Trainer, "gradients", rounded)
     report_precision(
-        trainer, Batches(images, labels, 8, TASKS["digits"], torch.device("cpu"), torch.Generator())
+        trainer,
+        Batches(images, labels, 8, TASKS["digits"], torch.device("cpu"), torch.Generator()),
+        "tf32",
     )
     mu.set_precision("fp32")
     said = capsys.readouterr().out
@@ -311,13 +314,13 @@ def test_comparing_precisions_leaves_the_statistics_of_a_batch_normalisation():
     words = "--model FFCNN --alg BP --task digits --channels 4 4 --precision tf32"
     args = arguments.resolve(arguments.parse(words.split(), FLAGS))
     model = mu.make_model(args)
-    trainer = mu.Trainer(model, mu.make_optimizer(model, args)[0], args)
+    trainer = mu.make_trainer(model, mu.make_optimizer(model, args)[0], args)
     images, labels = (
         torch.randint(0, 255, (8, 1, 28, 28), dtype=torch.uint8),
         torch.zeros(8, dtype=torch.int64),
     )
     batches = Batches(images, labels, 4, TASKS["digits"], torch.device("cpu"), torch.Generator())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    report_precision(trainer, batches)
+    report_precision(trainer, batches, "tf32")
     mu.set_precision("fp32")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -12,7 +12,7 @@ import main
 import main_dropout
 import model_utils as mu
 from energy import dynamics, fast, gdu
-from experiment import command_line
+from experiment import command_line, training
 
 KEEP = 0.7
 
@@ -78,7 +78,7 @@ def test_training_counts_what_the_masked_read_out_says(alg, monkeypatch):
     model = mu.P_MLP([20, 16, 8, 5], torch.tanh, softmax=True)
     x, y = torch.randn(50, 20), torch.randint(0, 5, (50,))
     monkeypatch.setattr(
-        mu, "draw_masks", lambda model, keep, mbs, part: [None, None, torch.zeros(mbs, 8)]
+        training, "draw_masks", lambda model, keep, mbs, part: [None, None, torch.zeros(mbs, 8)]
     )
     args = argparse.Namespace(
         alg=alg,
@@ -91,8 +91,10 @@ def test_training_counts_what_the_masked_read_out_says(alg, monkeypatch):
         dropouts=[1, 1, 0.5],
         loss="cel",
         precision="fp32",
+        check_thm=False,
     )
-    right = mu.Trainer(model, None, args).gradients(x, y)[1]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    right = mu.make_trainer(model, optimizer, args).gradients(x, y).correct
     assert (
         right == (y == model.synapses[-1].bias.argmax()).sum()
     )  # all that is left for the read-out to say
@@ -124,8 +126,10 @@ def test_masks_differ_between_images_and_batches_and_keep_the_mean(model):
 
 
 def test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none(ok, monkeypatch, tmp_path):
-    drawn, masks, relaxed = [], mu.draw_masks, []
-    monkeypatch.setattr(mu, "draw_masks", lambda *args: drawn.append(masks(*args)) or drawn[-1])
+    drawn, masks, relaxed = [], training.draw_masks, []
+    monkeypatch.setattr(
+        training, "draw_masks", lambda *args: drawn.append(masks(*args)) or drawn[-1]
+    )
     relax = dynamics.relax
 
     def watched(chain, *args):
@@ -142,7 +146,7 @@ def test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none(ok, mon
     )
     batches = 5
     evaluations = 2 * 3  # of 3 mini-batches, each until five steps before the end and then to it
-    looks = 3  # phases of `Health` on the first mini-batch, without masks
+    looks = 3  # phases of `Diagnostics` on the first mini-batch, without masks
     assert len(drawn) == batches and len(relaxed) == looks + 3 * batches + evaluations
     assert all(not phase for phase in relaxed[:looks])
     for n, batch in enumerate(drawn):
@@ -222,7 +226,7 @@ def test_the_sum_of_small_continual_updates_is_that_of_ep(model, thirdphase):
             x,
             y,
             rule(8, 5, criterion, thirdphase=thirdphase),
-            functools.partial(mu.gradient_step, optimizer),
+            change=functools.partial(mu.gradient_step, optimizer),
         )
         optimizer.step()
         change = torch.cat(
@@ -241,7 +245,7 @@ def test_cep_decays_weights_once_a_batch(model):
     criterion, (x, y) = criterion_of(model), sample(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
     mu.cep_updates(
-        model, x, y, rule(4, 2, criterion), functools.partial(mu.gradient_step, optimizer)
+        model, x, y, rule(4, 2, criterion), change=functools.partial(mu.gradient_step, optimizer)
     )
     optimizer.param_groups[0]["lr"] = 0.5
     before = [p.detach().clone() for p in model.parameters()]

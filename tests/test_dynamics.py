@@ -11,8 +11,9 @@ from conftest import criterion_of, grads, only_run, rule, sample, settle
 
 import model_utils as mu
 from energy import dynamics, fast, gdu
-from experiment.health import Health
+from experiment.diagnostics import Diagnostics
 from experiment.timing import Stopwatch
+from experiment.training import rule_of
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 
@@ -143,9 +144,12 @@ def test_lower_precision_keeps_weights_and_gradients_whole(model, alg):
         dropouts=None,
         loss="cel" if model.softmax else "mse",
         precision="fp32",
+        check_thm=False,
     )
-    trainer, twin, found = mu.Trainer(model, None, args), mu.lowered(model, torch.bfloat16), []
-    for trainer.twin in (None, twin):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = mu.make_trainer(model, optimizer, args)
+    twin, found = mu.lowered(model, torch.bfloat16), []
+    for trainer.bf16_copy in (None, twin):
         trainer.gradients(x, y)
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
@@ -170,13 +174,14 @@ def test_the_nudge_is_held_against_the_rounding_of_the_steps_that_are_taken(mode
         dropouts=None,
         loss="cel" if model.softmax else "mse",
         precision="fp32",
+        check_thm=False,
     )
-    optimizer, trainer = torch.optim.SGD(model.parameters(), 0.1), mu.Trainer(model, None, args)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     noisy = []
     for twin in (None, mu.lowered(model, torch.bfloat16)):
-        health = Health(model, trainer.rule, optimizer, 1, twin)
-        health.examine(x, y)
-        noisy.append(float(health.contrast) < 4)
+        diagnostics = Diagnostics(model, rule_of(args), optimizer, twin)
+        diagnostics.examine(x, y)
+        noisy.append(float(diagnostics.contrast) < 4)
     assert noisy == [False, True]
 
 
@@ -281,7 +286,7 @@ def test_when_settled_images_leave_changes_nothing(model, looks, share, monkeypa
         for leaving in (None, dynamics.Leaving(looks, share)):
             sizes.clear()
             found.append(
-                dynamics.relax_until_settled(
+                dynamics.relax_until_converged(
                     chain, phase, T, 1e-4, advance=advance, leaving=leaving
                 )
             )

@@ -9,9 +9,9 @@ import sys
 import pytest
 from conftest import ROOT, ZOO, only_run
 
-import model_utils as mu
 from experiment import figures
 from experiment.runs.folder import RunFolder
+from experiment.training import Recorder
 
 TINY = ZOO["tiny"]
 # command: (the results that are there before the first figure is drawn, figures)
@@ -84,7 +84,7 @@ ERRORS = [MemoryError(), RuntimeError("no\n  such\nfont"), OSError(28, "No space
 def test_a_training_goes_on_without_its_figures(cli, tmp_path, monkeypatch, failing, error):
     seen = failing(error)
     monkeypatch.setattr(
-        mu.Trainer, "DRAW", 0
+        Recorder, "DRAW", 0
     )  # after every epoch, and yet there is one line for each figure
     code, out, err = cli(TINY, "--epochs 3")
     run = only_run(tmp_path)

@@ -24,7 +24,7 @@ RULES = {
         x,
         y,
         rule(7, 4, c, 0.5),
-        functools.partial(mu.gradient_step, torch.optim.SGD(m.parameters(), lr=0.1)),
+        change=functools.partial(mu.gradient_step, torch.optim.SGD(m.parameters(), lr=0.1)),
     ),
 }
 

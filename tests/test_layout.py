@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -18,7 +19,6 @@ LAYERS = {
     "main_dropout": 5,
     "main": 4,
     "model_utils": 3,
-    "learning": 2.5,
     "baselines": 2,
     "experiment": 2,
     "ART_Timesteps_Addition": 2,
@@ -100,6 +100,21 @@ def test_lines_have_at_most_120_columns():
         if len(line) > 120
     ]
     assert not long
+
+
+def test_the_models_and_rules_need_torch_and_energy_alone():
+    heavy = (
+        "experiment ART_Timesteps_Addition art data_utils data_files baselines torchvision matplotlib "
+        "sklearn scipy"
+    ).split()
+    code = (
+        "import sys, model_utils as m; m.LEARN['EP'], m.P_CNN, m.Rule, m.check_gdu; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "[]\n"
 
 
 def test_no_model_is_copied_and_no_private_kernel_called():

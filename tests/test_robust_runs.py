@@ -17,10 +17,11 @@ from test_resume import MLP, enter, start
 
 import main
 import model_utils as mu
-from experiment import console
+from experiment import console, training
 from experiment.runs import checkpoint, legacy
 from experiment.runs.files import WriteFailed, replacing
 from experiment.runs.folder import RunFolder
+from experiment.training import Trainer
 
 TINY = MLP + " --train-size 30"
 
@@ -167,9 +168,11 @@ def test_log_table_and_model_agree_after_a_kill_at_any_write(ok, tmp_path, monke
     always a lower one."""
     ok(TINY + " --epochs 2")
     original, runs = only_run(tmp_path), tmp_path / "runs"
-    evaluate, repeated = mu.evaluate, [0.0]
+    evaluate, repeated = training.evaluate, [0.0]
     monkeypatch.setattr(
-        mu, "evaluate", lambda *args, **more: evaluate(*args, **more) * 1e-3 + 0.9 - repeated[0]
+        training,
+        "evaluate",
+        lambda *args, **more: evaluate(*args, **more) * 1e-3 + 0.9 - repeated[0],
     )
     monkeypatch.setattr(RunFolder, "save_figure", lambda *_: None)
     writes = {
@@ -295,13 +298,13 @@ def test_a_full_disk_says_so_and_how_to_go_on(zoo, tmp_path, monkeypatch, cli):
 
 
 def test_a_folder_that_is_gone_is_not_said_to_be_unchanged(cli, tmp_path, monkeypatch):
-    commit = mu.Trainer._commit
+    commit = Trainer._commit
 
     def deleted(self, *args):
-        shutil.rmtree(self.run.folder)
+        shutil.rmtree(self.recorder.run.folder)
         commit(self, *args)
 
-    monkeypatch.setattr(mu.Trainer, "_commit", deleted)
+    monkeypatch.setattr(Trainer, "_commit", deleted)
     code, _, err = cli(TINY)
     assert code == 1 and err.count("\n") == 1 and "unchanged" not in err
     assert "the folder is gone" in err and "nothing is left to resume" in err
@@ -392,15 +395,15 @@ QUICK = "--task digits --device -1 --train-size 200 --test-size 40 --mbs 20 --T1
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("--lrs 1e6 1e6 --betas 0 0.5", "layer 1 sit at an end of their activation"),
+        ("--lrs 1e6 1e6 --betas 0 0.5", "layer 1 are saturated for all images"),
         ("--scale 0 --betas 0 0.5 --act tanh", "no weight has changed: all weights are zero"),
         ("--scale 0 --betas 0 0.5", "all neurons have the same weights in synapses.0.weight"),
         ("--betas 0 1e-8", "rounding"),
         (
             "--alg BPTT --T2 1",
-            "synapses.0.weight did not change: the 1 steps of --T2 do not reach below",
+            "synapses.0.weight did not change: --T2 1 does not reach the lower layers",
         ),
-        ("--betas 0 1e-7 --optim adam", "times the rounding error"),
+        ("--betas 0 1e-7 --optim adam", "times its rounding error"),
         ("--lrs 0 0 --betas 0 0.5", "no weight has changed"),
     ],
 )
@@ -516,7 +519,7 @@ def test_memory_is_what_machine_and_container_allow(tmp_path, groups, limits, ex
 
 
 def test_a_model_beyond_the_memory_of_a_container_is_one_line(cli, monkeypatch):
-    monkeypatch.setattr(mu, "memory_limit", lambda: 2**20)
+    monkeypatch.setattr(console, "memory_limit", lambda: 2**20)
     code, _, err = cli("--task digits --device -1")
     assert (
         code == 2

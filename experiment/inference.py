@@ -1,0 +1,252 @@
+"""Inference: predictions after free steps, accuracy over a data set, convergence.
+
+`model` is an energy model or a network of `baselines`; a `Rule` says how it predicts (T1, tol,
+loss)."""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_utils import Batches
+from energy import fast
+from energy.dynamics import CONVERGED, WINDOW, Chain, Neurons, Phase, has_converged, relative_change
+from energy.rule import UNOBSERVED, Observer, Rule
+from experiment.timing import progress
+from experiment.workers import Workers
+
+
+@dataclasses.dataclass
+class Convergence:
+    """How many images of a data set have converged after T1 free steps, see
+    `energy.dynamics.has_converged`. An early end of the phases by --tol plays no part.
+
+    model      the model that is measured, in fp32 where predictions are made by a bf16 copy
+    images     how many were measured
+    converged  how many of them have converged"""
+
+    model: Any
+    T1: int
+    images: int = 0
+    converged: int | Tensor = 0
+
+    OF_COPY = 1000  # images after which no more are measured besides the predictions of a bf16 copy
+    TOLERATED = 0.05  # share of images that may not have converged without a warning
+
+    def add(self, converged: Tensor) -> None:
+        """Count a mini-batch. converged: (mbs,) bool."""
+        self.images += len(converged)
+        self.converged = self.converged + converged.sum()
+
+    def measure(self, x: Tensor, rule: Rule) -> None:
+        """Count the mini-batch x, (mbs, ...), in a free phase of its own."""
+        chain = self.model.chain(rule.loss)
+        phase = Phase(chain.input_drive(x))
+        self.add(fast.relax_and_check(chain, phase, self.T1, ends_early=True)[1])
+
+    def has_enough(self, predicting: Any) -> bool:
+        """Whether no more images need to be measured: an fp32 phase takes several times as long as
+        that of the bf16 copy that predicts."""
+        return predicting is not self.model and self.images >= self.OF_COPY
+
+    def gather(self, workers: Workers) -> None:
+        """Make each worker's count the count of all workers."""
+        self.images = int(workers.sum(self.images))
+        self.converged = int(workers.sum(self.converged))
+
+    @property
+    def percent(self) -> float:
+        """The share of the images that have converged, in %."""
+        return 100 * int(self.converged) / self.images if self.images else math.nan
+
+    def __str__(self) -> str:
+        return f"{self.percent:.2f} % of {self.images} images converged"
+
+    def warning(self, flag: str = "T1") -> str | None:
+        """The warning, one line, where too many images have not converged; None otherwise. flag:
+        of the number of steps."""
+        left = self.images - int(self.converged)
+        if left <= self.TOLERATED * self.images:
+            return None
+        return (
+            f"not converged after {flag} = {self.T1} steps: {left} of {self.images} images. EP "
+            f"and predictions assume convergence; increase --{flag}"
+        )
+
+
+@torch.no_grad()
+def correct(chain: Chain, neurons: Neurons, y: Tensor) -> Tensor:
+    """How many of the mini-batch are classified as `y`, a tensor without dimensions."""
+    return (chain.read(neurons).argmax(1) == y).sum()
+
+
+@torch.no_grad()
+def _predict(
+    model: Any, x: Tensor, rule: Rule, observer: Observer, convergence: Convergence | None
+) -> tuple[Neurons, fast.EarlyStop | None]:
+    """(the neurons to read the prediction out of, where each image stopped with rule.tol)."""
+    chain = model.chain(rule.loss)
+    phase = Phase(chain.input_drive(x))
+    if convergence is not None and convergence.model is model and not rule.tol:
+        with observer.part("free"):  # one free phase gives both
+            neurons, converged = fast.relax_and_check(chain, phase, rule.T1)
+        convergence.add(converged)
+        return neurons, None
+    with observer.part("free"):
+        neurons, stop = fast.from_zero(chain, phase, rule.T1, rule.tol, output_in=0)
+    if stop is not None:
+        observer.count_steps(*stop)
+    if convergence is not None and not convergence.has_enough(model):
+        convergence.measure(x, rule)
+    return neurons, stop
+
+
+def predicting_neurons(
+    model: Any,
+    x: Tensor,
+    rule: Rule,
+    observer: Observer = UNOBSERVED,
+    convergence: Convergence | None = None,
+) -> Neurons:
+    """The neurons whose read-out is the prediction of x, (mbs, ...), after rule.T1 free steps; with
+    rule.tol after at most so many. rule.loss decides whether output neurons have an activation.
+    convergence: counts the mini-batch."""
+    return _predict(model, x, rule, observer, convergence)[0]
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    batches: Batches,
+    rule: Rule,
+    description: str = "evaluating",
+    observer: Observer = UNOBSERVED,
+    workers: Workers = Workers(),
+    convergence: Convergence | None = None,
+) -> float:
+    """The share of images that are classified correctly, see `predicting_neurons`; nan of none.
+    `workers` take whole mini-batches in turn, so that each rounds as a single process does.
+    convergence: an empty `Convergence` to count in, over all workers; it changes no prediction."""
+    hits: Tensor | int = 0
+    chain = model.chain(rule.loss)
+    for x, y in workers.strided(progress(batches, description)):
+        hits += correct(chain, predicting_neurons(model, x, rule, observer, convergence), y)
+    if convergence is not None:
+        convergence.gather(workers)
+    return int(workers.sum(hits)) / batches.samples if batches.samples else math.nan
+
+
+class Predictions(NamedTuple):
+    """The prediction for every image of a data set, tensors (n,) on the CPU.
+
+    labels, classes   true and predicted class
+    confidence        of the prediction: the softmax probability of the read-out with the loss
+                      `cel`, the value of the output neuron with `mse`
+    steps             free steps that were taken
+    """
+
+    labels: Tensor
+    classes: Tensor
+    confidence: Tensor
+    steps: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images classified correctly; nan of none."""
+        return (self.labels == self.classes).double().mean().item()
+
+
+@torch.no_grad()
+def predict(
+    model: Any,
+    batches: Batches,
+    rule: Rule,
+    description: str = "evaluating",
+    observer: Observer = UNOBSERVED,
+    workers: Workers = Workers(),
+    convergence: Convergence | None = None,
+) -> Predictions:
+    """The `Predictions` for a data set, as `evaluate` makes them; `workers` take whole mini-batches
+    in turn, and all get all. convergence: as `evaluate` takes it."""
+    chain = model.chain(rule.loss)
+    own = []
+    for x, y in workers.strided(progress(batches, description)):
+        neurons, stop = _predict(model, x, rule, observer, convergence)
+        steps = torch.full_like(y, rule.T1) if stop is None else stop.steps
+        readout = chain.read(neurons)  # (mbs, classes)
+        classes = readout.argmax(1)
+        scores = readout.float().softmax(1) if rule.loss == "cel" else readout.float()
+        confidence = scores.gather(1, classes[:, None])[:, 0]
+        own.append([values.cpu() for values in (y, classes, confidence, steps)])
+    if convergence is not None:
+        convergence.gather(workers)
+    return Predictions(*map(torch.cat, zip(*workers.gather_strided(own), strict=True)))
+
+
+def predictions(
+    model: Any,
+    batches: Batches,
+    rule: Rule,
+    workers: Workers = Workers(),
+    convergence: Convergence | None = None,
+) -> Tensor:
+    """The predicted class of every image, (n,), on the CPU, see `predict`."""
+    return predict(model, batches, rule, workers=workers, convergence=convergence).classes
+
+
+def trajectory(model: Any, x: Tensor, rule: Rule) -> Iterator[Neurons]:
+    """Zero neurons, then those after each of rule.T1 free steps on x, (mbs, ...), rounded as
+    `evaluate` does."""
+    chain = model.chain(rule.loss)
+    steps = fast.rewritten(fast.Steps(chain, Phase(chain.input_drive(x)), None, rule.T1))
+    yield chain.zeros(steps.phase.drive)
+    yield from fast.trajectory(steps.chain, steps.phase, rule.T1)
+
+
+@torch.no_grad()
+def characteristic(
+    model: Any,
+    batches: Batches,
+    rule: Rule,
+    eps: float = CONVERGED,
+    exact: Any = None,
+) -> list[list[float]]:
+    """Accuracy and convergence over time: after t = 1 ... rule.T1 free steps from zero, the share of
+    images classified correctly, as `evaluate` gives it for that t, and the share that has converged
+    to `eps` by then, see `energy.dynamics.has_converged`. Two lists of T1. exact: the model to
+    measure convergence on, where that is another, see `Convergence`."""
+    hits, converged = torch.zeros(2, rule.T1, dtype=torch.int64, device=batches.labels.device)
+    chain = model.chain(rule.loss)
+    for x, y in progress(batches, "characteristic"):
+        predicting, measured = itertools.tee(trajectory(model, x, rule))
+        if exact is not None and exact is not model:
+            measured = trajectory(exact, x, rule)
+        window = collections.deque([next(measured)], maxlen=WINDOW + 1)
+        next(predicting)
+        for t, (prediction, neurons) in enumerate(zip(predicting, measured)):
+            window.append(neurons)
+            hits[t] += correct(chain, prediction, y)
+            converged[t] += has_converged(window[0], neurons, eps).sum()
+    return [[int(count) / batches.samples for count in counts] for counts in (hits, converged)]
+
+
+@torch.no_grad()
+def relaxation(model: Any, x: Tensor, rule: Rule) -> tuple[list[float], list[float] | None]:
+    """(residual, energy) of one mini-batch after each of rule.T1 free steps from zero neurons: the
+    relative change in that step, see `relative_change`, and Phi, means over the images. energy is
+    None of a vector-field model, which has none."""
+    chain = model.chain(rule.loss)
+    phase = Phase(chain.input_drive(x))
+    before = chain.zeros(phase.drive)
+    residual, energy = [], []
+    for neurons in fast.trajectory(chain, phase, rule.T1):
+        residual.append(relative_change(before, neurons).float().mean().item())
+        if not len(model.B_syn):
+            energy.append(model.Phi(x, None, neurons, 0.0, rule.loss).float().mean().item())
+        before = neurons
+    return residual, energy or None
