@@ -6,7 +6,6 @@ the logits bottom-up, and nothing drives top-down. One time step reaches the fix
 predicts with an energy model, trains, attacks or audits it therefore works with a network as well;
 where time steps matter it asks for `has_dynamics`."""
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from energy.dynamics import Chain, Neurons
 
 if TYPE_CHECKING:
     from data_utils import Task
+    from experiment.config import Architecture
 
 Layers = list[list[nn.Module]]
 
@@ -113,21 +113,21 @@ def _dense(sizes: Sequence[int]) -> Layers:
     return layers
 
 
-def ff_mlp(args: argparse.Namespace, task: "Task") -> FeedForward:
-    """Linear layers of the sizes args.archi with ReLU between them."""
-    first, *layers = _dense(args.archi)
+def ff_mlp(model: "Architecture", task: "Task") -> FeedForward:
+    """Linear layers of the sizes model.archi with ReLU between them."""
+    first, *layers = _dense(model.archi)
     return _joined([[nn.Flatten(), *first], *layers], task)
 
 
 POOLINGS = {"m": nn.MaxPool2d, "a": nn.AvgPool2d}
 
 
-def ff_cnn(args: argparse.Namespace, task: "Task") -> FeedForward:
+def ff_cnn(model: "Architecture", task: "Task") -> FeedForward:
     """Convolutions, each with batch normalisation, ReLU and pooling, then linear layers with ReLU
     between them. Raises ValueError, naming the layer, where nothing is left of a map."""
     layers: Layers = []
     channels, size = task.channels, task.size
-    geometries = zip(args.channels, args.kernels, args.strides, args.paddings, args.pools)
+    geometries = zip(model.channels, model.kernels, model.strides, model.paddings, model.pools)
     for n, (out, kernel, stride, padding, pool) in enumerate(geometries, 1):
         pooling = [POOLINGS[pool](2)] if pool in POOLINGS else []
         size = (size + 2 * padding - kernel) // stride + 1
@@ -137,7 +137,7 @@ def ff_cnn(args: argparse.Namespace, task: "Task") -> FeedForward:
         conv = nn.Conv2d(channels, out, kernel, stride, padding)
         layers.append([conv, BatchNorm(out), nn.ReLU(), *pooling])
         channels = out
-    first, *rest = _dense([channels * size * size, *args.fc])
+    first, *rest = _dense([channels * size * size, *model.fc])
     return _joined([*layers, [nn.Flatten(), *first], *rest], task)
 
 
@@ -189,36 +189,35 @@ class BatchNorm(nn.BatchNorm2d):
         return torch.addcmul(self.bias.view(-1, 1, 1), centred, scale.view(-1, 1, 1))
 
 
-def vit(args: argparse.Namespace, task: "Task") -> FeedForward:
+def vit(model: "Architecture", task: "Task") -> FeedForward:
     """torchvision's VisionTransformer for images of any number of channels."""
     from torchvision.models.vision_transformer import VisionTransformer
 
     net = VisionTransformer(
         task.size,
-        args.patch,
-        args.depth,
-        args.heads,
-        args.width,
-        args.mlp_width,
+        model.patch,
+        model.depth,
+        model.heads,
+        model.width,
+        model.mlp_width,
         num_classes=task.classes,
     )
     if task.channels != 3:  # its first layer is for three; this one starts as that does
-        net.conv_proj = nn.Conv2d(task.channels, args.width, args.patch, args.patch)
+        net.conv_proj = nn.Conv2d(task.channels, model.width, model.patch, model.patch)
         nn.init.trunc_normal_(
-            net.conv_proj.weight, std=math.sqrt(1 / (task.channels * args.patch**2))
+            net.conv_proj.weight, std=math.sqrt(1 / (task.channels * model.patch**2))
         )
         nn.init.zeros_(net.conv_proj.bias)
     return FeedForward(net, [[net]], (task.channels, task.size, task.size), task.classes)
 
 
-KINDS: dict[str, Callable[[argparse.Namespace, "Task"], FeedForward]] = {
+KINDS: dict[str, Callable[["Architecture", "Task"], FeedForward]] = {
     "FFMLP": ff_mlp,
     "FFCNN": ff_cnn,
     "ViT": vit,
 }
 
 
-def make_network(args: argparse.Namespace, task: "Task") -> FeedForward:
-    """The `FeedForward` that the command line's arguments describe. Raises ValueError where there
-    is none."""
-    return KINDS[args.model](args, task)
+def make_network(model: "Architecture", task: "Task") -> FeedForward:
+    """The `FeedForward` of an architecture. Raises ValueError if there is none."""
+    return KINDS[model.kind](model, task)

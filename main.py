@@ -24,6 +24,7 @@ from typing import Any
 
 from data_utils import TASKS, RunFailed, UserError
 from experiment import arguments, checks
+from experiment.config import Config
 from experiment.flags import FLAGS
 from experiment.launch import launched, note_on_separate_processes, validate_parallel
 from experiment.runs.files import exists
@@ -82,9 +83,7 @@ class Job:
     @property
     def rule(self):
         """How the model learns and predicts."""
-        from experiment.training import rule_of
-
-        return rule_of(self.args)
+        return Config.of(self.args).rule
 
     @property
     def steps(self):
@@ -168,7 +167,7 @@ def train(job):
             vars(args),
         )
     elif workers.rank == 0 and args.save:
-        state = snapshot(job.model, args, history)
+        state = snapshot(job.model, vars(args), history)
         run = _new_folder(
             job, {**state, **resumable_state(history, optimizer, scheduler, generator)}
         )
@@ -442,7 +441,7 @@ def attack(job):
         None,
     )
     if run:
-        plan, smooth = attacks.Plan.of(args, 1.0), attacks.words_for_smooth(args.loss)
+        plan, smooth = Config.of(args).attack.at(1.0), attacks.describe_smooth(args.loss)
         settings = sweeps.settings(
             args,
             plan,
@@ -478,9 +477,11 @@ def attack(job):
 
 
 def audit(job):
-    """How robust the model is within one bound, and whether that number can be believed."""
+    """Robust accuracy within one eps, and whether the number is reliable."""
     import model_utils
-    from ART_Timesteps_Addition.audit_checks import ENDS_EARLY, conduct
+    from ART_Timesteps_Addition.audit import audit as audit_model
+    from ART_Timesteps_Addition.audit.model import ENDS_EARLY, AuditedModel
+    from ART_Timesteps_Addition.settings import Attack
     from experiment.audit import AuditFiles, open_surrogate
 
     args, data = job.args, job.batches("test")
@@ -492,7 +493,30 @@ def audit(job):
         job.run_folder(), args, job.saved, surrogate, ends_early, job.data["test_data"]
     )
     job.interruption.advice = files.advice
-    conduct(job.model, args, (data.images, data.labels), files, surrogate, ends_early)
+    x, y = (data.images.float() / 255).cpu().numpy(), data.labels.cpu().numpy()
+
+    def audited(model, args, fast_tol=ENDS_EARLY):
+        return AuditedModel(
+            model.to(job.device),
+            args.loss,
+            TASKS[args.task],
+            args.predict_step or args.T1,
+            sorted(set(Config.of(args).attack_steps)),
+            Attack(norm=args.attack_norm, eps=args.eps, clip=not args.no_clip),
+            x,
+            y,
+            args.mbs,
+            args.seed,
+            args.tol,
+            fast_tol,
+        )
+
+    audit_model(
+        audited(job.model, args, ends_early),
+        files,
+        args.budget,
+        surrogate and audited(*surrogate),
+    )
 
 
 # ----------------------------------------------------------------------------------------- gducheck
@@ -525,7 +549,7 @@ def gducheck(job):
     print("\n".join(report.gdu_table(comparison.rows)))
     print(gdu.verdict(comparison, job.rule))
     if args.save:
-        run = run or _new_folder(job, snapshot(job.model, args, History()))
+        run = run or _new_folder(job, snapshot(job.model, vars(args), History()))
         records.save_gdu(run, comparison)
         print(f"plots and data are in {run.folder}")
 
@@ -593,7 +617,6 @@ def prepare(given, program, argv, interruption, workers, folders):
     import torch
 
     import model_utils
-    from experiment.config import Config
     from experiment.devices import pick_device, seed_everything, validate_device
     from experiment.runs import checkpoint
 

@@ -51,8 +51,10 @@ from energy.precision import exactly, lowered, refresh, set_precision  # noqa: F
 from energy.rule import UNOBSERVED, Observer, Rule
 
 if TYPE_CHECKING:
+    from ART_Timesteps_Addition.pgd import Adversary
     from ART_Timesteps_Addition.pytorch import PyTorchClassifier
     from data_utils import Batches, Task
+    from experiment.config import Config
     from experiment.training import Trainer
     from experiment.workers import Workers
 
@@ -617,52 +619,55 @@ LEARN = {"EP": ep_gradients, "CEP": cep_updates, "BPTT": bptt_gradients, "BP": b
 # ------------------------------------------------------------------------------ from arguments: make
 
 
-def make_model(args: argparse.Namespace) -> Any:
-    """The model that the command line's arguments describe, an `EnergyModel` or a network of
-    `baselines`, with initial weights scaled by args.scale."""
+def make_model(args: Any) -> Any:
+    """The model that a configuration describes, an `EnergyModel` or a network of `baselines`, with
+    initial weights multiplied by --scale. args: an `experiment.config.Config`, or a namespace of
+    the command line's arguments."""
     import baselines
     from data_utils import TASKS
+    from experiment.config import Config
 
-    task = TASKS[args.task]
+    config = Config.of(args)
+    task = TASKS[config.data.task]
     model: EnergyModel | baselines.FeedForward
-    if args.model in baselines.KINDS:
-        model = baselines.make_network(args, task)
+    if config.model.has_dynamics:
+        model = _make_energy_model(config, task)
     else:
-        model = _make_energy_model(args, task)
-    if args.scale is not None:
+        model = baselines.make_network(config.model, task)
+    if config.model.scale is not None:
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(args.scale)
+                p.mul_(config.model.scale)
     return model
 
 
-def _make_energy_model(args: argparse.Namespace, task: "Task") -> EnergyModel:
-    activation = ACTIVATIONS[args.act]
-    options = {
-        "softmax": args.softmax,
-        "same_update": args.same_update,
-        "schedule": args.schedule,
+def _make_energy_model(config: "Config", task: "Task") -> EnergyModel:
+    model = config.model
+    activation = ACTIVATIONS[model.act]
+    options: dict[str, Any] = {
+        "softmax": model.softmax,
+        "same_update": config.learning.same_update,
+        "schedule": config.learning.schedule,
     }
-    if args.model in ("MLP", "VFMLP"):
-        mlp = {"MLP": P_MLP, "VFMLP": VF_MLP}[args.model]
-        return mlp(args.archi, activation, **options)
-    cnn = {"CNN": P_CNN, "VFCNN": VF_CNN}[args.model]
+    if model.is_dense:
+        mlp = {"MLP": P_MLP, "VFMLP": VF_MLP}[model.kind]
+        return mlp(model.archi, activation, **options)
+    cnn = {"CNN": P_CNN, "VFCNN": VF_CNN}[model.kind]
     return cnn(
         task.size,
-        [task.channels, *args.channels],
-        args.kernels,
-        args.strides,
-        args.fc,
-        make_pools(args.pools),
-        args.paddings,
+        [task.channels, *model.channels],
+        model.kernels,
+        model.strides,
+        model.fc,
+        make_pools(model.pools),
+        model.paddings,
         activation,
         **options,
     )
 
 
-def build(args: argparse.Namespace) -> Any:
-    """`make_model`, once its weights are known to fit into memory. Raises UserError where it cannot
-    be built."""
+def build(args: Any) -> Any:
+    """`make_model`, if its weights fit into memory. Raises UserError if it cannot be built."""
     from data_utils import UserError, one_line
     from experiment.console import memory_limit
 
@@ -687,24 +692,28 @@ def make_criterion(loss: str) -> nn.Module:
     return {"mse": nn.MSELoss, "cel": nn.CrossEntropyLoss}[loss](reduction="none")
 
 
-def make_optimizer(model: Any, args: argparse.Namespace) -> tuple[torch.optim.Optimizer, Any]:
+def make_optimizer(model: Any, args: Any) -> tuple[torch.optim.Optimizer, Any]:
     """(the optimizer, the scheduler or None), with a parameter group per layer; feedback weights
-    take the rates of their forward weight. args: optim, lrs, wds, mmt, lr_decay, lr_step."""
+    take the rates of their forward weight. args: as `make_model` takes it."""
+    from experiment.config import Config
+
+    settings = Config.of(args).optimizer
     layers = model.parameter_layers()
-    lrs = args.lrs or [0.01 if args.optim == "sgd" else 5e-4] * len(layers)
-    wds = args.wds or [0.0] * len(layers)
+    default_rate = 0.01 if settings.optim == "sgd" else 5e-4
+    lrs = settings.lrs or [default_rate] * len(layers)
+    wds = settings.wds or [0.0] * len(layers)
     groups = [
         {"params": parameters, "lr": lrs[n], "weight_decay": wds[n]} for n, parameters in layers
     ]
     optimizer: torch.optim.Optimizer
-    if args.optim == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=lrs[0], momentum=args.mmt, fused=True)
+    if settings.optim == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=lrs[0], momentum=settings.mmt, fused=True)
     else:
         optimizer = torch.optim.Adam(groups, lr=lrs[0], fused=True)
-    if getattr(args, "lr_step", None):
-        steps, gamma = args.lr_step
-        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, int(steps), gamma)
-    if args.lr_decay:
+    if settings.lr_step:
+        epochs, gamma = settings.lr_step
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, int(epochs), gamma)
+    if settings.lr_decay:
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100, eta_min=1e-5)
         return optimizer, cosine
     return optimizer, None
@@ -716,40 +725,65 @@ def make_optimizer(model: Any, args: argparse.Namespace) -> tuple[torch.optim.Op
 def make_trainer(
     model: Any,
     optimizer: torch.optim.Optimizer,
-    args: argparse.Namespace,
+    args: Any,
     scheduler: Any = None,
     run: Any = None,
     history: Any = None,
     workers: "Workers | None" = None,
 ) -> "Trainer":
-    """The `experiment.training.Trainer` that the command line's arguments describe.
+    """The `experiment.training.Trainer` that a configuration describes.
 
-    run: the `RunFolder` to write to after every epoch, or None; history: of the epochs so far;
-    workers: share every mini-batch."""
-    from ART_Timesteps_Addition.adversary import Adversary
+    args: as `make_model` takes it; run: the `RunFolder` to write to after every epoch, or None;
+    history: of the epochs so far; workers: share every mini-batch."""
+    from experiment.config import Config
     from experiment.diagnostics import Diagnostics, log_theorem
     from experiment.runs.history import History
-    from experiment.training import Recorder, Trainer, rule_of
+    from experiment.training import Recorder, Trainer
     from experiment.workers import Workers
 
-    rule = rule_of(args)
+    config = Config.of(args)
+    rule = config.rule
     workers = workers or Workers()
-    bf16_copy = lowered(model, torch.bfloat16) if args.precision == "bf16" else None
-    checks = args.check_thm and rule.alg == "EP" and workers.rank == 0
+    precision = config.session.precision
+    bf16_copy = lowered(model, torch.bfloat16) if precision == "bf16" else None
+    checks = config.learning.check_thm and rule.alg == "EP" and workers.rank == 0
     return Trainer(
         model,
         optimizer,
         rule,
         LEARN[rule.alg],
-        Diagnostics(model, rule, optimizer, bf16_copy, args.precision),
+        Diagnostics(model, rule, optimizer, bf16_copy, precision),
         scheduler=scheduler,
         bf16_copy=bf16_copy,
-        adversary=Adversary.of(args, next(model.parameters()).device),
+        adversary=make_adversary(model, config),
         history=history or History(),
-        recorder=Recorder(run, args) if run else None,
+        recorder=Recorder(run, config) if run else None,
         check_theorem=functools.partial(log_theorem, model, rule, run) if checks else None,
         workers=workers,
     )
+
+
+def make_adversary(model: Any, args: Any) -> "Adversary | None":
+    """PGD of adversarial training on the device of the model; None without --adv-train. args: as
+    `make_model` takes it."""
+    from ART_Timesteps_Addition.pgd import Adversary
+    from ART_Timesteps_Addition.settings import GradientMethod
+    from data_utils import TASKS
+    from experiment.config import Config
+
+    config = Config.of(args)
+    settings = config.adversarial
+    if settings.attack is None:
+        return None
+    device = next(model.parameters()).device
+    task = TASKS[config.data.task]
+    mean, std = (
+        torch.tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
+        for value in (task.mean, task.std)
+    )
+    rule = config.rule
+    method = GradientMethod(settings.grad, settings.steps, tol=rule.tol)
+    return Adversary(settings.attack, method, rule.loss, rule.T1, mean, std)
 
 
 def train(
@@ -757,22 +791,24 @@ def train(
     optimizer: torch.optim.Optimizer,
     train_batches: "Batches",
     test_batches: "Batches",
-    args: argparse.Namespace,
+    args: Any,
     val_batches: "Batches | None" = None,
     last: int | None = None,
     **more: Any,
 ) -> None:
-    """Train for args.epochs epochs, or up to epoch `last`. args: those of the command line (alg,
-    T1, T2, betas, ..., loss, precision, epochs); val_batches: to choose the best model on; more:
-    see `make_trainer`. Raises RunFailed when neurons or weights stop being finite."""
+    """Train for --epochs epochs, or up to epoch `last`. args: as `make_model` takes it; val_batches:
+    to choose the best model on; more: see `make_trainer`. Raises RunFailed when neurons or weights
+    stop being finite."""
+    from experiment.config import Config
     from experiment.diagnostics import report_precision
 
-    trainer = make_trainer(model, optimizer, args, **more)
+    config = Config.of(args)
+    trainer = make_trainer(model, optimizer, config, **more)
     if trainer.adversary:
-        print(trainer.adversary.words(model.has_dynamics), flush=True)
-    if args.precision != "fp32":
-        report_precision(trainer, train_batches, args.precision)
-    last = last or len(trainer.history.epochs) + args.epochs
+        print(trainer.adversary.describe(model.has_dynamics), flush=True)
+    if config.session.precision != "fp32":
+        report_precision(trainer, train_batches, config.session.precision)
+    last = last or len(trainer.history.epochs) + config.optimizer.epochs
     trainer.fit(train_batches, test_batches, val_batches, last)
 
 
@@ -780,49 +816,57 @@ def attack(
     model: Any,
     images: Tensor,
     labels: Tensor,
-    args: argparse.Namespace,
+    args: Any,
     eps: float,
     description: str = "",
     workers: "Workers | None" = None,
 ) -> dict[str, Any]:
-    """Attack every image at one eps, with each of args.attack_grad through each of
-    args.attack_step. images: uint8 (n, C, H, W); labels: (n,).
+    """Attack every image at one eps, with each gradient method of --attack-grad unrolled through
+    each number of --attack-step. images: uint8 (n, C, H, W); labels: (n,); args: as `make_model`
+    takes it.
 
     Returns {gradient: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.summary`;
     `worst`, the strongest attack per image, only with several gradients. An attack without a
-    gradient has one result, by its own name. args: task, loss, T1, predict_step, tol, mbs, seed and
-    those of the attack. Memory is that of one mini-batch.
+    gradient has one result, by its own name. Memory is that of one mini-batch.
 
     Each of `workers` takes a whole mini-batch whenever it is free, and all get the results. Random
-    numbers depend on args.seed and the place of the mini-batch alone: they are the same for every
-    eps and gradient, for any number of workers, and wherever a sweep resumes."""
+    numbers depend on --seed and the place of the mini-batch alone: they are the same for every eps
+    and gradient, for any number of workers, and wherever a sweep resumes."""
     from ART_Timesteps_Addition import attacks
     from data_utils import TASKS
+    from experiment.config import Config
     from experiment.inference import predicting_neurons
     from experiment.timing import progress
     from experiment.workers import Workers
 
+    config = Config.of(args)
     workers = workers or Workers()
+    mbs = config.data.mbs
     x = (images.float() / 255).cpu().numpy()
     y = labels.cpu().numpy()
-    plan = attacks.Plan.of(args, eps)
-    rule = Rule(T1=args.predict_step or args.T1, loss=args.loss, tol=args.tol)
+    settings = config.attack.at(eps)
+    rule = dataclasses.replace(config.rule, T1=config.predict_steps)
     predict = functools.partial(predicting_neurons, model, rule=rule)
-    classifiers = attacks.classifiers(model, args, eps, TASKS[args.task], x, predict)
+    target = attacks.Target(model, rule.loss, TASKS[config.data.task], rule.T1, predict)
+    classifiers = target.classifiers(
+        settings, config.attack.grads, config.attack_steps, config.attack.start, x
+    )
     results = {}
     for label, classifier in classifiers.items():
-        hops = plan.name == "hopskipjump" and eps
+        hops = settings.name == "hopskipjump" and eps
         candidates = attacks.Candidates.of(classifier, x) if hops else None
-        batches = progress(range(0, max(len(x), 1), args.mbs), f"{description}, {label}")
+        batches = progress(range(0, max(len(x), 1), mbs), f"{description}, {label}")
         own = []
         for place, i in workers.deal(batches):
-            batch = slice(i, i + args.mbs)
-            seed = (args.seed, i)
-            result = attacks.attack_batch(classifier, x[batch], y[batch], plan, seed, candidates)
+            batch = slice(i, i + mbs)
+            seed = (config.session.seed or 0, i)
+            result = attacks.attack_batch(
+                classifier, x[batch], y[batch], settings, seed, candidates
+            )
             own.append((place, result))
-        results[label] = attacks.summary(workers.gather_dealt(own), x, plan.norm)
+        results[label] = attacks.summary(workers.gather_dealt(own), x, settings.norm)
     if len(results) > 1:
-        results["worst"] = attacks.worst_of(list(results.values()), x, plan.norm)
+        results["worst"] = attacks.worst_of(list(results.values()), x, settings.norm)
     return results
 
 
@@ -854,8 +898,8 @@ class Run:
         """The class of each image, int64 (n,), on the CPU, after the run's T1 steps. images: (n, C,
         H, W), a tensor or an array, uint8 or floats in [0, 1]; they are normalised here. Raises
         ValueError for others."""
+        from experiment.config import Config
         from experiment.inference import predicting_neurons
-        from experiment.training import rule_of
 
         images = torch.as_tensor(images).cpu()
         if images.shape[1:] != self._shape:
@@ -870,7 +914,7 @@ class Run:
                 f"images range from {images.min():g} to {images.max():g}, expected numbers in [0, 1]"
             )
         mean, std = self._normalisation()
-        rule = rule_of(self.args)
+        rule = Config.of(self.args).rule
         chain = self.model.chain(rule.loss)
         classes = []
         for batch in images.split(self.args.mbs):
@@ -883,7 +927,7 @@ class Run:
         steps, gradients through T2, by default the smaller of 29 and T1. overrides: arguments of
         `ART_Timesteps_Addition.pytorch.PyTorchClassifier`, T1, T2 and grad among them."""
         from ART_Timesteps_Addition.pytorch import PyTorchClassifier
-        from experiment.flags import ATTACK_STEP
+        from experiment.config import ATTACK_STEP
 
         mean, std = self._normalisation()
         T1 = overrides.get("T1", self.args.T1)
@@ -907,17 +951,18 @@ def load_run(path: Any, device: torch.device | str | None = None) -> Run:
     """The `Run` in a run folder, its best model, or in one of its files. device: the GPU where
     there is one, if None. Raises UserError where nothing can be loaded."""
     from data_utils import TASKS
-    from experiment.arguments import resolve
-    from experiment.checks import check
+    from experiment.command_line import resolve
     from experiment.runs.checkpoint import load_weights, open_saved
+    from experiment.validate import validate
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     saved = open_saved(path, "evaluate")
-    args = resolve({"todo": "evaluate"}, saved.args)
-    check(args)
-    model = build(args)
+    config = resolve({"todo": "evaluate"}, saved.args)
+    validate(config)
+    model = build(config)
     load_weights(model, saved)
-    return Run(model.to(device), args, saved.source, device, TASKS[args.task])
+    args = argparse.Namespace(**config.flat())
+    return Run(model.to(device), args, saved.source, device, TASKS[config.data.task])
 
 
 # Names that scripts use from here and that need more than torch: loaded when they are used.

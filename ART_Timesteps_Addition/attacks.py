@@ -1,218 +1,168 @@
-"""Attacks by the names of the command line, one mini-batch attacked, and the watch over its
+"""Attacks by the names of the command line, one mini-batch at a time, and the monitor of their
 gradients."""
+
+from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from art.attacks import evasion
+from torch import Tensor
 
 from ART_Timesteps_Addition import gradients, torch_attacks
-from ART_Timesteps_Addition.measures import (
-    GradientMonitor,
-    margins,
-    norms,
-    random_in_ball,
-    seeded,
-    within,
-)
-from ART_Timesteps_Addition.pytorch import SATURATED, PyTorchClassifier
-from ART_Timesteps_Addition.torch_attacks import Ensemble
+from ART_Timesteps_Addition.names import WITHOUT_GRADIENT
+from ART_Timesteps_Addition.pytorch import PyTorchClassifier
+from ART_Timesteps_Addition.scaling import SATURATED, SQUARED_ERROR_GAIN, model_gain
+from ART_Timesteps_Addition.seeding import seeded
+from ART_Timesteps_Addition.settings import Attack, GradientMethod
+from data_utils import Task
+from energy.dynamics import Neurons
+from metrics import margins, norms, project, random_in_ball
 
-NAMES = (
-    "pgd",
-    "fgsm",
-    "apgd-ce",
-    "apgd-dlr",
-    "apgd-t",
-    "fab",
-    "square",
-    "hopskipjump",
-    "deepfool",
-    "cw",
-    "autoattack",
-    "art-autoattack",
-)
-WITHOUT_GRADIENT = ("square", "hopskipjump")  # they only ask for predictions
-ENSEMBLE = ("apgd-ce", "apgd-t", "fab")  # the standard one, which ends with Square
-ENSEMBLES = (
-    "autoattack",
-    "art-autoattack",
-)  # of 100 iterations and 5000 queries, unless told otherwise
-WITH_QUERIES = WITHOUT_GRADIENT + ENSEMBLES
-MINIMAL = (
-    "hopskipjump",
-    "deepfool",
-    "cw",
-)  # they look for the smallest perturbation instead of one within a bound
-FROM_IMAGE = (
-    evasion.ProjectedGradientDescent,
-    evasion.FastGradientMethod,
-)  # and, asked to, from random points
-WITH_LOSS = ("pgd", "fgsm")  # which follow the loss of their classifier; the others bring their own
+STANDARD_ENSEMBLE = ("apgd-ce", "apgd-t", "fab")  # then Square
+# They look for the smallest perturbation instead of one within eps.
+MINIMAL = ("hopskipjump", "deepfool", "cw")
+# They begin at the image and, if asked to, at random points in the ball.
+FROM_IMAGE = (evasion.ProjectedGradientDescent, evasion.FastGradientMethod)
+# They follow the loss of their classifier; the others bring their own.
+WITH_LOSS = ("pgd", "fgsm")
+
+# -------------------------------------------------------------------------- attacks by their names
+# Each function takes a classifier, an Attack and the size of a mini-batch, and returns an object
+# with ART's generate(x, labels): images (n, C, H, W) and one-hot labels -> images.
+
+Builder = Callable[[PyTorchClassifier, Attack, int], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """An attack and its budget: name (of NAMES), norm ("2" or "inf"), eps; iters: iterations;
-    queries: predictions for each image, of Square and HopSkipJump, None: as many as iterations ask
-    for; restarts: further runs, from random points in the ball; clip: whether images stay in [0,
-    1]."""
+def _order(norm: str) -> float:
+    return np.inf if norm == "inf" else 2
 
-    name: str = "pgd"
-    norm: str = "2"
-    eps: float = 1.0
-    iters: int = 20
-    queries: int | None = None
-    restarts: int = 0
-    clip: bool = True
 
-    @classmethod
-    def of(cls, args, eps):
-        """That of the command line's arguments. Where they state no iterations they are 20, and 100
-        in an ensemble. Where they state no queries they are 5000; with iterations stated 50 for
-        each in an ensemble, one elsewhere."""
-        name, iters = args.attack, args.attack_iters
-        queries = getattr(args, "attack_queries", None)
-        if queries is None and name in WITHOUT_GRADIENT and iters is None:
-            queries = 5000
-        iters = iters or (100 if name in ENSEMBLES else 20)
-        if queries is None and name in ENSEMBLES:
-            queries = 50 * iters
-        return cls(
-            name,
-            args.attack_norm,
-            eps,
-            iters,
-            queries if name in WITH_QUERIES else None,
-            getattr(args, "attack_restarts", 0),
-            not args.no_clip,
+def _pgd(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    """From the image itself, in steps of 2.5 eps / iters."""
+    return evasion.ProjectedGradientDescent(
+        classifier,
+        norm=_order(attack.norm),
+        eps=attack.eps,
+        eps_step=2.5 * attack.eps / attack.iters,
+        max_iter=attack.iters,
+        batch_size=mbs,
+        verbose=False,
+    )
+
+
+def _fgsm(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    return evasion.FastGradientMethod(
+        classifier,
+        norm=_order(attack.norm),
+        eps=attack.eps,
+        eps_step=attack.eps,
+        batch_size=mbs,
+    )
+
+
+def _auto_pgd(loss_type: str) -> Builder:
+    """Auto-PGD on a loss of ART, from one random start."""
+
+    def build(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+        return evasion.AutoProjectedGradientDescent(
+            classifier,
+            norm=_order(attack.norm),
+            eps=attack.eps,
+            eps_step=2 * attack.eps,
+            max_iter=attack.iters,
+            nb_random_init=1,
+            batch_size=mbs,
+            loss_type=loss_type,
+            verbose=False,
         )
 
-    def words(self):
-        """What runs, for the header of a table."""
-        starts = f"; {self.restarts} restarts" if self.restarts else ""
-        if self.name == "autoattack":
-            return (
-                f"one after another on the images that stand: APGD-CE {self.iters} iterations, APGD-T (DLR) and "
-                f"FAB-T of at most 9 targets {self.iters} each, Square {self.queries} queries{starts}"
-            )
-        if self.name == "art-autoattack":
-            return (
-                f"ART's AutoAttack: APGD-CE and APGD-DLR {self.iters} iterations of 5 starts, DeepFool "
-                f"{self.iters}, Square {self.queries} rounds of 5 starts{starts}"
-            )
-        amount = f"{self.queries} queries" if self.queries else f"{self.iters} iterations"
-        return f"{self.name} {amount}{starts}"
-
-    def bounded(self, x_adv, x):
-        """See `within`."""
-        return within(x_adv.astype(np.float32), x, self.norm, self.eps, self.clip)
+    return build
 
 
-def build(name, classifier, norm, eps, iters, batch_size, queries=None):
-    """The attack `name` within the L2 or L-infinity ball of radius `eps` (`norm`: "2" or "inf"),
-    with `iters` iterations: an object whose generate(x, labels) gives images, as ART's attacks have
-    it.
-
-    PGD from the image itself in steps of 2.5 eps / iters; FGSM in one step; Auto-PGD from one
-    random start. Square with `queries` rounds, HopSkipJump, from an image of another class, with so
-    many iterations as take `queries` predictions; both with `iters` where that is None. The attack
-    of Carlini and Wagner is ART's in the 2-norm, in the other PGD on its loss, the margin."""
-    order = np.inf if norm == "inf" else 2
-    shared = {"norm": order, "batch_size": batch_size, "verbose": False}
-    auto = {**shared, "eps": eps, "eps_step": 2 * eps, "max_iter": iters, "nb_random_init": 1}
-    pgd = {**shared, "eps": eps, "eps_step": 2.5 * eps / iters, "max_iter": iters}
-    makers = {
-        "pgd": lambda: evasion.ProjectedGradientDescent(classifier, **pgd),
-        "fgsm": lambda: evasion.FastGradientMethod(
-            classifier, norm=order, eps=eps, eps_step=eps, batch_size=batch_size
-        ),
-        "apgd-ce": lambda: evasion.AutoProjectedGradientDescent(
-            classifier, loss_type="cross_entropy", **auto
-        ),
-        "apgd-dlr": lambda: evasion.AutoProjectedGradientDescent(
-            classifier, loss_type="difference_logits_ratio", **auto
-        ),
-        "apgd-t": lambda: torch_attacks.targeted_apgd(classifier, norm, eps, iters),
-        "fab": lambda: torch_attacks.targeted_fab(classifier, norm, eps, iters),
-        "square": lambda: evasion.SquareAttack(
-            classifier, eps=eps, max_iter=queries or iters, **shared
-        ),
-        "hopskipjump": lambda: HopSkipJump(
-            classifier,
-            max_iter=rounds(queries) if queries else iters,
-            max_eval=1000,
-            init_eval=100,
-            **shared,
-        ),
-        "deepfool": lambda: evasion.DeepFool(
-            classifier, max_iter=iters, batch_size=batch_size, verbose=False
-        ),
-        "cw": lambda: (
-            evasion.CarliniL2Method(
-                classifier, max_iter=iters, batch_size=batch_size, verbose=False
-            )
-            if norm == "2"
-            else evasion.ProjectedGradientDescent(with_margin_loss(classifier), **pgd)
-        ),
-        "art-autoattack": lambda: _arts_ensemble(
-            classifier, order, eps, iters, batch_size, queries
-        ),
-    }
-    if name != "autoattack":
-        return makers[name]()
-    low, high = classifier.clip_values
-    plan, parts = (
-        Plan(name, norm, eps, clip=(low, high) == (0, 1)),
-        [makers[part]() for part in ENSEMBLE],
+def _square(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    """ART's, with `queries` rounds."""
+    return evasion.SquareAttack(
+        classifier,
+        norm=_order(attack.norm),
+        eps=attack.eps,
+        max_iter=attack.queries or attack.iters,
+        batch_size=mbs,
+        verbose=False,
     )
-    square = torch_attacks.square(classifier, norm, eps, queries or 50 * iters)
-    return Ensemble([*parts, square], classifier, plan.bounded, margins)
 
 
-def _arts_ensemble(classifier, order, eps, iters, batch_size, queries):
-    """ART's AutoAttack at its defaults, but for iterations and queries."""
-    attack = evasion.AutoAttack(classifier, norm=order, eps=eps, batch_size=batch_size)
-    for part in attack.attacks:
-        iterations = (queries or 50 * iters) if isinstance(part, evasion.SquareAttack) else iters
-        part.set_params(max_iter=iterations, verbose=False)
-    return attack
+class HopSkipJump(evasion.HopSkipJump):
+    """ART's HopSkipJump. Without a starting image it searches for one in noise, which here depends
+    on `start_seed` alone and not on the other images of the mini-batch."""
+
+    start_seed = 0
+
+    def _init_sample(self, *args: Any) -> Any:
+        with seeded(self.start_seed):
+            return super()._init_sample(*args)
 
 
-def rounds(queries):
-    """How many iterations of HopSkipJump take so many predictions: of the gradient 100 sqrt(n) in
-    the n-th, of the searches about 25 in each."""
-    total, n = 0.0, 0
+def _hopskipjump(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    """From an image of another class, with as many iterations as take `queries` predictions."""
+    return HopSkipJump(
+        classifier,
+        norm=_order(attack.norm),
+        max_iter=rounds(attack.queries) if attack.queries else attack.iters,
+        max_eval=1000,
+        init_eval=100,
+        batch_size=mbs,
+        verbose=False,
+    )
+
+
+def rounds(queries: int) -> int:
+    """How many iterations of HopSkipJump take so many predictions: the n-th takes 100 sqrt(n) for
+    its gradient and about 25 for its searches."""
+    total = 0.0
+    n = 0
     while total < queries:
         n += 1
         total += 100 * math.sqrt(n) + 25
     return max(1, n - 1)
 
 
-class Margin(torch.nn.Module):
-    """By how much the best other class is above the image's own, (mbs,) or their mean, from logits
-    and one-hot labels or class indices: the loss of Carlini and Wagner."""
+def _deepfool(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    return evasion.DeepFool(classifier, max_iter=attack.iters, batch_size=mbs, verbose=False)
 
-    def __init__(self, reduction="mean"):
+
+def _carlini_wagner(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    """ART's in the 2-norm; in the infinity norm PGD on the same loss, the margin."""
+    if attack.norm == "inf":
+        return _pgd(_with_margin_loss(classifier), attack, mbs)
+    return evasion.CarliniL2Method(classifier, max_iter=attack.iters, batch_size=mbs, verbose=False)
+
+
+class Margin(torch.nn.Module):
+    """The largest other logit minus that of the true class, (mbs,) or reduced: the loss of Carlini
+    and Wagner. Labels are one-hot or class indices."""
+
+    def __init__(self, reduction: str = "mean"):
         super().__init__()
         self.reduction = reduction
 
-    def forward(self, logits, labels):
-        own = (
-            torch.nn.functional.one_hot(labels, logits.size(1)).bool()
-            if labels.dim() == 1
-            else labels > 0.5
-        )
-        margin = logits.masked_fill(own, -math.inf).amax(1) - logits.masked_fill(
-            ~own, -math.inf
-        ).amax(1)
-        return {"mean": torch.mean, "sum": torch.sum, "none": lambda m: m}[self.reduction](margin)
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.dim() == 1:
+            own = torch.nn.functional.one_hot(labels, logits.size(1)).bool()
+        else:
+            own = labels > 0.5
+        others = logits.masked_fill(own, -math.inf).amax(1)
+        margin = others - logits.masked_fill(~own, -math.inf).amax(1)
+        if self.reduction == "none":
+            return margin
+        return margin.sum() if self.reduction == "sum" else margin.mean()
 
 
-def with_margin_loss(classifier):
-    """The classifier with another loss, see `Margin`."""
+def _with_margin_loss(classifier: PyTorchClassifier) -> PyTorchClassifier:
     return PyTorchClassifier(
         classifier.model,
         Margin(),
@@ -226,156 +176,208 @@ def with_margin_loss(classifier):
     )
 
 
-# --------------------------------------------------------------------------------- what is attacked
+def _targeted_apgd(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    return torch_attacks.targeted_apgd(classifier, attack)
+
+
+def _targeted_fab(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    return torch_attacks.targeted_fab(classifier, attack)
+
+
+def _standard_ensemble(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    """The standard ensemble of Croce and Hein (2020), by torchattacks and ART."""
+    parts = [BUILDERS[name](classifier, attack, mbs) for name in STANDARD_ENSEMBLE]
+    return torch_attacks.Ensemble(
+        [*parts, torch_attacks.square(classifier, attack)], classifier, attack
+    )
+
+
+def _arts_ensemble(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
+    """ART's AutoAttack at its defaults, but for iterations and queries."""
+    ensemble = evasion.AutoAttack(
+        classifier, norm=_order(attack.norm), eps=attack.eps, batch_size=mbs
+    )
+    for part in ensemble.attacks:
+        is_square = isinstance(part, evasion.SquareAttack)
+        iterations = (attack.queries or 50 * attack.iters) if is_square else attack.iters
+        part.set_params(max_iter=iterations, verbose=False)
+    return ensemble
+
+
+BUILDERS: dict[str, Builder] = {
+    "pgd": _pgd,
+    "fgsm": _fgsm,
+    "apgd-ce": _auto_pgd("cross_entropy"),
+    "apgd-dlr": _auto_pgd("difference_logits_ratio"),
+    "apgd-t": _targeted_apgd,
+    "fab": _targeted_fab,
+    "square": _square,
+    "hopskipjump": _hopskipjump,
+    "deepfool": _deepfool,
+    "cw": _carlini_wagner,
+    "autoattack": _standard_ensemble,
+    "art-autoattack": _arts_ensemble,
+}
+
+# ------------------------------------------------------------------------------ the attacked model
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """How a gradient is got: grad, softness, start, states and tol as in `pytorch.Options`; steps:
-    time steps that it goes through; gain: what logits are multiplied by."""
+class Target:
+    """The attacked model.
 
-    grad: str = "bptt"
-    softness: tuple = ()
-    steps: int = 29
-    start: str = "zero"
-    states: str = "last"
-    gain: float = 1.0
-    tol: float = 0.0
+    loss     that it was trained with
+    task     its images, which attacks see in [0, 1], and their normalisation
+    T1       time steps of a prediction
+    predict  x -> neurons, see `pytorch.Options`
+    """
 
+    model: Any
+    loss: str
+    task: Task
+    T1: int
+    predict: Callable[[Tensor], Neurons] | None = None
 
-def classifiers(model, args, eps, task, x, predict):
-    """{label: classifier} of every gradient, args.attack_grad, through every number of steps,
-    args.attack_step; of an attack that asks for none one, by its own name. x: the images, (n, C, H,
-    W) in [0, 1], that will be attacked; others: see `make_classifier`."""
-    found, steps = (
-        {},
-        args.attack_step if isinstance(args.attack_step, (list, tuple)) else [args.attack_step],
-    )
-    if args.attack in WITHOUT_GRADIENT:
-        return {args.attack: make_classifier(model, args, eps, Way(), task, predict)}
-    for grad in args.attack_grad:
-        way = Way(grad, start=args.attack_start)
-        if grad in ("smooth", "soft"):
-            way = calibrated(way, make_classifier(model, args, eps, way, task, predict), x[:100])
-        for step in steps:
-            label = grad if len(steps) == 1 else f"{grad}@{step}"
-            found[label] = make_classifier(
-                model, args, eps, dataclasses.replace(way, steps=step), task, predict
-            )
-    return found
-
-
-def calibrated(way, classifier, x):
-    """The way with the gain and softness that suit a model, judged by some images x, (n, C, H, W)
-    in [0, 1]."""
-    unrolled, softness, gain = classifier.model, (), 1.0
-    if way.grad == "soft":
-        seen = classifier._apply_preprocessing(x, y=None, fit=False)[0]
-        chain = unrolled.model.chain(unrolled.loss)
-        softness = gradients.softness(
-            chain, torch.from_numpy(seen).to(classifier.device, chain.dtype), unrolled.T1
+    def classifier(
+        self, attack: Attack, method: GradientMethod = GradientMethod()
+    ) -> PyTorchClassifier:
+        """The classifier that `attack` sees, differentiated by `method`."""
+        task = self.task
+        # The squared error of hard output neurons is zero, and flat, where they are right; their
+        # cross-entropy never is.
+        squared = (
+            self.loss == "mse"
+            and method.grad == "bptt"
+            and method.states == "last"
+            and attack.name in WITH_LOSS
         )
-    if unrolled.loss == "cel" and len(
-        x
-    ):  # outputs of the squared error have a range: `make_classifier` stretches it
-        gain = logit_gain(classifier.predict(x))
-    return dataclasses.replace(way, gain=gain, softness=softness)
+        loss: torch.nn.Module = torch.nn.CrossEntropyLoss()
+        if squared:
+            loss = torch.nn.MSELoss()
+        elif method.states == "all":
+            loss = torch.nn.NLLLoss()
+        if self.loss == "mse" and not squared:
+            method = dataclasses.replace(method, gain=SQUARED_ERROR_GAIN * method.gain)
+        options = dataclasses.asdict(method)
+        steps = options.pop("steps")
+        criterion = torch.nn.MSELoss if self.loss == "mse" else torch.nn.CrossEntropyLoss
+        mean, std = (
+            np.array(value, dtype=np.float32).reshape(-1, 1, 1) for value in (task.mean, task.std)
+        )
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        return PyTorchClassifier(
+            self.model,
+            loss,
+            (task.channels, task.size, task.size),
+            task.classes,
+            self.T1,
+            steps,
+            criterion=criterion(reduction="none"),
+            predict=self.predict,
+            watch=GradientMonitor(),
+            clip_values=_clip_values(attack),
+            preprocessing=(mean, std),
+            device_type="cpu" if on_cpu else "gpu",
+            **options,
+        )
+
+    def calibrated(self, attack: Attack, method: GradientMethod, x: np.ndarray) -> GradientMethod:
+        """The method with the gain and softness that suit the model, from some images x, (n, C, H,
+        W) in [0, 1]."""
+        classifier = self.classifier(attack, method)
+        chain = self.model.chain(self.loss)
+        softness: tuple[float, ...] = ()
+        gain = 1.0
+        if method.grad == "soft":
+            seen = torch.from_numpy(classifier.preprocessed(x))
+            seen = seen.to(classifier.device, chain.dtype)
+            softness = gradients.softness(chain, seen, self.T1)
+        if self.loss == "cel" and len(x):  # outputs of the squared error have a known range
+            gain = model_gain(classifier.predict(x))
+        return dataclasses.replace(method, gain=gain, softness=softness)
+
+    def classifiers(
+        self, attack: Attack, grads: Sequence[str], steps: Sequence[int], start: str, x: np.ndarray
+    ) -> dict[str, PyTorchClassifier]:
+        """{label: classifier} of every gradient method of `grads`, unrolled through each number of
+        `steps`; of an attack without gradients one, under the attack's name. x: the images, (n, C,
+        H, W) in [0, 1], that will be attacked."""
+        if attack.name in WITHOUT_GRADIENT:
+            return {attack.name: self.classifier(attack)}
+        found = {}
+        for grad in grads:
+            method = GradientMethod(grad, start=start)
+            if grad in ("smooth", "soft"):
+                method = self.calibrated(attack, method, x[:100])
+            for count in steps:
+                label = grad if len(steps) == 1 else f"{grad}@{count}"
+                found[label] = self.classifier(attack, dataclasses.replace(method, steps=count))
+        return found
 
 
-def logit_gain(logits):
-    """A factor, a power of two, on logits (n, classes) that a softmax in fp32 knows nothing of but
-    the first, or no differences at all: with it the median gap between the first two is about 8; 1
-    where they are as they should be."""
-    first, second = torch.as_tensor(logits).double().topk(2, 1).values.unbind(1)
-    gap = (first - second).median().item() if len(first) else 1.0
-    if not math.isfinite(gap) or gap == 0 or 1e-3 <= gap <= SATURATED:
-        return 1.0
-    return 2.0 ** math.floor(math.log2(8 / gap))
+def _clip_values(attack: Attack) -> tuple[float, float] | None:
+    if attack.clip:
+        return 0.0, 1.0
+    if attack.name in ("pgd", "fgsm", "apgd-ce", "apgd-dlr"):
+        return None
+    # Square takes the range of its noise from the clip values: as wide as anything within eps
+    return -attack.eps, 1.0 + attack.eps
 
 
-SMOOTH = (
-    "the forward pass as it is; backwards, outside of an activation's corners, at least the slope of an "
-    "arctangent; no gradient shorter than 1e-5; the cross-entropy of "
-)
+def describe_smooth(loss: str) -> str:
+    """The gradient method `smooth` of a model trained with `loss`, one line.
 
-
-def words_for_smooth(loss):
-    """What `smooth` does, for the header of a table. loss: that the model was trained with."""
-    return SMOOTH + (
-        "ten times the outputs"
-        if loss == "mse"
-        else "the logits, where a softmax saturates scaled to a "
-        f"median gap of about 8 between the first two, and of no image above {SATURATED:g}"
+    Tables record it among their settings: another wording would start another table."""
+    if loss == "mse":
+        logits = "ten times the outputs"
+    else:
+        logits = (
+            "the logits, where a softmax saturates scaled to a median gap of about 8 between the "
+            f"first two, and of no image above {SATURATED:g}"
+        )
+    return (
+        "the forward pass as it is; backwards, outside of an activation's corners, at least the "
+        "slope of an arctangent; no gradient shorter than 1e-5; the cross-entropy of " + logits
     )
 
 
-def make_classifier(model, args, eps, way, task, predict=None):
-    """The classifier that an attack with bound `eps` by the gradient `way` sees: images in [0, 1],
-    normalised as `task` says.
+class GradientMonitor:
+    """Records which images of a mini-batch had, at any iteration, a gradient that was exactly zero
+    or not finite.
 
-    predict: x -> neurons, see `pytorch.Options`. args: loss (which the model was trained with),
-    attack, predict_step, T1, no_clip."""
-    # The squared error of hard output neurons is exactly zero, and flat, where they are right;
-    # cross-entropy never is.
-    squared = (
-        args.loss == "mse"
-        and way.grad == "bptt"
-        and way.states == "last"
-        and args.attack in WITH_LOSS
-    )
-    loss = torch.nn.MSELoss() if squared else torch.nn.CrossEntropyLoss()
-    if way.states == "all":
-        loss = torch.nn.NLLLoss()
-    clip = (0.0, 1.0)
-    if (
-        args.no_clip
-    ):  # Square takes the range of its noise from the clip values: as wide as anything within eps
-        clip = None if args.attack in ("pgd", "fgsm", "apgd-ce", "apgd-dlr") else (-eps, 1.0 + eps)
-    shape, steps = (task.channels, task.size, task.size), (args.predict_step or args.T1, way.steps)
-    mean, std = (np.array(v, dtype=np.float32).reshape(-1, 1, 1) for v in (task.mean, task.std))
-    criterion = (torch.nn.MSELoss if args.loss == "mse" else torch.nn.CrossEntropyLoss)(
-        reduction="none"
-    )
-    return PyTorchClassifier(
-        model,
-        loss,
-        shape,
-        task.classes,
-        *steps,
-        criterion=criterion,
-        grad=way.grad,
-        softness=way.softness,
-        start=way.start,
-        states=way.states,
-        tol=way.tol,
-        predict=predict,
-        watch=GradientMonitor(),
-        clip_values=clip,
-        preprocessing=(mean, std),
-        gain=10.0 * way.gain if args.loss == "mse" and not squared else way.gain,
-        centred=args.loss == "mse" and not squared,
-        device_type="cpu" if next(model.parameters()).device.type == "cpu" else "gpu",
-    )
+    Attacks continue with some of the images and do not report which: those are assumed to be the
+    nearest images of the mini-batch."""
+
+    def __init__(self) -> None:
+        self.start(torch.zeros(0, 1))
+
+    def start(self, x: Tensor) -> None:
+        """Begin a mini-batch: x, (n, ...), as the model sees it."""
+        self.images = x.flatten(1)
+        self.masked = np.zeros(len(x), dtype=bool)
+
+    def __call__(self, grad: Tensor, x: Tensor) -> None:
+        if not len(self.masked):  # no mini-batch was announced: no attack asks for this gradient
+            return
+        flat = grad.detach().flatten(1)
+        bad = ((flat == 0).all(1) | ~torch.isfinite(flat).all(1)).cpu()
+        if len(bad) == len(self.masked):
+            self.masked |= bad.numpy()
+        elif bad.any():
+            images = self.images.to(x.device, torch.float32)
+            affected = torch.nan_to_num(x[bad.to(x.device)].flatten(1).float())
+            self.masked[torch.cdist(affected, images).argmin(1).cpu().numpy()] = True
 
 
 # ---------------------------------------------------------------------------------------- attacking
 
 
-class HopSkipJump(evasion.HopSkipJump):
-    """ART's HopSkipJump. Without a starting image it searches for one in noise, which here depends
-    on `start_seed` alone and not on the other images of the mini-batch."""
-
-    start_seed = 0
-
-    def _init_sample(self, *args):
-        with seeded(self.start_seed):
-            return super()._init_sample(*args)
-
-
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """The images where HopSkipJump may begin: all attacked images, not only those of one
-    mini-batch. images: (n, C, H, W) in [0, 1]; classes: their predicted classes, (n,)."""
+    mini-batch.
+
+    images: (n, C, H, W) in [0, 1]; classes: their predicted classes, (n,)."""
 
     images: np.ndarray
     classes: np.ndarray
@@ -383,23 +385,25 @@ class Candidates:
     MBS = 100  # independent of --mbs: rounding must not decide where an attack begins
 
     @classmethod
-    def of(cls, classifier, x):
+    def of(cls, classifier: PyTorchClassifier, x: np.ndarray) -> Candidates:
         """All of the images x, (n, C, H, W) in [0, 1]."""
-        parts = [
-            classifier.read_out(x[i : i + cls.MBS]).argmax(1) for i in range(0, len(x), cls.MBS)
-        ]
-        return cls(x, np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64))
+        classes = [np.zeros(0, dtype=np.int64)]
+        for i in range(0, len(x), cls.MBS):
+            classes.append(classifier.read_out(x[i : i + cls.MBS]).argmax(1))
+        return cls(x, np.concatenate(classes))
 
-    def nearest(self, x, classes):
-        """The starting images for x, (mbs, C, H, W), whose predicted classes are `classes`, (mbs,):
-        for each image the nearest one (2-norm) with another predicted class, or the image itself
-        where there is none. Noise, where ART begins, is further away, and a model can take it for
-        the class of the image."""
-        flat, starts = torch.from_numpy(self.images).flatten(1), x.copy()
+    def nearest(self, x: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """The starting images for x, (mbs, C, H, W), whose predicted classes are `classes`, (mbs,).
+
+        For each image it is the nearest one (2-norm) with another predicted class, or the image
+        itself if there is none. ART begins at noise, which is further away, and which a model can
+        classify as it does the image."""
+        flat = torch.from_numpy(self.images).flatten(1)
+        starts = x.copy()
         for i, own in enumerate(classes):
             others = np.flatnonzero(self.classes != own)
             if len(others):
-                # image by image and without matrix products: the same distances in every mini-batch
+                # image by image and without matrix products: the same distances in any mini-batch
                 distances = torch.cdist(
                     torch.from_numpy(x[i]).reshape(1, -1),
                     flat,
@@ -409,42 +413,53 @@ class Candidates:
         return starts
 
 
-def attack_batch(classifier, x, y, plan, seed, candidates=None):
-    """Attack the images x, (n, C, H, W) in [0, 1], with true labels y, (n,). Returns a dict with,
-    for each image, x_adv, prediction, margin (see `margins`) and masked_images (whether its
-    gradient was exactly zero or not finite at some iteration).
+def attack_batch(
+    classifier: PyTorchClassifier,
+    x: np.ndarray,
+    y: np.ndarray,
+    attack: Attack,
+    seed: Sequence[int],
+    candidates: Candidates | None = None,
+) -> dict[str, np.ndarray]:
+    """Attack the images x, (n, C, H, W) in [0, 1], with true labels y, (n,).
 
-    classifier: see `make_classifier`. seed: whole numbers, see `seeded`; the first one is that of
-    the whole attack. candidates: where HopSkipJump may begin, by default the images x.
+    classifier: of a `Target`. seed: whole numbers, see `seeded`; the first is that of the whole
+    attack. candidates: where HopSkipJump may begin, by default the images x.
+
+    Returns for each image x_adv, prediction, margin (see `metrics.margins`) and masked_images
+    (whether its gradient was exactly zero or not finite at some iteration).
 
     Predictions and margins are those of the model's own read-out, of the whole mini-batch as in
-    `evaluate`. An image that is misclassified without an attack stays misclassified: where the
-    attack would make it right, it is returned unchanged. A restart attacks the images that are
-    still classified correctly, and replaces those that it brings nearer to another class.
-    """
+    `evaluate`. An image that is misclassified without an attack stays misclassified: if the attack
+    makes it right, it is returned unchanged. A restart attacks the images that are still classified
+    correctly, and replaces those whose margin it lowers."""
 
-    def read_out(images):
+    def read_out(images: np.ndarray) -> np.ndarray:
         with seeded(*seed):  # a model may draw random numbers
             return classifier.read_out(images)
 
-    watch, n = classifier.model.options.watch, len(x)
-    seen = torch.from_numpy(classifier._apply_preprocessing(x, y=None, fit=False)[0])
-    x_adv, logits, masked = x.copy(), read_out(x), np.zeros(n, dtype=bool)
+    monitor = classifier.model.options.watch
+    n = len(x)
+    seen = torch.from_numpy(classifier.preprocessed(x))
+    x_adv = x.copy()
+    logits = read_out(x)
+    masked = np.zeros(n, dtype=bool)
     margin = margins(logits, y)
-    right, starts = margin > 0, x
-    if plan.name == "hopskipjump" and plan.eps:
+    right = margin > 0
+    starts = x
+    if attack.name == "hopskipjump" and attack.eps:
         starts = (candidates or Candidates.of(classifier, x)).nearest(x, logits.argmax(1))
-    for run in range(plan.restarts + 1 if plan.eps else 0):
+    for run in range(attack.restarts + 1 if attack.eps else 0):
         attacked = margin > 0 if run else np.ones(n, dtype=bool)
         if not attacked.any():
             break
-        watch.start(seen[attacked])
+        monitor.start(seen[attacked])
         found = x_adv.copy()
-        found[attacked] = _attempt(
+        found[attacked] = _run(
             classifier,
             x[attacked],
             y[attacked],
-            plan,
+            attack,
             (*seed, run) if run else seed,
             run > 0,
             starts[attacked],
@@ -453,10 +468,12 @@ def attack_batch(classifier, x, y, plan, seed, candidates=None):
         found_margin = margins(found_logits, y)
         if run:
             taken = attacked & (found_margin < margin)
-            masked[taken] = watch.masked[taken[attacked]]
+            masked[taken] = monitor.masked[taken[attacked]]
         else:
-            taken, masked = right | (found_margin <= 0), watch.masked
-        x_adv[taken], logits[taken] = found[taken], found_logits[taken]
+            taken = right | (found_margin <= 0)
+            masked = monitor.masked
+        x_adv[taken] = found[taken]
+        logits[taken] = found_logits[taken]
         margin[taken] = found_margin[taken]
     return {
         "x_adv": x_adv,
@@ -466,35 +483,48 @@ def attack_batch(classifier, x, y, plan, seed, candidates=None):
     }
 
 
-def _attempt(classifier, x, y, plan, seed, from_random_point, starts):
+def _run(
+    classifier: PyTorchClassifier,
+    x: np.ndarray,
+    y: np.ndarray,
+    attack: Attack,
+    seed: Sequence[int],
+    from_random_point: bool,
+    starts: np.ndarray,
+) -> np.ndarray:
     """The adversarial examples of one run, (n, C, H, W). starts: where HopSkipJump begins."""
+    norm = attack.norm
+    eps = attack.eps
     x_adv = x.copy()
-    with seeded(*seed):  # of predictions as well, whose data loader draws a number
+    more = {}
+    with seeded(*seed):  # predictions too draw numbers, as their data loader does
         labels = np.eye(classifier.nb_classes, dtype=np.float32)[y]
-        attack = build(plan.name, classifier, plan.norm, plan.eps, plan.iters, len(x), plan.queries)
-        if from_random_point and isinstance(attack, FROM_IMAGE):
-            attack.set_params(num_random_init=1)
-        elif from_random_point and isinstance(attack, (evasion.DeepFool, evasion.CarliniL2Method)):
-            x_adv = plan.bounded(x + random_in_ball(x.shape, plan.norm, plan.eps), x)
-        more = {}
-        if isinstance(attack, HopSkipJump):
-            attack.start_seed, more = seed[0], {"x_adv_init": starts}
+        built = BUILDERS[attack.name](classifier, attack, len(x))
+        if from_random_point and isinstance(built, FROM_IMAGE):
+            built.set_params(num_random_init=1)
+        elif from_random_point and isinstance(built, (evasion.DeepFool, evasion.CarliniL2Method)):
+            x_adv = project(x + random_in_ball(x.shape, norm, eps), x, norm, eps, attack.clip)
+        if isinstance(built, HopSkipJump):
+            built.start_seed = seed[0]
+            more["x_adv_init"] = starts
         with np.errstate(divide="ignore", invalid="ignore"):
-            x_adv = attack.generate(x_adv, labels, **more)
-        if plan.name in MINIMAL:  # what takes more than eps is no success within eps
-            found = norms(x_adv - x, plan.norm) <= plan.eps
-            x_adv = np.where(found.reshape(-1, 1, 1, 1), x_adv, x)
-        return plan.bounded(x_adv, x)
+            x_adv = built.generate(x_adv, labels, **more)
+    if attack.name in MINIMAL:  # a perturbation beyond eps is no success within eps
+        within = norms(x_adv - x, norm) <= eps
+        x_adv = np.where(within.reshape(-1, 1, 1, 1), x_adv, x)
+    return project(x_adv, x, norm, eps, attack.clip)
 
 
-def summary(parts, x, norm):
-    """The result of an attack on the images x, (n, C, H, W), from those of its mini-batches: for
-    each image `x_adv`, `prediction`, `correct`, `margin`, `masked_images` (gradient exactly zero or
-    not finite at some iteration) and `norm` (of the perturbation); of all the shares `masked` and
-    `unmoved` (norm zero) and `mean_norm`, over those that were moved."""
+def summary(parts: Sequence[dict[str, np.ndarray]], x: np.ndarray, norm: str) -> dict[str, Any]:
+    """The result of an attack on the images x, (n, C, H, W), from those of its mini-batches.
+
+    For each image `x_adv`, `prediction`, `correct`, `margin`, `masked_images` (gradient exactly
+    zero or not finite at some iteration) and `norm` (of the perturbation); over all images the
+    shares `masked` and `unmoved` (norm zero), and `mean_norm`, over those that moved."""
     result = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    length, n = norms(result["x_adv"] - x, norm), max(len(x), 1)
+    length = norms(result["x_adv"] - x, norm)
     moved = length > 0
+    n = max(len(x), 1)
     return {
         **result,
         "correct": result["margin"] > 0,
@@ -505,15 +535,14 @@ def summary(parts, x, norm):
     }
 
 
-def worst_of(results, x, norm):
-    """The `summary` of several, each image as the attack left it that decided: the first one that
-    broke it, or, where it stands, the one that brought it nearest to another class."""
-    decided = np.argmin(
-        [np.where(result["correct"], result["margin"], -np.inf) for result in results], axis=0
-    )
-    keys, rows = ("x_adv", "prediction", "margin", "masked_images"), np.arange(len(x))
-    return summary(
-        [{key: np.stack([result[key] for result in results])[decided, rows] for key in keys}],
-        x,
-        norm,
-    )
+def worst_of(results: Sequence[dict[str, Any]], x: np.ndarray, norm: str) -> dict[str, Any]:
+    """The `summary` of the strongest attack per image: the first that makes it misclassified or,
+    if none does, the one that leaves it the smallest margin."""
+    margin = [np.where(result["correct"], result["margin"], -np.inf) for result in results]
+    strongest = np.argmin(margin, axis=0)
+    rows = np.arange(len(x))
+    worst = {
+        key: np.stack([result[key] for result in results])[strongest, rows]
+        for key in ("x_adv", "prediction", "margin", "masked_images")
+    }
+    return summary([worst], x, norm)

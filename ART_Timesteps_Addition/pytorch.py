@@ -1,39 +1,55 @@
 """ART's PyTorchClassifier for energy models: predictions after T1 free steps, gradients through T2
 steps.
 
-ART calls a model as `model(x)`. `Unrolled` gives it such a model: it passes (x, y, neurons, T,
-beta, criterion, check_thm) on to the energy model and chooses T, by whether ART asks for a
-gradient. All that ART builds from `classifier.model` (the loss variants of Auto-PGD, AutoAttack)
-therefore keeps T1 and T2, and no file of ART is changed.
+ART calls a model as `model(x)`. `Unrolled` is such a model: it passes (x, y, neurons, T, beta,
+criterion, check_thm) on to the energy model and chooses T by whether ART asks for a gradient. All
+that ART builds from `classifier.model` (the loss variants of Auto-PGD, AutoAttack) therefore keeps
+T1 and T2, and no file of ART is changed.
 
-Nothing here changes the energy model. How gradients are got is in `gradients`.
+Nothing here changes the energy model. The gradient methods are in `gradients`.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
-import typing
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from art.estimators.classification import PyTorchClassifier as ArtClassifier
+from torch import Tensor
 
-from ART_Timesteps_Addition.gradients import GRADIENTS, STARTS, STATES, WAYS, published_layout  # noqa: F401
+from ART_Timesteps_Addition.gradients import METHODS
+from ART_Timesteps_Addition.scaling import Pullback, belonging_to, limit_gaps, scaled_readout
+from ART_Timesteps_Addition.settings import GradientMethod
+from energy.dynamics import Chain, Neurons
 from energy.precision import exactly
 
 
 class _Differentiable(torch.autograd.Function):
-    """The read-out for x by one of the ways above. The pullback runs whenever ART's own code goes
-    backwards, and makes products exact by itself: no block around a call of ours would reach it."""
+    """The read-out for x, differentiated by a gradient method.
+
+    The pullback runs whenever ART's own code goes backwards, outside of any block around our calls:
+    it makes its products exact by itself."""
 
     @staticmethod
-    def forward(ctx, x, way, watch):
-        ctx.watch, ctx.x = watch, x.detach()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        method: Callable[[Tensor], tuple[Tensor, Pullback]],
+        watch: Callable[[Tensor, Tensor], None] | None,
+    ) -> Tensor:
+        ctx.watch = watch
+        ctx.x = x.detach()
         with exactly():
-            out, ctx.pullback = way(x)
+            out, ctx.pullback = method(x)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         with exactly():
             grad = ctx.pullback(grad)
         if ctx.watch is not None:
@@ -45,239 +61,210 @@ class _Differentiable(torch.autograd.Function):
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """How `Unrolled` answers, and how its gradients are got.
+class Options(GradientMethod):
+    """A gradient method, and what `Unrolled` returns beside it.
 
-    grad        `bptt` through the time steps, `smooth` the same with slopes that do not vanish, `ep` by Equilibrium
-                Propagation, `soft` as `smooth` through a twin whose neurons do not saturate
-    softness    how much `soft` softens each layer, see `gradients.softness`
-    start       whether the T2 steps begin from `zero` neurons or, with `equilibrium`, after T1 - T2 steps without a
-                graph
-    states      whether attacks see the read-out after the `last` of the T2 steps, or the mean over `all` of them of the
-                logarithm of its softmax, whose negative log-likelihood is the mean cross-entropy of all states
-    exact       whether what comes with a gradient is the read-out of a prediction, so that an attack which looks there
-                for its success sees what counts, instead of that of the steps that the gradient goes through
-    tol         of the steps without a graph: stop an image once it has settled to this, see `relax_until_converged`
-    beta        how far `ep` nudges
-    gain        attacks see gain * read-out: output neurons within [0, 1] are no logits (a softmax
-                hardly distinguishes values that are at most 1 apart)
-    centred     subtract the largest value of each image first. No attack takes the result for
-                probabilities, and rounding does not change the predicted class
-    rescale     whether `smooth` and `soft` may scale the gradient of each image, see `desaturated`
-                and `gradients.without_underflow`. That suits the gradient of a loss, whose length
-                attacks divide by. Class gradients must belong to the predicted values: False
-    predict     x -> the neurons that a prediction is read out of, where not those after T1 steps from zero
+    exact       the value that comes with a gradient is the read-out of a prediction, not that of
+                the unrolled steps: for attacks that look there for their success
+    predict     x -> the neurons that a prediction is read out of; None: after T1 steps from zero
     watch       called with the gradient with respect to x, and x, whenever one is computed
     """
 
-    grad: str = "bptt"
-    softness: tuple = ()
-    start: str = "zero"
-    states: str = "last"
     exact: bool = False
-    tol: float = 0.0
-    beta: float = 0.1
-    gain: float = 1.0
-    centred: bool = False
-    rescale: bool = True
-    predict: typing.Callable | None = None
-    watch: typing.Callable | None = None
-
-    def __post_init__(self):
-        for name, allowed in (("grad", GRADIENTS), ("start", STARTS), ("states", STATES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
-                )
-
-
-SATURATED = (
-    14.0  # a gap between two logits beyond which a softmax in fp32 knows little but the first
-)
-
-
-def desaturated(out):
-    """Logits, (mbs, classes), scaled for each image so that the first is at most SATURATED above
-    the second: the cross-entropy of them has a slope. The factors are constants to a gradient."""
-    first, second = out.detach().topk(2, 1).values.unbind(1)
-    return out * (SATURATED / (first - second).clamp(min=SATURATED)).unsqueeze(1)
-
-
-def _belonging_to(predicted, out, pullback):
-    """The pullback of a softened copy with the read-out `out`, scaled for each image to the
-    prediction: by the ratio of the spreads over the classes. predicted, out: (mbs, classes)."""
-    ours, theirs = ((o - o.mean(1, keepdim=True)).norm(dim=1) for o in (predicted, out))
-    factor = torch.where(theirs > 0, ours / theirs, 1.0)
-    return lambda grad: pullback(grad * factor.unsqueeze(1))
+    predict: Callable[[Tensor], Neurons] | None = None
+    watch: Callable[[Tensor, Tensor], None] | None = None
 
 
 class Unrolled(torch.nn.Module):
-    """x -> read-out of an energy model, (mbs, classes): after T1 free steps, or, where a gradient
+    """x -> read-out of an energy model, (mbs, classes): after T1 free steps or, where a gradient
     with respect to x is asked for, T2.
 
     criterion: the loss that the model was trained with (it decides whether output neurons have an
-    activation). last_layer: 1 reads out logits, 0 gives the neurons of the last layer. options: see
+    activation). last_layer: 1 reads out logits, 0 gives the neurons of the last layer. options: of
     `Options`. Raises ValueError for an option that does not exist or fit."""
 
-    def __init__(self, model, T1, T2, criterion, last_layer=1, **options):
+    def __init__(
+        self,
+        model: Any,
+        T1: int,
+        T2: int,
+        criterion: torch.nn.Module,
+        last_layer: int = 1,
+        **options: Any,
+    ):
         super().__init__()
-        self.options = Options(**options)
+        self.options = Options(steps=T2, **options)
         if self.options.grad == "ep" and model.softmax and not last_layer:
-            raise ValueError(
-                "the gradient by EP is that of a loss on the read-out: it needs last_layer=1"
-            )
+            raise ValueError("grad='ep' differentiates a loss on the read-out: use last_layer=1")
         # No submodule: ART sets p.grad of all that it finds to None, changes its mode and, asked
         # to, its weights.
         self._out_of_sight = (model,)
-        self.T1, self.T2, self.criterion, self.last_layer = T1, T2, criterion, last_layer
+        self.T1 = T1
+        self.criterion = criterion
+        self.last_layer = last_layer
         self.loss = "mse" if isinstance(criterion, torch.nn.MSELoss) else "cel"
 
     @property
-    def model(self):
+    def model(self) -> Any:
         return self._out_of_sight[0]
 
-    def with_options(self, **changes):
+    def with_options(self, **changes: Any) -> Unrolled:
         """The same with other options."""
-        options = {
-            field.name: getattr(self.options, field.name) for field in dataclasses.fields(Options)
-        }
-        return Unrolled(
-            self.model, self.T1, self.T2, self.criterion, self.last_layer, **{**options, **changes}
-        )
+        other = Unrolled(self.model, self.T1, self.options.steps, self.criterion, self.last_layer)
+        other.options = dataclasses.replace(self.options, **changes)
+        return other
 
     @contextlib.contextmanager
-    def changed(self, **changes):
-        """A block in which other options hold."""
-        before, self.options = self.options, dataclasses.replace(self.options, **changes)
+    def changed(self, **changes: Any) -> Iterator[None]:
+        """A block with other options."""
+        before = self.options
+        self.options = dataclasses.replace(before, **changes)
         try:
             yield
         finally:
             self.options = before
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.load_state_dict(*args, **kwargs)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         options = self.options
         if not (torch.is_grad_enabled() and x.requires_grad):
             with torch.no_grad():
-                return self._stretched(self.predicted(x))
-        x = x.to(self.dtype)  # some attacks count in float64
-        out = self._stretched(_Differentiable.apply(x, self._way, options.watch))
-        return desaturated(out) if options.rescale and options.grad in ("smooth", "soft") else out
+                return scaled_readout(self.predicted(x), self.loss, options.gain)
+        x = x.to(self.dtype)  # some attacks compute in float64
+        out = _Differentiable.apply(x, self._differentiated, options.watch)
+        out = scaled_readout(out, self.loss, options.gain)
+        return limit_gaps(out) if options.rescale and options.grad in ("smooth", "soft") else out
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         """Of the read-out and of gradients: at least float32, whatever the model computes in."""
         return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
 
-    def _stretched(self, out):
-        """The read-out, (mbs, classes), as attacks see it, see `Options`."""
-        if self.options.centred:
-            out = out - out.detach().amax(1, keepdim=True)
-        return self.options.gain * out
-
-    def _way(self, x):
+    def _differentiated(self, x: Tensor) -> tuple[Tensor, Pullback]:
         """The read-out that attacks see, and its pullback."""
         options = self.options
-        out, pullback = WAYS[options.grad](self, x)
-        predicts = options.grad != "soft" and (
-            options.grad == "ep"
-            or self.T1 == self.T2
-            or (options.start == "equilibrium" and self.T1 > self.T2)
+        method = METHODS[options.grad]
+        out, pullback = method(self.model, x, self.loss, self.T1, options, self.output)
+        is_prediction = options.grad == "ep" or (
+            options.grad != "soft"
+            and (
+                self.T1 == options.steps
+                or (options.start == "equilibrium" and self.T1 > options.steps)
+            )
         )
         of_copy = options.grad == "soft" and not options.rescale
-        if of_copy or options.exact and not predicts:
+        if of_copy or (options.exact and not is_prediction):
             with torch.no_grad():
                 predicted = self.predicted(x)
             if of_copy:
-                pullback = _belonging_to(predicted, out, pullback)
-            out = predicted if options.exact else out
+                pullback = belonging_to(predicted, out, pullback)
+            if options.exact:
+                out = predicted
         return out, pullback
 
-    def predicted(self, x):
+    def predicted(self, x: Tensor) -> Tensor:
         """The read-out of a prediction, (mbs, classes)."""
         return self.output(self.model.chain(self.loss), self.predict(x)).to(self.dtype)
 
-    def predict(self, x):
+    def predict(self, x: Tensor) -> Neurons:
         """The neurons that a prediction is read out of."""
         if self.options.predict is not None:
             return self.options.predict(x)
         return self.model(x, None, None, self.T1, 0.0, self.criterion, output_in=0)
 
-    def output(self, chain, neurons):
-        """What is read out of the neurons, (mbs, classes)."""
+    def output(self, chain: Chain, neurons: Neurons) -> Tensor:
+        """The read-out of the neurons, (mbs, classes)."""
         return chain.read(neurons) if self.last_layer else neurons[-1].flatten(1)
 
 
 class PyTorchClassifier(ArtClassifier):
     """ART's PyTorchClassifier for an energy model.
 
-    model: one of `model_utils`; loss: as ART takes it, and, with its reduction set aside, the loss
-    of the model unless `criterion` names another; T1: free steps of a prediction; T2: steps that a
-    loss or class gradient goes through, from zero neurons; last_layer: 1 reads out logits. grad,
-    start, beta, gain, predict, watch: see `Options`. All other arguments are ART's own."""
+    model       one of `model_utils`
+    loss        as ART takes it, and, with its reduction set aside, the loss that the model was
+                trained with unless `criterion` names another
+    T1          free steps of a prediction
+    T2          steps that a loss or class gradient is unrolled through, from zero neurons
+    last_layer  1 reads out logits, 0 gives the neurons of the last layer
+    more        fields of `Options` (grad, start, beta, gain, predict, watch ...) and ART's own
+                arguments
+    """
 
     estimator_params = ArtClassifier.estimator_params
 
     def __init__(
-        self, model, loss, input_shape, nb_classes, T1, T2, last_layer=1, *, criterion=None, **more
+        self,
+        model: Any,
+        loss: torch.nn.Module,
+        input_shape: tuple[int, ...],
+        nb_classes: int,
+        T1: int,
+        T2: int,
+        last_layer: int = 1,
+        *,
+        criterion: torch.nn.Module | None = None,
+        **more: Any,
     ):
-        options = {
-            field.name: more.pop(field.name)
-            for field in dataclasses.fields(Options)
-            if field.name in more
-        }
+        names = {field.name for field in dataclasses.fields(Options)}
+        options = {name: value for name, value in more.items() if name in names}
+        arts_own = {name: value for name, value in more.items() if name not in names}
         if not isinstance(model, Unrolled):
-            kind = (
-                torch.nn.MSELoss
-                if isinstance(loss, torch.nn.MSELoss)
-                else torch.nn.CrossEntropyLoss
-            )
-            model = Unrolled(
-                model, T1, T2, criterion or kind(reduction="none"), last_layer, **options
-            )
+            squared = isinstance(loss, torch.nn.MSELoss)
+            kind = torch.nn.MSELoss if squared else torch.nn.CrossEntropyLoss
+            criterion = criterion or kind(reduction="none")
+            model = Unrolled(model, T1, T2, criterion, last_layer, **options)
         super().__init__(
-            model=model, loss=loss, input_shape=input_shape, nb_classes=nb_classes, **more
+            model=model, loss=loss, input_shape=input_shape, nb_classes=nb_classes, **arts_own
         )
         model.model.to(self.device)
-        self.T1, self.T2, self.last_layer = T1, T2, last_layer
+        self.T1 = T1
+        self.T2 = T2
+        self.last_layer = last_layer
 
-    def predict(self, x, batch_size=128, training_mode=False, **kwargs):
+    def predict(
+        self, x: np.ndarray, batch_size: int = 128, training_mode: bool = False, **kwargs: Any
+    ) -> np.ndarray:
         """As ART's, and (0, classes) for no image."""
         if len(x) == 0:
-            return torch.zeros(0, self.nb_classes).numpy()
+            return np.zeros((0, self.nb_classes), dtype=np.float32)
         return super().predict(x, batch_size, training_mode, **kwargs)
 
-    def read_out(self, x):
+    def read_out(self, x: np.ndarray) -> np.ndarray:
         """The model's own read-out of the images x, (n, C, H, W), in one mini-batch: (n, classes).
-        Its largest entry is the predicted class; `predict` returns what attacks see (`Options`)."""
-        if len(x) == 0:
-            return torch.zeros(0, self.nb_classes).numpy()
-        seen, _ = self._apply_preprocessing(x, y=None, fit=False)
-        with torch.no_grad():
-            return self.model.predicted(torch.from_numpy(seen).to(self.device)).cpu().numpy()
 
-    def class_gradient(self, x, label=None, training_mode=False, **kwargs):
+        Its largest entry is the predicted class; `predict` returns what attacks see (`scaling`)."""
+        if len(x) == 0:
+            return np.zeros((0, self.nb_classes), dtype=np.float32)
+        seen = torch.from_numpy(self.preprocessed(x))
+        with torch.no_grad():
+            return self.model.predicted(seen.to(self.device)).cpu().numpy()
+
+    def preprocessed(self, x: np.ndarray) -> np.ndarray:
+        """The images as the model sees them."""
+        return self._apply_preprocessing(x, y=None, fit=False)[0]
+
+    def class_gradient(
+        self, x: np.ndarray, label: Any = None, training_mode: bool = False, **kwargs: Any
+    ) -> np.ndarray:
         """As ART's: the derivative of the values that `predict` returns; attacks divide by it."""
         with self.model.changed(rescale=False):
             return super().class_gradient(x, label, training_mode, **kwargs)
 
-    def _refuse(self, *args, **kwargs):
-        """Raises NotImplementedError: ART would follow a gradient that an energy model does not
-        learn by."""
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: ART would train by a gradient that no learning rule uses."""
         raise NotImplementedError(
             "an energy model has its own learning rule: use model_utils.train or main.py"
         )
 
     fit = fit_generator = reset = clone_for_refitting = _refuse
 
-    def get_activations(self, *args, **kwargs):
-        """Raises NotImplementedError: ART looks for modules that are called once, not for neurons
-        that take steps."""
+    def get_activations(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: ART expects modules that are called once."""
         raise NotImplementedError(
             "the layers of an energy model are its neurons after T steps: use "
             "model(x, None, None, T), which gives a tensor for each"

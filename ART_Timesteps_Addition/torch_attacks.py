@@ -1,30 +1,44 @@
-"""Attacks that the Adversarial Robustness Toolbox has not, from torchattacks; and several attacks
-as one. All have the `generate(x, y)` of ART's attacks: images (n, C, H, W) and one-hot labels,
-NumPy arrays; returns images."""
+"""Attacks of torchattacks, which the Adversarial Robustness Toolbox lacks, and ensembles of attacks.
+
+All have the `generate(x, y)` of ART's attacks: images (n, C, H, W) and one-hot labels, NumPy
+arrays; returns images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torchattacks
+from torch import Tensor
 
-MOST_CLASSES = 10  # the standard ensemble goes for the nine classes nearest to the image's own
+from ART_Timesteps_Addition.pytorch import PyTorchClassifier
+from ART_Timesteps_Addition.settings import Attack
+from metrics import margins, project
+
+MOST_CLASSES = 10  # the standard ensemble targets the nine classes nearest to the image's own
 
 
 class _UnitCube(torch.nn.Module):
-    """A classifier as torchattacks wants it: a module from images whose values range over [0, 1] to
-    logits. low, width: what that range is to the classifier; options: of its `pytorch.Options`,
-    changed."""
+    """A classifier as torchattacks takes it: a module from images in [0, 1] to logits.
 
-    def __init__(self, classifier, low, width, **options):
+    low, width: the range of values that [0, 1] is to the classifier; rescale: see
+    `settings.GradientMethod`."""
+
+    def __init__(self, classifier: PyTorchClassifier, low: float, width: float, rescale: bool):
         super().__init__()
         self.place = torch.nn.Parameter(
             torch.empty(0, device=classifier.device), requires_grad=False
         )
-        # No submodules: torchattacks changes modes. `exact`, as it stops once it sees its success
-        # beside a gradient.
-        self._out_of_sight = (classifier, classifier.model.with_options(exact=True, **options))
-        self.low, self.width = low, width
+        # No submodules: torchattacks changes modes. `exact`: it looks for its success at the
+        # value that comes with a gradient.
+        unrolled = classifier.model.with_options(exact=True, rescale=rescale)
+        self._out_of_sight = (classifier, unrolled)
+        self.low = low
+        self.width = width
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         classifier, unrolled = self._out_of_sight
         x = images * self.width + self.low
         for operation in classifier.preprocessing_operations:
@@ -33,92 +47,95 @@ class _UnitCube(torch.nn.Module):
 
 
 class FromTorch:
-    """An attack of torchattacks on a classifier of ours, reproducible: its seed is drawn from
-    torch's generator."""
+    """An attack of torchattacks on one of our classifiers, seeded from torch's generator.
 
-    def __init__(self, kind, classifier, norm, eps, rescale=True, **options):
-        """kind: the class in torchattacks; norm: "2" or "inf"; rescale: see `pytorch.Options`,
-        False for an attack that divides logits by their gradients; options: its own."""
-        self.kind, self.classifier, self.eps, self.options = kind, classifier, eps, options
+    kind: the class in torchattacks; rescale: see `settings.GradientMethod`, False for an attack
+    that divides logits by their gradients; options: of the attack."""
+
+    def __init__(
+        self,
+        kind: Any,
+        classifier: PyTorchClassifier,
+        attack: Attack,
+        rescale: bool = True,
+        **options: Any,
+    ):
+        self.kind = kind
+        self.classifier = classifier
+        self.attack = attack
         self.rescale = rescale
-        self.norm = {"2": "L2", "inf": "Linf"}[norm]
+        self.options = options
 
-    def generate(self, x, y):
+    def generate(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         low, high = (float(value) for value in self.classifier.clip_values)
         width = high - low
-        module = _UnitCube(self.classifier, low, width, rescale=self.rescale)
+        device = self.classifier.device
         attack = self.kind(
-            module,
-            norm=self.norm,
-            eps=self.eps / width,
+            _UnitCube(self.classifier, low, width, self.rescale),
+            norm={"2": "L2", "inf": "Linf"}[self.attack.norm],
+            eps=self.attack.eps / width,
             seed=int(torch.randint(2**31, ())),
             **self.options,
         )
-        images = torch.from_numpy(np.clip((x - low) / width, 0, 1).astype(np.float32)).to(
-            self.classifier.device
-        )
-        found = attack(images, torch.from_numpy(y.argmax(1)).to(self.classifier.device))
+        images = torch.from_numpy(np.clip((x - low) / width, 0, 1).astype(np.float32)).to(device)
+        found = attack(images, torch.from_numpy(y.argmax(1)).to(device))
         return found.detach().cpu().numpy() * width + low
 
 
-def targeted_apgd(classifier, norm, eps, iters):
-    """Auto-PGD towards each other class in turn, with the difference of logits ratio."""
+def targeted_apgd(classifier: PyTorchClassifier, attack: Attack) -> FromTorch:
+    """Auto-PGD towards each other class in turn, on the difference of logits ratio."""
     return FromTorch(
-        torchattacks.APGDT, classifier, norm, eps, steps=iters, n_classes=_classes(classifier)
+        torchattacks.APGDT,
+        classifier,
+        attack,
+        steps=attack.iters,
+        n_classes=min(classifier.nb_classes, MOST_CLASSES),
     )
 
 
-def targeted_fab(classifier, norm, eps, iters):
+def targeted_fab(classifier: PyTorchClassifier, attack: Attack) -> FromTorch:
     """Fast Adaptive Boundary attack towards each other class in turn."""
-    classes = _classes(classifier)
     return FromTorch(
         torchattacks.FAB,
         classifier,
-        norm,
-        eps,
+        attack,
         rescale=False,
-        steps=iters,
-        n_classes=classes,
+        steps=attack.iters,
+        n_classes=min(classifier.nb_classes, MOST_CLASSES),
         multi_targeted=True,
     )
 
 
-def square(classifier, norm, eps, queries):
-    """Square with so many queries: a prediction each, where ART's takes three."""
-    return FromTorch(torchattacks.Square, classifier, norm, eps, n_queries=queries)
-
-
-def _classes(classifier):
-    return min(classifier.nb_classes, MOST_CLASSES)
+def square(classifier: PyTorchClassifier, attack: Attack) -> FromTorch:
+    """Square with one prediction per query, where ART's takes three."""
+    queries = attack.queries or 50 * attack.iters
+    return FromTorch(torchattacks.Square, classifier, attack, n_queries=queries)
 
 
 class Ensemble:
-    """Attacks one after another, each on the images that still stand. Of one that none breaks, the
-    attempt that came nearest is returned.
+    """Attacks one after another, each on the images that are still classified correctly. An image
+    that none misclassifies is returned with the smallest margin reached."""
 
-    bounded(x_adv, x): brings images back to where they may be; margin(logits, y): how far each
-    image is from being misclassified, at most 0 where it is."""
+    def __init__(self, attacks: Sequence[Any], classifier: PyTorchClassifier, attack: Attack):
+        self.attacks = attacks
+        self.classifier = classifier
+        self.attack = attack
 
-    def __init__(self, attacks, classifier, bounded, margin):
-        self.attacks, self.classifier, self.bounded, self.margin = (
-            attacks,
-            classifier,
-            bounded,
-            margin,
-        )
-
-    def generate(self, x, y):
+    def generate(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         x_adv = x.copy()
-        margins = self._margins(x, y)
+        margin = self._margins(x, y)
         for attack in self.attacks:
-            left = np.flatnonzero(margins > 0)
+            left = np.flatnonzero(margin > 0)
             if not len(left):
                 break
-            found = self.bounded(attack.generate(x[left].copy(), y[left]), x[left])
+            found = attack.generate(x[left].copy(), y[left])
+            ball = self.attack
+            found = project(found, x[left], ball.norm, ball.eps, ball.clip)
             reached = self._margins(found, y[left])
-            nearer = reached < margins[left]
-            x_adv[left[nearer]], margins[left[nearer]] = found[nearer], reached[nearer]
+            lower = reached < margin[left]
+            x_adv[left[lower]] = found[lower]
+            margin[left[lower]] = reached[lower]
         return x_adv
 
-    def _margins(self, x, y):
-        return self.margin(self.classifier.read_out(x), y.argmax(1))
+    def _margins(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return margins(self.classifier.read_out(x), y.argmax(1))

@@ -27,9 +27,9 @@ import model_utils  # noqa: E402
 from energy.gdu import cosine  # noqa: E402
 from energy.rule import UNOBSERVED  # noqa: E402
 from experiment import arguments, checks  # noqa: E402
+from experiment.config import Config  # noqa: E402
 from experiment.runs import checkpoint  # noqa: E402
 from experiment.timing import Stopwatch, progress  # noqa: E402
-from experiment.training import rule_of  # noqa: E402
 from experiment.workers import Workers  # noqa: E402
 
 
@@ -84,7 +84,7 @@ def smallest_cosine(model, batches, args, tol):
         found = []
         for t in (0.0, tol):
             model_utils.ep_gradients(
-                model, x, y, dataclasses.replace(rule_of(args), alg="EP", tol=t)
+                model, x, y, dataclasses.replace(Config.of(args).rule, alg="EP", tol=t)
             )
             found.append([p.grad.clone() for p in model.parameters()])
         smallest = min(smallest, *(cosine(a, b) for a, b in zip(*found)))
@@ -112,7 +112,7 @@ def main():
     except data_utils.UserError as e:
         sys.exit(str(e))
     model_utils.set_precision("fp32")
-    rule = rule_of(args)
+    rule = Config.of(args).rule
     shape = (
         f"--channels {' '.join(map(str, args.channels))} --fc" if "CNN" in args.model else "--archi"
     )

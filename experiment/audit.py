@@ -53,7 +53,7 @@ class AuditFiles:
     def __init__(self, run, args, saved, surrogate=None, ends_early=None, data=None):
         """run: the RunFolder; args: of the command line; saved: the SavedRun that is audited;
         surrogate: of `open_surrogate`; ends_early: see
-        `ART_Timesteps_Addition.audit_checks.conduct`; data: the fingerprint of images and labels.
+        the `fast_tol` of `ART_Timesteps_Addition.audit.model.AuditedModel`; data: the fingerprint of images and labels.
         Raises UserError where another process writes this audit."""
         self.run, self.args, self.stem = run, args, f"Audit_{args.attack_norm}_{args.eps:g}"
         self.source = saved.source

@@ -12,8 +12,18 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ART_Timesteps_Addition import settings
+from ART_Timesteps_Addition.names import (
+    ATTACKS,
+    BUDGETS,
+    GRADIENTS,
+    NORMS,
+    STARTS,
+    WITHOUT_GRADIENT,
+)
 from data_utils import TASKS
 from energy.names import ACTIVATIONS
+from energy.rule import Rule
 
 # Scopes: what a saved run does to a flag.
 SAVED = ""  # the saved value counts unless the flag is given
@@ -44,9 +54,8 @@ CONVOLUTIONAL = ("CNN", "VFCNN", "FFCNN")
 UNTIED = ("VFMLP", "VFCNN")  # with feedback weights of their own
 TRANSFORMERS = ("ViT",)
 
-# Gradient methods of --attack-grad that need time steps, and attacks that need no gradient.
+# Gradient methods of --attack-grad that need time steps
 GRADIENTS_OF_STEPS = ("ep", "soft")
-WITHOUT_GRADIENT = ("square", "hopskipjump")
 ATTACK_STEP = 29  # the largest default of --attack-step: that of the published tables
 
 LEAST_EPS = 1e-9  # range of eps other than 0; images are float32 in [0, 1]
@@ -554,7 +563,7 @@ class AdversarialTraining:
         "norm of that eps",
         name="adv-norm",
         scope=TRAINING,
-        choices=("2", "inf"),
+        choices=NORMS,
         todos=("train",),
     )
     iters: int = _flag(
@@ -578,6 +587,11 @@ class AdversarialTraining:
         todos=("train",),
     )
 
+    @property
+    def attack(self) -> settings.Attack | None:
+        """The attack on training images; None without --adv-train."""
+        return settings.Attack("pgd", self.norm, self.eps, self.iters) if self.eps else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
@@ -589,20 +603,7 @@ class Attack:
         "pgd",
         "the attack",
         name="attack",
-        choices=(
-            "pgd",
-            "fgsm",
-            "apgd-ce",
-            "apgd-dlr",
-            "apgd-t",
-            "fab",
-            "square",
-            "hopskipjump",
-            "deepfool",
-            "cw",
-            "autoattack",
-            "art-autoattack",
-        ),
+        choices=ATTACKS,
         todos=("attack",),
         identifies=("attack",),
     )
@@ -610,7 +611,7 @@ class Attack:
         "2",
         "norm of the perturbation",
         name="attack-norm",
-        choices=("2", "inf"),
+        choices=NORMS,
         todos=ROBUSTNESS,
         identifies=("attack", "audit"),
     )
@@ -678,7 +679,7 @@ class Attack:
         "vanish (smooth), Equilibrium Propagation (ep), or smooth on a softened copy whose neurons "
         "do not saturate (soft); with several, the strongest attack per image counts",
         name="attack-grad",
-        choices=("bptt", "smooth", "ep", "soft"),
+        choices=GRADIENTS,
         todos=("attack",),
         identifies=("attack",),
     )
@@ -686,7 +687,7 @@ class Attack:
         "zero",
         "where the unrolled time steps start: at zero neurons, or near the equilibrium",
         name="attack-start",
-        choices=("zero", "equilibrium"),
+        choices=STARTS,
         todos=("attack",),
         models=ENERGY_MODELS,
         identifies=("attack",),
@@ -697,6 +698,17 @@ class Attack:
         todos=ROBUSTNESS,
         identifies=("attack", "audit"),
     )
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether the attack uses gradients, not only predictions."""
+        return self.name not in WITHOUT_GRADIENT
+
+    def at(self, eps: float) -> settings.Attack:
+        """The attack and its budget at one eps."""
+        return settings.Attack.with_defaults(
+            self.name, self.norm, eps, self.iters, self.queries, self.restarts, not self.no_clip
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -720,7 +732,7 @@ class Audit:
         "standard",
         "how many iterations and queries the attacks of the audit take",
         scope=SESSION,
-        choices=("standard", "quick"),
+        choices=BUDGETS,
         todos=("audit",),
         identifies=("audit",),
     )
@@ -800,6 +812,23 @@ class Config:
         `audit`, `characteristic` and `corruptions`. Results of the same settings are continued."""
         flat = self.flat()
         return {flag.dest: flat[flag.dest] for flag in FLAGS if kind in flag.identifies}
+
+    @property
+    def rule(self) -> Rule:
+        """How the model predicts and learns."""
+        learning = self.learning
+        free_beta, nudged_beta = learning.betas
+        return Rule(
+            alg=learning.alg,
+            T1=learning.T1,
+            T2=learning.T2,
+            betas=(free_beta, nudged_beta),
+            loss=self.model.loss,
+            thirdphase=learning.thirdphase,
+            random_sign=learning.random_sign,
+            tol=learning.tol,
+            dropouts=learning.dropouts,
+        )
 
     @property
     def predict_steps(self) -> int:

@@ -116,16 +116,6 @@ def vertical(axes, x, label, line="-"):
     axes.axvline(x, color="0.35", linewidth=1, linestyle=line, marker="", label=label)
 
 
-def wilson(share, images):
-    """The 95 % interval of Wilson around a share of so many images: (low, high)."""
-    from scipy.stats import binomtest
-
-    if not images:
-        return 0.0, 1.0
-    interval = binomtest(min(round(share * images), images), images).proportion_ci(method="wilson")
-    return min(interval.low, share), max(interval.high, share)
-
-
 def eps_name(eps, norm):
     """A bound as a tick says it; in the maximum norm as a fraction of the 255 grey values, where it
     is one."""

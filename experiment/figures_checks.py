@@ -11,8 +11,8 @@ from experiment.drawing import (
     style,
     ticks_at,
     whole_ticks,
-    wilson,
 )
+from metrics import wilson
 
 CUMULATIVE = "cumulative estimate"
 TIME = "time steps of the nudged phase, and of BPTT from the end"

@@ -1,5 +1,6 @@
 """Old names of `experiment.config`, until their last users are gone."""
 
+from ART_Timesteps_Addition.names import WITHOUT_GRADIENT  # noqa: F401
 from experiment.command_line import DROPOUTS, MAIN_FLAGS
 from experiment.command_line import words_of as typed  # noqa: F401
 from experiment.config import (  # noqa: F401
@@ -10,7 +11,6 @@ from experiment.config import (  # noqa: F401
     LEAST_EPS,
     MOST_EPS,
     TODOS,
-    WITHOUT_GRADIENT,
 )
 from experiment.config import FINGERPRINTS as DATA  # noqa: F401
 from experiment.config import FLAGS as ALL

@@ -16,7 +16,7 @@ def default_eps(norm):
 
 def settings(args, plan, smooth, facts):
     """What a sweep's rows depend on: rows of the same settings are one sweep. args: of the command
-    line; plan: an `attacks.Plan`; smooth: what that gradient does, in words; facts: further
+    line; plan: a `settings.Attack`; smooth: what that gradient does, in words; facts: further
     settings."""
     names = (
         "task",
@@ -40,7 +40,7 @@ def settings(args, plan, smooth, facts):
             if getattr(plan, name)
         }
     )
-    found.update({"budget": plan.words()} if args.attack != "pgd" else {})
+    found.update({"budget": plan.describe()} if args.attack != "pgd" else {})
     found.update({"smooth": smooth} if "smooth" in args.attack_grad else {})
     found.update({"tol": args.tol} if args.tol else {})
     found.update(

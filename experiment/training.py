@@ -19,6 +19,7 @@ from energy.dynamics import Neurons
 from energy.precision import refresh
 from energy.rule import UNOBSERVED, Observer, Rule
 from experiment import records
+from experiment.config import Config
 from experiment.diagnostics import Diagnostics
 from experiment.inference import Convergence, correct, evaluate
 from experiment.report import epoch_line, epoch_row
@@ -28,11 +29,6 @@ from experiment.workers import Workers
 
 if TYPE_CHECKING:
     from experiment.runs.folder import RunFolder
-
-
-def rule_of(args: argparse.Namespace) -> Rule:
-    """The rule of the command line's arguments."""
-    return Rule(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Rule)})
 
 
 class Learnt(NamedTuple):
@@ -47,10 +43,10 @@ class Learnt(NamedTuple):
 @dataclasses.dataclass
 class Recorder:
     """Records a training in its run folder: models, metrics and checkpoint after every epoch,
-    figures now and then. args: of the command line."""
+    figures now and then."""
 
     run: "RunFolder"
-    args: argparse.Namespace
+    config: Config
     drawn: float = dataclasses.field(default_factory=time.monotonic)
 
     DRAW = 5  # seconds between two drawings, which can take longer than a short epoch
@@ -62,7 +58,7 @@ class Recorder:
         the best model so far; generator: of the training data."""
         history = trainer.history
         committed = dataclasses.replace(history, epochs=[*history.epochs, row])
-        state = snapshot(trainer.model, self.args, committed)
+        state = snapshot(trainer.model, self.config.flat(), committed)
         if improved:
             history.best = copy.deepcopy(state)
         resumable = resumable_state(history, trainer.optimizer, trainer.scheduler, generator)
@@ -72,7 +68,13 @@ class Recorder:
         """Draw the figures, if the last drawing is long enough ago. neurons: of the last
         mini-batch."""
         if final or time.monotonic() - self.drawn > self.DRAW:
-            records.draw_training(self.run, trainer.model, self.args, trainer.history, neurons)
+            records.draw_training(
+                self.run,
+                trainer.model,
+                argparse.Namespace(**self.config.flat()),
+                trainer.history,
+                neurons,
+            )
             self.drawn = time.monotonic()
 
 
@@ -83,7 +85,7 @@ class Trainer:
     learn          learning rule, a function of `model_utils.LEARN`: fills p.grad
     diagnostics    warns of a training that goes wrong
     bf16_copy      of the model, which takes the time steps; or None
-    adversary      perturbs the training images (`draw`, `attack`); or None
+    adversary      perturbs the training images (`draw`, `perturb`); or None
     recorder       writes the run folder; None for a training that is not saved
     check_theorem  called as (epoch, batch, x, y) ten times an epoch; or None
     workers        share every mini-batch; their update is that of a single process
@@ -187,7 +189,7 @@ class Trainer:
         x, y = x[share], y[share]
         if self.adversary:
             with observer.part("attack"):
-                x = self.adversary.attack(self.model, x, y, start)
+                x = self.adversary.perturb(self.model, x, y, start)
         rule, masks = self.rule, None
         if rule.dropouts:
             masks = draw_masks(self.model, rule.dropouts, n, share)

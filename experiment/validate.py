@@ -16,7 +16,6 @@ from experiment.config import (
     FLAGS,
     GRADIENTS_OF_STEPS,
     TRANSFORMERS,
-    WITHOUT_GRADIENT,
     Config,
     Flag,
 )
@@ -320,7 +319,7 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         yield f"--mmt has no effect with --optim {config.optimizer.optim}"
     if "scale" in given and "load_path" in given:
         yield "--scale has no effect on a saved run: it scales initial weights"
-    if config.attack.name in WITHOUT_GRADIENT and todo == "attack":
+    if not config.attack.uses_gradient and todo == "attack":
         for name in ("attack_grad", "attack_step", "attack_start"):
             if name in given:
                 yield (

@@ -30,7 +30,7 @@ context.set_forkserver_preload(
         "torchvision",
         "sklearn.datasets",
         "sklearn.model_selection",
-        "ART_Timesteps_Addition.audit_checks",
+        "ART_Timesteps_Addition.audit",
         "matplotlib.backends.backend_agg",
         "experiment.records",
         "torch.fx.experimental.symbolic_shapes",

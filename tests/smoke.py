@@ -31,7 +31,7 @@ from experiment import records  # noqa: E402, F401
 # what main.py loads where it needs it
 LIBRARIES = {
     "attack": "ART_Timesteps_Addition.attacks",
-    "audit": "ART_Timesteps_Addition.audit_checks",
+    "audit": "ART_Timesteps_Addition.audit",
     "digits": "sklearn.model_selection",
 }
 

@@ -6,8 +6,10 @@ import torch
 from conftest import only_run
 from test_resume import final_weights
 
+import metrics
 import model_utils as mu
-from ART_Timesteps_Addition.adversary import Adversary
+from ART_Timesteps_Addition.pgd import Adversary
+from ART_Timesteps_Addition.settings import Attack, GradientMethod
 
 TINY = (
     "--task digits --device -1 --seed 5 --train-size 40 --test-size 20 --mbs 16 --loss cel --save"
@@ -29,25 +31,25 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_and_rule_trains_on_attacked_images(ok, tmp_path, name, monkeypatch):
     seen = []
-    attack = Adversary.attack
+    perturb = Adversary.perturb
 
     def watched(self, model, x, y, start):
-        found = attack(self, model, x, y, start)
+        found = perturb(self, model, x, y, start)
         mean, std = self.mean, self.std
         images, attacked = x * std + mean, found * std + mean
         assert attacked.min() >= 0 and attacked.max() <= 1 and torch.isfinite(attacked).all()
         delta = (attacked - images).flatten(1)
-        length = delta.abs().amax(1) if self.norm == "inf" else delta.norm(dim=1)
-        assert length.max() <= self.eps + 1e-5 and length.min() > 0
+        length = delta.abs().amax(1) if self.attack.norm == "inf" else delta.norm(dim=1)
+        assert length.max() <= self.attack.eps + 1e-5 and length.min() > 0
         seen.append(len(x))
         return found
 
-    monkeypatch.setattr(Adversary, "attack", watched)
+    monkeypatch.setattr(Adversary, "perturb", watched)
     line = MODELS[name].replace("--adv-norm inf", "--adv-norm inf --adv-train 0.1")
     out = ok(ATTACK, line)
     assert (
         seen == [16, 16, 8]
-        and "the training images are attacked" in out
+        and "adversarial training: PGD" in out
         and "attack" in out.splitlines()[-1]
     )
     assert only_run(tmp_path)
@@ -76,10 +78,11 @@ def test_the_attack_raises_the_loss_as_any_gradient_of_it_does():
     unit = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     losses = {}
     for grad in ("bptt", "ep", None):
-        adversary = Adversary(2.0, "2", 5 if grad else 1, 10, grad or "bptt", 30, 0.0, "cel", *unit)
+        attack = Attack("pgd", "2", 2.0, 5)
+        adversary = Adversary(attack, GradientMethod(grad or "bptt", 10), "cel", 30, *unit)
         torch.manual_seed(1)
         start = adversary.draw(x.shape)
-        found = adversary.attack(model, x, y, start) if grad else (x + start).clamp(0, 1)
+        found = adversary.perturb(model, x, y, start) if grad else (x + start).clamp(0, 1)
         rule = mu.Rule(T1=30, loss="cel")
         losses[grad] = (
             mu.readout_loss(model.readout(mu.predicting_neurons(model, found, rule)), y, "cel")
@@ -92,13 +95,12 @@ def test_the_attack_raises_the_loss_as_any_gradient_of_it_does():
 
 
 def test_random_starts_are_uniform_in_the_ball():
-    unit = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     torch.manual_seed(0)
-    plane = Adversary(2.0, "2", 1, 1, "bptt", 1, 0.0, "cel", *unit).draw((4000, 1, 1, 2)).flatten(1)
+    plane = metrics.random_in_ball_torch((4000, 1, 1, 2), "2", 2.0).flatten(1)
     assert plane.norm(dim=1).max() <= 2 and (plane.norm(dim=1) < 1).float().mean() == pytest.approx(
         0.25, abs=0.03
     )
-    cube = Adversary(0.5, "inf", 1, 1, "bptt", 1, 0.0, "cel", *unit).draw((4000, 1, 1, 2))
+    cube = metrics.random_in_ball_torch((4000, 1, 1, 2), "inf", 0.5)
     assert cube.abs().max() <= 0.5 and cube.abs().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
@@ -136,7 +138,7 @@ def test_it_makes_robust(ok, tmp_path, monkeypatch):
     [
         ("--adv-train 0", "argument --adv-train"),
         ("--adv-train 2 --adv-grad soft", "argument --adv-grad"),
-        ("--adv-train 2 --model FFMLP --adv-grad ep", "FFMLP has bptt and smooth"),
+        ("--adv-train 2 --model FFMLP --adv-grad ep", "use bptt or smooth with FFMLP"),
     ],
 )
 def test_what_makes_no_sense_is_refused(cli, line, message):

@@ -13,8 +13,9 @@ from conftest import only_run
 from test_cli import SEED_LINES, SMALL
 from test_resume import start
 
+import metrics
 import model_utils as mu
-from ART_Timesteps_Addition import attacks
+from ART_Timesteps_Addition import attacks, names
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled
 from data_utils import load_split
 
@@ -55,7 +56,7 @@ def test_all_attacks(ok, trained, tmp_path, norm, eps):
     images, labels = load_split("digits", "", False, 10)
     x = (images.float() / 255).numpy()
     found = {}
-    for attack in attacks.NAMES:
+    for attack in names.ATTACKS:
         ok(
             COMMON,
             f"--load-path {run} --attack {attack} --attack-norm {norm} --eps-list {eps} --attack-iters "
@@ -73,7 +74,7 @@ def test_all_attacks(ok, trained, tmp_path, norm, eps):
         found[attack], clean = float(text[0][2]), float(text[0][1])
         x_adv = np.load(run / f"{stem}_images.npz")["x_adv"]
         assert (
-            attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5)
+            metrics.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5)
             and x_adv.min() >= 0
             and x_adv.max() <= 1
         )

@@ -13,14 +13,16 @@ import torch
 from art.attacks import evasion
 from test_attack_seeds import OneOfTwo, Stopped
 
+import metrics
 import model_utils as mu
-from ART_Timesteps_Addition import attacks, audit_subject
+from ART_Timesteps_Addition import names
+from ART_Timesteps_Addition.audit import stages
 from ART_Timesteps_Addition.pytorch import Unrolled
 from data_utils import load_split
 
 T1 = 12
 ATTACK = "--todo attack --device -1 --seed 0"
-FEW = audit_subject.Budget(2, 1, 4, 130, 2, 3, 2)
+FEW = stages.Budget(2, 1, 4, 130, 2, 3, 2)
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_several_restarts_of_a_sweep(ok, trained, tmp_path):
     assert found[3] <= found[0]
 
 
-@pytest.mark.parametrize("attack", attacks.NAMES)
+@pytest.mark.parametrize("attack", names.ATTACKS)
 def test_several_restarts_of_every_attack(trained, attack):
     images, labels = digits(12)
     found = [
@@ -119,7 +121,7 @@ def test_at_eps_0_adversarial_accuracy_is_clean_accuracy(ok, trained, tmp_path):
     for name, grad in [("mse", "bptt"), ("mse", "smooth"), ("softmax", "soft")]:
         run = tmp_path / "run" if name == "mse" else trained(name)
         classes = mu.load_run(run, "cpu").predict(images)
-        for attack in attacks.NAMES:
+        for attack in names.ATTACKS:
             for result in attacked(
                 run, images, labels, 0.0, attack=attack, attack_grad=[grad]
             ).values():
@@ -136,14 +138,14 @@ def test_what_counts_is_the_prediction_of_the_model(trained, tmp_path, attack):
     assert np.array_equal(result["prediction"], predict(result["x_adv"]))
     assert np.array_equal(result["correct"], right & (result["prediction"] == labels.numpy()))
     # and the attack sees that prediction too: it gives no image up for misclassified that is not
-    assert (attacks.norms(result["x_adv"] - x, "2") > 0)[right].all() or attack in (
+    assert (metrics.norms(result["x_adv"] - x, "2") > 0)[right].all() or attack in (
         "square",
         "autoattack",
     )
     assert result["correct"].sum() < right.sum()
 
 
-@pytest.mark.parametrize("attack", attacks.NAMES)
+@pytest.mark.parametrize("attack", names.ATTACKS)
 def test_no_attack_makes_a_misclassified_image_right(attack):
     """Large weights, and a gradient unrolled through too few steps: attacks go astray, also towards
     the label of an image."""
@@ -211,7 +213,7 @@ def test_class_gradients_belong_to_predictions(trained, tmp_path, grad):
         for c in (plain, scaled)
     ]
     np.testing.assert_allclose(
-        *(attacks.norms(x_adv - x, "2") for x_adv in found), rtol=0.05, atol=0.02
+        *(metrics.norms(x_adv - x, "2") for x_adv in found), rtol=0.05, atol=0.02
     )
 
 
@@ -301,7 +303,7 @@ def test_where_hopskipjump_begins_without_an_image_of_another_class(trained, sta
 def test_standard_audits(ok, trained, tmp_path, monkeypatch, starts):
     """Three restarts; HopSkipJump begins where it does for every --mbs; a surrogate has its own
     --attack-step."""
-    monkeypatch.setitem(audit_subject.BUDGETS, "standard", FEW)
+    monkeypatch.setitem(stages.BUDGETS, "standard", FEW)
     other = changed(trained("mse"), tmp_path / "other", config={"T1": 5, "attack_step": [29]})
     steps, original, found = set(), Unrolled.__init__, []
 
@@ -378,7 +380,7 @@ def test_a_loaded_run_gives_a_classifier_of_as_many_steps(trained, tmp_path):
 
 def test_a_margin_is_the_lead_of_the_own_class_over_the_best_other_one():
     logits = np.array([[1.0, 3.0, 0.0], [1.0, 3.0, 0.0], [2.0, 2.0, 0.0], [2.0, 2.0, 0.0]])
-    leads, trails, first_of_tie, second_of_tie = attacks.margins(logits, np.array([1, 0, 0, 1]))
+    leads, trails, first_of_tie, second_of_tie = metrics.margins(logits, np.array([1, 0, 0, 1]))
     assert leads == 2
     assert trails == -2
     assert 0 < first_of_tie < 1e-300

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import model_utils as mu
-from ART_Timesteps_Addition import attacks
+from ART_Timesteps_Addition import names
+from ART_Timesteps_Addition.seeding import seeded
 from data_utils import load_split
 from experiment.workers import Workers
 
-RANDOM = set(attacks.NAMES) - {"pgd", "fgsm", "fab", "deepfool", "cw"}
+RANDOM = set(names.ATTACKS) - {"pgd", "fgsm", "fab", "deepfool", "cw"}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def attacked():
 
 def sweep(attacked, name, *eps, seed=3, workers=Workers(), grads=("bptt", "ep")):
     """{eps: results} of a sweep from wherever all random generators are."""
-    if name in attacks.WITHOUT_GRADIENT:
+    if name in names.WITHOUT_GRADIENT:
         grads = grads[:1]
     args = argparse.Namespace(
         task="digits",
@@ -77,7 +78,7 @@ class OneOfTwo(Workers):
         return [item, self.others]
 
 
-@pytest.mark.parametrize("name", attacks.NAMES)
+@pytest.mark.parametrize("name", names.ATTACKS)
 def test_an_attack_is_the_same_again(attacked, name):
     disturb()
     both = sweep(attacked, name, 1.0, 2.0)
@@ -93,7 +94,7 @@ def test_an_attack_is_the_same_again(attacked, name):
         sweep(attacked, name, 2.0, workers=OneOfTwo(1), grads=["bptt"])
     disturb()
     first = sweep(attacked, name, 2.0, workers=OneOfTwo(0, second.value.args[0]), grads=["bptt"])
-    label = name if name in attacks.WITHOUT_GRADIENT else "bptt"
+    label = name if name in names.WITHOUT_GRADIENT else "bptt"
     assert np.array_equal(first[2.0][label]["x_adv"], both[2.0][label]["x_adv"])
 
 
@@ -112,7 +113,7 @@ def test_an_attack_leaves_the_callers_random_numbers_alone(attacked, name):
 
 def test_mini_batches_draw_different_numbers(attacked):
     def drawn(*numbers):
-        with attacks.seeded(*numbers):
+        with seeded(*numbers):
             return (
                 random.random(),
                 np.random.rand(),
@@ -135,6 +136,6 @@ def test_mini_batches_draw_different_numbers(attacked):
     )  # a seed, and so not the block's
     assert all(values[6:] == given for values in found)
     with pytest.raises(Stopped):
-        with attacks.seeded(0):
+        with seeded(0):
             raise Stopped
     assert np.random.RandomState().rand() != np.random.RandomState().rand()

@@ -17,13 +17,14 @@ import torch
 from conftest import context
 
 import main
-from ART_Timesteps_Addition import attacks, audit, audit_checks, audit_subject
+import metrics
+from ART_Timesteps_Addition.audit import criteria, stages
 from data_utils import load_split
 from experiment import measured
 from experiment.audit import NAMES, AuditFiles
 from experiment.runs.folder import RunFolder
 
-TINY = audit_subject.Budget(3, 1, 10, 30, 3, 1, 4)
+TINY = stages.Budget(3, 1, 10, 30, 3, 1, 4)
 LINE = "--todo audit --device -1 --test-size 6 --eps 1 --budget quick --attack-step 8"
 
 
@@ -35,7 +36,7 @@ def trained(zoo):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(audit_subject.BUDGETS, "quick", TINY)
+    monkeypatch.setitem(stages.BUDGETS, "quick", TINY)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def audited(trained, tmp_path_factory):
     """The same run folder once it has been audited."""
     run = shutil.copytree(trained, tmp_path_factory.mktemp("audit") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(audit_subject.BUDGETS, "quick", TINY)
+        patch.setitem(stages.BUDGETS, "quick", TINY)
         assert main.main(f"{LINE} --load-path {run}".split()) == 0
     return run
 
@@ -99,7 +100,7 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
         x_adv = file["x_adv"]
     x = (load_split("digits", "", False, 6)[0].float() / 255).numpy()
     assert (
-        attacks.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5)
+        metrics.norms(x_adv - x, norm).max() <= eps * (1 + 1e-5)
         and 0 <= x_adv.min()
         and x_adv.max() <= 1
     )
@@ -109,7 +110,7 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
 def test_nothing_is_computed_twice(ok, tiny, audited, tmp_path, monkeypatch):
     run = shutil.copytree(audited, tmp_path / "run")
     first = (run / "Audit_2_1.json").read_text()
-    monkeypatch.setattr(audit.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
+    monkeypatch.setattr(stages.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
     ok(LINE, f"--load-path {run}")
     assert (run / "Audit_2_1.json").read_text() == first
 
@@ -118,7 +119,7 @@ def killed_in(folder, words, stage):
     """main.py in a process that is killed when it has computed a stage, before that is written."""
     os.chdir(folder)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    audit_subject.BUDGETS["quick"], save = TINY, AuditFiles.save
+    stages.BUDGETS["quick"], save = TINY, AuditFiles.save
 
     def save_or_die(self, name, arrays, record):
         if name == stage:
@@ -217,7 +218,7 @@ def test_a_damaged_stage_is_computed_again(ok, tiny, audited, tmp_path, damage):
     run = shutil.copytree(audited, tmp_path / "run")
     DAMAGE[damage](run / "Audit_2_1_f.npz")
     out = ok(LINE, f"--load-path {run}")
-    assert out.count("images stand,") == 1 and "stage f" in out
+    assert out.count("images still classified correctly,") == 1 and "stage f" in out
     assert result_of(run) == result_of(audited)
 
 
@@ -279,9 +280,9 @@ def test_an_audit_leaves_no_more_images_than_a_sweep(ok, audited, tmp_path):
 
 
 def test_wilson():
-    assert audit_checks.interval(0.5, 100) == pytest.approx([0.4038, 0.5962], abs=1e-4)
-    assert audit_checks.interval(0.0, 20) == pytest.approx([0, 0.1611], abs=1e-4)
-    assert audit_checks.interval(1.0, 20)[1] == 1 and audit_checks.interval(0, 0) == [0.0, 1.0]
+    assert metrics.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert metrics.wilson(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert metrics.wilson(1.0, 20)[1] == 1 and metrics.wilson(0, 0) == (0.0, 1.0)
 
 
 GOOD = {
@@ -324,6 +325,6 @@ GOOD = {
     ],
 )
 def test_every_check_fails_by_its_fact(fact, value, check):
-    assert all(found["passed"] for found in audit_checks.checks(GOOD, 100, [8], 30).values())
-    found = audit_checks.checks({**GOOD, fact: value}, 100, [8], 30)
+    assert all(found["passed"] for found in criteria.evaluate(GOOD, 100, [8], 30).values())
+    found = criteria.evaluate({**GOOD, fact: value}, 100, [8], 30)
     assert [name for name, result in found.items() if not result["passed"]] == [check]

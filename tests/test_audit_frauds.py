@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import model_utils as mu
-from ART_Timesteps_Addition import audit, audit_checks, audit_subject
-from data_utils import load_split
+from ART_Timesteps_Addition.audit import criteria, stages
+from ART_Timesteps_Addition.audit.model import AuditedModel
+from ART_Timesteps_Addition.settings import Attack
+from data_utils import TASKS, load_split
 from energy.dynamics import Chain
 
 IMAGES = 12
-TINY = audit_subject.Budget(8, 3, 60, 150, 5, 1, IMAGES)
+TINY = stages.Budget(8, 3, 60, 150, 5, 1, IMAGES)
 MODELS = {
     "mysig": "digits",
     "tanh": "digits, tanh",
@@ -61,12 +63,20 @@ class Nowhere(dict):
 def audited(model, args, **changes):
     args = argparse.Namespace(**{**vars(args), **changes})
     images, labels = load_split("digits", "", False, IMAGES)
-    subject = audit_subject.Subject(
-        model, args, (images.float() / 255).numpy(), labels.numpy(), TINY
+    audited_model = AuditedModel(
+        model,
+        args.loss,
+        TASKS[args.task],
+        args.T1,
+        args.attack_step,
+        Attack(norm=args.attack_norm, eps=args.eps),
+        (images.float() / 255).numpy(),
+        labels.numpy(),
+        args.mbs,
+        args.seed,
     )
-    return audit_checks.result_of(
-        audit.Audit(subject, lambda line: None).run(Nowhere()), subject, {}
-    )
+    state = stages.Audit(audited_model, TINY, report=lambda line: None).run(Nowhere())
+    return criteria.result_of(state, audited_model, {})
 
 
 def failed(result):

@@ -17,9 +17,9 @@ import baselines
 import model_utils as mu
 from data_utils import CORRUPTIONS
 from experiment import arguments
+from experiment.config import Config
 from experiment.flags import FLAGS
 from experiment.runs import contents
-from experiment.training import rule_of
 from experiment.workers import Workers
 
 TINY = (
@@ -72,7 +72,7 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
             torch.rand(16, 1, 28, 28, generator=generator),
             torch.randint(10, (16,), generator=generator),
         )
-        neurons = mu.bp_gradients(model, x, y, rule_of(args))
+        neurons = mu.bp_gradients(model, x, y, Config.of(args).rule)
         ours.step()
         theirs.zero_grad()
         logits = plain(x)
@@ -84,7 +84,7 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
     ):
         assert torch.equal(ours, theirs)
     plain.eval()
-    assert torch.equal(mu.predicting_neurons(model, x, rule_of(args))[-1], plain(x))
+    assert torch.equal(mu.predicting_neurons(model, x, Config.of(args).rule)[-1], plain(x))
 
 
 def test_every_command_works_with_a_network(ok, tmp_path, network):
@@ -150,9 +150,9 @@ def test_corruptions_of_a_network(ok, tmp_path, cifar):
     "line, message",
     [
         ("--model FFMLP --alg EP", "FFMLP is trained by BP"),
-        ("--model MLP --alg BP", "MLP learns by EP, CEP or BPTT"),
-        ("--model FFMLP --todo gducheck", "has no time steps"),
-        ("--model ViT --patch 5", "is no multiple"),
+        ("--model MLP --alg BP", "use EP, CEP or BPTT with MLP"),
+        ("--model FFMLP --todo gducheck", "needs a model with time steps"),
+        ("--model ViT --patch 5", "expected a divisor of 28"),
         ("--model ViT --heads 3", "a multiple of --heads 3"),
         ("--model ViT --lrs 0.1 0.2", "expected 1"),
         (
@@ -241,7 +241,7 @@ def test_flags_without_an_effect_are_noted(cli, tmp_path):
     )
     assert code == 0 and "--attack-grad ep has no effect on FFMLP" in err and "bptt" in out
     code, _, err = cli("--todo characteristic --device -1 --load-path", only_run(tmp_path))
-    assert code == 2 and "no time steps" in err
+    assert code == 2 and "needs a model with time steps" in err
 
 
 def test_lr_step_lowers_the_rates_every_n_epochs(ok, tmp_path):

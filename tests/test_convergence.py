@@ -11,7 +11,8 @@ import torch
 from conftest import ZOO, criterion_of, only_run, sample
 
 import model_utils as mu
-from ART_Timesteps_Addition.adversary import Adversary
+from ART_Timesteps_Addition.pgd import Adversary
+from ART_Timesteps_Addition.settings import Attack, GradientMethod
 from data_utils import TASKS, Batches, load_split
 
 TINY = ZOO["converging"]
@@ -185,9 +186,9 @@ def test_attacks_in_training_end_early_by_the_same_five_steps():
     )
     unit = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     found = [
-        Adversary(2.0, "2", 2, 4, "ep", T1, tol, "mse", *unit).attack(
-            model, x, y, torch.zeros_like(x)
-        )
+        Adversary(
+            Attack("pgd", "2", 2.0, 2), GradientMethod("ep", 4, tol=tol), "mse", T1, *unit
+        ).perturb(model, x, y, torch.zeros_like(x))
         for T1, tol in ((30, 1e9), (5, 0.0), (2, 0.0))
     ]
     torch.testing.assert_close(found[0], found[1])

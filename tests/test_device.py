@@ -14,9 +14,8 @@ from counting import Counting, moved, on_pretended_gpu
 
 import baselines
 import model_utils as mu
-from ART_Timesteps_Addition.adversary import Adversary
 from ART_Timesteps_Addition.gradients import by_equilibrium_propagation
-from ART_Timesteps_Addition.pytorch import Unrolled
+from ART_Timesteps_Addition.settings import GradientMethod
 from data_utils import TASKS, Batches
 from energy import fast
 from energy.poolings import MaxPool
@@ -54,7 +53,9 @@ def everything(model, x, y, twin):
     for predicting in (twin, model):
         yield from mu.predicting_neurons(predicting, x, rule(8, 2, criterion), convergence=count)
     yield count.converged
-    out, pullback = by_equilibrium_propagation(Unrolled(model, 7, 2, criterion, grad="ep"), x)
+    out, pullback = by_equilibrium_propagation(
+        model, x, mu.loss_name(criterion), 7, GradientMethod("ep", 2)
+    )
     yield from (out, pullback(out))
 
 
@@ -251,10 +252,10 @@ def test_attacking_a_mini_batch_does_not_wait_for_the_device():
     args = arguments.resolve(arguments.parse([*words.split(), "--archi", "784", "8", "10"], FLAGS))
     model = mu.make_model(args)
     with pretended(model) as (x, y):
-        adversary = Adversary.of(args, x.device)
+        adversary = mu.make_adversary(model, args)
         start = adversary.draw((4, 1, 28, 28))
         with Counting() as counted:
-            adversary.attack(model, x.view(4, 1, 28, 28), y, start)
+            adversary.perturb(model, x.view(4, 1, 28, 28), y, start)
     assert not counted.names(lambda o: o.waits)
 
 

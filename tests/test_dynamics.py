@@ -11,9 +11,9 @@ from conftest import criterion_of, grads, only_run, rule, sample, settle
 
 import model_utils as mu
 from energy import dynamics, fast, gdu
+from experiment.config import Config
 from experiment.diagnostics import Diagnostics
 from experiment.timing import Stopwatch
-from experiment.training import rule_of
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 
@@ -179,7 +179,7 @@ def test_the_nudge_is_held_against_the_rounding_of_the_steps_that_are_taken(mode
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     noisy = []
     for twin in (None, mu.lowered(model, torch.bfloat16)):
-        diagnostics = Diagnostics(model, rule_of(args), optimizer, twin)
+        diagnostics = Diagnostics(model, Config.of(args).rule, optimizer, twin)
         diagnostics.examine(x, y)
         noisy.append(float(diagnostics.contrast) < 4)
     assert noisy == [False, True]

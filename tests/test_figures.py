@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiment import drawing, figures, figures_checks
+import metrics
+from experiment import figures, figures_checks
 from experiment.report import Sweep
 from experiment.runs.folder import RunFolder
 
@@ -201,10 +202,10 @@ def test_dense_eps_are_not_written_over_each_other():
 
 
 def test_wilson():
-    assert drawing.wilson(0.5, 100) == pytest.approx(
+    assert metrics.wilson(0.5, 100) == pytest.approx(
         (0.4038, 0.5962), abs=1e-4
     )  # Newcombe 1998, of 50 in 100
-    assert drawing.wilson(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4) and drawing.wilson(
+    assert metrics.wilson(0.0, 20) == pytest.approx((0, 0.1611), abs=1e-4) and metrics.wilson(
         0.3, 0
     ) == (0, 1)
 

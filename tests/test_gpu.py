@@ -11,7 +11,7 @@ import torch
 from conftest import MODELS, criterion_of, grads, only_run, rule, sample
 
 import model_utils as mu
-from ART_Timesteps_Addition import audit_subject
+from ART_Timesteps_Addition.audit import stages
 from experiment.devices import pick_device
 from experiment.workers import Workers
 
@@ -127,7 +127,7 @@ def test_a_run_goes_on_bit_by_bit_and_is_attacked_and_audited_as_on_a_cpu(
         rows.append(float(re.search(r"adversarial accuracy (\S+) %", out).group(1)))
     assert abs(rows[0] - rows[1]) <= 5
     line = f"--todo audit --load-path {run} --attack-norm 2 --eps 0.5 --budget quick --test-size 12 --attack-step 4"
-    monkeypatch.setitem(audit_subject.BUDGETS, "quick", audit_subject.Budget(5, 2, 20, 30, 5, 1, 4))
+    monkeypatch.setitem(stages.BUDGETS, "quick", stages.Budget(5, 2, 20, 30, 5, 1, 4))
     audits = [
         ok(line, f"--device {index} --seed {seed}")
         and json.loads((run / "Audit_2_0.5.json").read_text())

@@ -9,6 +9,9 @@ import sys
 import pytest
 from conftest import ROOT
 
+from ART_Timesteps_Addition import attacks, gradients
+from ART_Timesteps_Addition import names as attack_names
+from ART_Timesteps_Addition.audit import stages
 from energy import activations, names, poolings
 from experiment import arguments, checks, flag_table
 from experiment.flags import ALL
@@ -25,7 +28,11 @@ LAYERS = {
     "experiment.config": 1.5,  # typed sections, which both packages take
     "data_utils": 1,
     "energy": 1,
+    "metrics": 0,
     "energy.names": 0,
+    "energy.rule": 0,
+    "ART_Timesteps_Addition.names": 0,
+    "ART_Timesteps_Addition.settings": 0.5,
     "data_files": 0,
 }
 TOPS = {name.partition(".")[0] for name in LAYERS}
@@ -55,8 +62,16 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
-            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            within = [f"{node.module}.{a.name}" for a in node.names]
+            modules = [name for name in within if is_module(name)]
+            names = modules if len(modules) == len(within) else [node.module, *modules]
         yield from (name for name in names if name and name.split(".")[0] in TOPS)
+
+
+def is_module(name):
+    """Whether a dotted name is one of our files or packages."""
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -64,8 +79,7 @@ def test_a_module_imports_only_lower_layers(path):
     own = module_of(path)
     for name in imports(path):
         same_package = name.split(".")[0] == own.split(".")[0] and layer_of(name) == layer_of(own)
-        # `from package import module` names the package as well
-        if not same_package and name not in TOPS.intersection(["experiment", "energy"]):
+        if not same_package:
             assert layer_of(name) < layer_of(own), name
 
 
@@ -129,6 +143,15 @@ def test_names_are_those_of_the_implementations():
         activations.ACTIVATIONS.values()
     )
     assert names.POOLINGS == tuple(poolings.POOLS)
+
+
+def test_names_of_attacks_are_those_of_the_implementations():
+    """The command line reads them without torch."""
+    assert attack_names.ATTACKS == tuple(attacks.BUILDERS)
+    assert attack_names.GRADIENTS == tuple(gradients.METHODS)
+    assert attack_names.BUDGETS == tuple(stages.BUDGETS)
+    known = set(attack_names.ATTACKS)
+    assert {*attack_names.WITH_QUERIES, *attacks.MINIMAL, *attacks.STANDARD_ENSEMBLE} <= known
 
 
 def test_every_module_has_a_layer():

@@ -16,7 +16,7 @@ from test_data_files import write_mnist
 from test_resume import final_weights
 
 import model_utils as mu
-from ART_Timesteps_Addition import audit, audit_subject
+from ART_Timesteps_Addition.audit import stages
 from data_utils import UserError
 from experiment import compare, measured
 from experiment.config import Config
@@ -138,7 +138,7 @@ def test_seeds_and_comparisons_pool_one_precision_alone(ok, any_device):
 
 
 def test_a_run_and_its_results_have_host_and_threads(ok, zoo, tmp_path, monkeypatch):
-    monkeypatch.setitem(audit_subject.BUDGETS, "quick", BUDGET)
+    monkeypatch.setitem(stages.BUDGETS, "quick", BUDGET)
     run, threads = zoo.copy("tiny seed 3", tmp_path), torch.get_num_threads()
     attack = f"{ATTACK} --load-path {run} --attack-iters 2 --test-size 8"
     audited = f"{AUDIT} --load-path {run}"
@@ -321,7 +321,7 @@ def test_a_sweep_of_an_earlier_version_is_continued(ok, zoo, tmp_path, attack):
 
 
 def test_an_audit_of_other_data_is_another_audit(ok, tmp_path, data, monkeypatch):
-    monkeypatch.setitem(audit_subject.BUDGETS, "quick", BUDGET)
+    monkeypatch.setitem(stages.BUDGETS, "quick", BUDGET)
     ok(MNIST, f"--data-dir {data[0]}")
     run = only_run(tmp_path)
     line = f"{AUDIT} --load-path {run}"
@@ -342,7 +342,7 @@ def test_an_audit_of_other_data_is_another_audit(ok, tmp_path, data, monkeypatch
         del settings["data"], settings["compile"]
         np.savez(path, **{**arrays, "settings": json.dumps(settings)})
     with monkeypatch.context() as patch:
-        patch.setattr(audit.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
+        patch.setattr(stages.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
         ok(line, f"--data-dir {data[0]}")
     assert not (run / "Audit_2_1_1.json").exists()
     new = json.loads((run / "Audit_2_1.json").read_text())

@@ -66,11 +66,11 @@ def changes(before: dict, now: dict) -> list[str]:
     ]
 
 
-def snapshot(model: torch.nn.Module, args, history: History) -> dict:
-    """The content of a saved model after the epochs of `history`."""
+def snapshot(model: torch.nn.Module, config: dict, history: History) -> dict:
+    """The content of a saved model after the epochs of `history`. config: {dest: value}."""
     return {
         "model_state_dict": model.state_dict(),
-        "config": vars(args),
+        "config": config,
         **summary(history.epochs),
         "best": history.best_accuracy,
     }
