@@ -38,31 +38,25 @@ WITH_LOSS = ("pgd", "fgsm")
 Builder = Callable[[PyTorchClassifier, Attack, int], Any]
 
 
-def _order(norm: str) -> float:
-    return np.inf if norm == "inf" else 2
+def _ball(attack: Attack, mbs: int) -> dict[str, Any]:
+    """The arguments that ART's attacks within eps share."""
+    order = np.inf if attack.norm == "inf" else 2
+    return {"norm": order, "eps": attack.eps, "batch_size": mbs}
 
 
 def _pgd(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
     """From the image itself, in steps of 2.5 eps / iters."""
     return evasion.ProjectedGradientDescent(
         classifier,
-        norm=_order(attack.norm),
-        eps=attack.eps,
         eps_step=2.5 * attack.eps / attack.iters,
         max_iter=attack.iters,
-        batch_size=mbs,
         verbose=False,
+        **_ball(attack, mbs),
     )
 
 
 def _fgsm(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
-    return evasion.FastGradientMethod(
-        classifier,
-        norm=_order(attack.norm),
-        eps=attack.eps,
-        eps_step=attack.eps,
-        batch_size=mbs,
-    )
+    return evasion.FastGradientMethod(classifier, eps_step=attack.eps, **_ball(attack, mbs))
 
 
 def _auto_pgd(loss_type: str) -> Builder:
@@ -71,14 +65,12 @@ def _auto_pgd(loss_type: str) -> Builder:
     def build(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
         return evasion.AutoProjectedGradientDescent(
             classifier,
-            norm=_order(attack.norm),
-            eps=attack.eps,
+            loss_type=loss_type,
             eps_step=2 * attack.eps,
             max_iter=attack.iters,
             nb_random_init=1,
-            batch_size=mbs,
-            loss_type=loss_type,
             verbose=False,
+            **_ball(attack, mbs),
         )
 
     return build
@@ -86,13 +78,9 @@ def _auto_pgd(loss_type: str) -> Builder:
 
 def _square(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
     """ART's, with `queries` rounds."""
+    iterations = attack.queries or attack.iters
     return evasion.SquareAttack(
-        classifier,
-        norm=_order(attack.norm),
-        eps=attack.eps,
-        max_iter=attack.queries or attack.iters,
-        batch_size=mbs,
-        verbose=False,
+        classifier, max_iter=iterations, verbose=False, **_ball(attack, mbs)
     )
 
 
@@ -111,7 +99,7 @@ def _hopskipjump(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any
     """From an image of another class, with as many iterations as take `queries` predictions."""
     return HopSkipJump(
         classifier,
-        norm=_order(attack.norm),
+        norm=np.inf if attack.norm == "inf" else 2,
         max_iter=rounds(attack.queries) if attack.queries else attack.iters,
         max_eval=1000,
         init_eval=100,
@@ -176,27 +164,17 @@ def _with_margin_loss(classifier: PyTorchClassifier) -> PyTorchClassifier:
     )
 
 
-def _targeted_apgd(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
-    return torch_attacks.targeted_apgd(classifier, attack)
-
-
-def _targeted_fab(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
-    return torch_attacks.targeted_fab(classifier, attack)
-
-
 def _standard_ensemble(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
     """The standard ensemble of Croce and Hein (2020), by torchattacks and ART."""
     parts = [BUILDERS[name](classifier, attack, mbs) for name in STANDARD_ENSEMBLE]
     return torch_attacks.Ensemble(
-        [*parts, torch_attacks.square(classifier, attack)], classifier, attack
+        [*parts, torch_attacks.square(classifier, attack, mbs)], classifier, attack
     )
 
 
 def _arts_ensemble(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
     """ART's AutoAttack at its defaults, but for iterations and queries."""
-    ensemble = evasion.AutoAttack(
-        classifier, norm=_order(attack.norm), eps=attack.eps, batch_size=mbs
-    )
+    ensemble = evasion.AutoAttack(classifier, **_ball(attack, mbs))
     for part in ensemble.attacks:
         is_square = isinstance(part, evasion.SquareAttack)
         iterations = (attack.queries or 50 * attack.iters) if is_square else attack.iters
@@ -209,8 +187,8 @@ BUILDERS: dict[str, Builder] = {
     "fgsm": _fgsm,
     "apgd-ce": _auto_pgd("cross_entropy"),
     "apgd-dlr": _auto_pgd("difference_logits_ratio"),
-    "apgd-t": _targeted_apgd,
-    "fab": _targeted_fab,
+    "apgd-t": torch_attacks.targeted_apgd,
+    "fab": torch_attacks.targeted_fab,
     "square": _square,
     "hopskipjump": _hopskipjump,
     "deepfool": _deepfool,

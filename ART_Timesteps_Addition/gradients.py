@@ -80,7 +80,7 @@ def published_layout(parameters: Parameters) -> Parameters:
 
 # The interval around an activation's steepest point in which the tangent there stays within its
 # range, and that slope.
-CORNERS = {
+CORNERS: dict[Activation, tuple[float, float, float]] = {
     hard_sigmoid: (0.0, 1.0, 1.0),
     my_hard_sig: (0.0, 2.0, 0.5),
     ctrd_hard_sig: (-0.5, 0.5, 1.0),
@@ -123,7 +123,7 @@ def _smooth(activation: Activation) -> Activation:
 
 SMOOTH = {activation: _smooth(activation) for activation in CORNERS}
 # folded into the weights wherever the original is, so that both round alike
-RESCALED[SMOOTH[my_sigmoid]] = (SMOOTH[torch.sigmoid], *RESCALED[my_sigmoid][1:])
+RESCALED[SMOOTH[my_sigmoid]] = RESCALED[my_sigmoid]._replace(base=SMOOTH[torch.sigmoid])
 
 
 def smoothed(chain: Chain) -> Chain:

@@ -18,15 +18,17 @@ def seeded(*numbers: int) -> Iterator[None]:
     It covers the generators of Python, NumPy and PyTorch, and those that NumPy would seed from the
     system, as ART's HopSkipJump makes them. Afterwards all are as they were before."""
     sequence = np.random.SeedSequence(numbers)
-    system_seeded = np.random.RandomState
-    default_rng = np.random.default_rng
+    originals = np.random.RandomState, np.random.default_rng
 
     def next_seed() -> np.ndarray:
         return sequence.spawn(1)[0].generate_state(4)
 
-    class RandomState(system_seeded):
+    class RandomState(np.random.RandomState):
         def __init__(self, seed: Any = None):
             super().__init__(next_seed() if seed is None else seed)
+
+    def default_rng(seed: Any = None) -> np.random.Generator:
+        return originals[1](next_seed() if seed is None else seed)
 
     python_state = random.getstate()
     numpy_state = np.random.get_state()
@@ -37,12 +39,12 @@ def seeded(*numbers: int) -> Iterator[None]:
         torch.default_generator.manual_seed(int(next_seed()[0]))
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(int(next_seed()[0]))
-        np.random.RandomState = RandomState
-        np.random.default_rng = lambda seed=None: default_rng(next_seed() if seed is None else seed)
+        replaceable: Any = np.random  # its types allow no other class
+        replaceable.RandomState = RandomState
+        replaceable.default_rng = default_rng
         try:
             yield
         finally:
-            np.random.RandomState = system_seeded
-            np.random.default_rng = default_rng
+            replaceable.RandomState, replaceable.default_rng = originals
             random.setstate(python_state)
             np.random.set_state(numpy_state)

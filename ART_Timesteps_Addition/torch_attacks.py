@@ -82,7 +82,10 @@ class FromTorch:
         return found.detach().cpu().numpy() * width + low
 
 
-def targeted_apgd(classifier: PyTorchClassifier, attack: Attack) -> FromTorch:
+# Builders as those of `attacks`. All images are one mini-batch to torchattacks.
+
+
+def targeted_apgd(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> FromTorch:
     """Auto-PGD towards each other class in turn, on the difference of logits ratio."""
     return FromTorch(
         torchattacks.APGDT,
@@ -93,7 +96,7 @@ def targeted_apgd(classifier: PyTorchClassifier, attack: Attack) -> FromTorch:
     )
 
 
-def targeted_fab(classifier: PyTorchClassifier, attack: Attack) -> FromTorch:
+def targeted_fab(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> FromTorch:
     """Fast Adaptive Boundary attack towards each other class in turn."""
     return FromTorch(
         torchattacks.FAB,
@@ -106,7 +109,7 @@ def targeted_fab(classifier: PyTorchClassifier, attack: Attack) -> FromTorch:
     )
 
 
-def square(classifier: PyTorchClassifier, attack: Attack) -> FromTorch:
+def square(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> FromTorch:
     """Square with one prediction per query, where ART's takes three."""
     queries = attack.queries or 50 * attack.iters
     return FromTorch(torchattacks.Square, classifier, attack, n_queries=queries)

@@ -176,8 +176,8 @@ class Audit:
 
         return generate
 
-    def pgd(self, name: str, method: GradientMethod, **budget: int) -> np.ndarray:
-        """An attempt by PGD."""
+    def pgd(self, name: str, method: GradientMethod, **budget: Any) -> np.ndarray:
+        """An attempt by PGD. budget: iters (by default the audit's) and restarts."""
         budget = {"iters": self.budget.iters, **budget}
         settings = {**budget, **_settings_of(method)}
         return self.attempt(name, settings, self.generator(method, **budget))
@@ -271,7 +271,7 @@ class Audit:
         ) -> tuple[np.ndarray, np.ndarray]:
             labels = np.eye(self.audited.task.classes, dtype=np.float32)[y]
             with seeded(*seed):
-                found = torch_attacks.square(classifier, attack).generate(x, labels)
+                found = torch_attacks.square(classifier, attack, len(x)).generate(x, labels)
             return found, np.zeros(len(x))
 
         self.attempt("square", {"queries": budget.queries}, square)
