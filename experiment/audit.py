@@ -1,6 +1,9 @@
-"""The files of an audit in a run folder: one for each stage that is done, and the result."""
+"""The files of an audit in a run folder: one per finished stage, and the result."""
 
 import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +21,9 @@ from experiment.runs.files import (
     replacing,
     write_text,
 )
-from experiment.runs.folder import fingerprint
+from experiment.runs.folder import RunFolder, fingerprint
 
-# of the arguments, what an audit's numbers depend on
+# The arguments that an audit's numbers depend on.
 NAMES = (
     "task",
     "attack_norm",
@@ -41,55 +44,64 @@ NAMES = (
 
 
 class AuditFiles:
-    """Audit_<norm>_<eps>.json, .txt, .png and .npz of a run folder, and
-    Audit_<norm>_<eps>_<stage>.npz of each stage, which an audit that was stopped goes on from.
-    Stages of other settings are replaced, results moved aside.
+    """The files of one audit in a run folder: its stages and its result.
 
-    settings: all that the numbers depend on, a dict that JSON can say; source: what is audited, in
-    words."""
+    The result is Audit_<norm>_<eps>.json, .txt, .png and .npz. Each finished stage is
+    Audit_<norm>_<eps>_<stage>.npz, from which a stopped audit resumes. Stages of other settings are
+    replaced, results of other settings renamed.
 
-    ENDS = (".json", ".png", ".pdf", ".npz", ".txt")  # in the order in which they move aside
+    settings     all that the numbers depend on, for JSON
+    source       the audited checkpoint, one line
+    computed_on  the machines that computed the stages
+    """
 
-    def __init__(self, run, args, saved, surrogate=None, ends_early=None, data=None):
-        """run: the RunFolder; args: of the command line; saved: the SavedRun that is audited;
-        surrogate: of `open_surrogate`; ends_early: see
-        the `fast_tol` of `ART_Timesteps_Addition.audit.model.AuditedModel`; data: the fingerprint of images and labels.
-        Raises UserError where another process writes this audit."""
-        self.run, self.args, self.stem = run, args, f"Audit_{args.attack_norm}_{args.eps:g}"
+    ENDS = (".json", ".png", ".pdf", ".npz", ".txt")  # in the order in which they are renamed
+
+    def __init__(
+        self,
+        run: RunFolder,
+        args: Any,
+        saved: Any,
+        surrogate: tuple[Any, Any] | None = None,
+        ends_early: float | None = None,
+        data: Any = None,
+    ):
+        """args: of the command line; saved: the SavedRun that is audited; surrogate: of
+        `open_surrogate`; ends_early: tolerance of the predictions within attacks; data: fingerprint
+        of images and labels. Raises UserError if another process writes this audit."""
+        self.run = run
+        self.args = args
+        self.stem = f"Audit_{args.attack_norm}_{args.eps:g}"
         self.source = saved.source
+        self.computed_on: list[str] = []
         self.settings = {
             **{name: getattr(args, name) for name in NAMES},
             "weights": fingerprint(saved.weights),
             "ends_early": ends_early,
             "data": data,
         }
-        self.computed_on = []  # the places where stages were computed, in words
         if surrogate:
-            self.settings["surrogate"] = [
-                fingerprint(surrogate[0].state_dict()),
-                surrogate[1].T1,
-                surrogate[1].loss,
-            ]
+            model, own = surrogate
+            self.settings["surrogate"] = [fingerprint(model.state_dict()), own.T1, own.loss]
         run.lock(self.stem)
         run.finish_move(self.stem, self.ENDS)
 
     @property
-    def text(self):
+    def text(self) -> pathlib.Path:
         return self.run.folder / f"{self.stem}.txt"
 
-    def advice(self):
-        """How to go on after an interruption."""
-        return f"the stages that are done are in {self.run.folder}, the same command goes on behind them"
+    def advice(self) -> str:
+        """How to resume after an interruption."""
+        return f"finished stages are in {self.run.folder}; the same command resumes after them"
 
-    def _title(self):
+    def _title(self) -> str:
         return f"Audit, {self.args.attack_norm}-norm, eps {self.args.eps:g}, {self.args.budget}"
 
-    def _stage(self, name):
+    def _stage(self, name: str) -> pathlib.Path:
         return self.run.folder / f"{self.stem}_{name}.npz"
 
-    def load(self, name):
-        """(arrays, record) of a stage as `save` got them; None where there is none of these
-        settings."""
+    def load(self, name: str) -> tuple[dict[str, np.ndarray], Any] | None:
+        """(arrays, record) of a stage as given to `save`; None if none has these settings."""
         try:
             arrays = read_arrays(self._stage(name))
             if not same_settings(parse_json(str(arrays.pop("settings"))), self.settings):
@@ -99,8 +111,8 @@ class AuditFiles:
         except (ValueError, KeyError):
             return None
 
-    def save(self, name, arrays, record):
-        """Writes a stage; those after it, of another audit maybe, are removed."""
+    def save(self, name: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
+        """Write a stage and remove those after it, which may be another audit's."""
         for path in self.run.folder.glob(f"{self.stem}_[a-z].npz"):
             if path.name > self._stage(name).name:
                 path.unlink(missing_ok=True)
@@ -113,17 +125,24 @@ class AuditFiles:
             computed_on=computed_on(),
         )
 
-    def _note_place(self, place):
+    def _note_place(self, place: str) -> None:
         if place and place not in self.computed_on:
             self.computed_on.append(place)
 
-    def _write(self, path, **arrays):
+    def _write(self, path: pathlib.Path, **arrays: Any) -> None:
         with replacing(path) as beside, open(beside, "wb") as file:
             np.savez_compressed(file, **arrays)
 
-    def write(self, result, lines, x_adv, labels):
-        """The result: a dict; its text: lines; the strongest adversarial images with their labels.
-        That of another audit of this bound is kept, with a number behind its name."""
+    def write(
+        self,
+        result: Mapping[str, Any],
+        lines: Sequence[str],
+        x_adv: np.ndarray,
+        labels: np.ndarray,
+    ) -> None:
+        """Write the result, its text, and the strongest adversarial examples with their labels.
+
+        The result of another audit with this norm and eps is renamed, with a number at its end."""
         before = self._settings_of_result()
         if before is not None and not same_settings(before, self.settings):
             self.run.move_aside(self.stem, self.ENDS)
@@ -131,22 +150,25 @@ class AuditFiles:
         self.run.write_lines(self.text.name, lines)
         write_text(self.run.folder / f"{self.stem}.json", json.dumps(result, indent=1) + "\n")
 
-    def plot(self, result):
-        """Draws the result."""
+    def plot(self, result: Mapping[str, Any]) -> None:
+        """Draw the result."""
         self.run.save_figure(f"{self.stem}.png", figures_checks.audit, result, self._title())
 
-    def _settings_of_result(self):
-        """Those of the result that is there; None where there is none."""
+    def _settings_of_result(self) -> Any:
+        """Those of the result in the folder; None without one."""
         try:
             return parse_json(read_text(self.run.folder / f"{self.stem}.json"))["settings"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
-def open_surrogate(args, build, attack_step=None):
-    """(model, its arguments) of --surrogate, with those of the attack from `args`. build: arguments
-    -> model; attack_step: of the command line, None for the surrogate's own default. Raises
-    UserError."""
+def open_surrogate(
+    args: Any, build: Callable[[Any], Any], attack_step: Any = None
+) -> tuple[Any, Any]:
+    """(model, its arguments) of --surrogate, with norm, eps and clipping from `args`.
+
+    build: arguments -> model; attack_step: of the command line, None for the surrogate's own
+    default. Raises UserError."""
     saved = checkpoint.open_saved(args.surrogate, "audit")
     given = {"todo": "audit", "mbs": args.mbs, "tol": args.tol}
     if attack_step and args.model not in FEED_FORWARD:
