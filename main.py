@@ -222,7 +222,7 @@ def _advice(job, folder, first, last):
         return resume.saved_in_run_dir(job.args.run_dir, job.workers)
     if folder and job.workers.elsewhere and not exists(folder):
         return resume.saved_elsewhere(job, folder, last)
-    return resume.how_to_go_on(job, folder, first)
+    return resume.how_to_resume(job, folder, first)
 
 
 def _training_folder(job):

@@ -34,13 +34,13 @@ def test_the_resume_line_has_what_no_epoch_has_yet(zoo, tmp_path):
     job = types.SimpleNamespace(
         args=types.SimpleNamespace(epochs=3), given=given, saved=True, program=["main.py"]
     )
-    line = resume.how_to_go_on(job, str(run), 1)
+    line = resume.how_to_resume(job, str(run), 1)
     for words in ("--T1 9", "--betas 0.0 0.5", "--device -1", "--precision fp32", "--epochs 3"):
         assert words in line
-    line = resume.how_to_go_on(job, str(run), 0)  # one epoch of the session is there
+    line = resume.how_to_resume(job, str(run), 0)  # one epoch of the session is there
     assert "--T1" not in line and "--device -1" in line and "--epochs 2" in line
     job.args.epochs = 1
-    assert "resume with" not in resume.how_to_go_on(job, str(run), 0)
+    assert "resume with" not in resume.how_to_resume(job, str(run), 0)
 
 
 def test_a_resumption_without_an_epoch_leaves_no_trace(ok, cli, zoo, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_no_file_undoes_the_epochs_of_its_run(ok, cli, zoo, tmp_path):
     ok(f"--device -1 --load-path {run}")
     kept = (run / "checkpoint.tar").read_bytes()
     code, _, err = cli(f"--device -1 --load-path {run / 'early.tar'}")
-    assert code == 2 and "would undo" in err and (run / "checkpoint.tar").read_bytes() == kept
+    assert code == 2 and "which would be overwritten" in err and (run / "checkpoint.tar").read_bytes() == kept
     assert not list(run.glob(".*lock"))
     ok(f"--device -1 --load-path {run / 'final_checkpoint.tar'}")  # which is the latest
 

@@ -1,5 +1,5 @@
-"""Run folders: a folder that appears whole, whose files are replaced whole, and one training at a
-time in it."""
+"""Run folders: created atomically, with files that are replaced atomically, and locked for one
+training at a time."""
 
 import contextlib
 import csv
@@ -16,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -41,24 +42,34 @@ from experiment.runs.files import (
 
 
 class RunFolder:
-    """The folder of one run. folder: its path; figures: the format of its figures, png or pdf;
-    about: model and task, for their titles. Whatever looks at a run leaves alone what a training
-    may be writing just now."""
+    """The folder of one run.
 
-    def __init__(self, folder, figures="png", about=""):
-        self.folder, self.figures, self.about = pathlib.Path(folder), figures, about
-        self._locks, self._board, self.at_commit = (
-            [],
-            None,
-            None,
-        )  # called once, after the first commit
-        self._not_drawn = set()  # names of the figures that a warning was printed for
+    folder: its path; figures: the format of its figures, png or pdf; about: model and task, for
+    their titles; at_commit: a function that is called once, after the first commit."""
+
+    def __init__(self, folder: str | os.PathLike, figures: str = "png", about: str = ""):
+        self.folder = pathlib.Path(folder)
+        self.figures = figures
+        self.about = about
+        self.at_commit: Callable[[], None] | None = None
+        self._locks: list[Lock] = []
+        self._board = None
+        self._not_drawn: set[str] = set()  # names of the figures that a warning was printed for
 
     @classmethod
-    def create(cls, args, device, command_line, model, checkpoint, root="results"):
-        """A new folder root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; with _2, _3 ... behind it
-        where that exists). It appears with hyperparameters.txt and the checkpoint of epoch 0
-        inside, so that a run killed at any moment can be resumed, and locked."""
+    def create(
+        cls,
+        args,
+        device: torch.device,
+        command_line: str,
+        model: torch.nn.Module,
+        checkpoint: dict,
+        root: str = "results",
+    ) -> "RunFolder":
+        """Create root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; then _2, _3 ...), locked.
+
+        It appears with hyperparameters.txt and the checkpoint of epoch 0 inside, so that a run
+        killed at any moment can resume."""
         now = datetime.datetime.now()
         place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
         final = pathlib.Path(
@@ -85,46 +96,49 @@ class RunFolder:
             shutil.rmtree(hidden, ignore_errors=True)
 
     def _move(self, folder):
-        """Renames the folder, where there is none of that name yet."""
+        """Rename the folder, unless there is another of that name."""
         try:
             os.rename(self.folder, folder)
         except OSError as e:
-            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # not that another run was first
-                raise
-            return
-        self.folder, self._locks[0].path = folder, folder / ".lock"
+            if e.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another run was first
+                return
+            raise
+        self.folder = folder
+        self._locks[0].path = folder / ".lock"
 
-    def begin(self, checkpoint, command_line, args, model, device):
-        """Make this folder, which exists and is locked, a new run. The checkpoint of epoch 0 comes
-        first: from then on the run can be resumed, and `complete` writes what is missing."""
+    def begin(self, checkpoint: dict, command_line: str, args, model, device) -> None:
+        """Make this folder, which exists and is locked, a new run.
+
+        The checkpoint of epoch 0 comes first: from then on the run can resume, and `complete`
+        writes what is missing."""
         self.save("checkpoint.tar", checkpoint)
         self.write_hyperparameters(command_line, vars(args), model, device)
 
-    def complete(self, command_line, args, model, device):
-        """Write what `begin` did not come to before a kill."""
+    def complete(self, command_line: str, args, model, device) -> None:
+        """Write the files that a kill kept `begin` from writing."""
         if not (self.folder / "hyperparameters.txt").exists():
             self.write_hyperparameters(command_line, vars(args), model, device)
 
-    def lock(self, table=""):
-        """Holds the folder, or a table in it, for this process until `release`. Raises UserError
-        where another one has it."""
+    def lock(self, table: str = "") -> None:
+        """Lock the folder, or a table in it, until `release`. Raises UserError if another process
+        has locked it."""
         self._locks.append(Lock(self.folder, table))
 
-    def release(self):
+    def release(self) -> None:
+        """Give back all locks."""
         if self._board:
             self._board.close()
         while self._locks:
             self._locks.pop().release()
 
-    def clean_up(self):
-        """Removes what killed processes left half-written. For the training that holds the lock."""
+    def clean_up(self) -> None:
+        """Remove half-written files of killed processes. Only for the training with the lock."""
         for path in self.folder.glob(".*.tmp-*"):
             if left_behind(path):
                 path.unlink(missing_ok=True)
 
-    def check_writable(self):
-        """Raises UserError where nothing can be written to the folder: before the work, not
-        after."""
+    def check_writable(self) -> None:
+        """Raise UserError if nothing can be written to the folder, before the work begins."""
         probe = hidden_name(self.folder / "probe")
         try:
             probe.touch(exist_ok=False)
@@ -136,73 +150,65 @@ class RunFolder:
 
     # ---- its files
 
-    def write_hyperparameters(self, command_line, args, model, device):
+    def write_hyperparameters(self, command_line: str, args: dict, model, device) -> None:
+        """Write config.json and then, see `complete`, hyperparameters.txt. args: {dest: value}."""
         self.write_config(args)
-        write_text(
-            self.folder / "hyperparameters.txt",
-            "\n".join(
-                [  # last, see `complete`
-                    *_heading("command line", command_line, device),
-                    "",
-                    "arguments:",
-                    *(f"  {name}: {value!r}" for name, value in sorted(args.items())),
-                    "",
-                    "model:",
-                    str(model),
-                    "",
-                ]
-            ),
-        )
+        lines = [
+            *_heading(command_line, device),
+            "",
+            "arguments:",
+            *(f"  {name}: {value!r}" for name, value in sorted(args.items())),
+            "",
+            "model:",
+            str(model),
+        ]
+        self.write_lines("hyperparameters.txt", lines)
 
-    def write_config(self, args):
-        """Writes every argument to config.json. args: {dest: value}."""
-        write_text(self.folder / "config.json", json.dumps(args, indent=2, sort_keys=True) + "\n")
+    def write_config(self, args: dict) -> None:
+        """Write every argument to config.json. args: {dest: value}."""
+        self.write_lines("config.json", [json.dumps(args, indent=2, sort_keys=True)])
 
-    def note_resumption(self, command_line, device, epoch, before, args):
-        """Appends to hyperparameters.txt that a training goes on from `epoch`, and renews
-        config.json. before, args: dicts of the arguments until now and now."""
+    def note_resumption(
+        self, command_line: str, device: torch.device, epoch: int, before: dict, args: dict
+    ) -> None:
+        """Append to hyperparameters.txt that a training resumes from `epoch` on, and rewrite
+        config.json. before, args: {dest: value} of the arguments until now and from now on."""
         changed = [
             f"  {name}: {value!r}  # before: {before[name]!r}"
             for name, value in sorted(args.items())
             if name in before and before[name] != value
         ]
-        self.append_hyperparameters(
-            "\n".join(
-                [
-                    "",
-                    f"resumed from epoch {epoch} on",
-                    *_heading("command line", command_line, device),
-                    "arguments that differ from before:",
-                    *(changed or ["  none"]),
-                ]
-            )
-        )
+        lines = [
+            "",
+            f"resumed from epoch {epoch} on",
+            *_heading(command_line, device),
+            "arguments that differ from before:",
+            *(changed or ["  none"]),
+        ]
+        self.append_hyperparameters("\n".join(lines))
         self.write_config(args)
 
-    def append_hyperparameters(self, text):
-        """Appends lines, in one write: who else appends at the same time loses nothing."""
+    def append_hyperparameters(self, text: str) -> None:
+        """Append lines to hyperparameters.txt in one write."""
         append(self.folder / "hyperparameters.txt", text + "\n")
 
-    def save(self, name, state):
-        """torch.save into a file that is replaced whole."""
+    def save(self, name: str, state: dict) -> None:
+        """torch.save to a file that is replaced atomically."""
         with replacing(self.folder / name) as beside:
             try:
                 torch.save(state, beside)
-            except (
-                RuntimeError
-            ) as e:  # torch's way to say that the disk is full, or the folder gone
+            except RuntimeError as e:  # of torch, if the disk is full or the folder is gone
                 raise _disk_error(beside, e) from None
 
-    def write_csv(self, name, rows):
-        """rows: list of dicts; what a row lacks stays empty."""
+    def write_csv(self, name: str, rows: list[dict]) -> None:
+        """Write a table; missing cells are empty."""
         with replacing(self.folder / name) as path, open(path, "w", newline="", **TEXT) as file:
             writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
             writer.writeheader()
             writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
-    def read_csv(self, name):
-        """The rows of a table as dicts of texts; [] where there is none. Raises UserError where it
-        cannot be read."""
+    def read_csv(self, name: str) -> list[dict[str, str]]:
+        """The rows of a table; [] without the file. Raises UserError if it cannot be read."""
         try:
             return read_table(self.folder / name)
         except FileNotFoundError:
@@ -210,14 +216,16 @@ class RunFolder:
         except (OSError, ValueError) as e:
             raise UserError(f"{self.folder / name} cannot be read: {one_line(e)}") from None
 
-    def append_csv(self, name, rows):
+    def append_csv(self, name: str, rows: list[dict]) -> None:
+        """Add rows to a table."""
         self.write_csv(name, self.read_csv(name) + rows)
 
-    def commit(self, state, resumable, improved, final):
-        """Writes the models of an epoch, and the table of its history. The checkpoint comes last
-        and commits it: before it, resuming repeats the epoch, and writes all again of what the
-        checkpoint says. state, resumable: of `experiment.runs.history`; improved: whether the model is the
-        best until now; final: whether the training ends."""
+    def commit(self, state: dict, resumable: dict, improved: bool, final: bool) -> None:
+        """Write the models of an epoch and metrics.csv. The checkpoint comes last and commits the
+        epoch: after a kill before it, resuming repeats the epoch and rewrites everything.
+
+        state, resumable: of `runs.history`; improved: whether the model is the best so far;
+        final: whether the training ends."""
         self.write_csv("metrics.csv", state["history"])
         if improved:
             self.save("model.pt", state)
@@ -227,40 +235,34 @@ class RunFolder:
         if state["config"].get("tensorboard"):
             self._board = records.write_scalars(self._board, self.folder, state["history"][-1])
         self.save("checkpoint.tar", {**state, **resumable})
-        told, self.at_commit = self.at_commit, None
-        if told:
-            told()
+        if self.at_commit:
+            self.at_commit()
+            self.at_commit = None
 
-    def restore(self, history, best):
-        """Makes the log, the table and model.pt those of the epochs in `history`: a killed process
-        may have written of one more, which need not come out the same again. best: the checkpoint
-        of the best model, or None where it is not known."""
-        self._forget_after(len(history))
-        if history:
-            self.write_csv("metrics.csv", history)
+    def restore(self, epochs: list[dict], best: dict | None) -> None:
+        """Make the tables and model.pt those of `epochs`, the rows of metrics.csv.
+
+        A killed process may have written one epoch more, which can differ when it is repeated.
+        best: the checkpoint of the best model, or None if it is not known."""
+        rows = self.read_csv("gducheck.csv")
+        if rows:
+            numbers = [row.get("epoch") or "" for row in rows]
+            kept = [not n.isdecimal() or int(n) <= len(epochs) for n in numbers]
+            self.write_csv("gducheck.csv", list(itertools.compress(rows, kept)))
+        if epochs:
+            self.write_csv("metrics.csv", epochs)
         if best is not None:
             self.save("model.pt", best)
 
-    def _forget_after(self, epoch):
-        rows = self.read_csv("gducheck.csv")
-        if rows:
-            self.write_csv(
-                "gducheck.csv",
-                [
-                    row
-                    for row in rows
-                    if not (row.get("epoch") or "").isdecimal() or int(row["epoch"]) <= epoch
-                ],
-            )
-
-    def write_lines(self, name, lines):
+    def write_lines(self, name: str, lines: list[str]) -> None:
+        """Write a text file."""
         write_text(self.folder / name, "\n".join(lines) + "\n")
 
-    def save_figure(self, name, draw, *args):
-        """Save the figure draw(*args), which gets the run's title, in the format of `figures`,
-        whatever the ending of `name`. Never raises an Exception: a figure that cannot be drawn or
-        written is a warning on standard error, one line per figure however often it fails. Write
-        the results that it shows before."""
+    def save_figure(self, name: str, draw: Callable, *args) -> None:
+        """Save the figure draw(*args) with the run's title, in the format of `figures`.
+
+        Raises no Exception: a figure that cannot be drawn or written is a warning on standard
+        error, once per figure. Write the results that it shows before."""
         path = (self.folder / name).with_suffix(f".{self.figures}")
         try:
             with style():
@@ -274,29 +276,29 @@ class RunFolder:
                 reason = one_line(e).removeprefix(f"cannot write {path}: ")[:300]
                 print(f"warning: {path} was not drawn: {reason}", file=sys.stderr, flush=True)
 
-    def next_number(self, stem):
+    def next_number(self, stem: str) -> int:
         """The first number at which there is no STEM_number.txt yet."""
         return next(n for n in itertools.count(1) if not (self.folder / f"{stem}_{n}.txt").exists())
 
-    def move_aside(self, stem, ends, also=()):
-        """Renames the files STEM + end, those that exist, to STEM_1 + end, or the first number at
-        which there is no .txt yet; also: further stems, whose files get the same number."""
+    def move_aside(self, stem: str, ends: Sequence[str], also: Sequence[str] = ()) -> None:
+        """Rename the files STEM + end that exist to STEM_N + end, N of `next_number`.
+
+        also: further stems, whose files get the same number."""
         number = self.next_number(stem)
         for name, end in itertools.product((*also, stem), ends):
             old = self.folder / (name + end)
             if old.exists():
                 os.replace(old, self.folder / f"{name}_{number}{end}")
 
-    def finish_move(self, stem, ends):
-        """Goes on where a kill ended `move_aside`, which leaves files of a number without their
-        .txt."""
+    def finish_move(self, stem: str, ends: Sequence[str]) -> None:
+        """Finish a `move_aside` that was killed: it leaves files of a number without their .txt."""
         if any((self.folder / f"{stem}_{self.next_number(stem)}{end}").exists() for end in ends):
             self.move_aside(stem, ends)
 
 
-def remove_half_made(folder):
-    """Removes the hidden folders below results/ALG/LOSS that killed processes left: runs that were
-    not complete yet, which have no epoch, and claims of seeds by earlier versions."""
+def remove_half_made(folder: pathlib.Path) -> None:
+    """Remove the hidden folders below results/ALG/LOSS that killed processes left: runs without an
+    epoch, and claims of seeds by earlier versions."""
     for path in [*folder.glob(".seed_*"), *folder.glob("*/.[0-9]*")]:
         if path.is_symlink() or not path.is_dir() or (path / "metrics.csv").exists():
             continue
@@ -310,7 +312,7 @@ def remove_half_made(folder):
 
 
 def _disk_error(path, error):
-    """The OSError behind a RuntimeError of torch.save: what writing to the same place says."""
+    """The OSError behind a RuntimeError of torch.save, found by writing to the same file."""
     try:
         with open(path, "ab", opener=refusing_links) as file:
             file.write(b"0" * 2**16)
@@ -321,14 +323,14 @@ def _disk_error(path, error):
     return OSError(errno.EIO, one_line(error).split(". ")[0])
 
 
-def _heading(title, command_line, device):
+def _heading(command_line, device):
     name = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.processor() or platform.machine()
     )
     return [
-        f"{title}: {command_line}",
+        f"command line: {command_line}",
         f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
         f"device: {device} ({name})",
         f"host: {socket.gethostname()}",
@@ -337,7 +339,7 @@ def _heading(title, command_line, device):
     ]
 
 
-def fingerprint(state):
+def fingerprint(state: dict[str, torch.Tensor]) -> str:
     """A short digest of a state dict's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
@@ -347,8 +349,8 @@ def fingerprint(state):
     return digest.hexdigest()[:16]
 
 
-def versions():
-    """What a run depends on besides its arguments."""
+def versions() -> dict[str, str]:
+    """The versions of libraries and code that a run depends on."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         revision = subprocess.run(
@@ -359,9 +361,8 @@ def versions():
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": importlib.metadata.version(
-            "torchvision"
-        ),  # not imported: that takes seconds
+        # not imported, which takes seconds
+        "torchvision": importlib.metadata.version("torchvision"),
         "numpy": np.__version__,
         "cuda": torch.version.cuda or "none",
         "git revision": revision or "unknown",

@@ -1,4 +1,4 @@
-"""How a training resumes: from which file, with which arguments, and by which command."""
+"""Resuming a training: from which file, with which arguments, and by which command."""
 
 import contextlib
 import os
@@ -192,11 +192,8 @@ def saved_in_run_dir(path: str, workers) -> str:
 
 
 def saved_elsewhere(job, folder: str, last: int) -> str:
-    """As `how_to_go_on`, in a worker whose machine does not have the run folder."""
-    words = list(job.program)
-    for flag in ALL:
-        if flag.dest in job.given and flag.scope == "session" and flag.name not in OF_THE_RESUMED:
-            words += typed(flag, job.given[flag.dest])
+    """As `how_to_resume`, in a worker whose machine does not have the run folder."""
+    words = _flags_of_this_call(job, lambda flag: flag.scope == "session")
     words += ["--run-dir", folder, "--epochs", str(last)]
     return (
         f"the epochs are saved in {folder} on {job.workers.hosts[0]}, resume with\n  "
@@ -204,48 +201,54 @@ def saved_elsewhere(job, folder: str, last: int) -> str:
     )
 
 
+def _flags_of_this_call(job, wanted):
+    """The command in front of the flags and those of its flags that are `wanted` for resuming."""
+    words = list(job.program)
+    for flag in ALL:
+        if flag.dest in job.given and flag.name not in OF_THE_RESUMED and wanted(flag):
+            words += typed(flag, job.given[flag.dest])
+    return words
+
+
 # ---- --load-path
 
 
-def refuse_to_undo(saved):
-    """Raises UserError where going on from a file would undo epochs that its run has."""
+def refuse_to_undo(saved: SavedRun) -> None:
+    """Raise UserError if resuming from a file would overwrite other epochs of its run."""
     latest = saved.path.with_name("checkpoint.tar")
     if saved.path.name != latest.name and exists(latest):
-        epochs = [len(run.history.epochs) for run in (saved, open_saved(latest, "train"))]
-        if epochs[0] != epochs[1]:
+        epochs = len(saved.history.epochs)
+        latest_epochs = len(open_saved(latest, "train").history.epochs)
+        if epochs != latest_epochs:
             raise UserError(
-                f"{saved.path} has {epochs[0]} epochs, {latest} {epochs[1]}, which going on would undo: "
-                "copy the file to a folder of its own"
+                f"{saved.path} has {epochs} epochs, {latest} has {latest_epochs}, which would be "
+                "overwritten: copy the file to a folder of its own"
             )
 
 
-def epochs_left(saved):
-    """How many epochs a run lacks of those that it was asked for; 0 where it has them all."""
+def epochs_left(saved: SavedRun) -> int:
+    """The number of requested epochs that a run does not have yet."""
     return max(0, saved.history.requested - len(saved.history.epochs))
 
 
-def how_to_go_on(job, folder, first):
+def how_to_resume(job, folder: str | None, first: int) -> str:
     """What is saved of a training that began after `first` epochs, and the shortest command that
-    goes on with it.
+    resumes it.
 
-    job: its args, given (the flags of its command line, judged), saved (the run that it goes on
-    with, or None) and program (the words in front of the flags) count; folder: of the run, None
-    without one."""
+    job: its args, given (the flags of its command line), saved (the run that it resumes, or None)
+    and program (the words in front of the flags); folder: of the run, None without --save."""
     if not folder:
-        return "nothing was saved, for want of --save"
+        return "this run was not saved (use --save)"
     if not exists(pathlib.Path(folder, "checkpoint.tar")):
         return f"nothing is left to resume in {folder}"
     done = len(open_saved(folder, "train").history.epochs)  # an epoch may just be written
     if done - first >= job.args.epochs:
         return f"all {done} epochs are saved in {folder}"
-    words = list(job.program)
-    for flag in ALL:
-        # what this session changes is in the run only once it has an epoch
-        new = flag.scope == "session" or job.saved and done == first
-        if flag.dest in job.given and new and flag.name not in OF_THE_RESUMED:
-            words += typed(flag, job.given[flag.dest])
+    # changes of this session are saved only with its first epoch
+    unsaved = job.saved and done == first
+    words = _flags_of_this_call(job, lambda flag: flag.scope == "session" or unsaved)
     settings = {"load_path": folder, "epochs": job.args.epochs - (done - first)}
-    words += [
-        word for flag in ALL if flag.dest in settings for word in typed(flag, settings[flag.dest])
-    ]
+    for flag in ALL:
+        if flag.dest in settings:
+            words += typed(flag, settings[flag.dest])
     return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(words)}"
