@@ -156,7 +156,11 @@ def test_no_file_undoes_the_epochs_of_its_run(ok, cli, zoo, tmp_path):
     ok(f"--device -1 --load-path {run}")
     kept = (run / "checkpoint.tar").read_bytes()
     code, _, err = cli(f"--device -1 --load-path {run / 'early.tar'}")
-    assert code == 2 and "which would be overwritten" in err and (run / "checkpoint.tar").read_bytes() == kept
+    assert (
+        code == 2
+        and "which would be overwritten" in err
+        and (run / "checkpoint.tar").read_bytes() == kept
+    )
     assert not list(run.glob(".*lock"))
     ok(f"--device -1 --load-path {run / 'final_checkpoint.tar'}")  # which is the latest
 

@@ -3,6 +3,7 @@ traceback, or passes for another run."""
 
 import contextlib
 import copy
+import csv
 import functools
 import io
 import os
@@ -827,3 +828,11 @@ def test_a_run_of_the_version_before_is_evaluated_and_resumed(ok, tmp_path):
         assert (state["model_state_dict"][name] - weight).abs().max() < 1e-4, name
         assert (state["model_state_dict"][name] - weight).abs().median() < 1e-6, name
     assert torch.load(run / "model.pt", weights_only=True)["epoch"] == 4
+
+
+def test_a_run_of_the_version_before_is_compared(ok, tmp_path):
+    runs = [shutil.copytree(DATA / "run_2026-11", tmp_path / name) for name in ("a", "b")]
+    ok(f"--todo compare --device -1 --load-path {runs[0]} {runs[1]}")
+    (table,) = tmp_path.glob("results/compare/*/*/comparison.csv")
+    rows = {row["measure"]: row for row in csv.DictReader(io.StringIO(table.read_text()))}
+    assert float(rows["clean"]["mean"]) == 10.0 and rows["clean"]["group"] == "MLP EP", rows
