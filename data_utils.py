@@ -1,5 +1,4 @@
-"""Tasks and their mini-batches, files of corrupted images, and the two kinds of errors that a user
-hears of.
+"""Tasks, mini-batches, files of corrupted images, and the two errors that are reported to users.
 
 torch and torchvision are imported where they are used: the command line asks for names and sizes of
 tasks before it loads them."""
@@ -12,6 +11,7 @@ import pathlib
 import pickle
 import re
 import tarfile
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,44 +19,49 @@ import data_files
 
 
 class UserError(Exception):
-    """Something the user can put right: `main.py` prints it as one line and exits with `code`."""
+    """An error that the user can correct: `main.py` prints one line and exits with `code`."""
 
     code = 2
 
 
 class RunFailed(UserError):
-    """A run that began well and cannot go on. resumable: whether going on from what is saved is the
-    advice."""
+    """A run that began and cannot continue. resumable: whether the message advises to resume."""
 
-    code, resumable = 1, False
+    code = 1
+    resumable = False
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The message of an exception, on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# -------------------------------------------------------------------------------------------- tasks
-# A task is its name, the geometry of its images, and a function that reads one split: for each file of images a tuple
-# (where it is, images (n, C, H, W), labels (n,)) of NumPy arrays as they were found, which `load_split` checks.
+# ---- tasks
 
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), tuple(3 * s for s in (0.2023, 0.1994, 0.2010))
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = tuple(3 * s for s in (0.2023, 0.1994, 0.2010))
 
 
+@dataclasses.dataclass
 class Task:
-    """A data set: the geometry of its images, how they are normalised, and how one split is
-    read."""
+    """A data set: how a split is read, the geometry of its images and their normalisation.
 
-    def __init__(self, read, channels, size, classes, mean=(0.0,), std=(1.0,), augments=False):
-        self.read, self.channels, self.size, self.classes = read, channels, size, classes
-        self.mean, self.std = (
-            mean,
-            std,
-        )  # of the normalisation (image / 255 - mean) / std, per channel
-        self.augments = augments  # whether flips and shifts keep the meaning of its images
+    read: (data_dir, train) -> [(where it is, images (n, C, H, W), labels (n,)), ...], NumPy arrays
+        as they are in the files; `load_split` validates them
+    mean, std: of the normalisation (image / 255 - mean) / std, per channel
+    augments: whether flips and shifts keep the meaning of the images"""
+
+    read: Callable
+    channels: int
+    size: int  # height and width
+    classes: int
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    augments: bool = False
 
     @property
-    def inputs(self):
+    def inputs(self) -> int:
+        """Numbers per image."""
         return self.channels * self.size * self.size
 
 
@@ -76,8 +81,8 @@ def _digits(data_dir, train):
 
 
 def _torchvision(name, read):
-    """Reads the files of torchvision's data set `name` by `read(dataset, data_dir, train)`; where
-    that finds that one does not exist (FileNotFoundError), they are downloaded."""
+    """A function that reads a split of torchvision's data set `name` by `read(dataset, data_dir,
+    train)`, after a download if a file does not exist (FileNotFoundError)."""
 
     def read_split(data_dir, train):
         import torchvision
@@ -93,10 +98,8 @@ def _torchvision(name, read):
         except UserError:
             raise
         except Exception as e:  # a download can fail in any way
-            reason, left = (
-                re.search(r"<urlopen error (.*?)>", str(e)),
-                data_dir / name / "processed",
-            )
+            reason = re.search(r"<urlopen error (.*?)>", str(e))
+            left = data_dir / name / "processed"
             note = f"; {left}, of an old torchvision, is not read" if os.path.exists(left) else ""
             raise UserError(
                 f"the files of {name} are missing: {missing} not found in {data_dir} "
@@ -110,8 +113,8 @@ def _torchvision(name, read):
 
 @contextlib.contextmanager
 def _opened(path):
-    """The file at `path`, to be read in the block, whose errors become a UserError.
-    FileNotFoundError alone stays: only what is not there at all is downloaded."""
+    """Open the file for a block whose errors become a UserError, except FileNotFoundError: only
+    missing files are downloaded."""
     try:
         with data_files.open_regular(path) as file:
             yield file
@@ -127,8 +130,8 @@ def _opened(path):
 
 
 def _refuse_misplaced(dataset, path, found):
-    """Raises UserError where a file that is not at `path` was `found` in another place: a download
-    would go before what somebody has put there."""
+    """Raise UserError if a file that is missing at `path` was `found` in another place: a download
+    would take precedence over the user's file."""
     if found:
         raise UserError(
             f"the files of {dataset.__name__} are missing: {path} does not exist; {found}"
@@ -136,7 +139,7 @@ def _refuse_misplaced(dataset, path, found):
 
 
 def _read_mnist(dataset, data_dir, train):
-    """From the files, in whichever of their forms they are there (see `data_files.forms`)."""
+    """Read the IDX files, in any of `data_files.forms`."""
 
     def read(name):
         path = folder / f"{'train' if train else 't10k'}-{name}-ubyte"
@@ -152,17 +155,13 @@ def _read_mnist(dataset, data_dir, train):
 
 
 def _read_cifar(dataset, data_dir, train):
-    """From the files, or where one is not there from the archive that they come in, which stays as
-    it is."""
-    folder, archive, meta = (
-        data_dir / dataset.base_folder,
-        data_dir / dataset.filename,
-        dataset.meta["filename"],
-    )
-    names, parts = (
-        [*(name for name, _ in (dataset.train_list if train else dataset.test_list)), meta],
-        {},
-    )
+    """Read the pickled batches or, if one is missing, the archive with them, which is not
+    unpacked."""
+    folder = data_dir / dataset.base_folder
+    archive = data_dir / dataset.filename
+    meta = dataset.meta["filename"]
+    names = [name for name, _ in (dataset.train_list if train else dataset.test_list)] + [meta]
+    parts = {}
 
     def read(where, name, file):
         entry = data_files.RestrictedUnpickler(file).load()
@@ -171,12 +170,10 @@ def _read_cifar(dataset, data_dir, train):
         parts[name] = where
         if name != meta:
             images = data_files.as_array(entry.get("data"))
-            images = images.reshape(-1, 3, 32, 32) if images.shape[1:] == (3072,) else images
-            parts[name] = (
-                where,
-                images,
-                data_files.as_labels(entry.get("labels", entry.get("fine_labels", []))),
-            )
+            if images.shape[1:] == (3072,):
+                images = images.reshape(-1, 3, 32, 32)
+            labels = data_files.as_labels(entry.get("labels", entry.get("fine_labels", [])))
+            parts[name] = (where, images, labels)
 
     if os.path.exists(archive) and not all(os.path.exists(folder / name) for name in names):
         with _opened(archive) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
@@ -256,12 +253,9 @@ class Batches:
 
 
 def to_device(tensor, device):
-    """A tensor of the CPU on that device, without waiting for what the device computes
-    meanwhile."""
+    """Copy a tensor from the CPU to a device without waiting for what it computes meanwhile."""
     if device.type == "cuda" and tensor.is_cpu and not hasattr(tensor, "fake_mode"):
-        tensor = (
-            tensor.pin_memory()
-        )  # only then the copy waits its turn on the device, and the host does not
+        tensor = tensor.pin_memory()  # without it the host waits for the copy
     return tensor.to(device, non_blocking=True)
 
 
@@ -288,19 +282,17 @@ def flip_and_shift(images, generator, reach=4):
 
 
 def load_split(name, data_dir, train, size=None):
-    """The first `size` (default: all) samples of one split: images, uint8 (n, C, H, W), and labels,
-    int64 (n,). Raises UserError where the files are missing, damaged, not what the task needs, or
-    too few."""
+    """Load the first `size` (default: all) samples of a split: images, uint8 (n, C, H, W), and
+    labels, int64 (n,). Raises UserError if files are missing, damaged, too small or do not fit the
+    task."""
     import torch
 
     parts = TASKS[name].read(data_dir, train)
     for part in parts:
         _check(name, *part)
     _, images, labels = zip(*parts)
-    images, labels = (
-        np.ascontiguousarray(np.concatenate(images)),
-        np.concatenate(labels).astype(np.int64),
-    )
+    images = np.ascontiguousarray(np.concatenate(images))
+    labels = np.concatenate(labels).astype(np.int64)
     if size is not None and size > len(labels):
         flag = f"--{'train' if train else 'test'}-size"
         raise UserError(f"argument {flag}: got {size}, {name} has {len(labels)} such images")
