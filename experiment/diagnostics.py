@@ -150,8 +150,8 @@ class Diagnostics:
         elif self.contrast is not None and self.contrast < 4:
             yield (
                 "noise",
-                f"the nudge moves the output by {float(self.contrast):.1f} times its rounding "
-                "error: updates are mostly noise; use a larger beta (--betas)",
+                f"the nudge moves the output by {float(self.contrast):.1f} times the rounding "
+                "error of its values: updates are mostly noise; use a larger beta (--betas)",
             )
         alike = [
             name

@@ -151,7 +151,8 @@ class Trainer:
         """One pass over the training images. Returns the accuracy of the free phases, a share, and
         the last mini-batch's neurons, of this worker's share."""
         last, tenth = len(batches), math.ceil(len(batches) / 10)
-        hits = torch.zeros((), dtype=torch.int64, device=batches.labels.device)
+        device = next(self.model.parameters()).device
+        hits = torch.zeros((), dtype=torch.int64, device=device)
         seen = 0
         bar = progress(stopwatch.iterate(batches, "data"), f"epoch {epoch}", last)
         for batch, (x, y) in enumerate(bar, 1):
