@@ -1,6 +1,4 @@
-import contextlib
 import copy
-import io
 import multiprocessing
 import os
 import pathlib
@@ -134,9 +132,16 @@ ZOO = {  # small models: the command line that trains each
 }
 
 
+def train_in(folder, line):
+    """Trains in a folder, with what main.py prints in its file `output`."""
+    os.chdir(folder)
+    sys.stdout = sys.stderr = open("output", "w", buffering=1)
+    sys.exit(main.main(line.split()))
+
+
 class Zoo:
     """The runs of the small models in ZOO, each trained once for all workers of a test session,
-    when the first test asks for it."""
+    when the first test asks for it: in a process of its own, where nothing is patched."""
 
     def __init__(self, root):
         self.root = root
@@ -147,15 +152,10 @@ class Zoo:
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 with tempfile.TemporaryDirectory(dir=self.root) as work:
-                    # its output is not that of the test that asked for it
-                    output = io.StringIO()
-                    with (
-                        pytest.MonkeyPatch.context() as patch,
-                        contextlib.redirect_stdout(output),
-                        contextlib.redirect_stderr(output),
-                    ):
-                        patch.chdir(work)
-                        assert main.main(ZOO[name].split()) == 0, output.getvalue()
+                    process = context.Process(target=train_in, args=(work, ZOO[name]))
+                    process.start()
+                    process.join()
+                    assert process.exitcode == 0, pathlib.Path(work, "output").read_text()
                     pathlib.Path(work, "results").rename(folder)
         return folder
 

@@ -242,9 +242,15 @@ def test_hopskipjump_starts_from_an_image_of_another_class(monkeypatch):
 
 def test_the_warning(ok, tmp_path, zoo):
     model, images, labels = saturated()
-    run = zoo.copy("digits, CNN", tmp_path)
+    run = zoo.copy("CNN", tmp_path)
     state = torch.load(run / "model.pt", weights_only=True)
-    torch.save({**state, "model_state_dict": model.state_dict()}, run / "model.pt")
+    config = {"channels": [6, 8], "act": "my_hard_sig", "loss": "cel", "softmax": True, "T1": 16}
+    state = {
+        **state,
+        "model_state_dict": model.state_dict(),
+        "config": {**state["config"], **config},
+    }
+    torch.save(state, run / "model.pt")
     out = ok(COMMON, f"--load-path {run} --eps-list 0.5 --attack-iters 3 --attack-grad bptt smooth")
     assert "upper bound" in out and "--attack-grad smooth" in out
     assert [row["grad"] for row in rows(run)] == ["bptt", "smooth", "worst"]

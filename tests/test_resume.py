@@ -1,6 +1,7 @@
 """Runs that are interrupted, killed, or given files that are not what they should be."""
 
 import os
+import pathlib
 import pickle
 import random
 import resource
@@ -132,7 +133,10 @@ def test_after_a_kill_the_run_says_how_many_epochs_are_left(ok, tmp_path):
     assert "asked for" not in ok(f"--device -1 --load-path {run}")  # nothing is left
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_interrupts_say_how_to_go_on(tmp_path, number, code):
     words = (MLP + " --train-size 1437 --T1 200 --epochs 500").split()
     process = subprocess.Popen(
@@ -305,51 +309,62 @@ OLD = '''
 import sys, types, torch
 sys.path.insert(0, {root!r})
 import model_utils as ours
-kind, folder = sys.argv[1:]
-torch.manual_seed(0)
-act = ours.my_hard_sig if "CNN" in kind else torch.tanh
-geometry = (28, [1, 3, 4], [5, 5], [1, 1], [6, 10], ours.make_pools("ma"), [0, 1])
-new = {{"P_MLP": lambda: ours.P_MLP([784, 12, 10], act), "VF_MLP": lambda: ours.VF_MLP([784, 12, 10, 10], act),
-        "P_CNN": lambda: ours.P_CNN(*geometry, act, softmax=True),
-        "VF_CNN": lambda: ours.VF_CNN(*geometry, act, softmax=True)}}[kind]()
-x = torch.rand(5, 1, 28, 28)
-out = new.readout(new(x, None, None, 6))
-old_module = types.ModuleType("model_utils")
-exec("""
+for kind in sys.argv[2:]:
+    folder = sys.argv[1] + "/" + kind
+    torch.manual_seed(0)
+    act = ours.my_hard_sig if "CNN" in kind else torch.tanh
+    geometry = (28, [1, 3, 4], [5, 5], [1, 1], [6, 10], ours.make_pools("ma"), [0, 1])
+    new = {{"P_MLP": lambda: ours.P_MLP([784, 12, 10], act), "VF_MLP": lambda: ours.VF_MLP([784, 12, 10, 10], act),
+            "P_CNN": lambda: ours.P_CNN(*geometry, act, softmax=True),
+            "VF_CNN": lambda: ours.VF_CNN(*geometry, act, softmax=True)}}[kind]()
+    x = torch.rand(5, 1, 28, 28)
+    out = new.readout(new(x, None, None, 6))
+    old_module = types.ModuleType("model_utils")
+    exec("""
 import torch
 def my_hard_sig(x): return x
 class %s(torch.nn.Module):
     pass
 """ % kind, old_module.__dict__)
-sys.modules["model_utils"] = old_module
-for value in old_module.__dict__.values():
-    if callable(value): value.__module__ = "model_utils"
-old = getattr(old_module, kind)()
-plain = lambda layer: layer
-old.synapses = torch.nn.ModuleList(new.synapses)
-if len(new.B_syn): old.B_syn = torch.nn.ModuleList(new.B_syn)
-if "CNN" in kind:
-    old.pools = [torch.nn.MaxPool2d(2, stride=2), torch.nn.AvgPool2d(2, stride=2)]
-    old.softmax, old.same_update = True, False
-old.activation = old_module.my_hard_sig if "CNN" in kind else torch.tanh
-old.nc = 10
-torch.save(old, folder + "/model.pt")
-groups = [{{"params": m.parameters(), "lr": 0.01}} for m in [*new.synapses, *new.B_syn]]
-optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
-torch.save({{"model_state_dict": new.state_dict(), "opt": optimizer.state_dict(), "scheduler": None, "best": 49.0,
-            "train_acc": [40.0, 50.0], "test_acc": [41.0, 49.0], "epoch": 1, "angles": [90.0]}},
-           folder + "/checkpoint.tar")
-torch.save((x, out), folder + "/expected")
+    sys.modules["model_utils"] = old_module
+    for value in old_module.__dict__.values():
+        if callable(value): value.__module__ = "model_utils"
+    old = getattr(old_module, kind)()
+    plain = lambda layer: layer
+    old.synapses = torch.nn.ModuleList(new.synapses)
+    if len(new.B_syn): old.B_syn = torch.nn.ModuleList(new.B_syn)
+    if "CNN" in kind:
+        old.pools = [torch.nn.MaxPool2d(2, stride=2), torch.nn.AvgPool2d(2, stride=2)]
+        old.softmax, old.same_update = True, False
+    old.activation = old_module.my_hard_sig if "CNN" in kind else torch.tanh
+    old.nc = 10
+    torch.save(old, folder + "/model.pt")
+    groups = [{{"params": m.parameters(), "lr": 0.01}} for m in [*new.synapses, *new.B_syn]]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    torch.save({{"model_state_dict": new.state_dict(), "opt": optimizer.state_dict(), "scheduler": None, "best": 49.0,
+                "train_acc": [40.0, 50.0], "test_acc": [41.0, 49.0], "epoch": 1, "angles": [90.0]}},
+               folder + "/checkpoint.tar")
+    torch.save((x, out), folder + "/expected")
 '''
 
 
-@pytest.mark.parametrize("kind", ["P_MLP", "VF_MLP", "P_CNN", "VF_CNN"])
-def test_files_of_the_original_code_load(ok, tmp_path, kind):
-    folder = tmp_path / "old"
-    folder.mkdir()
-    subprocess.run(
-        [sys.executable, "-c", OLD.format(root=str(ROOT)), kind, str(folder)], check=True
-    )
+KINDS = ("P_MLP", "VF_MLP", "P_CNN", "VF_CNN")
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A folder for each of KINDS, with files of the original code."""
+    root = tmp_path_factory.mktemp("originals")
+    for kind in KINDS:
+        (root / kind).mkdir()
+    program = OLD.format(root=str(ROOT))
+    subprocess.run([sys.executable, "-c", program, str(root), *KINDS], check=True)
+    return root
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_the_original_code_load(ok, originals, tmp_path, kind):
+    folder = pathlib.Path(shutil.copytree(originals / kind, tmp_path / "old"))
     x, out = torch.load(folder / "expected", weights_only=True)
 
     # the pickled module tells its architecture itself
