@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from data_utils import UserError
-from experiment import arguments, checks, figures_checks
+from experiment import arguments, checks
 from experiment.devices import computed_on
 from experiment.flags import FEED_FORWARD
+from experiment.plots import attacks
 from experiment.report import same_settings
 from experiment.runs import checkpoint
 from experiment.runs.files import (
@@ -152,7 +153,7 @@ class AuditFiles:
 
     def plot(self, result: Mapping[str, Any]) -> None:
         """Draw the result."""
-        self.run.save_figure(f"{self.stem}.png", figures_checks.audit, result, self._title())
+        self.run.save_figure(f"{self.stem}.png", attacks.audit, result, self._title())
 
     def _settings_of_result(self) -> Any:
         """Those of the result in the folder; None without one."""

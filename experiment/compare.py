@@ -10,10 +10,10 @@ import pathlib
 import statistics
 
 from data_utils import UserError
-from experiment import figures_compare
 from experiment.arguments import shown
 from experiment.flags import DATA
 from experiment.measured import Key, of_training, read_published, read_run
+from experiment.plots import compare as plots
 from experiment.runs.files import WriteFailed, csv_cell, markdown_cell, printable, why, write_text
 from experiment.runs.folder import RunFolder
 
@@ -234,7 +234,7 @@ def compare(paths, labels, published, figures, command, root="results"):
         flush=True,
     )
     run = RunFolder(folder, figures, "comparison")
-    for name, draw, *data in figures_compare.all_figures(everything):
+    for name, draw, *data in plots.all_figures(everything):
         run.save_figure(name, draw, *data)
     return folder
 

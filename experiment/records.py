@@ -8,8 +8,8 @@ import torch
 
 from data_utils import TASKS
 from energy.dynamics import CONVERGED, WINDOW
-from experiment import figures, figures_checks
 from experiment.devices import computed_on
+from experiment.plots import attacks, training
 from experiment.report import HEADER, same_settings, settings_of
 from experiment.runs.files import WriteFailed, why
 
@@ -24,7 +24,7 @@ def draw_training(run, model, args, story, neurons):
     best = story.best
     run.save_figure(
         "train-test_acc.png",
-        figures.accuracy,
+        training.accuracy,
         story.epochs,
         best and best["epoch"],
         story.resumptions,
@@ -32,7 +32,7 @@ def draw_training(run, model, args, story, neurons):
     )
     run.save_figure(
         "neural_activity.png",
-        figures.activity,
+        training.activity,
         neurons,
         RANGES.get(model.activation),
         model.chain(args.loss).linear_output,
@@ -83,7 +83,7 @@ def write_predictions(run, found, classes, model):
     )
     counts = torch.zeros(classes, classes, dtype=torch.int64)
     counts.index_put_((found.labels, found.classes), torch.tensor(1), accumulate=True)
-    run.save_figure(CONFUSION, figures.confusion, counts.numpy())
+    run.save_figure(CONFUSION, training.confusion, counts.numpy())
 
 
 def where_predictions(run, loss):
@@ -138,9 +138,9 @@ def draw_characteristic(run, saved, counted, moving):
     (accuracy, converged), (residual, energy, _), trained = counted, moving, saved.args.get("T1")
     chance = 100 / TASKS[saved.args["task"]].classes if saved.args.get("task") else None
     run.save_figure(
-        "Characteristic_Time.png", figures.characteristic, accuracy, converged, trained, chance
+        "Characteristic_Time.png", training.characteristic, accuracy, converged, trained, chance
     )
-    run.save_figure("Characteristic_Energy.png", figures.relaxation, residual, energy, trained)
+    run.save_figure("Characteristic_Energy.png", training.relaxation, residual, energy, trained)
 
 
 # ---- gducheck
@@ -157,15 +157,13 @@ def save_gdu(run, comparison):
     for name, bptt in comparison.bptt.items():
         run.save_figure(
             f"gdu_{name}.png",
-            figures_checks.gdu_entries,
+            attacks.gdu_entries,
             name,
             bptt,
             comparison.ep[name],
             generator,
         )
+    run.save_figure("gdu_layers.png", attacks.gdu_layers, comparison.bptt, comparison.ep, generator)
     run.save_figure(
-        "gdu_layers.png", figures_checks.gdu_layers, comparison.bptt, comparison.ep, generator
-    )
-    run.save_figure(
-        "gdu_overview.png", figures_checks.gdu_overview, list(comparison.bptt), comparison.rows
+        "gdu_overview.png", attacks.gdu_overview, list(comparison.bptt), comparison.rows
     )

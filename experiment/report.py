@@ -7,10 +7,10 @@ import json
 import numpy as np
 
 from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES, TASKS, UserError
-from experiment import figures, figures_checks
 from experiment.arguments import described
 from experiment.devices import computed_on
 from experiment.flags import LEAST_EPS, MOST_EPS
+from experiment.plots import attacks, training
 from experiment.runs.files import number, parse_json, read_text, replacing
 
 HEADER = "# settings: "
@@ -213,7 +213,7 @@ class Sweep:
     def plot(self):
         self.run.save_figure(
             f"{self.stem}.png",
-            figures_checks.sweep,
+            attacks.sweep,
             self.rows,
             self.settings,
             self.clean,
@@ -236,7 +236,7 @@ class Sweep:
         title = f"Attacked images: {self.settings['attack']}, {self.settings['attack_norm']}-norm, eps = {eps:g}"
         self.run.save_figure(
             f"{self.stem}_images.png",
-            lambda: figures_checks.attacked_images(
+            lambda: attacks.attacked_images(
                 (images.float() / 255).numpy(), labels, clean.numpy(), result, title
             ),
         )
@@ -314,7 +314,7 @@ class CorruptionTable:
         )
         self.run.save_figure(
             "Corruption_Accuracy.png",
-            figures.corruptions,
+            training.corruptions,
             shares,
             self.names,
             self.means(),

@@ -14,7 +14,8 @@ from conftest import ROOT, context
 
 import main
 from data_utils import CORRUPTIONS
-from experiment import compare, figures_compare, measured
+from experiment import compare, measured
+from experiment.plots import compare as plots
 from experiment.runs.folder import RunFolder
 
 TINY = (
@@ -255,7 +256,7 @@ def test_curves_are_of_one_attack_and_of_all_runs():
         ],
     )
     one = attacked("one", [[("smooth", 1, 65)]])
-    (axes,) = figures_compare.robustness([both, one], "2").axes
+    (axes,) = plots.robustness([both, one], "2").axes
     lines = {
         (line.get_linestyle(), line.get_fillstyle()): line.get_xydata().tolist()
         for line in axes.get_lines()
@@ -263,7 +264,7 @@ def test_curves_are_of_one_attack_and_of_all_runs():
     }
     assert lines == {("-", "full"): [[1, 65]], ("None", "none"): [[2, 30]]}
     assert axes.get_title() == "pgd\nsmooth@29, 20 iterations"
-    (axes,) = figures_compare.robustness([attacked("other", [[("bptt", 1, 65)]]), one], "2").axes
+    (axes,) = plots.robustness([attacked("other", [[("bptt", 1, 65)]]), one], "2").axes
     assert "not the same for all" in axes.get_title() and "bptt@29" in axes.get_title()
 
 

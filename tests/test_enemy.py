@@ -11,9 +11,9 @@ from conftest import ZOO, only_run
 
 import model_utils as mu
 from data_utils import UserError
-from experiment import drawing, figures
 from experiment.audit import AuditFiles
 from experiment.flags import ALL
+from experiment.plots import style, training
 from experiment.report import Sweep
 from experiment.runs import resume
 from experiment.runs.folder import RunFolder
@@ -176,8 +176,8 @@ def test_a_crafted_run_is_refused_from_python(zoo, tmp_path):
 
 def test_no_text_from_outside_is_a_formula(tmp_path):
     rows = [{"epoch": 1, "train_acc": 1.0, "test_acc": 1.0}]
-    figure = figures.accuracy(rows, 1, {1: "--data-dir $\\foo$ (until now ./data)"})
-    with drawing.style():
+    figure = training.accuracy(rows, 1, {1: "--data-dir $\\foo$ (until now ./data)"})
+    with style.style():
         figure.savefig(tmp_path / "a.png")
-        figure.suptitle(drawing.run_title(pathlib.Path("results/$\\foo$"), "MLP"))
+        figure.suptitle(style.run_title(pathlib.Path("results/$\\foo$"), "MLP"))
         figure.savefig(tmp_path / "b.png")

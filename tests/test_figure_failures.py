@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, ZOO, only_run
 
-from experiment import figures
+from experiment.plots import training
 from experiment.runs.folder import RunFolder
 from experiment.training import Recorder
 
@@ -130,7 +130,7 @@ def test_figures_are_the_same_whatever_settings_matplotlib_has(tmp_path):
 
     rows = [{"epoch": n, "train_acc": 50.0 + n, "test_acc": 49.0 + n} for n in range(1, 6)]
     run = RunFolder(tmp_path)
-    run.save_figure("a.png", figures.accuracy, rows)
+    run.save_figure("a.png", training.accuracy, rows)
     plain = (tmp_path / "a.png").read_bytes()
     with matplotlib.rc_context(
         {
@@ -142,7 +142,7 @@ def test_figures_are_the_same_whatever_settings_matplotlib_has(tmp_path):
             "axes.formatter.use_mathtext": True,
         }
     ):
-        run.save_figure("a.png", figures.accuracy, rows)
+        run.save_figure("a.png", training.accuracy, rows)
     assert (tmp_path / "a.png").read_bytes() == plain
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import metrics
-from experiment import figures, figures_checks
+from experiment.plots import attacks, training
 from experiment.report import Sweep
 from experiment.runs.folder import RunFolder
 
@@ -65,31 +65,29 @@ def all_figures():
     ]
     seed = torch.Generator().manual_seed(0)
     return {
-        "accuracy": figures.accuracy(ROWS, 3, {2: "--T1 30 (until now 20)", 4: ""}, 10),
-        "accuracy of one epoch": figures.accuracy(
+        "accuracy": training.accuracy(ROWS, 3, {2: "--T1 30 (until now 20)", 4: ""}, 10),
+        "accuracy of one epoch": training.accuracy(
             [{"epoch": 1, "train_acc": 1.0, "test_acc": 2.0}]
         ),
-        "activity": figures.activity(
+        "activity": training.activity(
             [torch.rand(4, 7, 3, 3), torch.zeros(4, 5), torch.randn(4, 5)], (0.0, 1.0), True
         ),
-        "characteristic": figures.characteristic([0.1, 0.5, 0.6], [0.0, 0.2, 1.0], 2, 10),
-        "relaxation": figures.relaxation([1.0, 0.1, 0.01], [3.0, 4.0, 4.5], 2),
-        "relaxation, no energy": figures.relaxation([0.0, 0.0], None, 20),
-        "confusion": figures.confusion(np.eye(10, dtype=int) * 7),
-        "confusion of many": figures.confusion(np.eye(100, dtype=int)),
-        "corruptions": figures.corruptions(
+        "characteristic": training.characteristic([0.1, 0.5, 0.6], [0.0, 0.2, 1.0], 2, 10),
+        "relaxation": training.relaxation([1.0, 0.1, 0.01], [3.0, 4.0, 4.5], 2),
+        "relaxation, no energy": training.relaxation([0.0, 0.0], None, 20),
+        "confusion": training.confusion(np.eye(10, dtype=int) * 7),
+        "confusion of many": training.confusion(np.eye(100, dtype=int)),
+        "corruptions": training.corruptions(
             np.full((19, 5), 70.0), [f"kind_{n}" for n in range(19)], (0.7, 0.7), 7
         ),
-        "gdu_entries": figures_checks.gdu_entries(
-            "neurons_0", bptt["neurons_0"], ep["neurons_0"], seed
-        ),
-        "gdu_layers": figures_checks.gdu_layers(bptt, ep, seed),
-        "gdu_overview": figures_checks.gdu_overview(list(bptt), gdu_rows),
-        "sweep": figures_checks.sweep(SWEEP, SETTINGS, 0.9, 0.1),
-        "audit": figures_checks.audit(AUDITED, "Audit, 2-norm, eps 1"),
-        "sweep at 0": figures_checks.sweep(SWEEP[:1], SETTINGS, 0.9),
-        "attacked_images": figures_checks.attacked_images(*attacked()),
-        "attacked_images, one in colour": figures_checks.attacked_images(
+        "gdu_entries": attacks.gdu_entries("neurons_0", bptt["neurons_0"], ep["neurons_0"], seed),
+        "gdu_layers": attacks.gdu_layers(bptt, ep, seed),
+        "gdu_overview": attacks.gdu_overview(list(bptt), gdu_rows),
+        "sweep": attacks.sweep(SWEEP, SETTINGS, 0.9, 0.1),
+        "audit": attacks.audit(AUDITED, "Audit, 2-norm, eps 1"),
+        "sweep at 0": attacks.sweep(SWEEP[:1], SETTINGS, 0.9),
+        "attacked_images": attacks.attacked_images(*attacked()),
+        "attacked_images, one in colour": attacks.attacked_images(
             *[part[:1] if isinstance(part, np.ndarray) else part for part in attacked(3)[:3]],
             {key: part[:1] for key, part in attacked(3)[3].items()},
             "Attacked images",
@@ -127,7 +125,7 @@ def test_every_figure_is_saved_in_both_formats(tmp_path, drawn, form, magic):
 def test_a_png_has_200_dots_an_inch(tmp_path):
     from matplotlib.image import imread
 
-    RunFolder(tmp_path).save_figure("a.png", figures.accuracy, ROWS)
+    RunFolder(tmp_path).save_figure("a.png", training.accuracy, ROWS)
     height, width, _ = imread(tmp_path / "a.png").shape
     assert (width, height) == (1200, 760)
 
@@ -136,12 +134,12 @@ def test_the_style_leaves_no_trace():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    figures.accuracy(ROWS)
+    training.accuracy(ROWS)
     assert dict(matplotlib.rcParams) == before
 
 
 def test_curves_differ_in_colour_marker_and_line():
-    lines = figures.accuracy(ROWS).axes[0].get_lines()[:3]
+    lines = training.accuracy(ROWS).axes[0].get_lines()[:3]
     for look in (lambda c: c.get_color(), lambda c: c.get_marker(), lambda c: c.get_linestyle()):
         assert len({look(line) for line in lines}) == 3
     assert lines[0].get_color() == "#0072B2"
@@ -165,13 +163,13 @@ def test_the_training_plot_marks_the_picked_model_resumptions_and_chance(drawn):
 
 
 def test_many_resumptions_leave_room_for_the_curves():
-    found = labels(figures.accuracy(ROWS, None, {n: "x" * 2000 for n in range(1, 40)}))
+    found = labels(training.accuracy(ROWS, None, {n: "x" * 2000 for n in range(1, 40)}))
     resumed = [label for label in found if label.startswith("resumed")]
     assert len(resumed) == 5 and "39" in resumed[-1] and max(map(len, resumed)) <= 90
 
 
 def test_saturation_is_counted_at_both_ends(drawn):
-    assert figures.saturation(torch.tensor([0.0, 0.005, 0.5, 1.0]), (0.0, 1.0)) == (0.5, 0.25)
+    assert training.saturation(torch.tensor([0.0, 0.005, 0.5, 1.0]), (0.0, 1.0)) == (0.5, 0.25)
     titles = [axes.get_title() for axes in drawn["activity"].axes]
     assert "at 0: 100.0 %, at 1: 0.0 %" in titles[1] and "no activation" in titles[2]
     assert all(axes.get_ylim()[0] == 0 for axes in drawn["activity"].axes)
@@ -197,7 +195,7 @@ def test_a_sweep_has_its_eps_as_ticks_intervals_clean_and_chance(drawn):
 
 def test_dense_eps_are_not_written_over_each_other():
     rows = [{**SWEEP[0], "eps": repr(e)} for e in (*np.linspace(0.1, 0.2, 90).tolist(), 0.20001)]
-    ticks = figures_checks.sweep(rows, SETTINGS, 0.9).axes[0].get_xticklabels()
+    ticks = attacks.sweep(rows, SETTINGS, 0.9).axes[0].get_xticklabels()
     assert len(ticks) == 91 and 10 < sum(bool(text.get_text()) for text in ticks) <= 29
 
 

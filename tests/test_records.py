@@ -13,7 +13,7 @@ import torch
 from conftest import only_run
 
 import model_utils as mu
-from experiment.figures import accuracy
+from experiment.plots.training import accuracy
 from experiment.runs.folder import RunFolder, fingerprint
 
 DIGITS = "--task digits --device -1 --train-size 120 --mbs 30 --seed 3 "

@@ -76,8 +76,8 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder.RunFolder, "save_figure", lambda *_: None)
         patch.setattr(folder, "versions", dict)
-        patch.setattr("experiment.figures.accuracy", lambda *_: None)
-        patch.setattr("experiment.figures.activity", lambda *_: None)
+        patch.setattr("experiment.plots.training.accuracy", lambda *_: None)
+        patch.setattr("experiment.plots.training.activity", lambda *_: None)
         patch.setattr("experiment.report.Sweep.plot", lambda *_: None)
         patch.setattr(data_utils, "load_split", split)
         patch.setattr(os, "fsync", lambda _: None)

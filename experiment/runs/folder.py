@@ -24,7 +24,7 @@ import torch
 from data_files import refusing_links
 from data_utils import UserError, one_line
 from experiment import records
-from experiment.drawing import run_title, style
+from experiment.plots.style import run_title, style
 from experiment.runs.files import (
     TEXT,
     Lock,

@@ -5,7 +5,7 @@ import statistics
 
 import numpy as np
 
-from experiment.drawing import (
+from experiment.plots.style import (
     COLUMN,
     eps_name,
     grid,

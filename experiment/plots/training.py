@@ -1,10 +1,10 @@
 """The figures of a run: functions from numbers to a Matplotlib figure. Those of checks and attacks
-are in `figures_checks`."""
+are in `attacks`."""
 
 import numpy as np
 
 from energy.dynamics import CONVERGED, WINDOW
-from experiment.drawing import (
+from experiment.plots.style import (
     curve_options,
     grid,
     legend_below,

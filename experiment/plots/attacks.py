@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from experiment.drawing import (
+from experiment.plots.style import (
     eps_name,
     grid,
     legend_below,

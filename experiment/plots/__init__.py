@@ -1,0 +1,1 @@
+"""Figures: functions from results to a Matplotlib figure, in one style (`style`)."""
