@@ -1,13 +1,13 @@
-"""Train energy models with Equilibrium Propagation or back-propagation through time, and examine
-them.
+"""Train energy models by Equilibrium Propagation or back-propagation through time, and examine them.
 
 Typical use:
-  python main.py --task digits --save                          train the default MLP on digits that need no download
-  python main.py --model CNN --channels 16 32 --loss cel --softmax ...         train a convolutional model on MNIST
+  python main.py --task digits --save            train the default MLP; digits need no download
+  python main.py --model CNN --channels 16 32 --loss cel --softmax ...    train a CNN on MNIST
   python main.py --todo evaluate --load-path results/EP/mse/2026-01-31/10-11-12_gpu0
 
 With --load-path, every flag that is not given takes its value from the saved run; the architecture
-always does."""
+always does.
+"""
 
 import signal
 
@@ -20,240 +20,270 @@ import functools
 import pathlib
 import shlex
 import sys
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from data_utils import TASKS, RunFailed, UserError
-from experiment import arguments, checks
-from experiment.config import Config
-from experiment.flags import FLAGS
+from data_utils import TASKS, RunFailed, Task, UserError
+from experiment import command_line, validate
+from experiment.command_line import MAIN_FLAGS
+from experiment.config import Config, Flag
 from experiment.launch import launched, note_on_separate_processes, validate_parallel
 from experiment.runs.files import exists
+from experiment.text import format_value
 
+if TYPE_CHECKING:
+    import torch
+
+    from data_utils import Batches
+    from experiment.console import Interruption
+    from experiment.inference import Convergence
+    from experiment.runs.checkpoint import SavedRun
+    from experiment.runs.folder import RunFolder
+    from experiment.workers import Workers
+
+FLAGS = MAIN_FLAGS
 NEED_A_RUN = ("evaluate", "attack", "audit", "characteristic", "corruptions")
 
 
 @dataclasses.dataclass
 class Job:
-    """What a --todo works with. saved: the run of --load-path, or None; program: the words of the
-    command line in front of the program's own, and command: all of them; given: the flags among
-    them, judged; run: the RunFolder of --run-dir, for rank 0; folders: the RunFolders that were
-    opened, whose locks `work` gives back; data: fingerprints of the images and labels that
-    `batches` has read, see `flags.DATA`."""
+    """What a task of --todo works with.
 
-    args: Any
+    saved         the run of --load-path or --run-dir, or None
+    program       the words of the command line in front of the program's own; command: all words
+    given         the flags of the command line, {dest: value}
+    run           the RunFolder of --run-dir, for rank 0
+    folders       the RunFolders that were opened, whose locks `work` releases
+    fingerprints  of the images and labels that `batches` has read, see `config.FINGERPRINTS`
+    """
+
+    config: Config
     model: Any
-    device: Any
-    workers: Any
-    interruption: Any
-    saved: Any
-    program: list
-    command: list
-    given: dict = dataclasses.field(default_factory=dict)
-    run: Any = None
-    folders: list = dataclasses.field(default_factory=list)
-    data: dict = dataclasses.field(default_factory=dict)
+    device: "torch.device"
+    workers: "Workers"
+    interruption: "Interruption"
+    saved: "SavedRun | None"
+    program: list[str]
+    command: list[str]
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)
+    run: "RunFolder | None" = None
+    folders: "list[RunFolder]" = dataclasses.field(default_factory=list)
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def batches(self, split, generator=None):
-        """The mini-batches of a split, `train`, `test`, or `val`: the last args.val_size of the
-        training images, which `train` lacks then. With a generator shuffled and, with --data-aug,
+    @property
+    def task(self) -> Task:
+        """The data set."""
+        return TASKS[self.config.data.task]
+
+    @property
+    def source(self) -> str:
+        """The checkpoint that was loaded, in words."""
+        return self.saved.source if self.saved else "untrained"
+
+    @property
+    def steps(self) -> str:
+        """The number of time steps of a prediction, in words."""
+        return f" with T1 = {self.config.learning.T1}" if self.model.has_dynamics else ""
+
+    def batches(self, split: str, generator: "torch.Generator | None" = None) -> "Batches":
+        """The mini-batches of a split, `train`, `test`, or `val`: the last --val-size training
+        images, which `train` then lacks. With a generator shuffled and, with --data-aug,
         augmented."""
         import data_utils
 
-        args, task = self.args, TASKS[self.args.task]
-        with self.workers.rank_zero_first():  # as it may have to download them
-            images, labels = data_utils.load_split(
-                args.task,
-                args.data_dir,
-                split != "test",
-                args.test_size if split == "test" else args.train_size,
-            )
-        which = "test_data" if split == "test" else "train_data"
-        self.data[which] = self.data.get(which) or data_utils.fingerprint((images, labels))
-        if split != "test" and args.val_size:
-            if args.val_size >= len(labels):
+        data = self.config.data
+        is_test = split == "test"
+        size = data.test_size if is_test else data.train_size
+        with self.workers.rank_zero_first():  # it may have to download them
+            images, labels = data_utils.load_split(data.task, data.data_dir, not is_test, size)
+        name = "test_data" if is_test else "train_data"
+        if name not in self.fingerprints:
+            self.fingerprints[name] = data_utils.fingerprint((images, labels))
+        if data.val_size and not is_test:
+            if data.val_size >= len(labels):
                 raise UserError(
-                    f"argument --val-size: got {args.val_size}, there are {len(labels)} training images, "
-                    "and at least one is to train on"
+                    f"argument --val-size: got {data.val_size}, expected fewer than the "
+                    f"{len(labels)} training images"
                 )
-            part = slice(-args.val_size, None) if split == "val" else slice(-args.val_size)
-            images, labels = images[part], labels[part]
-        augment = generator is not None and args.data_aug and task.augments
-        return data_utils.Batches(images, labels, args.mbs, task, self.device, generator, augment)
+            part = slice(-data.val_size, None) if split == "val" else slice(-data.val_size)
+            images = images[part]
+            labels = labels[part]
+        augment = generator is not None and data.data_aug and self.task.augments
+        return data_utils.Batches(
+            images, labels, data.mbs, self.task, self.device, generator, augment
+        )
 
-    @property
-    def rule(self):
-        """How the model learns and predicts."""
-        return Config.of(self.args).rule
-
-    @property
-    def steps(self):
-        """How many time steps a prediction takes, in words."""
-        return f" with T1 = {self.args.T1}" if self.model.has_dynamics else ""
-
-    def convergence(self, T1):
-        """An empty `Convergence` for free phases of T1 steps; None of a model without time
-        steps."""
+    def convergence(self, T1: int) -> "Convergence | None":
+        """An empty `Convergence` for free phases of T1 steps; None for a model without dynamics."""
         import torch
 
         import model_utils
+        from experiment.inference import Convergence
         from experiment.runs import checkpoint
 
         if not self.model.has_dynamics:
             return None
         model = self.model
-        if self.args.precision == "bf16":  # whose rounding hides what is left of the changes
+        if self.config.session.precision == "bf16":  # whose rounding hides small changes
+            assert self.saved is not None
             with torch.random.fork_rng(devices=[]):
-                model = model_utils.build(self.args).to(self.device)
+                model = model_utils.build(self.config).to(self.device)
             checkpoint.load_weights(model, self.saved)
-            model.compiled = self.args.compile
-        return model_utils.Convergence(model, T1)
+            model.compiled = self.config.session.compile
+        return Convergence(model, T1)
 
-    def run_folder(self):
-        """The folder of --load-path; raises UserError where nothing can be written to it."""
+    def run_folder(self) -> "RunFolder":
+        """The folder of --load-path. Raises UserError if nothing can be written to it."""
         from experiment.runs.folder import RunFolder
 
-        run = RunFolder(
-            self.saved.path.parent, self.args.figures, f"{self.args.model} on {self.args.task}"
-        )
+        assert self.saved is not None
+        run = RunFolder(self.saved.path.parent, self.config.session.figures, self.config.about)
         run.check_writable()
         self.folders.append(run)
         return run
+
+    def settings(self, kind: str, **more: Any) -> dict[str, Any]:
+        """The settings that identify a result of this kind: flags, weights and data."""
+        from experiment.runs.folder import fingerprint
+
+        assert self.saved is not None
+        weights = fingerprint(self.saved.weights)
+        return {**self.config.identity(kind), "weights": weights, **more}
 
 
 # -------------------------------------------------------------------------------------------- train
 
 
-def train(job):
-    """Trains, in a new run folder (--save), in that of --run-dir or --load-path, or in none."""
+def train(job: Job) -> None:
+    """Train: in a new run folder (--save), in that of --run-dir or --load-path, or in none."""
     import torch
 
     import model_utils
     from experiment.runs import checkpoint, resume
     from experiment.runs.history import History, changes, resumable_state, snapshot
 
-    args, workers, saved = job.args, job.workers, job.saved
+    saved = job.saved
     first = len(saved.history.epochs) if saved else 0
-    last = resume.last_epoch(args, job.given, saved)
+    last = resume.last_epoch(job.config, job.given, saved)
+    run_dir = job.config.session.run_dir
     if first >= last:
         return _complete(job, first, last)
-    if args.run_dir:
-        args.epochs = last
+    if run_dir:
+        job.config = job.config.replace(epochs=last)
     run = _training_folder(job)
-    left = resume.epochs_left(saved) if saved and "epochs" not in job.given else 0
-    if left > 1 and not args.run_dir:
-        print(f"note: this trains one epoch; --epochs {left} those that the run was asked for")
-    generator = torch.Generator().manual_seed(args.seed)
-    train_batches, test_batches = job.batches("train", generator), job.batches("test")
-    vars(args).update(job.data)  # to be written down with the arguments
-    optimizer, scheduler = model_utils.make_optimizer(job.model, args)
-    history = (
-        checkpoint.restore(saved, args, optimizer, scheduler, generator) if saved else History()
-    )
-    folder = saved and str(saved.path.parent)
+    remaining = resume.epochs_left(saved) if saved and "epochs" not in job.given else 0
+    if remaining > 1 and not run_dir:
+        print(
+            f"note: training 1 epoch; {remaining} of the requested epochs remain "
+            f"(--epochs {remaining})"
+        )
+    generator = torch.Generator().manual_seed(job.config.session.seed or 0)
+    train_batches = job.batches("train", generator)
+    test_batches = job.batches("test")
+    job.config = config = job.config.replace(**job.fingerprints)
+    optimizer, scheduler = model_utils.make_optimizer(job.model, config)
+    history = History()
+    if saved:
+        history = checkpoint.restore(saved, config.flat(), optimizer, scheduler, generator)
+        for change in changes(saved.args, config.flat()):
+            print(f"note: {change}")
     history.requested = max(history.requested, last)
+    folder = str(saved.path.parent) if saved else None
     job.interruption.advice = lambda: _advice(job, folder, first, last)
-    for change in changes(saved.args, vars(args)) if saved else ():
-        print(f"note: {change}")
+    command = shlex.join(job.command)
     if run and saved:
-        if args.run_dir:
-            run.complete(shlex.join(job.command), args, job.model, job.device)
+        if run_dir:
+            run.complete(command, config, job.model, job.device)
         run.restore(history.epochs, history.best)
         run.at_commit = functools.partial(
-            run.note_resumption,
-            shlex.join(job.command),
-            job.device,
-            first + 1,
-            saved.args,
-            vars(args),
+            run.note_resumption, command, job.device, first + 1, saved.args, config.flat()
         )
-    elif workers.rank == 0 and args.save:
-        state = snapshot(job.model, vars(args), history)
-        run = _new_folder(
-            job, {**state, **resumable_state(history, optimizer, scheduler, generator)}
-        )
-    print(
-        (
-            f"results go to {run.folder}"
-            if run
-            else "nothing of this training is kept, for want of --save"
-        )
-        + (f", from epoch {first + 1} on" if saved else ""),
-        flush=True,
-    )
-    folder = workers.broadcast(run and str(run.folder))
+    elif job.workers.rank == 0 and config.session.save:
+        state = snapshot(job.model, config.flat(), history)
+        resumable = resumable_state(history, optimizer, scheduler, generator)
+        run = _new_folder(job, {**state, **resumable})
+    where = f"results go to {run.folder}" if run else "this run is not saved (use --save)"
+    resumption = f", from epoch {first + 1} on" if saved else ""
+    print(f"{where}{resumption}", flush=True)
+    folder = job.workers.broadcast(run and str(run.folder))
     model_utils.train(
         job.model,
         optimizer,
         train_batches,
         test_batches,
-        args,
-        val_batches=job.batches("val") if args.val_size else None,
+        config,
+        val_batches=job.batches("val") if config.data.val_size else None,
         scheduler=scheduler,
         run=run,
         history=history,
-        workers=workers,
+        workers=job.workers,
         last=last,
     )
 
 
-def _complete(job, first, last):
-    """End a command whose --run-dir has all its epochs. Writes what a kill after the last one kept
-    from being written."""
-    import model_utils
-    from experiment import records
+def _complete(job: Job, first: int, last: int) -> None:
+    """End a command whose --run-dir has all its epochs, and write what a kill after the last one
+    kept it from writing."""
+    from experiment.inference import predicting_neurons
+    from experiment.results.training import draw_training
     from experiment.runs import resume
 
-    run, history = job.run, job.saved.history
+    run = job.run
+    assert job.saved is not None
     if run:
         resume.finish(run, job.saved)
     if job.workers.broadcast(run and resume.figures_are_old(run)):
         x, _ = next(iter(job.batches("train")))
         if run:
-            neurons = model_utils.predicting_neurons(job.model, x, job.rule)
-            records.draw_training(run, job.model, job.args, history, neurons)
-    print(f"nothing to train: {job.args.run_dir} has {first} epochs, --epochs is {last}")
+            neurons = predicting_neurons(job.model, x, job.config.rule)
+            loss = job.config.model.loss
+            history = job.saved.history
+            draw_training(run, job.model, job.config.data.task, loss, history, neurons)
+    print(f"nothing to train: {job.config.session.run_dir} has {first} epochs, --epochs is {last}")
 
 
-def _advice(job, folder, first, last):
+def _advice(job: Job, folder: str | None, first: int, last: int) -> str:
     """What is saved of an interrupted training, and how to resume."""
     from experiment.runs import resume
 
-    if job.args.run_dir:
-        return resume.saved_in_run_dir(job.args.run_dir, job.workers)
+    run_dir = job.config.session.run_dir
+    if run_dir:
+        return resume.saved_in_run_dir(run_dir, job.workers)
     if folder and job.workers.elsewhere and not exists(folder):
         return resume.saved_elsewhere(job, folder, last)
     return resume.how_to_resume(job, folder, first)
 
 
-def _training_folder(job):
-    """The folder that a training goes on in, locked; None where it begins, and for workers that do
-    not write."""
-    if not job.saved or job.args.run_dir:
+def _training_folder(job: Job) -> "RunFolder | None":
+    """The locked folder of a training that resumes; None for a new one, and in workers that do not
+    write."""
+    if not job.saved or job.config.session.run_dir:
         return job.run
+    if job.workers.rank > 0:
+        return None
     from experiment.runs import resume
 
-    run = None
-    if job.workers.rank == 0:
-        run = job.run_folder()
-        run.lock()
-        resume.refuse_to_undo(job.saved)
-        if not exists(job.saved.path) or job.saved.path.stat().st_mtime_ns != job.saved.stamp:
-            raise UserError(
-                f"{job.saved.path} has changed while it was read: another training was "
-                "at work; start again"
-            )
-        run.clean_up()
+    run = job.run_folder()
+    run.lock()
+    resume.refuse_to_undo(job.saved)
+    path = job.saved.path
+    if not exists(path) or path.stat().st_mtime_ns != job.saved.stamp:
+        raise UserError(
+            f"{path} changed while it was read, because another process trained this run; start "
+            "again"
+        )
+    run.clean_up()
     return run
 
 
-def _new_folder(job, checkpoint):
+def _new_folder(job: Job, checkpoint: dict[str, Any]) -> "RunFolder":
     from experiment.runs.folder import RunFolder
 
     command = shlex.join(job.command)
     if job.run:
-        job.run.begin(checkpoint, command, job.args, job.model, job.device)
+        job.run.begin(checkpoint, command, job.config, job.model, job.device)
         return job.run
-    run = RunFolder.create(job.args, job.device, command, job.model, checkpoint)
+    run = RunFolder.create(job.config, job.device, command, job.model, checkpoint)
     job.folders.append(run)
     return run
 
@@ -261,309 +291,294 @@ def _new_folder(job, checkpoint):
 # ------------------------------------------------------------------------------------ examine a run
 
 
-def evaluate(job):
+def evaluate(job: Job) -> None:
     """Accuracy on the training and test images, printed and appended to hyperparameters.txt; with
-    --save also what is predicted of every test image."""
-    import model_utils
-    from experiment import records
+    --save also the prediction for every test image."""
+    from experiment import inference
+    from experiment.results.evaluation import describe_predictions, write_predictions
     from experiment.runs.folder import fingerprint
     from experiment.timing import Stopwatch
 
-    args, parts, names = job.args, [], {"train": "train", "val": "validation", "test": "test"}
+    config = job.config
+    assert job.saved is not None
     run = job.run_folder() if job.workers.rank == 0 else None
-    found = None
-    for split in names if args.val_size else ("train", "test"):
-        data, stopwatch = job.batches(split), Stopwatch()
-        convergence = job.convergence(args.T1) if split == "test" else None
-        work = (
-            job.model,
-            data,
-            job.rule,
-            f"evaluating, {split}",
-            stopwatch,
-            job.workers,
-            convergence,
-        )
-        if args.save and split == "test":
-            found = model_utils.predict(*work)
-            accuracy = found.accuracy
+    predictions = None
+    parts = []
+    splits = {"train": "train", "val": "validation", "test": "test"}
+    for split, name in splits.items():
+        if split == "val" and not config.data.val_size:
+            continue
+        data = job.batches(split)
+        stopwatch = Stopwatch()
+        convergence = job.convergence(config.learning.T1) if split == "test" else None
+        inputs = (job.model, data, config.rule, f"evaluating, {split}", stopwatch, job.workers)
+        if config.session.save and split == "test":
+            predictions = inference.predict(*inputs, convergence)
+            accuracy = predictions.accuracy
         else:
-            accuracy = model_utils.evaluate(*work)
+            accuracy = inference.evaluate(*inputs, convergence)
         stopwatch.steps.gather(job.workers)
-        parts.append(
-            f"{names[split]} accuracy {100 * accuracy:.2f} % ({data.samples} "
-            f"images{f', {stopwatch.steps}' if args.tol else ''})"
-        )
+        steps = f", {stopwatch.steps}" if config.learning.tol else ""
+        parts.append(f"{name} accuracy {100 * accuracy:.2f} % ({data.samples} images{steps})")
     if convergence is not None:
         parts.append(f"{convergence.percent:.2f} % of {convergence.images} test images converged")
-    line = f"evaluated {job.saved.source}{job.steps}: " + ", ".join(parts)
-    _warn(convergence)
+        _warn(convergence)
+    line = f"evaluated {job.source}{job.steps}: {', '.join(parts)}"
     print(line, flush=True)
-    if job.workers.rank == 0:
+    if run:
         run.append_hyperparameters(line)
-        if found:
-            epochs, weights = len(job.saved.history.epochs), fingerprint(job.saved.weights)
-            model = f"{job.saved.path.name}@{epochs}:{weights}"
-            records.write_predictions(run, found, TASKS[args.task].classes, model)
-            print(records.where_predictions(run, args.loss))
+        if predictions:
+            epochs = len(job.saved.history.epochs)
+            model = f"{job.saved.path.name}@{epochs}:{fingerprint(job.saved.weights)}"
+            write_predictions(run, predictions, job.task.classes, model)
+            print(describe_predictions(run, config.model.loss))
 
 
-def _warn(convergence, flag="T1"):
-    """Prints a warning where too many images have not converged. convergence: a `Convergence` or
-    None."""
-    if convergence is not None and convergence.warning(flag):
-        print(f"warning: {convergence.warning(flag)}", flush=True)
+def _warn(convergence: "Convergence", flag: str = "T1") -> None:
+    """Print a warning if too many images have not converged."""
+    warning = convergence.warning(flag)
+    if warning:
+        print(f"warning: {warning}", flush=True)
 
 
-def characteristic(job):
+def characteristic(job: Job) -> None:
     """Test accuracy after every number of free steps up to T1."""
-    import model_utils
-    from experiment import records
-    from experiment.runs.folder import fingerprint
-
-    args, run, data, source = job.args, job.run_folder(), job.batches("test"), job.saved.source
-    convergence = job.convergence(args.T1)
-    counted = model_utils.characteristic(
-        job.model, data, job.rule, exact=convergence and convergence.model
+    from experiment import inference
+    from experiment.results.evaluation import (
+        Characteristic,
+        draw_characteristic,
+        write_characteristic,
     )
-    accuracy, converged = counted
-    away = [
-        t for t, share in enumerate(accuracy, 1) if abs(share - accuracy[-1]) > 0.001 + 1e-9
-    ]  # against rounding
-    x = next(iter(data))[0]
-    moving = (*model_utils.relaxation(job.model, x, job.rule), len(x))
-    settings = {
-        "images": data.samples,
-        "T1": args.T1,
-        "precision": args.precision,
-        "compile": args.compile,
-        "weights": fingerprint(job.saved.weights),
-        "data": job.data["test_data"],
-    }
-    records.write_characteristic(run, job.saved, counted, moving, settings)
+
+    config = job.config
+    T1 = config.learning.T1
+    run = job.run_folder()
+    data = job.batches("test")
+    convergence = job.convergence(T1)
+    accuracy, converged = inference.characteristic(
+        job.model, data, config.rule, exact=convergence and convergence.model
+    )
+    # against rounding of the accuracies
+    away = [t for t, share in enumerate(accuracy, 1) if abs(share - accuracy[-1]) > 0.001 + 1e-9]
+    x, _ = next(iter(data))
+    residual, energy = inference.relaxation(job.model, x, config.rule)
+    results = Characteristic(accuracy, converged, residual, energy, len(x))
+    settings = job.settings(
+        "characteristic", images=data.samples, data=job.fingerprints["test_data"]
+    )
+    write_characteristic(run, job.source, results, settings)
     print(
-        f"{source} after T1 = {args.T1} steps: test accuracy {100 * accuracy[-1]:.2f} % ({data.samples} images), "
-        f"within 0.1 points of it from step {max(away, default=0) + 1} on; {100 * converged[-1]:.2f} % converged\n"
+        f"{job.source} after T1 = {T1} steps: test accuracy {100 * accuracy[-1]:.2f} % "
+        f"({data.samples} images), within 0.1 points of it from step {max(away, default=0) + 1} "
+        f"on; {100 * converged[-1]:.2f} % converged\n"
         f"results are in {run.folder / 'Characteristic_Time.txt'}",
         flush=True,
     )
-    records.draw_characteristic(run, job.saved, counted, moving)
+    assert job.saved is not None
+    draw_characteristic(run, results, job.saved.args.get("task"), job.saved.args.get("T1"))
 
 
-def corruptions(job):
+def corruptions(job: Job) -> None:
     """Accuracy under the corruptions of CIFAR-10-C, a row of a table each."""
     import data_utils
-    import model_utils
-    from experiment.report import CorruptionTable
-    from experiment.runs.folder import fingerprint
+    from experiment import inference
+    from experiment.results.corruptions import CorruptionTable
     from experiment.timing import progress
 
-    args, task = job.args, TASKS[job.args.task]
-    folder = pathlib.Path(
-        args.corruptions_dir
-        or pathlib.Path(args.data_dir, args.task.replace("CIFAR", "CIFAR-") + "-C")
+    data = job.config.data
+    default = pathlib.Path(data.data_dir, data.task.replace("CIFAR", "CIFAR-") + "-C")
+    folder = pathlib.Path(data.corruptions_dir or default)
+    corrupted = data_utils.open_corruptions(folder, job.task, data.test_size)
+    run = job.run_folder()
+    images = corrupted.labels.size(1)
+    settings = job.settings(
+        "corruptions",
+        folder=str(folder.resolve()),
+        images=images,
+        data={name: corrupted.fingerprint(name) for name in progress(corrupted.names, "reading")},
     )
-    data = data_utils.open_corruptions(folder, task, args.test_size)
-    run, images = job.run_folder(), data.labels.size(1)
-    fingerprints = {name: data.fingerprint(name) for name in progress(data.names, "reading")}
-    settings = {
-        "folder": str(folder.resolve()),
-        "images": images,
-        "T1": args.T1,
-        "tol": args.tol,
-        "precision": args.precision,
-        "compile": args.compile,
-        "weights": fingerprint(job.saved.weights),
-        "data": fingerprints,
-    }
-    for note in data.notes:
+    for note in corrupted.notes:
         print(f"note: {note}", file=sys.stderr)
-    table = CorruptionTable(run, settings, data.names, job.saved.source)
+    table = CorruptionTable(run, settings, corrupted.names, job.source)
     job.interruption.advice = lambda: (
-        f"{len(table.rows)} corruptions are in {table.text}, the same command goes on behind them"
+        f"{len(table.rows)} corruptions are saved in {table.text}; the same command resumes"
     )
     print(
-        f"{job.saved.source}, {images} images of each severity{job.steps}; results go to "
-        f"{table.text}",
+        f"{job.source}, {images} images of each severity{job.steps}; results go to {table.text}",
         flush=True,
     )
-    for name in (name for name in data.names if name not in table.rows):
+    for name in (name for name in corrupted.names if name not in table.rows):
         accuracies = []
-        for severity, (x, y) in enumerate(data.severities(name), 1):
-            batches = data_utils.Batches(x, y, args.mbs, task, job.device)
-            words = f"{name}, severity {severity}"
-            accuracies.append(model_utils.evaluate(job.model, batches, job.rule, words))
+        for severity, (x, y) in enumerate(corrupted.severities(name), 1):
+            batches = data_utils.Batches(x, y, data.mbs, job.task, job.device)
+            description = f"{name}, severity {severity}"
+            accuracies.append(inference.evaluate(job.model, batches, job.config.rule, description))
         table.add(name, accuracies)
-        print(
-            f"{name}: " + ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies) + " %",
-            flush=True,
-        )
-    everything, first = table.means()
-    print(
-        "mean accuracy "
-        + f"{100 * (everything or 0):.2f} %, " * (everything is not None)
-        + f"over the first 15 corruptions {100 * first:.2f} %",
-        flush=True,
-    )
+        percent = ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
+        print(f"{name}: {percent} %", flush=True)
+    print(table.describe_means(), flush=True)
     table.plot()
 
 
 # ------------------------------------------------------------------------------------------ attacks
 
 
-def attack(job):
+def attack(job: Job) -> None:
     """Accuracy under attack for every eps, a row of a sweep each."""
     import model_utils
     from ART_Timesteps_Addition import attacks
-    from experiment import sweeps
-    from experiment.report import Sweep
-    from experiment.runs.folder import fingerprint
+    from experiment import inference
+    from experiment.results.attacks import (
+        Sweep,
+        default_eps,
+        describe_result,
+        describe_sweep,
+        sweep_settings,
+    )
     from experiment.timing import write
 
-    args, workers, data, steps = (
-        job.args,
-        job.workers,
-        job.batches("test"),
-        job.args.predict_step or job.args.T1,
-    )
-    run = job.run_folder() if workers.rank == 0 else None  # which alone reads and writes it
-    images, labels = data.images.cpu(), data.labels.cpu()
-    convergence, flag = job.convergence(steps), "predict-step" if args.predict_step else "T1"
-    clean = (
-        model_utils.predictions(
-            job.model, data, dataclasses.replace(job.rule, T1=steps), workers, convergence
-        )
-        == labels
-    )
-    eps_list, sweep, results = (
-        sorted(set(args.eps_list or sweeps.default_eps(args.attack_norm))),
-        None,
-        None,
-    )
+    config = job.config
+    steps = config.predict_steps
+    data = job.batches("test")
+    images = data.images.cpu()
+    labels = data.labels.cpu()
+    run = job.run_folder() if job.workers.rank == 0 else None  # which alone reads and writes it
+    convergence = job.convergence(steps)
+    rule = dataclasses.replace(config.rule, T1=steps)
+    classes = inference.predictions(job.model, data, rule, job.workers, convergence)
+    clean = classes == labels
+    sweep = None
+    missing = None
+    results = None
     if run:
-        plan, smooth = Config.of(args).attack.at(1.0), attacks.describe_smooth(args.loss)
-        settings = sweeps.settings(
-            args,
-            plan,
+        smooth = attacks.describe_smooth(config.model.loss)
+        settings = sweep_settings(
+            config,
             smooth,
-            {
-                "predict_step": steps,
-                "images": len(labels),
-                "weights": fingerprint(job.saved.weights),
-                "data": job.data["test_data"],
-            },
+            **job.settings(
+                "attack",
+                predict_step=steps,
+                images=len(labels),
+                data=job.fingerprints["test_data"],
+            ),
         )
-        sweep = Sweep(run, settings, clean.double().mean().item(), job.saved.source)
+        sweep = Sweep(run, settings, clean.double().mean().item(), job.source)
         job.interruption.advice = lambda: (
-            f"{len(sweep.rows)} rows are in {sweep.text}, the same command goes on behind them"
+            f"{len(sweep.rows)} rows are saved in {sweep.text}; the same command resumes"
         )
-        _warn(convergence, flag)
-        converged = "" if convergence is None else f" ({convergence})"
+        if convergence is not None:
+            _warn(convergence, "predict-step" if config.attack.predict_steps else "T1")
+        description = describe_sweep(config, len(labels), convergence)
         print(
-            f"{job.saved.source}: {sweeps.heading(args, len(labels), steps, converged)}; clean accuracy "
-            f"{100 * sweep.clean:.2f} %\nresults go to {sweep.text}",
+            f"{job.source}: {description}; clean accuracy {100 * sweep.clean:.2f} %\n"
+            f"results go to {sweep.text}",
             flush=True,
         )
-    for eps in workers.broadcast(sweep and [eps for eps in eps_list if not sweep.has(eps)]):
-        results = model_utils.attack(job.model, images, labels, args, eps, f"eps {eps:g}", workers)
+        eps_list = sorted(set(config.attack.eps_list or default_eps(config.attack.norm)))
+        missing = [eps for eps in eps_list if not sweep.has(eps)]
+    for eps in job.workers.broadcast(missing):
+        results = model_utils.attack(
+            job.model, images, labels, config, eps, f"eps {eps:g}", job.workers
+        )
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
-                write(sweeps.line(args, eps, grad, result))
-    if sweep and args.save and results:
+                write(describe_result(config.attack.name, eps, grad, result))
+    if sweep and config.session.save and results:
         sweep.save_images(images, labels, clean, eps, list(results.values())[-1])
     if sweep:
         sweep.plot()
 
 
-def audit(job):
+def audit(job: Job) -> None:
     """Robust accuracy within one eps, and whether the number is reliable."""
     import model_utils
     from ART_Timesteps_Addition.audit import audit as audit_model
     from ART_Timesteps_Addition.audit.model import ENDS_EARLY, AuditedModel
-    from ART_Timesteps_Addition.settings import Attack
     from experiment.audit import AuditFiles, open_surrogate
 
-    args, data = job.args, job.batches("test")
-    ends_early = args.tol if args.tol or "tol" in job.given else ENDS_EARLY
-    surrogate = args.surrogate and open_surrogate(
-        args, model_utils.build, job.given.get("attack_step")
-    )
-    files = AuditFiles(
-        job.run_folder(), args, job.saved, surrogate, ends_early, job.data["test_data"]
-    )
-    job.interruption.advice = files.advice
-    x, y = (data.images.float() / 255).cpu().numpy(), data.labels.cpu().numpy()
+    config = job.config
+    data = job.batches("test")
+    x = (data.images.float() / 255).cpu().numpy()  # (n, C, H, W)
+    y = data.labels.cpu().numpy()
+    tol = config.learning.tol
+    fast_tol = tol if tol or "tol" in job.given else ENDS_EARLY
 
-    def audited(model, args, fast_tol=ENDS_EARLY):
+    def audited(model: Any, own: Config, fast_tol: float) -> AuditedModel:
         return AuditedModel(
             model.to(job.device),
-            args.loss,
-            TASKS[args.task],
-            args.predict_step or args.T1,
-            sorted(set(Config.of(args).attack_steps)),
-            Attack(norm=args.attack_norm, eps=args.eps, clip=not args.no_clip),
+            own.model.loss,
+            job.task,
+            own.predict_steps,
+            sorted(set(own.attack_steps)),
+            config.audit_attack,
             x,
             y,
-            args.mbs,
-            args.seed,
-            args.tol,
+            config.data.mbs,
+            own.session.seed or 0,
+            own.learning.tol,
             fast_tol,
         )
 
+    surrogate = None
+    if config.audit.surrogate:
+        surrogate = open_surrogate(config, model_utils.build, job.given.get("attack_step"))
+    settings = job.settings("audit", ends_early=fast_tol, data=job.fingerprints["test_data"])
+    files = AuditFiles(job.run_folder(), config, settings, job.source, surrogate)
+    job.interruption.advice = files.advice
     audit_model(
-        audited(job.model, args, ends_early),
+        audited(job.model, config, fast_tol),
         files,
-        args.budget,
-        surrogate and audited(*surrogate),
+        config.audit.budget,
+        audited(*surrogate, ENDS_EARLY) if surrogate else None,
     )
 
 
 # ----------------------------------------------------------------------------------------- gducheck
 
 
-def gducheck(job):
+def gducheck(job: Job) -> None:
     """EP against BPTT on one mini-batch: a table and a verdict, and with --save plots and raw
     data."""
     import data_utils
     from energy import gdu
-    from experiment import records, report
+    from experiment.results.gdu import format_table, save_gdu
     from experiment.runs.history import History, snapshot
 
-    args = job.args
-    run, source = (
-        job.run_folder() if args.save and job.saved else None,
-        job.saved.source if job.saved else "untrained",
-    )
-    images, labels = data_utils.load_split(args.task, args.data_dir, True, args.train_size)
-    x, y = next(
-        iter(data_utils.Batches(images, labels, min(20, len(labels)), TASKS[args.task], job.device))
-    )
-    comparison = gdu.gdu_report(job.model, x, y, job.rule, images=True)
+    config = job.config
+    data = config.data
+    rule = config.rule
+    run = job.run_folder() if config.session.save and job.saved else None
+    images, labels = data_utils.load_split(data.task, data.data_dir, True, data.train_size)
+    mbs = min(20, len(labels))
+    x, y = next(iter(data_utils.Batches(images, labels, mbs, job.task, job.device)))
+    comparison = gdu.gdu_report(job.model, x, y, rule, images=True)
     print(
-        f"{source}: EP against BPTT on {len(y)} images, T1 = {args.T1}, T2 = {args.T2}, beta = "
-        f"{arguments.shown(args.betas)}; {int(comparison.converged.sum())} of them have converged after T1\n"
-        "held against each other are, of parameters, the updates between successive steps and, of a read-out, the "
-        "complete updates;\nof neurons, their changes and the gradients times the slope of the activation"
+        f"{job.source}: EP against BPTT on {len(y)} images, T1 = {rule.T1}, T2 = {rule.T2}, beta = "
+        f"{format_value(rule.betas)}; {int(comparison.converged.sum())} of them have converged "
+        "after T1\n"
+        "compared: for parameters, the EP update per nudged step with the BPTT gradient per step; "
+        "for the read-out, the total updates;\n"
+        "for neurons, their changes with the gradients times the slope of the activation"
     )
-    print("\n".join(report.gdu_table(comparison.rows)))
-    print(gdu.verdict(comparison, job.rule))
-    if args.save:
-        run = run or _new_folder(job, snapshot(job.model, vars(args), History()))
-        records.save_gdu(run, comparison)
+    print(format_table(comparison.rows))
+    print(gdu.verdict(comparison, rule))
+    if config.session.save:
+        run = run or _new_folder(job, snapshot(job.model, config.flat(), History()))
+        save_gdu(run, comparison)
         print(f"plots and data are in {run.folder}")
 
 
-# ----------------------------------------------------------------------------------------- compare
+# ------------------------------------------------------------------------------------------ compare
 
 
-def compare(given, command):
+def compare(given: dict[str, Any], command: list[str]) -> None:
     """Several runs in one table and figures; without a model, a device or several workers."""
-    from experiment.compare import compare as write_comparison
+    from experiment.results.compare import compare as write_comparison
 
     if not given.get("load_path"):
         raise UserError("--todo compare needs runs: name their folders with --load-path")
-    for note in checks.notes(arguments.resolve({"todo": "compare"}), given):
+    for note in validate.notes(command_line.resolve({"todo": "compare"}), given):
         print(f"note: {note}", file=sys.stderr)
     write_comparison(
         given["load_path"],
@@ -587,11 +602,17 @@ TODOS = {
 }
 
 
-def _trains_in_run_dir(given):
-    return "run_dir" in given and given.get("todo", "train") == "train"
+def _task(given: dict[str, Any]) -> str:
+    return given.get("todo", "train")
 
 
-def _opened(given, workers, folders):
+def _trains_in_run_dir(given: dict[str, Any]) -> bool:
+    return "run_dir" in given and _task(given) == "train"
+
+
+def _open(
+    given: dict[str, Any], workers: "Workers", folders: "list[RunFolder]"
+) -> "tuple[RunFolder | None, SavedRun | None]":
     """(the RunFolder of --run-dir, for rank 0; the SavedRun in it or of --load-path), None for
     none. Rank 0 reads the files: the machines of the others need not have them."""
     from experiment.runs import checkpoint, resume
@@ -604,16 +625,23 @@ def _opened(given, workers, folders):
             folders.append(run)
             saved = resume.read_run_dir(run)
     elif "load_path" in given and workers.rank == 0:
-        saved = checkpoint.open_saved(given["load_path"], given.get("todo", "train"))
+        saved = checkpoint.open_saved(given["load_path"], _task(given))
     saved = workers.broadcast(saved)
     if saved and _trains_in_run_dir(given):
         resume.refuse_changes(saved, given)
     return run, saved
 
 
-def prepare(given, program, argv, interruption, workers, folders):
-    """The Job of a command line: workers connected, arguments completed by those of the run that it
-    loads, and checked, model built. folders: gets the RunFolder of --run-dir once it is locked."""
+def prepare(
+    given: dict[str, Any],
+    program: list[str],
+    argv: Sequence[str],
+    interruption: "Interruption",
+    workers: "Workers",
+    folders: "list[RunFolder]",
+) -> Job:
+    """The Job of a command line: workers connected, arguments completed by those of the loaded run
+    and validated, model built. folders: gets the RunFolder of --run-dir once it is locked."""
     import torch
 
     import model_utils
@@ -622,132 +650,136 @@ def prepare(given, program, argv, interruption, workers, folders):
 
     device = pick_device(given.get("device", 0), workers)
     workers.connect(device)
-    run, saved = _opened(given, workers, folders)
-    args = arguments.resolve(given, saved and saved.args)
-    checks.check(args)
-    if saved and args.todo in ("train", "evaluate"):
-        checks.check_held_out(args, saved.args)
-    for note in checks.notes(args, given):
+    run, saved = _open(given, workers, folders)
+    config = command_line.resolve(given, saved.args if saved else None)
+    todo = config.session.todo
+    validate.validate(config)
+    if saved and todo in ("train", "evaluate"):
+        validate.validate_held_out(config, saved.args)
+    for note in validate.notes(config, given):
         print(f"note: {note}", file=sys.stderr)
     if "compile" not in given and device.type != "cuda":
-        args.compile = False  # a compiled training resumes on a CPU as well, with a note
-    validate_device(Config.of(args), device)
-    model_utils.set_precision("fp32" if args.todo == "gducheck" else args.precision)
-    args.seed = seed_everything(Config.of(args), workers).session.seed
-    model = model_utils.build(args)
+        # a compiled training resumes on a CPU as well, with a note
+        config = config.replace(compile=False)
+    validate_device(config, device)
+    precision = config.session.precision
+    model_utils.set_precision("fp32" if todo == "gducheck" else precision)
+    config = seed_everything(config, workers)
+    model = model_utils.build(config)
     if saved:
         checkpoint.load_weights(model, saved)
     model.to(device)
-    model.compiled = args.compile
-    if args.precision == "bf16" and args.todo not in ("train", "gducheck"):
+    model.compiled = config.session.compile
+    if precision == "bf16" and todo not in ("train", "gducheck"):
         model.to(torch.bfloat16)
     if run:
-        run.figures, run.about = args.figures, f"{args.model} on {args.task}"
+        run.figures = config.session.figures
+        run.about = config.about
+    command = [*program, *argv]
     return Job(
-        args,
-        model,
-        device,
-        workers,
-        interruption,
-        saved,
-        program,
-        [*program, *argv],
-        given,
-        run,
-        folders,
+        config, model, device, workers, interruption, saved, program, command, given, run, folders
     )
 
 
-def _one_run(given):
-    """Makes the path of --load-path the only one. Raises UserError."""
-    if "load_path" not in given:
+def _take_one_run(given: dict[str, Any]) -> None:
+    """Make the path of --load-path the only one. Raises UserError."""
+    paths = given.get("load_path")
+    if paths is None:
         return
-    if len(given["load_path"]) != 1:
+    if len(paths) != 1:
         raise UserError(
-            f"argument --load-path: got {len(given['load_path'])} runs, only --todo compare takes several"
+            f"argument --load-path: got {len(paths)} runs, only --todo compare takes several"
         )
-    (given["load_path"],) = given["load_path"]
+    given["load_path"] = paths[0]
 
 
-def work(given, program, argv, name):
-    """Does what the command line asks for, and returns the exit code."""
+def work(given: dict[str, Any], program: list[str], argv: Sequence[str], name: str) -> int:
+    """Do what the command line asks for, and return the exit code."""
     from experiment.console import Interruption, out_of_memory
     from experiment.workers import LostWorker, Workers
 
-    workers, folders = Workers.launched(), []
+    workers = Workers.launched()
+    folders: list[RunFolder] = []
     with Interruption(workers) as interruption:
         try:
             with workers.only_rank_zero_prints():
-                validate_parallel(given.get("todo", "train"), workers.size)
-                if given.get("todo") == "compare":
+                validate_parallel(_task(given), workers.size)
+                if _task(given) == "compare":
                     compare(given, [*program, *argv])
                 else:
                     try:
                         job = prepare(given, program, argv, interruption, workers, folders)
-                        TODOS[job.args.todo](job)
+                        TODOS[job.config.session.todo](job)
                     finally:
                         for run in folders:
                             run.release()
             workers.disconnect()
         except BaseException as e:
             interruption.ignore()  # torchrun interrupts all others as soon as one has ended
-            if interruption.number is not None:  # whatever a library made of the KeyboardInterrupt
+            if interruption.number is not None:  # whatever a library made of KeyboardInterrupt
                 return interruption.end()
-            e = out_of_memory(e, given) or e
-            if not isinstance(e, UserError):
+            error = out_of_memory(e, given) or e
+            if not isinstance(error, UserError):
                 raise
-            advice = (
-                f"; {interruption.advice()}" if isinstance(e, RunFailed) and e.resumable else ""
-            )
-            advice = (
-                advice if isinstance(e, LostWorker) else advice.replace("\n", "")
-            )  # an error of a file is one line
-            return workers.end(f"{name}: error: {e}{advice}", e.code)
+            advice = ""
+            if isinstance(error, RunFailed) and error.resumable:
+                advice = f"; {interruption.advice()}"
+                if not isinstance(error, LostWorker):  # an error of a file is one line
+                    advice = advice.replace("\n", "")
+            return workers.end(f"{name}: error: {error}{advice}", error.code)
     return 0
 
 
-def main(argv=None, flags=FLAGS, name="main.py"):
-    """Run one command line and return its exit code: 0, 2 for what the user can put right, 1 for a
-    run that cannot continue, 128 + n when signal n ended it. Started by torchrun, it is one of
-    several workers. Wrong flags are answered before torch is loaded."""
+def main(
+    argv: Sequence[str] | None = None, flags: Iterable[Flag] = FLAGS, name: str = "main.py"
+) -> int:
+    """Run one command line and return its exit code: 0; 2 for errors that the user can correct; 1
+    for a run that cannot continue; 128 + n after signal n. Started by torchrun, it is one of
+    several workers. Wrong flags are reported before torch is loaded."""
     from experiment.console import command_words, lenient_streams
 
     with lenient_streams():
         launch = None
         try:
             launch = launched()
-            program, words = command_words(argv, name), sys.argv[1:] if argv is None else argv
-            given = arguments.parse(words, flags, __doc__)
-            checks.check_todo(given)
-            if given.get("todo") != "compare":
-                _one_run(given)
-            if _trains_in_run_dir(given):
-                checks.check_run_dir(given)
-                given["save"] = True
-            has_run = "load_path" in given or (
-                _trains_in_run_dir(given) and exists(given["run_dir"])
-            )
-            if not has_run and given.get("todo") != "compare":  # a run would complete them first
-                if given.get("todo") in NEED_A_RUN:
-                    instead = " instead of --run-dir" if "run_dir" in given else ""
-                    raise UserError(
-                        f"--todo {given['todo']} needs a trained model: name its run "
-                        f"folder with --load-path{instead}"
-                    )
-                checks.check(arguments.resolve(given))
-            checks.check_bounds(given)
-            if "seeds" in given and given.get("todo", "train") == "train":
+            program = command_words(argv, name)
+            words = sys.argv[1:] if argv is None else argv
+            given = command_line.parse(words, flags, __doc__)
+            _validate_given(given)
+            if "seeds" in given and _task(given) == "train":
                 from experiment.seeds import train_each
 
                 return train_each(given, words, lambda one, argv: work(one, program, argv, name))
-            note = note_on_separate_processes(given.get("todo", "train"))
+            note = note_on_separate_processes(_task(given))
             if note:
                 print(f"note: {note}", file=sys.stderr)
         except UserError as e:
-            if launch is None or launch.rank == 0:  # of torchrun's workers one says it for all
+            if launch is None or launch.rank == 0:
                 print(f"{name}: error: {e}", file=sys.stderr)
             return e.code
         return work(given, program, words, name)
+
+
+def _validate_given(given: dict[str, Any]) -> None:
+    """Validate the flags of the command line as far as possible without a run, and complete them.
+    Raises UserError."""
+    validate.validate_todo(given)
+    todo = _task(given)
+    compares = todo == "compare"
+    if not compares:
+        _take_one_run(given)
+    if _trains_in_run_dir(given):
+        validate.validate_run_dir(given)
+        given["save"] = True
+    resumes = _trains_in_run_dir(given) and exists(given["run_dir"])
+    if not compares and not resumes and "load_path" not in given:
+        if todo in NEED_A_RUN:
+            instead = " instead of --run-dir" if "run_dir" in given else ""
+            raise UserError(
+                f"--todo {todo} needs a trained model: name its run folder with --load-path{instead}"
+            )
+        validate.validate(command_line.resolve(given))
+    validate.validate_eps(given)
 
 
 if __name__ == "__main__":

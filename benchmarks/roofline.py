@@ -32,8 +32,7 @@ from counting import Counting, moved, on_pretended_gpu  # noqa: E402
 
 import data_utils  # noqa: E402
 import model_utils  # noqa: E402
-from experiment import arguments  # noqa: E402
-from experiment.flags import FLAGS  # noqa: E402
+from experiment.command_line import parse, resolve  # noqa: E402
 
 PUBLISHED = (
     "--task CIFAR10 --model CNN --channels 128 256 512 512 --kernels 3 3 3 3 --strides 1 1 1 1 --paddings 1 1 "
@@ -89,18 +88,19 @@ class Device:
         return found
 
 
-def ours(args, batch, precision, schedule):
+def ours(config, batch, precision, schedule):
     """The `Update` of symmetric EP on a GPU by `model_utils.ep_gradients`."""
-    args.schedule = schedule
-    model = model_utils.make_model(args)
+    model = model_utils.make_model(config.replace(schedule=schedule))
     bf16_copy = model_utils.lowered(model, PRECISIONS[precision]) if precision == "bf16" else None
 
     def count(T1, T2):
-        rule = model_utils.Rule(T1=T1, T2=T2, betas=(0.0, 0.5), loss=args.loss, thirdphase=True)
+        rule = model_utils.Rule(
+            T1=T1, T2=T2, betas=(0.0, 0.5), loss=config.model.loss, thirdphase=True
+        )
         with on_pretended_gpu() as device:
             for m in (model, bf16_copy) if bf16_copy else (model,):
                 moved(m, device)
-            x, y = sample(args, batch, device)
+            x, y = sample(config, batch, device)
             with Counting() as counted:
                 model_utils.ep_gradients(model, x, y, rule, None, bf16_copy)
         return collections.Counter(counted.operations)
@@ -108,24 +108,25 @@ def ours(args, batch, precision, schedule):
     return Update(count)
 
 
-def textbook(args, batch):
+def textbook(config, batch):
     """The `Update` of the same rule by automatic differentiation of Phi."""
-    args.schedule = "sync"
-    model = autodiff.textbook(model_utils.make_model(args))
+    model = autodiff.textbook(model_utils.make_model(config.replace(schedule="sync")))
 
     def count(T1, T2):
-        rule = model_utils.Rule(T1=T1, T2=T2, betas=(0.0, 0.5), loss=args.loss, thirdphase=True)
+        rule = model_utils.Rule(
+            T1=T1, T2=T2, betas=(0.0, 0.5), loss=config.model.loss, thirdphase=True
+        )
         with FakeTensorMode(allow_non_fake_inputs=True):
             moved(model, "cpu")
             with Counting() as counted:
-                autodiff.ep_gradients(model, *sample(args, batch, "cpu"), rule)
+                autodiff.ep_gradients(model, *sample(config, batch, "cpu"), rule)
         return collections.Counter(counted.operations)
 
     return Update(count)
 
 
-def sample(args, batch, device):
-    task = data_utils.TASKS[args.task]
+def sample(config, batch, device):
+    task = data_utils.TASKS[config.data.task]
     return (
         torch.rand(batch, task.channels, task.size, task.size, device=device),
         torch.zeros(batch, dtype=torch.int64, device=device),
@@ -139,7 +140,7 @@ def bound(found):
     return "arithmetic" if found["arithmetic"] > found["memory"] else "memory"
 
 
-def table(args, options, device):
+def table(config, options, device):
     """The prediction as lines of Markdown tables."""
     steps = [
         "| step | free: operations | GFLOP | MB read and written | nudged: operations | MB |",
@@ -150,7 +151,7 @@ def table(args, options, device):
         "| bound by | over textbook fp32 | over textbook default |",
         "|" + " --- |" * 12,
     ]
-    book = textbook(args, options.batch)
+    book = textbook(config, options.batch)
     parts = book.parts(options.steps[0], 2 * options.steps[1])
     yardsticks = [device.seconds(parts, ("fp32", "fp32")), device.seconds(parts, ("tf32", "tf32"))]
 
@@ -173,7 +174,7 @@ def table(args, options, device):
         row(name, options.steps, parts, found)
     for schedule, T in (("sync", options.steps), ("async", options.async_steps)):
         for precision in PRECISIONS:
-            update = ours(args, options.batch, precision, schedule)
+            update = ours(config, options.batch, precision, schedule)
             # both signs are one phase of twice the size if this is small, otherwise two phases
             phases = 1 if sum(update.nudged.values()) < 1.5 * sum(update.free.values()) else 2
             parts = update.parts(*T)
@@ -209,14 +210,13 @@ def main():
     parser.add_argument("--write", action="store_true")
     options, words = parser.parse_known_args()
     try:
-        args = arguments.resolve(arguments.parse(words or PUBLISHED.split(), FLAGS))
-        args.dropouts = None
+        config = resolve(parse(words or PUBLISHED.split()))
         device = Device(
             {k: float(v) for k, v in (word.split("=") for word in options.tflops)},
             options.bandwidth,
             options.launch,
         )
-        rows = table(args, options, device)
+        rows = table(config, options, device)
     except (data_utils.UserError, ValueError, KeyError) as e:
         sys.exit(str(e))
     lines = [

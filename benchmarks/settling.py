@@ -22,19 +22,20 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from bench import chosen, clock, command_of, machine, publish  # noqa: E402
 
 import data_utils  # noqa: E402
-import main as command_line  # noqa: E402
+import main as program  # noqa: E402
 import model_utils  # noqa: E402
 from energy.gdu import cosine  # noqa: E402
 from energy.rule import UNOBSERVED  # noqa: E402
-from experiment import arguments, checks  # noqa: E402
-from experiment.config import Config  # noqa: E402
+from experiment.command_line import resolve  # noqa: E402
 from experiment.runs import checkpoint  # noqa: E402
+from experiment.text import format_value  # noqa: E402
 from experiment.timing import Stopwatch, progress  # noqa: E402
+from experiment.validate import validate  # noqa: E402
 from experiment.workers import Workers  # noqa: E402
 
 
 def trained(path, data_dir, T1, images, mbs, device):
-    """(model, arguments, mini-batches of test images, epochs trained) of the run folder `path`."""
+    """(model, config, mini-batches of test images, epochs trained) of the run folder `path`."""
     saved = checkpoint.open_saved(path, "evaluate")
     given = {
         "todo": "evaluate",
@@ -43,12 +44,12 @@ def trained(path, data_dir, T1, images, mbs, device):
         "mbs": mbs,
         **({"data_dir": data_dir} if data_dir else {}),
     }
-    args = arguments.resolve(given, saved.args)
-    checks.check(args)
-    model = model_utils.make_model(args)
+    config = resolve(given, saved.args)
+    validate(config)
+    model = model_utils.make_model(config)
     checkpoint.load_weights(model, saved)
-    batches = command_line.Job(args, model, device, Workers(), None, saved, [], []).batches("test")
-    return model.to(device), args, batches, len(saved.history.epochs)
+    batches = program.Job(config, model, device, Workers(), None, saved, [], []).batches("test")
+    return model.to(device), config, batches, len(saved.history.epochs)
 
 
 def compare(model, batches, rule, tol, device):
@@ -76,16 +77,14 @@ def compare(model, batches, rule, tol, device):
     )
 
 
-def smallest_cosine(model, batches, args, tol):
+def smallest_cosine(model, batches, rule, tol):
     """The smallest cosine similarity of a parameter's gradient with and without `tol`, over 10
     mini-batches."""
     smallest = 1.0
     for _, (x, y) in zip(range(10), batches):
         found = []
         for t in (0.0, tol):
-            model_utils.ep_gradients(
-                model, x, y, dataclasses.replace(Config.of(args).rule, alg="EP", tol=t)
-            )
+            model_utils.ep_gradients(model, x, y, dataclasses.replace(rule, alg="EP", tol=t))
             found.append([p.grad.clone() for p in model.parameters()])
         smallest = min(smallest, *(cosine(a, b) for a, b in zip(*found)))
     return smallest
@@ -106,25 +105,29 @@ def main():
         parser.error("argument --tol: expected numbers above 0")
     device = chosen(options.device)
     try:
-        model, args, batches, epochs = trained(
+        model, config, batches, epochs = trained(
             options.load_path, options.data_dir, options.T1, options.images, options.mbs, device
         )
     except data_utils.UserError as e:
         sys.exit(str(e))
     model_utils.set_precision("fp32")
-    rule = Config.of(args).rule
-    shape = (
-        f"--channels {' '.join(map(str, args.channels))} --fc" if "CNN" in args.model else "--archi"
-    )
+    rule = config.rule
+    architecture = config.model
+    if architecture.is_convolutional:
+        shape = (
+            f"--channels {format_value(architecture.channels)} --fc {format_value(architecture.fc)}"
+        )
+    else:
+        shape = f"--archi {format_value(architecture.archi)}"
+    symmetric = ", symmetric" if rule.thirdphase else ""
     lines = [
         f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}",
         "",
         f"`{command_of(sys.argv)}`",
         "",
-        f"{args.model} {shape} {' '.join(map(str, args.fc if 'CNN' in args.model else args.archi))} --act "
-        f"{args.act} on {args.task}, "
-        f"{epochs} epochs, schedule {args.schedule}; {batches.samples} test images, T1 {args.T1}, T2 {args.T2}, "
-        f"betas {args.betas[0]:g} {args.betas[1]:g}{', symmetric' if args.thirdphase else ''}",
+        f"{architecture.kind} {shape} --act {architecture.act} on {config.data.task}, {epochs} epochs, "
+        f"schedule {config.learning.schedule}; {batches.samples} test images, T1 {rule.T1}, "
+        f"T2 {rule.T2}, betas {rule.betas[0]:g} {rule.betas[1]:g}{symmetric}",
         "",
         "| --tol | steps, mean | fewer image-steps | not converged | same predictions | time, ratio | gradient "
         "cosine at least |",
@@ -134,9 +137,9 @@ def main():
     for tol in options.tol:
         steps, unsettled, same, ratio = compare(model, batches, rule, tol, device)
         lines.append(
-            f"| {tol:g} | {steps:.1f} | **{args.T1 / steps:.2f}** | {100 * unsettled:.2f} % | "
+            f"| {tol:g} | {steps:.1f} | **{rule.T1 / steps:.2f}** | {100 * unsettled:.2f} % | "
             f"{100 * same:.2f} % | {ratio:.2f} | "
-            f"{smallest_cosine(model, batches, args, tol):.6f} |"
+            f"{smallest_cosine(model, batches, rule, tol):.6f} |"
         )
         print(lines[-1], flush=True)
     if options.write:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from data_utils import UserError
-from experiment import arguments, checks
+from experiment.command_line import resolve
+from experiment.config import Config
 from experiment.devices import computed_on
-from experiment.flags import FEED_FORWARD
 from experiment.plots import attacks
-from experiment.report import same_settings
+from experiment.results.tables import same_settings
 from experiment.runs import checkpoint
 from experiment.runs.files import (
     parse_json,
@@ -23,25 +23,7 @@ from experiment.runs.files import (
     write_text,
 )
 from experiment.runs.folder import RunFolder, fingerprint
-
-# The arguments that an audit's numbers depend on.
-NAMES = (
-    "task",
-    "attack_norm",
-    "eps",
-    "attack_step",
-    "predict_step",
-    "T1",
-    "no_clip",
-    "seed",
-    "mbs",
-    "tol",
-    "precision",
-    "compile",
-    "surrogate",
-    "budget",
-    "test_size",
-)
+from experiment.validate import validate
 
 
 class AuditFiles:
@@ -61,29 +43,24 @@ class AuditFiles:
     def __init__(
         self,
         run: RunFolder,
-        args: Any,
-        saved: Any,
-        surrogate: tuple[Any, Any] | None = None,
-        ends_early: float | None = None,
-        data: Any = None,
-    ):
-        """args: of the command line; saved: the SavedRun that is audited; surrogate: of
-        `open_surrogate`; ends_early: tolerance of the predictions within attacks; data: fingerprint
-        of images and labels. Raises UserError if another process writes this audit."""
+        config: Config,
+        settings: dict[str, Any],
+        source: str,
+        surrogate: tuple[Any, Config] | None = None,
+    ) -> None:
+        """surrogate: of `open_surrogate`. Raises UserError if another process writes this audit."""
         self.run = run
-        self.args = args
-        self.stem = f"Audit_{args.attack_norm}_{args.eps:g}"
-        self.source = saved.source
+        self.source = source
+        self.settings = settings
         self.computed_on: list[str] = []
-        self.settings = {
-            **{name: getattr(args, name) for name in NAMES},
-            "weights": fingerprint(saved.weights),
-            "ends_early": ends_early,
-            "data": data,
-        }
+        norm = config.attack.norm
+        eps = f"{config.audit.eps:g}"
+        self.stem = f"Audit_{norm}_{eps}"
+        self.title = f"Audit, {norm}-norm, eps {eps}, {config.audit.budget}"
         if surrogate:
             model, own = surrogate
-            self.settings["surrogate"] = [fingerprint(model.state_dict()), own.T1, own.loss]
+            identity = [fingerprint(model.state_dict()), own.learning.T1, own.model.loss]
+            self.settings = {**settings, "surrogate": identity}
         run.lock(self.stem)
         run.finish_move(self.stem, self.ENDS)
 
@@ -94,9 +71,6 @@ class AuditFiles:
     def advice(self) -> str:
         """How to resume after an interruption."""
         return f"finished stages are in {self.run.folder}; the same command resumes after them"
-
-    def _title(self) -> str:
-        return f"Audit, {self.args.attack_norm}-norm, eps {self.args.eps:g}, {self.args.budget}"
 
     def _stage(self, name: str) -> pathlib.Path:
         return self.run.folder / f"{self.stem}_{name}.npz"
@@ -153,7 +127,7 @@ class AuditFiles:
 
     def plot(self, result: Mapping[str, Any]) -> None:
         """Draw the result."""
-        self.run.save_figure(f"{self.stem}.png", attacks.audit, result, self._title())
+        self.run.save_figure(f"{self.stem}.png", attacks.audit, result, self.title)
 
     def _settings_of_result(self) -> Any:
         """Those of the result in the folder; None without one."""
@@ -164,24 +138,25 @@ class AuditFiles:
 
 
 def open_surrogate(
-    args: Any, build: Callable[[Any], Any], attack_step: Any = None
-) -> tuple[Any, Any]:
-    """(model, its arguments) of --surrogate, with norm, eps and clipping from `args`.
+    config: Config, build: Callable[[Config], Any], attack_steps: Any = None
+) -> tuple[Any, Config]:
+    """(model, its config) of --surrogate.
 
-    build: arguments -> model; attack_step: of the command line, None for the surrogate's own
-    default. Raises UserError."""
-    saved = checkpoint.open_saved(args.surrogate, "audit")
-    given = {"todo": "audit", "mbs": args.mbs, "tol": args.tol}
-    if attack_step and args.model not in FEED_FORWARD:
-        given["attack_step"] = attack_step
-    own = arguments.resolve(given, saved.args)
-    own.attack_norm, own.eps, own.no_clip = args.attack_norm, args.eps, args.no_clip
-    if own.task != args.task:
+    build: config -> model; attack_steps: --attack-step of the command line, None for the
+    surrogate's own default. Raises UserError."""
+    assert config.audit.surrogate is not None
+    saved = checkpoint.open_saved(config.audit.surrogate, "audit")
+    given = {"todo": "audit", "mbs": config.data.mbs, "tol": config.learning.tol}
+    if attack_steps and config.model.has_dynamics:
+        given["attack_step"] = attack_steps
+    own = resolve(given, saved.args)
+    if own.data.task != config.data.task:
         raise UserError(
-            f"argument --surrogate: its task is {own.task}, that of the audited run {args.task}"
+            f"argument --surrogate: its task is {own.data.task}, that of the audited run "
+            f"{config.data.task}"
         )
     try:
-        checks.check(own)
+        validate(own)
     except UserError as e:
         raise UserError(f"argument --surrogate: {e}") from None
     model = build(own)

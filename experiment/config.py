@@ -67,12 +67,13 @@ LARGEST = 10**9  # of whole numbers: beyond anything that could run
 class Flag:
     """One flag, as its field states it.
 
-    kind: bool (a switch), int, float or str; many: whether it takes several values; optional:
-    whether it may be unset (None); default: as config.json has it (a list where many).
+    kind: bool (a switch), int, float or str; many: whether it takes several values; default: as
+    config.json has it (a list where many).
     low, high: range of numbers; least: the smallest number other than 0; choices: allowed words.
     scope: see above. todos, models: where it has an effect, everywhere if None.
     identifies: the kinds of results that depend on it (see `Config.identity`).
-    place: whether it says where data are or how sums are ordered: runs may differ in it.
+    place: whether it is where data are. repeats: whether runs that differ in it alone repeat one
+    experiment.
     shown_default: the default in words, where it depends on other flags.
     """
 
@@ -81,7 +82,6 @@ class Flag:
     field: str
     kind: type
     many: bool
-    optional: bool
     default: Any
     help: str
     metavar: str
@@ -94,6 +94,7 @@ class Flag:
     models: tuple[str, ...] | None = None
     identifies: tuple[str, ...] = ()
     place: bool = False
+    repeats: bool = False
     shown_default: str | None = None
 
     @property
@@ -124,7 +125,7 @@ class Session:
     title = "session"
 
     todo: str = _flag("train", "the task to run", scope=SESSION, choices=TODOS)
-    load_path: tuple[str, ...] | None = _flag(
+    load_path: str | tuple[str, ...] | None = _flag(
         None,
         "the run folder, or a file in one, to resume or to examine; several for compare",
         scope=SESSION,
@@ -193,7 +194,7 @@ class Session:
         high=2**63 - 1,
         todos=("train", "attack", "gducheck", "audit"),
         identifies=("attack", "audit"),
-        place=True,
+        repeats=True,
     )
     seeds: tuple[int, ...] | None = _flag(
         None,
@@ -207,7 +208,7 @@ class Session:
     deterministic: bool = _flag(
         False,
         "ask torch for kernels that always sum in the same order: a run repeats bit for bit",
-        place=True,
+        repeats=True,
     )
 
 
@@ -831,6 +832,18 @@ class Config:
         )
 
     @property
+    def about(self) -> str:
+        """Model and task, for titles of figures."""
+        return f"{self.model.kind} on {self.data.task}"
+
+    @property
+    def audit_attack(self) -> settings.Attack:
+        """Norm, eps and clipping of the attacks of an audit."""
+        assert self.audit.eps is not None
+        clip = not self.attack.no_clip
+        return settings.Attack(norm=self.attack.norm, eps=self.audit.eps, clip=clip)
+
+    @property
     def predict_steps(self) -> int:
         """Time steps of a prediction of attack and audit."""
         return self.attack.predict_steps or self.learning.T1
@@ -850,20 +863,21 @@ def _listed(value: Any) -> Any:
 
 
 def _frozen(flag: Flag, value: Any) -> Any:
-    if flag.many and value is not None:
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return value
+    if isinstance(value, list):
+        return tuple(value)
+    # earlier versions saved a single value of some flags that take several now
+    is_single = flag.many and flag.dest != "load_path" and not isinstance(value, tuple)
+    return (value,) if is_single and value is not None else value
 
 
 def _flags_of(name: str, section: type) -> Iterable[Flag]:
     hints = typing.get_type_hints(section)
     for field in dataclasses.fields(section):
         options = dict(field.metadata)
-        kinds = [hints[field.name]]
-        if isinstance(kinds[0], types.UnionType):
-            kinds = list(typing.get_args(kinds[0]))
-        many = typing.get_origin(kinds[0]) is tuple
-        kind = typing.get_args(kinds[0])[0] if many else kinds[0]
+        hint = hints[field.name]
+        alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        tuples = [hint for hint in alternatives if typing.get_origin(hint) is tuple]
+        kind = typing.get_args(tuples[0])[0] if tuples else alternatives[0]
         metavar = {bool: "", int: "N", float: "X", str: "TEXT"}[kind]
         if options.get("choices"):
             metavar = "{" + ",".join(options["choices"]) + "}"
@@ -872,8 +886,7 @@ def _flags_of(name: str, section: type) -> Iterable[Flag]:
             section=name,
             field=field.name,
             kind=kind,
-            many=many,
-            optional=len(kinds) > 1,
+            many=bool(tuples),
             default=_listed(field.default),
             metavar=options.pop("metavar", metavar),
             **options,
@@ -907,12 +920,13 @@ ALWAYS_SAVED = (
 
 @functools.cache
 def training_keys() -> tuple[str, ...]:
-    """Keys of the settings that identify a training, but for its seed and places of data."""
+    """Keys of the settings that identify a training, but for its repetition and places of data."""
     return tuple(
         flag.dest
         for flag in FLAGS
         if flag.scope != SESSION
         and not flag.place
+        and not flag.repeats
         and not (flag.todos and set(flag.todos) <= set(ROBUSTNESS))
     )
 

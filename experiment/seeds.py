@@ -1,6 +1,8 @@
-"""One training after another that differ in the seed alone. What an earlier call of the same
-command has finished is left, what it began goes on, and what another process trains just now is
-left to it: on several GPUs the same command is started once for each."""
+"""`--seeds`: one training after another that differ in the seed alone.
+
+Finished trainings of an earlier call are kept, unfinished ones are resumed, and those that another
+process trains at the moment are left to it: on several GPUs, start the same command once for each.
+"""
 
 import contextlib
 import functools
@@ -8,102 +10,236 @@ import hashlib
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from data_utils import UserError, fingerprint, load_split
-from experiment import arguments, checks, compare, measured
-from experiment.flags import ALL, DATA, typed
+from experiment.command_line import resolve, words_of
+from experiment.config import FINGERPRINTS, FLAGS, SESSION, Config, training_identity
+from experiment.results.values import Statistics
 from experiment.runs import checkpoint, resume
 from experiment.runs.files import Busy, Lock, WriteFailed, parse_json, read_text, why
 from experiment.runs.folder import remove_half_made
 from experiment.runs.history import other_data
+from experiment.validate import validate
 from experiment.workers import Workers
 
-# Flags that a resumed run takes from the command line: data, for example, may have moved meanwhile.
+Given = dict[str, Any]
+Start = Callable[[Given, list[str]], int]
+
+# Flags that a resumed run takes from the command line: data, for example, may have moved.
 OF_THIS_CALL = [
     flag
-    for flag in ALL
-    if flag.scope == "session" or flag.dest in measured.PLACES and flag.dest != "seed"
+    for flag in FLAGS
+    if flag.scope == SESSION or flag.place or (flag.repeats and flag.dest != "seed")
 ]
 
 
-def train_each(given, words, start, root="results"):
-    """Trains with each of --seeds; returns the exit code of the first that fails, or 0. given: of
-    `arguments.parse`; words: the command line; start(given, words): trains once and returns its
-    exit code. Raises UserError."""
+class Runs(Protocol):
+    """Where the runs of the seeds are. wanted: the epochs that each run is to have."""
+
+    wanted: int | None
+
+    def claimed(self, seed: int) -> contextlib.AbstractContextManager[bool]:
+        """A block in which no other process with --seeds trains with this seed; gives False if
+        another process does. Raises UserError."""
+
+    def command(self, seed: int) -> tuple[Given, list[str]] | None:
+        """(given, words) of the command that trains or resumes; None if the run is complete."""
+
+    def result(self, seed: int) -> tuple[pathlib.Path, int]:
+        """(run folder, its epochs) after the training."""
+
+
+def train_each(given: Given, words: Sequence[str], start: Start, root: str = "results") -> int:
+    """Train with each of --seeds; return the exit code of the first that fails, or 0.
+
+    given: the flags of the command line, {dest: value}, and words: as text; start(given, words):
+    trains once and returns its exit code. Raises UserError."""
     if "seed" in given or "load_path" in given:
         raise UserError(
-            "argument --seeds: it says which seeds there are and finds what they have left: give neither "
-            "--seed nor --load-path with it"
+            "argument --seeds: it finds and resumes the runs of its seeds; give neither --seed nor "
+            "--load-path with it"
         )
     if not given.get("save"):
-        raise UserError(
-            "argument --seeds: it needs --save, as runs are found again by their folders"
-        )
+        raise UserError("argument --seeds: it needs --save, to find its runs again")
     if Workers.launched().size > 1:
         raise UserError(
-            "argument --seeds: it is for single processes: start it with python instead of torchrun, on "
-            "several GPUs once for each"
+            "argument --seeds: it is for single processes: start it with python instead of "
+            "torchrun, on several GPUs once for each"
         )
-    if "run_dir" in given:
-        return _train_each_below(given, words, start)
-    done, unreadable = [], set()
+    seeds = list(dict.fromkeys(given["seeds"]))
     shared = {name: value for name, value in given.items() if name != "seeds"}
-    data = functools.cache(functools.partial(_fingerprints, arguments.resolve(shared)))
-    for seed in dict.fromkeys(given["seeds"]):
-        one = {**shared, "seed": seed}
-        args = arguments.resolve(one)
-        checks.check(args)
-        runs = pathlib.Path(root, args.alg, args.loss)
-        with _claimed(args, runs) as mine:
-            folder, epochs = _found(args, runs, data, unreadable)
-            if mine and epochs < args.epochs:
-                code = start(*_command(one, words, folder, args.epochs - epochs))
+    words = _without(words, "--seeds")
+    in_run_dir = "run_dir" in given
+    runs: Runs = _RunsBelow(shared, words) if in_run_dir else _SearchedRuns(shared, words, root)
+    done = []
+    for seed in seeds:
+        with runs.claimed(seed) as claimed:
+            if not claimed:
+                continue  # it may have any number of epochs at this moment
+            command = runs.command(seed)
+            if command:
+                code = start(*command)
                 if code:
                     return code
-                folder, epochs = _found(args, runs, data, unreadable)
-            elif mine and epochs == args.epochs:
+            folder, epochs = runs.result(seed)
+            if not command and epochs == runs.wanted:
                 print(f"seed {seed}: {epochs} epochs are in {folder} already")
-        if not mine:
-            continue  # it may have any number of epochs at this moment
-        if epochs == args.epochs:
+        if epochs == runs.wanted:
             done.append(folder)
-        elif epochs > args.epochs:
+        else:
             print(
-                f"seed {seed}: {folder} has {epochs} epochs, not the {args.epochs} of --epochs; "
-                "it is left out of the mean"
+                f"seed {seed}: {folder} has {epochs} epochs, not {runs.wanted}; it is left out of "
+                "the mean"
             )
-    _say(done, len(set(given["seeds"])))
+    _print_mean(done, len(seeds))
     return 0
 
 
-def _train_each_below(given, words, start):
-    """Train each of --seeds in the folder seed_N below --run-dir. Returns as `train_each`."""
-    done, root = [], pathlib.Path(given["run_dir"])
-    shared = {name: value for name, value in given.items() if name != "seeds"}
-    words = _without(_without(words, "--seeds"), "--run-dir")
-    wanted = given.get("epochs")  # without it those of the first run
-    for seed in dict.fromkeys(given["seeds"]):
-        folder = root / f"seed_{seed}"
-        with _claimed_folder(folder, seed) as mine:
-            if mine:
-                one = {**shared, "seed": seed, "run_dir": str(folder)}
-                code = start(one, [*words, "--run-dir", str(folder), "--seed", str(seed)])
-                if code:
-                    return code
-                epochs = _epochs(folder, wanted)
-                wanted = wanted or epochs
-                if epochs == wanted:
-                    done.append(folder)
-                else:
-                    print(
-                        f"seed {seed}: {folder} has {epochs} epochs, not {wanted}; it is left "
-                        "out of the mean"
-                    )
-    _say(done, len(set(given["seeds"])))
-    return 0
+# -------------------------------------------------------------------------------- below --run-dir
 
 
-def _lock(seed, folder, name=""):
+class _RunsBelow:
+    """Runs in the folders seed_N below --run-dir."""
+
+    def __init__(self, shared: Given, words: Sequence[str]) -> None:
+        self.shared = shared
+        self.words = _without(words, "--run-dir")
+        self.root = pathlib.Path(shared["run_dir"])
+        self.wanted: int | None = shared.get("epochs")  # without it those of the first run
+
+    def _folder(self, seed: int) -> pathlib.Path:
+        return self.root / f"seed_{seed}"
+
+    @contextlib.contextmanager
+    def claimed(self, seed: int) -> Iterator[bool]:
+        folder = self._folder(seed)
+        resume.make_folder(folder)
+        lock = _lock(seed, self.root, folder.name)
+        try:
+            training = lock and _lock(seed, folder)
+            if training:
+                training.release()  # taken again by the training itself
+            yield training is not None
+        finally:
+            if lock:
+                lock.release()
+
+    def command(self, seed: int) -> tuple[Given, list[str]]:
+        folder = str(self._folder(seed))
+        given = {**self.shared, "seed": seed, "run_dir": folder}
+        return given, [*self.words, "--run-dir", folder, "--seed", str(seed)]
+
+    def result(self, seed: int) -> tuple[pathlib.Path, int]:
+        folder = self._folder(seed)
+        epochs = _epochs(folder, self.wanted)
+        self.wanted = self.wanted or epochs
+        return folder, epochs
+
+
+# ------------------------------------------------------------------------------- searched in results
+
+
+class _SearchedRuns:
+    """Runs below root/ALG/LOSS, found by their config.json."""
+
+    def __init__(self, shared: Given, words: Sequence[str], root: str) -> None:
+        self.shared = shared
+        self.words = words
+        self.config = resolve(shared)
+        self.folder = pathlib.Path(root, self.config.learning.alg, self.config.model.loss)
+        self.wanted: int | None = self.config.optimizer.epochs
+        self.unreadable: set[pathlib.Path] = set()  # runs that a note has named
+
+    def _of_seed(self, seed: int) -> Config:
+        config = self.config.replace(seed=seed)
+        validate(config)
+        return config
+
+    @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """{name: fingerprint} of the data of the training; {} if they cannot be read."""
+        data = self.config.data
+        try:
+            train = load_split(data.task, data.data_dir, True, data.train_size)
+            test = load_split(data.task, data.data_dir, False, data.test_size)
+        except UserError:
+            return {}
+        return {"train_data": fingerprint(train), "test_data": fingerprint(test)}
+
+    @contextlib.contextmanager
+    def claimed(self, seed: int) -> Iterator[bool]:
+        identity = json.dumps(training_identity(self._of_seed(seed).flat()), sort_keys=True)
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise WriteFailed(f"cannot create the folder {self.folder}: {why(e)}") from None
+        remove_half_made(self.folder)
+        lock = _lock(seed, self.folder, f"seed_{seed}_{digest}")
+        try:
+            yield lock is not None
+        finally:
+            if lock:
+                lock.release()
+
+    def command(self, seed: int) -> tuple[Given, list[str]] | None:
+        found = self._find(seed)
+        if found is None:
+            return {**self.shared, "seed": seed}, [*self.words, "--seed", str(seed)]
+        folder, epochs = found
+        assert self.wanted is not None
+        remaining = self.wanted - epochs
+        if remaining <= 0:
+            return None
+        flags = [f for f in OF_THIS_CALL if f.dest in self.shared and f.dest != "epochs"]
+        kept = {flag.dest: self.shared[flag.dest] for flag in flags}
+        words = ["--load-path", str(folder), "--epochs", str(remaining)]
+        for flag in flags:
+            words += words_of(flag, kept[flag.dest])
+        return {**kept, "load_path": str(folder), "epochs": remaining}, words
+
+    def result(self, seed: int) -> tuple[pathlib.Path, int]:
+        found = self._find(seed)
+        if found is None:
+            raise UserError(f"the run of seed {seed} is no longer in {self.folder}")
+        return found
+
+    def _find(self, seed: int) -> tuple[pathlib.Path, int] | None:
+        """(run folder, its epochs) of the training with a seed on the same data: a run of the
+        wanted epochs, else the longest that is shorter, else the shortest that is longer; None
+        without one. Prints a note once for each run that cannot be read."""
+        now = self._of_seed(seed).flat()
+        identity = {**training_identity(now), "seed": seed}
+        found = []
+        for path in sorted(self.folder.glob("[!.]*/[!.]*/config.json")):
+            run = path.parent
+            try:
+                saved = parse_json(read_text(path))
+                if {**training_identity(saved), "seed": saved.get("seed")} != identity:
+                    continue
+                knows_data = not FINGERPRINTS.keys().isdisjoint(saved)
+                if knows_data and other_data(saved, {**now, **self.fingerprints}):
+                    continue
+                found.append((run, _epochs(run, self.wanted)))
+            except (UserError, OSError, ValueError, AttributeError, RecursionError) as e:
+                if run not in self.unreadable:
+                    reason = e if isinstance(e, UserError) else f"{path} cannot be read"
+                    print(f"note: {run} is left out: {reason}", file=sys.stderr)
+                self.unreadable.add(run)
+
+        def preference(item: tuple[pathlib.Path, int]) -> tuple[bool, int]:
+            assert self.wanted is not None
+            return item[1] <= self.wanted, -abs(self.wanted - item[1])
+
+        return max(found, key=preference, default=None)  # of several the first
+
+
+# ------------------------------------------------------------------------------------------ helpers
+
+
+def _lock(seed: int, folder: pathlib.Path, name: str = "") -> Lock | None:
     """The Lock of a seed's training; None, with a note, if another process holds it. Raises
     UserError."""
     try:
@@ -116,82 +252,9 @@ def _lock(seed, folder, name=""):
         return None
 
 
-@contextlib.contextmanager
-def _claimed_folder(folder, seed):
-    """A block in which no other process with --seeds trains in `folder`; gives False if any process
-    does. Raises UserError."""
-    resume.make_folder(folder)
-    lock = _lock(seed, folder.parent, folder.name)
-    try:
-        training = lock and _lock(seed, folder)
-        if training:
-            training.release()  # taken again by the training itself
-        yield training is not None
-    finally:
-        if lock:
-            lock.release()
-
-
-@contextlib.contextmanager
-def _claimed(args, runs):
-    """A block in which no other process trains with `args`; gives False if another one does. runs:
-    the folder of the runs with this --alg and --loss. Raises UserError."""
-    training = json.dumps(measured.of_training(vars(args)), sort_keys=True)
-    digest = hashlib.sha256(training.encode()).hexdigest()[:12]
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise WriteFailed(f"cannot create the folder {runs}: {why(e)}") from None
-    remove_half_made(runs)
-    lock = _lock(args.seed, runs, f"seed_{args.seed}_{digest}")
-    try:
-        yield lock is not None
-    finally:
-        if lock:
-            lock.release()
-
-
-def _fingerprints(args):
-    """{name of flags.DATA: fingerprint} of what a training would read; {} where it cannot."""
-    try:
-        splits = {
-            "train_data": load_split(args.task, args.data_dir, True, args.train_size),
-            "test_data": load_split(args.task, args.data_dir, False, args.test_size),
-        }
-    except UserError:
-        return {}
-    return {name: fingerprint(arrays) for name, arrays in splits.items()}
-
-
-def _found(args, runs, data, unreadable):
-    """(run folder, its epochs) of the training with `args` on the same data: a run of args.epochs,
-    else the longest that is shorter, else the shortest that is longer; (None, 0) without one.
-    data(): the fingerprints of the data; unreadable: the runs that a note has named already; adds
-    those that cannot be read."""
-    best, wanted = (None, 0), {**measured.of_training(vars(args)), "seed": args.seed}
-    for path in sorted(runs.glob("[!.]*/[!.]*/config.json")):
-        run = path.parent
-        try:
-            config = parse_json(read_text(path))
-            if {**measured.of_training(config), "seed": config.get("seed")} != wanted:
-                continue
-            if not DATA.keys().isdisjoint(config) and other_data(config, {**vars(args), **data()}):
-                continue
-            epochs = _epochs(run, args.epochs)
-        except (UserError, OSError, ValueError, AttributeError, RecursionError) as e:
-            if run not in unreadable:
-                reason = e if isinstance(e, UserError) else f"{path} cannot be read"
-                print(f"note: {run} is left out: {reason}", file=sys.stderr)
-            unreadable.add(run)
-            continue
-        if best[0] is None or _rank(epochs, args.epochs) > _rank(best[1], args.epochs):
-            best = run, epochs
-    return best
-
-
-def _epochs(run, wanted):
-    """The epochs of a run. Where checkpoint.tar cannot be read, final_checkpoint.tar is enough for
-    a run that has all `wanted` ones. Raises UserError."""
+def _epochs(run: pathlib.Path, wanted: int | None) -> int:
+    """The epochs of a run. If checkpoint.tar cannot be read, final_checkpoint.tar is enough for a
+    run with all `wanted` epochs. Raises UserError."""
     try:
         return len(checkpoint.open_saved(run / "checkpoint.tar", "train").history.epochs)
     except UserError:
@@ -202,46 +265,31 @@ def _epochs(run, wanted):
         raise
 
 
-def _rank(epochs, wanted):
-    return epochs <= wanted, -abs(wanted - epochs)
-
-
-def _command(one, words, folder, epochs):
-    """(given, words) of a training: a new one, or, with `folder`, one that goes on for so many
-    epochs."""
-    if folder is None:
-        return one, [*_without(words, "--seeds"), "--seed", str(one["seed"])]
-    now = [flag for flag in OF_THIS_CALL if flag.dest in one and flag.dest != "epochs"]
-    kept = {flag.dest: one[flag.dest] for flag in now}
-    options = [word for flag in now for word in typed(flag, kept[flag.dest])]
-    return (
-        {**kept, "load_path": str(folder), "epochs": epochs},
-        ["--load-path", str(folder), "--epochs", str(epochs), *options],
-    )
-
-
-def _without(words, name):
+def _without(words: Sequence[str], name: str) -> list[str]:
     """The words of a command line without those of a flag and its values."""
-    kept, inside = [], False
+    kept = []
+    inside = False
     for word in words:
-        inside = word.partition("=")[0] == name or inside and not word.startswith("--")
-        kept += [] if inside else [word]
+        inside = word.partition("=")[0] == name or (inside and not word.startswith("--"))
+        if not inside:
+            kept.append(word)
     return kept
 
 
-def _say(folders, wanted):
-    """Prints mean and standard deviation over the runs that are done."""
-    values = []
+def _print_mean(folders: Sequence[pathlib.Path], wanted: int) -> None:
+    """Print mean and standard deviation of the test accuracies of finished runs."""
+    accuracies = []
     for folder in folders:
         try:
-            history = checkpoint.open_saved(folder / "model.pt", "evaluate").history.epochs
-            if not history:
+            epochs = checkpoint.open_saved(folder / "model.pt", "evaluate").history.epochs
+            if not epochs:
                 raise UserError(f"{folder / 'model.pt'} has no epochs")
-            values.append(history[-1]["test_acc"])
+            accuracies.append(epochs[-1]["test_acc"])
         except UserError as e:
             print(f"note: {folder} is left out of the mean: {e}", file=sys.stderr)
-    if values:
+    if accuracies:
+        values = ", ".join(f"{value:.2f}" for value in accuracies)
         print(
-            f"{len(values)} of {wanted} seeds are done: test accuracy {compare.said(*compare.pooled(values))} %, of "
-            "the model that each keeps: " + ", ".join(f"{value:.2f}" for value in values)
+            f"{len(accuracies)} of {wanted} seeds are done: test accuracy "
+            f"{Statistics.of(accuracies)} %, of the best model of each run: {values}"
         )

@@ -26,6 +26,11 @@ def describe(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
+def count(n: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def name_path(path: str | pathlib.Path) -> str:
     """A path as errors name it."""
     text = str(path)

@@ -3,7 +3,6 @@
 It knows no model and no learning rule: `model_utils.make_trainer` gives it a rule's function, and
 `model_utils.train` runs it."""
 
-import argparse
 import copy
 import dataclasses
 import math
@@ -18,11 +17,10 @@ from data_utils import Batches, to_device
 from energy.dynamics import Neurons
 from energy.precision import refresh
 from energy.rule import UNOBSERVED, Observer, Rule
-from experiment import records
 from experiment.config import Config
 from experiment.diagnostics import Diagnostics
 from experiment.inference import Convergence, correct, evaluate
-from experiment.report import epoch_line, epoch_row
+from experiment.results.training import draw_training, epoch_line, epoch_row
 from experiment.runs.history import History, resumable_state, snapshot
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
@@ -68,13 +66,9 @@ class Recorder:
         """Draw the figures, if the last drawing is long enough ago. neurons: of the last
         mini-batch."""
         if final or time.monotonic() - self.drawn > self.DRAW:
-            records.draw_training(
-                self.run,
-                trainer.model,
-                argparse.Namespace(**self.config.flat()),
-                trainer.history,
-                neurons,
-            )
+            task = self.config.data.task
+            loss = self.config.model.loss
+            draw_training(self.run, trainer.model, task, loss, trainer.history, neurons)
             self.drawn = time.monotonic()
 
 

@@ -30,7 +30,7 @@ context.set_forkserver_preload(
         "sklearn.model_selection",
         "ART_Timesteps_Addition.audit",
         "matplotlib.backends.backend_agg",
-        "experiment.records",
+        "experiment.results.evaluation",
         "torch.fx.experimental.symbolic_shapes",
     ]
 )

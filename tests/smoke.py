@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 import torch.fx.experimental.symbolic_shapes  # noqa: E402, F401
 import torchvision  # noqa: E402, F401
 
+import experiment.results.evaluation  # noqa: E402, F401
 import main  # noqa: E402, F401
 import model_utils  # noqa: E402, F401
 from data_utils import CORRUPTIONS  # noqa: E402
-from experiment import records  # noqa: E402, F401
 
 # what main.py loads where it needs it
 LIBRARIES = {

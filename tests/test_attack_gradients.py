@@ -227,7 +227,7 @@ def test_a_sweep_says_in_which_precision_predictions_ran(ok, tmp_path, monkeypat
     assert "precision" not in (run.parent / "Adversarial_Accuracy.txt").read_text()
     # which wants a CUDA device; bf16 is the same on a CPU
     monkeypatch.setattr("experiment.devices.validate_device", lambda *_: None)
-    assert "in bf16, gradients through 3 in fp32" in ok(attack, "--precision bf16")
+    assert "in bf16, gradients unrolled through 3 steps in fp32" in ok(attack, "--precision bf16")
     header = (run.parent / "Adversarial_Accuracy.txt").read_text()
     assert '"precision": "bf16"' in header and '"gradient_precision": "fp32"' in header
 

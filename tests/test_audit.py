@@ -1,6 +1,5 @@
 """--todo audit: what it writes, that it goes on after a kill, and what its checks say."""
 
-import argparse
 import csv
 import io
 import json
@@ -8,20 +7,19 @@ import os
 import shutil
 import signal
 import sys
-import types
 import zipfile
 
 import numpy as np
 import pytest
-import torch
 from conftest import context
 
 import main
 import metrics
 from ART_Timesteps_Addition.audit import criteria, stages
 from data_utils import load_split
-from experiment import measured
-from experiment.audit import NAMES, AuditFiles
+from experiment.audit import AuditFiles
+from experiment.config import Config
+from experiment.results.read import read_run
 from experiment.runs.folder import RunFolder
 
 TINY = stages.Budget(3, 1, 10, 30, 3, 1, 4)
@@ -146,12 +144,11 @@ def test_an_audit_that_is_killed_in_every_stage_goes_on(ok, tiny, trained, audit
 
 def test_stages_of_other_settings_are_not_taken(audited, tmp_path):
     run = RunFolder(shutil.copytree(audited, tmp_path / "run"))
-    saved = types.SimpleNamespace(weights={"w": torch.zeros(2)}, source="model.pt")
 
     def files(**changes):
         run.release()
-        arguments = {**dict.fromkeys(NAMES), "attack_norm": "2", "eps": 1.0, **changes}
-        return AuditFiles(run, argparse.Namespace(**arguments), saved)
+        config = Config().replace(eps=1.0, **changes)
+        return AuditFiles(run, config, config.identity("audit"), "model.pt")
 
     assert files().load("a") is None
     files().save("a", {"x": np.ones(3)}, {"facts": [1]})
@@ -230,17 +227,14 @@ def test_the_result_of_other_settings_is_moved_aside(ok, audited, tmp_path):
     ok(LINE, f"--load-path {run} --test-size 4")
     assert result_of(run, "Audit_2_1_1") == before and result_of(run)["images"] == 4
     assert {path.suffix for path in run.glob("Audit_2_1_1.*")} == {".json", ".txt", ".png", ".npz"}
-    keys = [key for key in measured.read_run(run).values if key.measure == "audit"]
+    keys = [key for key in read_run(run).values if key.measure == "audit"]
     assert [key.detail for key in keys] == ["quick, 4 images"]
 
 
 def test_a_kill_while_a_result_moves_aside_leaves_no_half(audited, tmp_path):
     run = RunFolder(shutil.copytree(audited, tmp_path / "run"))
     (run.folder / "Audit_2_1.json").rename(run.folder / "Audit_2_1_1.json")
-    arguments = {**dict.fromkeys(NAMES), "attack_norm": "2", "eps": 1.0}
-    AuditFiles(
-        run, argparse.Namespace(**arguments), types.SimpleNamespace(weights={}, source="model.pt")
-    )
+    AuditFiles(run, Config().replace(eps=1.0), {}, "model.pt")
     assert not [path for path in run.folder.glob("Audit_2_1.*") if path.suffix != ".lock"]
     assert {path.suffix for path in run.folder.glob("Audit_2_1_1.*")} == {
         ".json",

@@ -16,9 +16,8 @@ from test_resume import final_weights
 import baselines
 import model_utils as mu
 from data_utils import CORRUPTIONS
-from experiment import arguments
-from experiment.config import Config
-from experiment.flags import FLAGS
+from experiment import command_line
+from experiment.command_line import MAIN_FLAGS
 from experiment.runs import contents
 from experiment.workers import Workers
 
@@ -38,7 +37,7 @@ def network(request):
 
 
 def args_of(line):
-    return arguments.resolve(arguments.parse(line.split(), FLAGS))
+    return command_line.resolve(command_line.parse(line.split(), MAIN_FLAGS))
 
 
 def plain_cnn():
@@ -72,7 +71,7 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
             torch.rand(16, 1, 28, 28, generator=generator),
             torch.randint(10, (16,), generator=generator),
         )
-        neurons = mu.bp_gradients(model, x, y, Config.of(args).rule)
+        neurons = mu.bp_gradients(model, x, y, args.rule)
         ours.step()
         theirs.zero_grad()
         logits = plain(x)
@@ -84,7 +83,7 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
     ):
         assert torch.equal(ours, theirs)
     plain.eval()
-    assert torch.equal(mu.predicting_neurons(model, x, Config.of(args).rule)[-1], plain(x))
+    assert torch.equal(mu.predicting_neurons(model, x, args.rule)[-1], plain(x))
 
 
 def test_every_command_works_with_a_network(ok, tmp_path, network):

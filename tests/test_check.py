@@ -18,7 +18,7 @@ from conftest import ROOT, context  # which makes benchmarks/ known
 
 import main
 import main_dropout
-from experiment import arguments, checks
+from experiment import command_line, validate
 
 SCRIPTS = sorted(
     path.stem
@@ -103,9 +103,9 @@ def program_and_words(command):
 def trained(command):
     """The arguments that a run of this training records."""
     program, words = program_and_words(command)
-    given = arguments.parse(words, PROGRAMS[program])
+    given = command_line.parse(words, PROGRAMS[program])
     given.pop("seeds", None)
-    return vars(arguments.resolve(given))
+    return command_line.resolve(given).flat()
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def accepted(tmp_path, monkeypatch, capsys):
 
         def work(given, *_):
             if "load_path" in given and given["todo"] != "compare":
-                checks.check(arguments.resolve(given, saved))
+                validate.validate(command_line.resolve(given, saved))
             return 0
 
         monkeypatch.setattr(main, "work", work)

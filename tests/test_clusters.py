@@ -21,9 +21,9 @@ from conftest import ROOT, context
 from test_resume import MLP, final_weights
 
 import main
-from experiment import arguments, checks
+from experiment import command_line, validate
+from experiment.command_line import MAIN_FLAGS
 from experiment.console import SIGNALS
-from experiment.flags import FLAGS
 
 LONG = MLP + " --train-size 1437 --T1 100 --epochs 500"
 RUN = MLP.replace(" --save", " --random-sign --mmt 0.9 --lr-decay --lrs 0.1 0.1 --run-dir d")
@@ -540,7 +540,7 @@ def test_a_worker_without_the_run_names_a_command_that_resumes(tmp_path, store):
     processes[1].join(60)
     command = (nodes[1] / "err").read_text().splitlines()[-1].split()
     assert command[0] == "torchrun"
-    given = arguments.parse(command[command.index("main.py") + 1 :], FLAGS)
+    given = command_line.parse(command[command.index("main.py") + 1 :], MAIN_FLAGS)
     assert given["epochs"] == 80 and (nodes[0] / given["run_dir"] / "checkpoint.tar").exists()
 
 
@@ -600,12 +600,12 @@ def test_a_script_of_the_docs_runs_a_command_that_is_one(tmp_path, cluster, scri
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 138
     words = (tmp_path / "record.words").read_text().splitlines()
-    given = arguments.parse(words[words.index("main.py") + 1 :], FLAGS)
+    given = command_line.parse(words[words.index("main.py") + 1 :], MAIN_FLAGS)
     assert given["figures"] == "pdf"
     if "load_path" in given:
         assert given["eps_list"] == [2]
         return
-    checks.check(arguments.resolve(given))
+    validate.validate(command_line.resolve(given))
     array = given["run_dir"].startswith("runs/mlp/seed")
     assert not array or given["run_dir"] == "runs/mlp/seed_3" and given["seed"] == 3
     requeued = (tmp_path / "record").read_text()

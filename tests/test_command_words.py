@@ -10,8 +10,9 @@ from conftest import ROOT, only_run
 
 import main
 import model_utils
-from experiment import arguments
-from experiment.flags import ALL, FLAGS, typed
+from experiment import command_line
+from experiment.command_line import MAIN_FLAGS, words_of
+from experiment.config import FLAGS as ALL
 
 TINY = (
     "--task digits --device -1 --archi 784 12 10 --T1 6 --T2 3 --train-size 40 --test-size 20 "
@@ -42,11 +43,11 @@ SWITCHES = [flag for flag in ALL if flag.kind is bool]
     ],
 )
 def test_a_number_with_a_minus_sign_is_a_value(word, value):
-    assert arguments.parse(["--betas", "0", word, "--T1", "5"], FLAGS) == {
+    assert command_line.parse(["--betas", "0", word, "--T1", "5"], MAIN_FLAGS) == {
         "betas": [0.0, value],
         "T1": 5,
     }
-    assert arguments.parse(["--betas", word, "0"], FLAGS) == {"betas": [value, 0.0]}
+    assert command_line.parse(["--betas", word, "0"], MAIN_FLAGS) == {"betas": [value, 0.0]}
 
 
 @pytest.mark.parametrize(
@@ -86,14 +87,16 @@ def test_whatever_a_flag_takes_is_typed_so_that_it_is_read_again():
         "T1": 7,
         "corruptions_dir": "-1",
     }
-    words = [word for flag in ALL if flag.dest in values for word in typed(flag, values[flag.dest])]
-    assert arguments.parse(words, FLAGS) == values
+    words = [
+        word for flag in ALL if flag.dest in values for word in words_of(flag, values[flag.dest])
+    ]
+    assert command_line.parse(words, MAIN_FLAGS) == values
 
 
 @pytest.mark.parametrize("flag", SWITCHES, ids=lambda flag: flag.name)
 def test_a_switch_that_is_off_is_typed_so_that_it_is_read_again(flag):
     for value in (True, False):
-        assert arguments.parse(typed(flag, value), FLAGS) == {flag.dest: value}
+        assert command_line.parse(words_of(flag, value), MAIN_FLAGS) == {flag.dest: value}
 
 
 @pytest.mark.parametrize("beta", ["-0.00001", "-1/3"])
@@ -105,7 +108,10 @@ def test_the_resume_line_works_as_printed(cli, ok, tmp_path, monkeypatch, beta):
         code, _, err = cli(f"--device -1 --load-path ./-run --betas 0 {beta} --no-check-thm")
     words = shlex.split(err.splitlines()[-1])
     assert code == 143 and words[:2] == ["python", "main.py"] and "--no-check-thm" in words
-    assert arguments.parse(words[2:], FLAGS)["betas"] == [0.0, arguments.judge(BETAS, beta)]
+    assert command_line.parse(words[2:], MAIN_FLAGS)["betas"] == [
+        0.0,
+        command_line.convert(BETAS, beta),
+    ]
     assert "from epoch 2 on" in ok(*words[2:]) and (run / "final_model.pt").exists()
 
 
@@ -167,7 +173,7 @@ def test_a_run_resumes_without_a_switch_that_it_was_trained_with(ok, tmp_path):
 
 def test_of_a_switch_and_its_opposite_the_last_counts():
     def parsed(line):
-        return arguments.parse(line.split(), FLAGS)
+        return command_line.parse(line.split(), MAIN_FLAGS)
 
     assert parsed("--check-thm --no-check-thm") == {"check_thm": False}
     assert parsed("--no-check-thm --check-thm") == {"check_thm": True}

@@ -14,8 +14,11 @@ from conftest import ROOT, context
 
 import main
 from data_utils import CORRUPTIONS
-from experiment import compare, measured
 from experiment.plots import compare as plots
+from experiment.results.compare import group_runs
+from experiment.results.published import read_published
+from experiment.results.read import read_run
+from experiment.results.values import Group, Key, RunResults, Statistics
 from experiment.runs.folder import RunFolder
 
 TINY = (
@@ -230,18 +233,12 @@ def test_runs_without_anything_leave_gaps(ok, runs, tmp_path):
 def attacked(label, rows):
     """A group of as many runs as there are lists of rows, (gradient, eps, accuracy)."""
     keys = [
-        [
-            measured.Key("adversarial", "pgd", "2", grad, "29", eps, "20 iterations")
-            for grad, eps, _ in row
-        ]
+        [Key("adversarial", "pgd", "2", grad, "29", eps, "20 iterations") for grad, eps, _ in row]
         for row in rows
     ]
-    return compare.Group(
+    return Group(
         label,
-        [
-            measured.Measured({}, dict(zip(k, (value for *_, value in row))))
-            for k, row in zip(keys, rows)
-        ],
+        [RunResults({}, dict(zip(k, (value for *_, value in row)))) for k, row in zip(keys, rows)],
     )
 
 
@@ -269,26 +266,24 @@ def test_curves_are_of_one_attack_and_of_all_runs():
 
 
 def test_labels_say_what_differs(runs):
-    groups = compare.grouped([measured.read_run(run) for run in (*runs["EP"], *runs["BPTT"])])
+    groups = group_runs([read_run(run) for run in (*runs["EP"], *runs["BPTT"])])
     assert [(group.label, len(group.runs)) for group in groups] == [("MLP EP", 3), ("MLP BPTT", 3)]
-    other = measured.read_run(runs["EP"][0])
+    other = read_run(runs["EP"][0])
     other.args["T1"] = 9
-    groups = compare.grouped([measured.read_run(runs["EP"][0]), other])
+    groups = group_runs([read_run(runs["EP"][0]), other])
     assert [group.label for group in groups] == ["MLP EP, T1 4", "MLP EP, T1 9"]
 
 
 def test_the_published_tables_are_read():
-    tables = {}
-    for path in (ROOT / "check/published").glob("*.csv"):
-        for label, found in measured.read_published(path, {"CIFAR10"}).items():
-            tables.setdefault(label, []).extend(found)
-    groups = [compare.Group(label, found, True) for label, found in tables.items()]
+    groups = read_published([*(ROOT / "check/published").glob("*.csv")], {"CIFAR10"})
+    labels = [group.label for group in groups]
     ep = next(group for group in groups if group.label == "published: EP-CNN")
-    assert any(len(run.settling) > 50 for run in ep.runs)
+    assert any(len(run.characteristic) > 50 for run in ep.runs)
     key = next(key for key in ep.keys() if key.attack == "pgd" and key.norm == "2")
-    assert ep.pooled(key)[2] == 5 and 0 <= ep.pooled(key)[0] <= 100
-    assert any("adversarially trained" in label for label in tables) and "published: ViT" in tables
-    assert ep.pooled(measured.Key("corruptions", eps=3))[2] >= 5
+    pgd = Statistics.of(ep.values(key))
+    assert pgd.n == 5 and 0 <= pgd.mean <= 100
+    assert any("adversarially trained" in label for label in labels) and "published: ViT" in labels
+    assert len(ep.values(Key("corruptions", eps=3))) >= 5
 
 
 @pytest.mark.parametrize(
@@ -467,6 +462,6 @@ def test_damaged_tables_of_a_run_are_gaps(runs, tmp_path):
     (run / "Adversarial_Accuracy.csv").write_text("eps,grad,adversarial\nx,bptt,1\n,,\n1\n")
     (run / "Characteristic_Time.txt").write_text("1\nnan x\n")
     (run / "Corruption_Accuracy.txt").write_bytes(b"fog \xff 0.5\n")
-    found = measured.read_run(run)
+    found = read_run(run)
     assert not any(key.measure.startswith("audit") or key.attack == "pgd" for key in found.values)
-    assert found.settling == []
+    assert found.characteristic == []

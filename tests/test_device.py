@@ -20,9 +20,9 @@ from data_utils import TASKS, Batches
 from energy import fast
 from energy.poolings import MaxPool
 from energy.precision import _current, _set
-from experiment import arguments
+from experiment import command_line
+from experiment.command_line import MAIN_FLAGS
 from experiment.diagnostics import Diagnostics, report_precision
-from experiment.flags import FLAGS
 from experiment.timing import Stopwatch
 from experiment.training import Trainer
 from experiment.workers import Workers
@@ -122,8 +122,8 @@ def test_a_training_waits_for_the_device_once_in_many_mini_batches(monkeypatch):
         "--model CNN --task CIFAR10 --channels 4 4 --kernels 3 3 --strides 1 1 --pools mm --paddings 1 1 --fc 10 "
         "--loss cel --softmax --T1 4 --T2 2 --thirdphase --random-sign --data-aug"
     )
-    args = arguments.resolve(arguments.parse(words.split(), FLAGS))
-    args.dropouts = (0.9, 0.9, 0.9)
+    args = command_line.resolve(command_line.parse(words.split(), MAIN_FLAGS))
+    args = args.replace(dropouts=(0.9, 0.9, 0.9))
     model = mu.make_model(args)
     images, labels = (
         torch.zeros(26, 3, 32, 32, dtype=torch.uint8),
@@ -249,7 +249,9 @@ def test_precision_is_the_same_to_whoever_asks(name):
 
 def test_attacking_a_mini_batch_does_not_wait_for_the_device():
     words = "--task digits --adv-train 0.5 --adv-norm inf --adv-iters 3 --adv-step 3 --adv-grad ep --thirdphase --T1 6"
-    args = arguments.resolve(arguments.parse([*words.split(), "--archi", "784", "8", "10"], FLAGS))
+    args = command_line.resolve(
+        command_line.parse([*words.split(), "--archi", "784", "8", "10"], MAIN_FLAGS)
+    )
     model = mu.make_model(args)
     with pretended(model) as (x, y):
         adversary = mu.make_adversary(model, args)
@@ -290,7 +292,7 @@ def test_a_shared_normalisation_stays_on_the_device():
 def test_a_direction_of_rounding_alone_is_not_compared(capsys, monkeypatch):
     """A bias in front of a normalisation has no gradient but rounding."""
     words = "--model FFCNN --alg BP --task digits --channels 4 4 --precision tf32"
-    args = arguments.resolve(arguments.parse(words.split(), FLAGS))
+    args = command_line.resolve(command_line.parse(words.split(), MAIN_FLAGS))
     model = mu.make_model(args)
     trainer = mu.make_trainer(model, mu.make_optimizer(model, args)[0], args)
     images, labels = torch.randint(0, 255, (8, 1, 28, 28), dtype=torch.uint8), torch.arange(8)
@@ -313,7 +315,7 @@ def test_a_direction_of_rounding_alone_is_not_compared(capsys, monkeypatch):
 
 def test_comparing_precisions_leaves_the_statistics_of_a_batch_normalisation():
     words = "--model FFCNN --alg BP --task digits --channels 4 4 --precision tf32"
-    args = arguments.resolve(arguments.parse(words.split(), FLAGS))
+    args = command_line.resolve(command_line.parse(words.split(), MAIN_FLAGS))
     model = mu.make_model(args)
     trainer = mu.make_trainer(model, mu.make_optimizer(model, args)[0], args)
     images, labels = (

@@ -12,9 +12,9 @@ from conftest import ZOO, only_run
 import model_utils as mu
 from data_utils import UserError
 from experiment.audit import AuditFiles
-from experiment.flags import ALL
+from experiment.config import Config
 from experiment.plots import style, training
-from experiment.report import Sweep
+from experiment.results.attacks import Sweep
 from experiment.runs import resume
 from experiment.runs.folder import RunFolder
 
@@ -32,14 +32,14 @@ def test_the_resume_line_has_what_no_epoch_has_yet(zoo, tmp_path):
     run = zoo.copy("tiny", tmp_path)
     given = {"device": -1, "T1": 9, "betas": [0.0, 0.5], "epochs": 3, "precision": "fp32"}
     job = types.SimpleNamespace(
-        args=types.SimpleNamespace(epochs=3), given=given, saved=True, program=["main.py"]
+        config=Config().replace(epochs=3), given=given, saved=True, program=["main.py"]
     )
     line = resume.how_to_resume(job, str(run), 1)
     for words in ("--T1 9", "--betas 0.0 0.5", "--device -1", "--precision fp32", "--epochs 3"):
         assert words in line
     line = resume.how_to_resume(job, str(run), 0)  # one epoch of the session is there
     assert "--T1" not in line and "--device -1" in line and "--epochs 2" in line
-    job.args.epochs = 1
+    job.config = Config().replace(epochs=1)
     assert "resume with" not in resume.how_to_resume(job, str(run), 0)
 
 
@@ -107,18 +107,14 @@ def test_no_attack_has_a_bound_that_is_no_number_of_float32(ok, cli, tmp_path, e
 
 
 def test_audits_with_another_surrogate_or_end_are_other_audits(tmp_path):
-    args = types.SimpleNamespace(
-        **{flag.dest: flag.default for flag in ALL},
-    )
-    args.eps = 0.1
+    config = Config().replace(eps=0.1)
     models = [torch.nn.Linear(2, 2) for _ in range(2)]
     settings = []
     for surrogate, ends_early in ((None, 1e-3), (None, 0.0), (models[0], 1e-3), (models[1], 1e-3)):
         run = RunFolder(tmp_path)
-        other = surrogate and (surrogate, types.SimpleNamespace(T1=3, loss="mse"))
-        files = AuditFiles(
-            run, args, types.SimpleNamespace(weights={}, source="model.pt"), other, ends_early
-        )
+        other = surrogate and (surrogate, Config().replace(T1=3))
+        identity = {**config.identity("audit"), "ends_early": ends_early}
+        files = AuditFiles(run, config, identity, "model.pt", other)
         assert files.settings not in settings
         settings.append(files.settings)
         run.release()

@@ -9,7 +9,7 @@ from conftest import MODELS, criterion_of, grads, masked, rule, sample, settle
 import model_utils as mu
 from energy import dynamics, fast
 from energy.connections import Convolution, Dense, WindowConvolution
-from experiment import arguments
+from experiment import command_line
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 NAMES = tuple(fast.TABLE)
@@ -256,7 +256,7 @@ def test_a_training_compiles_every_kind_of_phase_once(name, schedule, monkeypatc
     monkeypatch.setattr(fast, "_compiled_step", recording)
     model = {**MODELS, "published": small_published}[name](mu.my_sigmoid)
     model.compiled, model.schedule = True, schedule
-    args = arguments.resolve(
+    args = command_line.resolve(
         {
             "T1": 10,
             "T2": 3,
@@ -268,12 +268,13 @@ def test_a_training_compiles_every_kind_of_phase_once(name, schedule, monkeypatc
             "epochs": 1,
         }
     )
-    args.dropouts = (0.7,) * (len(model.connections) + model.softmax)
+    args = args.replace(dropouts=(0.7,) * (len(model.connections) + model.softmax))
     x, y = varied(model, 24)
     batches = Pieces(
         x, y, 7
     )  # twice as many are below 16, from where on a CPU convolves another way
-    for args.thirdphase in (False, True):
+    for thirdphase in (False, True):
+        args = args.replace(thirdphase=thirdphase)
         mu.train(model, mu.make_optimizer(model, args)[0], batches, batches, args)
     assert len(kinds) == 4 and len(compiled) == 4
     torch._dynamo.reset()

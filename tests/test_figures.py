@@ -1,6 +1,5 @@
 """The figures: each is drawn and saved in both formats, and shows what it is about."""
 
-import argparse
 import math
 
 import numpy as np
@@ -8,8 +7,10 @@ import pytest
 import torch
 
 import metrics
+from experiment.config import Config
 from experiment.plots import attacks, training
-from experiment.report import Sweep
+from experiment.plots import gdu as gdu_plots
+from experiment.results.attacks import Sweep
 from experiment.runs.folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("full_figures")
@@ -77,17 +78,17 @@ def all_figures():
         "relaxation, no energy": training.relaxation([0.0, 0.0], None, 20),
         "confusion": training.confusion(np.eye(10, dtype=int) * 7),
         "confusion of many": training.confusion(np.eye(100, dtype=int)),
-        "corruptions": training.corruptions(
+        "corruptions": attacks.corruptions(
             np.full((19, 5), 70.0), [f"kind_{n}" for n in range(19)], (0.7, 0.7), 7
         ),
-        "gdu_entries": attacks.gdu_entries("neurons_0", bptt["neurons_0"], ep["neurons_0"], seed),
-        "gdu_layers": attacks.gdu_layers(bptt, ep, seed),
-        "gdu_overview": attacks.gdu_overview(list(bptt), gdu_rows),
+        "gdu_entries": gdu_plots.gdu_entries("neurons_0", bptt["neurons_0"], ep["neurons_0"], seed),
+        "gdu_layers": gdu_plots.gdu_layers(bptt, ep, seed),
+        "gdu_overview": gdu_plots.gdu_overview(list(bptt), gdu_rows),
         "sweep": attacks.sweep(SWEEP, SETTINGS, 0.9, 0.1),
         "audit": attacks.audit(AUDITED, "Audit, 2-norm, eps 1"),
         "sweep at 0": attacks.sweep(SWEEP[:1], SETTINGS, 0.9),
-        "attacked_images": attacks.attacked_images(*attacked()),
-        "attacked_images, one in colour": attacks.attacked_images(
+        "adversarial_examples": attacks.adversarial_examples(*attacked()),
+        "adversarial_examples, one in colour": attacks.adversarial_examples(
             *[part[:1] if isinstance(part, np.ndarray) else part for part in attacked(3)[:3]],
             {key: part[:1] for key, part in attacked(3)[3].items()},
             "Attacked images",
@@ -156,7 +157,7 @@ def test_the_training_plot_marks_the_picked_model_resumptions_and_chance(drawn):
         "resumed before epoch 2: --T1 30 (until now 20)" in found
         and "resumed before epoch 4" in found
     )
-    assert any(label.startswith("validation") for label in found) and "chance (10)" in found
+    assert any(label.startswith("validation") for label in found) and "chance (10 %)" in found
     assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"][
         -2:
     ] == [1.5, 3.5]
@@ -183,11 +184,29 @@ def test_the_characteristic_plot_has_two_ranges_and_the_training_s_T1(drawn):
     )
 
 
+def test_the_window_of_convergence_is_never_longer_than_the_phase(drawn):
+    below = drawn["characteristic"].axes[1]
+    assert len(below.get_lines()[0].get_xdata()) == 3
+    assert "last min(5, t) steps" in below.get_xlabel()
+
+
+def test_only_the_linear_output_has_no_activation():
+    figure = training.activity([torch.rand(4, 5), torch.randn(4, 5)], None, True)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert ["no activation" in title for title in titles] == [False, True]
+
+
+def test_titles_count_one_image_in_the_singular():
+    title = attacks.sweep(SWEEP, {**SETTINGS, "images": 1}, 1.0).get_suptitle()
+    assert title == "Accuracy under attack: pgd, L-infinity norm, 1 image"
+    assert "of 1 test image," in training.confusion(np.eye(1, dtype=int)).get_suptitle()
+
+
 def test_a_sweep_has_its_eps_as_ticks_intervals_clean_and_chance(drawn):
     axes = drawn["sweep"].axes[0]
     assert list(axes.get_xticks()) == [0.01, 8 / 255, 0.1]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.01", "8/255", "0.1"]
-    assert len(axes.containers) == 3 and {"clean (90.00)", "chance (10)"} <= set(
+    assert len(axes.containers) == 3 and {"clean (90.00 %)", "chance (10 %)"} <= set(
         labels(drawn["sweep"])
     )
     assert "an upper bound" in " ".join(labels(drawn["sweep"]))
@@ -217,12 +236,12 @@ def test_gdu_panels_are_named_and_solid_and_dashed_are_explained(drawn):
 
 
 def test_attacked_images_have_named_rows_one_scale_and_say_how_they_were_chosen(drawn):
-    figure = drawn["attacked_images"]
+    figure = drawn["adversarial_examples"]
     panels = figure.axes[:18]
     assert [panels[6 * row].get_ylabel() for row in range(3)] == [
         "image",
         "change",
-        "attacked\nimage",
+        "adversarial\nexample",
     ]
     assert [axes.get_title().split("\n")[0] for axes in panels[:2]] == [
         "true 1",
@@ -234,7 +253,7 @@ def test_attacked_images_have_named_rows_one_scale_and_say_how_they_were_chosen(
         and sum(*scales) == 0
         and {axes.get_images()[0].get_cmap().name for axes in panels[6:12]} == {"PuOr"}
     )
-    assert "all 2 test images that the attack turned from right to wrong" in figure.get_supxlabel()
+    assert "all 2 test images misclassified only under attack" in figure.get_supxlabel()
 
 
 def test_a_sweep_that_is_moved_aside_takes_its_pdf_along(tmp_path):
@@ -251,7 +270,7 @@ def test_a_sweep_that_is_moved_aside_takes_its_pdf_along(tmp_path):
 
 
 def test_a_new_run_knows_its_format(tmp_path):
-    args = argparse.Namespace(figures="pdf", model="CNN", task="digits", alg="EP", loss="mse")
-    run = RunFolder.create(args, torch.device("cpu"), "main.py", None, {}, tmp_path)
+    config = Config().replace(figures="pdf", model="CNN", task="digits")
+    run = RunFolder.create(config, torch.device("cpu"), "main.py", None, {}, tmp_path)
     run.release()
     assert run.figures == "pdf" and run.about == "CNN on digits"

@@ -13,8 +13,8 @@ from ART_Timesteps_Addition import attacks, gradients
 from ART_Timesteps_Addition import names as attack_names
 from ART_Timesteps_Addition.audit import stages
 from energy import activations, names, poolings
-from experiment import arguments, checks, flag_table
-from experiment.flags import ALL
+from experiment import command_line, flag_table, validate
+from experiment.config import FLAGS as ALL
 
 # The layer of each module or package; single files may be below their package. A module imports
 # only modules of lower layers, and of its own package.
@@ -195,6 +195,6 @@ def test_every_command_of_the_readme_is_one():
         text = path.read_text().replace("\\\n", " ")
         for line in re.findall(r"^ +python main(?:_dropout)?\.py ([^\n#]*)", text, re.M):
             words = shlex.split(line.replace("...", "").replace("$", ""))
-            given = arguments.parse(words, ALL)
+            given = command_line.parse(words, ALL)
             if "load_path" not in given:
-                checks.check(arguments.resolve(given))
+                validate.validate(command_line.resolve(given))

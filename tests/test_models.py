@@ -11,8 +11,8 @@ import torch
 from conftest import MODELS, ROOT, criterion_of, grads, rule, sample
 
 import model_utils as mu
-from experiment import arguments
-from experiment.flags import FLAGS
+from experiment import command_line
+from experiment.command_line import MAIN_FLAGS
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 
@@ -214,8 +214,6 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import torch
 import model_utils as mu
-from experiment import arguments
-from experiment.flags import FLAGS
 torch.set_num_threads(1)
 worst = 0.0
 for kernel in (1, 2, 3):
@@ -279,13 +277,15 @@ def test_continual_ep_after_one_free_step_is_that_of_its_own_free_state():
 def test_a_random_sign_of_beta_is_drawn_for_each_mini_batch(monkeypatch):
     model, betas = MODELS["MLP"](torch.tanh), []
 
-    def ep(model, x, y, rule, *_):
+    def ep(model, x, y, rule, *_, **__):
         betas.append(tuple(rule.betas))
         return model(x, T=1)
 
     monkeypatch.setitem(mu.LEARN, "EP", ep)
-    given = arguments.parse("--betas 0.1 0.5 --random-sign".split(), FLAGS)
-    trainer = mu.Trainer(model, None, arguments.resolve(given))
+    given = command_line.parse("--betas 0.1 0.5 --random-sign".split(), MAIN_FLAGS)
+    trainer = mu.make_trainer(
+        model, torch.optim.SGD(model.parameters(), 0.1), command_line.resolve(given)
+    )
     torch.manual_seed(0)
     for _ in range(40):
         trainer.gradients(torch.randn(2, 20), torch.tensor([0, 1]))

@@ -18,9 +18,10 @@ from test_resume import final_weights
 import model_utils as mu
 from ART_Timesteps_Addition.audit import stages
 from data_utils import UserError
-from experiment import compare, measured
 from experiment.config import Config
 from experiment.devices import validate_device
+from experiment.results.compare import group_runs
+from experiment.results.read import read_run
 
 TINY = (
     "--device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "
@@ -123,7 +124,7 @@ def test_seeds_and_comparisons_pool_one_precision_alone(ok, any_device):
     ok(line, "--precision bf16")
     assert "already" not in ok(line) and len(folders()) == 4
     assert ok(line, "--precision bf16").count("already") == 2 and len(folders()) == 4
-    groups = compare.grouped([measured.read_run(run) for run in folders()])
+    groups = group_runs([read_run(run) for run in folders()])
     assert sorted(group.label for group in groups) == [
         "MLP EP, precision bf16",
         "MLP EP, precision fp32",
@@ -131,7 +132,7 @@ def test_seeds_and_comparisons_pool_one_precision_alone(ok, any_device):
     assert [len(group.runs) for group in groups] == [2, 2]
     for run in folders()[:2]:
         rewrite(run, precision="fp32", compile=True)
-    assert len(compare.grouped([measured.read_run(run) for run in folders()])) == 2
+    assert len(group_runs([read_run(run) for run in folders()])) == 2
 
 
 # ---- the machine
@@ -260,12 +261,12 @@ def test_seeds_take_no_run_of_other_data_as_done(ok, data):
     assert ok(line, f"--data-dir {data[0]}").count("already") == 2 and len(folders()) == 2
     out = ok(line, f"--data-dir {data[1]}")
     assert "already" not in out and "2 of 2 seeds are done" in out and len(folders()) == 4
-    groups = compare.grouped([measured.read_run(run) for run in folders()])
+    groups = group_runs([read_run(run) for run in folders()])
     assert [len(group.runs) for group in groups] == [2, 2] and "train-data" in groups[0].label
     for run in folders()[:2]:  # of an earlier version: nobody knows, and it was good enough
         without_fingerprints(run)
     assert ok(line, f"--data-dir {data[1]}").count("already") == 2 and len(folders()) == 4
-    assert len(compare.grouped([measured.read_run(run) for run in folders()])) == 1
+    assert len(group_runs([read_run(run) for run in folders()])) == 1
 
 
 def test_a_sweep_of_other_data_is_moved_aside(ok, tmp_path, data):
@@ -369,8 +370,6 @@ def test_a_comparison_tells_attacks_of_other_settings_apart(ok, zoo, tmp_path, a
         ("--predict-step 3", ", predicted after 3 steps"),
     ):
         ok(line, more)
-        found[words] = {
-            key.detail for key in measured.read_run(run).values if key.measure == "adversarial"
-        }
+        found[words] = {key.detail for key in read_run(run).values if key.measure == "adversarial"}
         assert any(words in detail for detail in found[words]), (words, found)
     assert len(found[words]) == 5

@@ -17,7 +17,7 @@ from conftest import ROOT, ZOO, context, only_run
 
 import main
 import model_utils as mu
-from experiment import arguments
+from experiment import command_line
 from experiment.runs import checkpoint, legacy
 
 MLP, CNN = ZOO["MLP"], ZOO["CNN"]
@@ -369,7 +369,7 @@ def test_files_of_the_original_code_load(ok, originals, tmp_path, kind):
 
     # the pickled module tells its architecture itself
     saved = checkpoint.open_saved(folder, "evaluate")
-    args = arguments.resolve(
+    args = command_line.resolve(
         {"todo": "evaluate"}, {**saved.args, "loss": "cel" if "CNN" in kind else "mse"}
     )
     model = mu.make_model(args)

@@ -128,9 +128,7 @@ def test_only_trainings_of_exactly_these_epochs_are_averaged(ok):
     ok(TINY, "--seeds 3 --epochs 3")
     (longer,) = folders()
     out = ok(TINY, "--seeds 3 4 --epochs 2")
-    assert (
-        f"seed 3: {longer} has 3 epochs, not the 2 of --epochs; it is left out of the mean" in out
-    )
+    assert f"seed 3: {longer} has 3 epochs, not 2; it is left out of the mean" in out
     assert "1 of 2 seeds are done" in out and len(folders()) == 2
     shutil.rmtree(longer)
     ok(TINY, "--seeds 3 --epochs 1")

@@ -20,7 +20,8 @@ import data_utils
 import main
 import model_utils as mu
 from data_utils import CORRUPTIONS
-from experiment import measured
+from experiment.results.read import read_run
+from experiment.results.values import Key
 
 # --------------------------------------------------------------------------------------------------
 # characteristic
@@ -415,13 +416,9 @@ def test_the_15_corruptions_of_the_published_means_are_enough(cli, ok, corrupted
     assert out.splitlines()[-1] == f"mean accuracy over the first 15 corruptions {100 * mean:.2f} %"
     assert (run / "Corruption_Accuracy.png").exists()
     found = {
-        key: value
-        for key, value in measured.read_run(run).values.items()
-        if key.measure == "corruptions"
+        key: value for key, value in read_run(run).values.items() if key.measure == "corruptions"
     }
-    assert found[measured.Key("corruptions", detail="first 15 corruptions")] == pytest.approx(
-        100 * mean
-    )
+    assert found[Key("corruptions", detail="first 15 corruptions")] == pytest.approx(100 * mean)
     assert len(found) == 6
 
     for name, array in extra.items():
@@ -434,17 +431,11 @@ def test_the_15_corruptions_of_the_published_means_are_enough(cli, ok, corrupted
         and not (run / "Corruption_Accuracy_1.txt").exists()
     )
     found = {
-        key: value
-        for key, value in measured.read_run(run).values.items()
-        if key.measure == "corruptions"
+        key: value for key, value in read_run(run).values.items() if key.measure == "corruptions"
     }
-    assert found[measured.Key("corruptions", detail="first 15 corruptions")] == pytest.approx(
-        100 * mean
-    )
+    assert found[Key("corruptions", detail="first 15 corruptions")] == pytest.approx(100 * mean)
     everything = np.mean(list(after.values()))
-    assert found[measured.Key("corruptions", detail="all 19 corruptions")] == pytest.approx(
-        100 * everything
-    )
+    assert found[Key("corruptions", detail="all 19 corruptions")] == pytest.approx(100 * everything)
 
 
 def test_constant_labels_are_five_severities(ok, corrupted):

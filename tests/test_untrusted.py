@@ -24,8 +24,8 @@ import data_utils
 import main
 import model_utils as mu
 from data_utils import UserError
-from experiment import arguments, checks
-from experiment.flags import FLAGS
+from experiment import command_line, validate
+from experiment.command_line import MAIN_FLAGS
 from experiment.runs import checkpoint, folder, legacy
 
 DATA = ROOT / "tests" / "data"
@@ -78,7 +78,7 @@ def quick():
         patch.setattr(folder, "versions", dict)
         patch.setattr("experiment.plots.training.accuracy", lambda *_: None)
         patch.setattr("experiment.plots.training.activity", lambda *_: None)
-        patch.setattr("experiment.report.Sweep.plot", lambda *_: None)
+        patch.setattr("experiment.results.attacks.Sweep.plot", lambda *_: None)
         patch.setattr(data_utils, "load_split", split)
         patch.setattr(os, "fsync", lambda _: None)
         yield
@@ -125,10 +125,10 @@ def restore(folder, todo, words=""):
     """
     before = folder.content()
     try:
-        given = arguments.parse(words.split(), FLAGS)
+        given = command_line.parse(words.split(), MAIN_FLAGS)
         saved = checkpoint.open_saved(folder.path, todo)
-        args = arguments.resolve({**given, "todo": todo}, saved.args)
-        checks.check(args)
+        args = command_line.resolve({**given, "todo": todo}, saved.args)
+        validate.validate(args)
         model = mu.build(args)
         checkpoint.load_weights(model, saved)
         assert all(weight.isfinite().all() for weight in model.parameters())

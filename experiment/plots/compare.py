@@ -1,255 +1,236 @@
-"""The figures of a comparison: functions from groups of runs to Matplotlib figures. A curve is a
-mean over seeds, its band the standard deviation; published ones are dashed."""
+"""Figures of a comparison. A curve is the mean over seeds, its band the standard deviation;
+published curves are dashed."""
 
-import statistics
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from experiment.plots.style import (
-    COLUMN,
-    eps_name,
+    ACCURACY,
+    IMAGE_EPS,
+    eps_ticks,
     grid,
+    integer_ticks,
     legend_below,
+    literal,
     new_figure,
-    plain,
+    norm_name,
     style,
-    ticks_at,
-    whole_ticks,
 )
+from experiment.results.values import Group, Key, Statistics, own_keys
 
-ACCURACY = "accuracy (%)"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = list[tuple[float, Statistics]]  # (x, accuracies in %)
 
 
-def all_figures(groups):
-    """(file name, function, its arguments ...) of each figure for which the groups have data.
-    groups: of `compare.Group`."""
-    norms = sorted(
-        {key.norm for group in groups if not group.published for key in group.keys() if key.norm}
-    )
-    yield from ((f"robustness_{norm}.png", robustness, groups, norm) for norm in norms)
-    trained = [
-        (group, _by_place([[accuracy for _, accuracy in run.epochs] for run in group.runs]))
-        for group in groups
-    ]
-    if any(curve for _, curve in trained):
-        yield "training.png", _over, trained, "Test accuracy over the training", "epoch"
-    settled = [(group, _by_place([run.settling for run in group.runs])) for group in groups]
-    if any(curve for group, curve in settled if not group.published):
-        yield (
-            "characteristic.png",
-            _over,
-            settled,
-            "Accuracy over the free steps",
-            "time steps of the free phase",
-        )
-    if any(
-        key.measure == "corruptions"
-        for group in groups
-        if not group.published
-        for key in group.keys()
-    ):
-        yield "corruptions.png", corruptions, groups
-    chosen = _attack_of_most_steps(groups)
+class Variant(NamedTuple):
+    """The fields of a `Key` in which values of one attack at one eps differ."""
+
+    grad: str
+    steps: str
+    detail: str
+
+    def describe(self, attack: str) -> str:
+        gradient = "" if self.grad in ("", attack) else gradient_name(self)
+        return ", ".join(filter(None, (gradient, self.detail)))
+
+
+class AttackAtEps(NamedTuple):
+    """The fields of a `Key` of one attack whose steps differ."""
+
+    attack: str
+    norm: str
+    grad: str
+    eps: float
+
+
+def gradient_name(key: Key | Variant) -> str:
+    """`bptt@29`: the gradient method and the time steps that it is unrolled through."""
+    return f"{key.grad}@{key.steps}" if key.steps else key.grad
+
+
+def all_figures(groups: Sequence[Group]) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """(file name, function that draws it) of each figure that the groups have values for."""
+    own = own_keys(groups)
+    for norm in sorted({key.norm for key in own if key.norm}):
+        yield f"robustness_{norm}.png", partial(robustness, groups, norm)
+    trainings = [_mean_curve([[acc for _, acc in run.epochs] for run in g.runs]) for g in groups]
+    if any(trainings):
+        title = "Test accuracy over the training"
+        yield "training.png", partial(accuracy_curves, groups, trainings, title, "epoch")
+    over_steps = [_mean_curve([run.characteristic for run in group.runs]) for group in groups]
+    if any(curve for group, curve in zip(groups, over_steps) if not group.published):
+        title = "Accuracy over the free steps"
+        xlabel = "time steps of the free phase"
+        draw = partial(accuracy_curves, groups, over_steps, title, xlabel)
+        yield "characteristic.png", draw
+    if any(key.measure == "corruptions" for key in own):
+        yield "corruptions.png", partial(corruptions, groups)
+    chosen = _attack_with_most_steps(own)
     if chosen:
-        yield "attack_steps.png", attack_steps, groups, chosen
+        yield "attack_steps.png", partial(attack_steps, groups, chosen)
 
 
-def _band(axes, n, curve, group, label=None):
-    """Draws [(x, mean, standard deviation, number of runs)] in the n-th look; hollow where there
-    are fewer runs than elsewhere, without a line to them, which would be a trend of other runs."""
-    most, look = max(runs for *_, runs in curve), {"color": f"C{n % 7}", "marker": "os^DvPX"[n % 7]}
-    whole = [point[:3] for point in curve if point[3] == most]
-    x, mean, std = (np.array(values, dtype=float) for values in zip(*whole))
-    every = max(1, len(x) // 12)
-    style = (
-        {"linestyle": "--", "linewidth": 1, "fillstyle": "none"}
-        if group.published
-        else {"linestyle": "-"}
-    )
-    label = plain(label or group.label)
-    axes.plot(x, mean, **look, label=label, markevery=(n % every, every), **style)
-    axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
-    few = [point[:2] for point in curve if point[3] < most]
-    if few:
-        axes.plot(*zip(*few), **look, linestyle="", fillstyle="none")
+# ---- curves
 
 
-def _by_place(series):
-    """[(1, mean, std, number of lists), (2, ...), ...] of lists of numbers."""
+def _mean_curve(series: Sequence[Sequence[float]]) -> Curve:
+    """Statistics of the first, second, ... elements of lists that can differ in length."""
     longest = max(map(len, series), default=0)
-    columns = [
-        [values[place] for values in series if place < len(values)] for place in range(longest)
-    ]
-    return [
-        (
-            place,
-            statistics.fmean(column),
-            statistics.stdev(column) if len(column) > 1 else 0.0,
-            len(column),
-        )
-        for place, column in enumerate(columns, 1)
-    ]
+    columns = [[values[n] for values in series if n < len(values)] for n in range(longest)]
+    return [(n, Statistics.of(column)) for n, column in enumerate(columns, 1)]
 
 
-def _pooled_curve(group, keys, x):
-    """[(x(key), mean, std, number of runs)] of some keys."""
-    rows = [(x(key), *group.pooled(key)) for key in keys]
-    return sorted((place, mean, std or 0.0, runs) for place, mean, std, runs in rows)
+def _curve(group: Group, keys: Sequence[Key], x: Callable[[Key], float]) -> Curve:
+    """Statistics of the values under some keys over x(key)."""
+    points = [(x(key), Statistics.of(group.values(key))) for key in keys]
+    return sorted(points, key=lambda point: point[0])
 
 
-def _steps(key):
-    """The largest number of time steps that a gradient went through; 0 of none."""
-    return max((int(word) for word in key.steps.split() if word.isdigit()), default=0)
+def _eps(key: Key) -> float:
+    return key.eps
 
 
-def _variants(group, attack, norm):
-    """{(gradient, steps, detail): keys} of the variants of one attack, or of the audit, that a
-    group has."""
-    found, measure = {}, "audit" if attack == "audit" else "adversarial"
-    for key in group.keys():
-        if (key.measure, key.attack, key.norm) == (measure, attack, norm) and key.eps > 0:
-            found.setdefault((key.grad, key.steps, key.detail), []).append(key)
-    return found
+def _steps(key: Key | Variant) -> int:
+    """The largest number of time steps that gradients are unrolled through; 0 if there is none."""
+    return max((int(steps) for steps in key.steps.split() if steps.isdigit()), default=0)
 
 
-def _curves(groups, attack, norm):
-    """[(group, variant, accuracy over eps)] under one attack: by the variant that all groups have,
-    where there is one, else by each one's own; of several by the worst over gradients, at most eps,
-    through the most steps."""
-    own = [(group, _variants(group, attack, norm)) for group in groups]
-    shared = set.intersection(
-        *[set(found) for group, found in own if found and not group.published] or [set()]
+def _draw_band(axes: Axes, n: int, curve: Curve, group: Group, label: str = "") -> None:
+    """Draw a curve in the n-th look. Points of fewer runs than others are hollow and unconnected: a
+    line to them would show a trend of other runs."""
+    color, marker = f"C{n % 7}", "os^DvPX"[n % 7]
+    most = max(values.n for _, values in curve)
+    complete = [(x, values.mean, values.std or 0.0) for x, values in curve if values.n == most]
+    partial = [(x, values.mean) for x, values in curve if values.n < most]
+    x, mean, std = np.array(complete, dtype=float).T
+    spacing = max(1, len(x) // 12)
+    axes.plot(
+        x,
+        mean,
+        color=color,
+        marker=marker,
+        markevery=(n % spacing, spacing),
+        linestyle="--" if group.published else "-",
+        linewidth=1 if group.published else None,
+        fillstyle="none" if group.published else None,
+        label=literal(label or group.label),
     )
-    curves = []
-    for group, found in own:
-        among = {variant: keys for variant, keys in found.items() if variant in shared} or found
-        best = max(
-            among,
-            default=None,
-            key=lambda variant: (
-                variant[0] == "worst",
-                len(among[variant]),
-                _steps(among[variant][0]),
-            ),
-        )
-        curves.append(
-            (group, best, _pooled_curve(group, among[best], lambda key: key.eps) if best else [])
-        )
-    return curves
-
-
-def _said(variant, attack):
-    """A variant of an attack in words."""
-    grad, steps, detail = variant
-    through = f"{grad}{f'@{steps}' if steps else ''}" * (grad not in ("", attack))
-    return ", ".join(filter(None, (through, detail)))
+    axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    if partial:
+        axes.plot(*zip(*partial), color=color, marker=marker, linestyle="", fillstyle="none")
 
 
 @style()
-def robustness(groups, norm):
-    """Accuracy over eps: a panel for each attack, and one for the audits."""
-    own = [
-        key for group in groups if not group.published for key in group.keys() if key.norm == norm
-    ]
-    attacks = sorted({key.attack for key in own if key.measure == "adversarial"})
-    panels = [*attacks, *(["audit"] if any(key.measure == "audit" for key in own) else [])]
-    figure = new_figure(
-        f"Accuracy under attack, {'L-infinity' if norm == 'inf' else 'L2'} norm\nmean and standard "
-        "deviation over runs (hollow: of fewer runs)",
-        COLUMN,
-        3 * -(-len(panels) // 2) + 0.15 * len(groups) + 0.8,
-    )
-    for axes, attack in zip(grid(figure, len(panels), 2, sharey=True), panels):
-        curves = _curves(groups, attack, norm)
-        for n, (group, _, curve) in enumerate(curves):
-            if curve:
-                _band(axes, n, curve, group)
-        variants = list(
-            dict.fromkeys(
-                _said(variant, attack)
-                for group, variant, curve in curves
-                if curve and not group.published
-            )
+def accuracy_curves(
+    groups: Sequence[Group], curves: Sequence[Curve], title: str, xlabel: str
+) -> Figure:
+    """Test accuracy, one curve per group; empty curves are left out."""
+    figure = new_figure(title, height=3.6 + 0.1 * len(groups))
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=f"test {ACCURACY}")
+    for n, (group, curve) in enumerate(zip(groups, curves)):
+        if curve:
+            _draw_band(axes, n, curve, group)
+    integer_ticks(axes.xaxis)
+    legend_below(figure)
+    return figure
+
+
+# ---- attacks
+
+
+def _variants(group: Group, attack: str, norm: str) -> dict[Variant, list[Key]]:
+    """The keys of each variant of one attack, or of the audit, that a group has."""
+    measure = "audit" if attack == "audit" else "adversarial"
+    found: dict[Variant, list[Key]] = {}
+    for key in group.keys():
+        if (key.measure, key.attack, key.norm) == (measure, attack, norm) and key.eps > 0:
+            found.setdefault(Variant(key.grad, key.steps, key.detail), []).append(key)
+    return found
+
+
+def _comparable_variants(
+    groups: Sequence[Group], attack: str, norm: str
+) -> list[tuple[Variant | None, list[Key]]]:
+    """The variant of the attack to draw of each group, with its keys: one that all groups have, if
+    there is any; of several the worst over gradients, with the most eps, through the most steps."""
+    found = [_variants(group, attack, norm) for group in groups]
+    own = [set(variants) for g, variants in zip(groups, found) if variants and not g.published]
+    shared = set.intersection(*own) if own else set()
+    chosen: list[tuple[Variant | None, list[Key]]] = []
+    for variants in found:
+        candidates = {v: keys for v, keys in variants.items() if v in shared} or variants
+        best = max(
+            candidates,
+            key=lambda v: (v.grad == "worst", len(candidates[v]), _steps(v)),
+            default=None,
         )
-        axes.set(xlabel="eps, images in [0, 1]", ylabel=ACCURACY, xscale="log", ylim=(-2, 102))
-        title = [attack, *["not the same for all:"] * (len(variants) > 1), *filter(None, variants)]
-        axes.set_title(plain("\n".join(title)), fontsize=8)
-        bounds = sorted({eps for line in axes.get_lines() for eps in line.get_xdata()})
-        if bounds:
-            ticks_at(axes, bounds, [eps_name(eps, norm) for eps in bounds])
+        chosen.append((best, candidates[best] if best else []))
+    return chosen
+
+
+@style()
+def robustness(groups: Sequence[Group], norm: str) -> Figure:
+    """Accuracy over eps: one panel per attack, and one for audits."""
+    own = [key for key in own_keys(groups) if key.norm == norm]
+    attacks = sorted({key.attack for key in own if key.measure == "adversarial"})
+    if any(key.measure == "audit" for key in own):
+        attacks.append("audit")
+    rows = -(-len(attacks) // 2)
+    title = (
+        f"Accuracy under attack, {norm_name(norm)} norm\n"
+        "mean and standard deviation over runs (hollow: fewer runs)"
+    )
+    figure = new_figure(title, height=3 * rows + 0.15 * len(groups) + 0.8)
+    for axes, attack in zip(grid(figure, len(attacks), 2, sharey=True), attacks):
+        own_variants = []
+        all_eps: set[float] = set()
+        chosen = _comparable_variants(groups, attack, norm)
+        for n, (group, (variant, keys)) in enumerate(zip(groups, chosen)):
+            if not variant:
+                continue
+            _draw_band(axes, n, _curve(group, keys, _eps), group)
+            all_eps.update(key.eps for key in keys)
+            if not group.published:
+                own_variants.append(variant.describe(attack))
+        descriptions = list(dict.fromkeys(own_variants))
+        lines = [attack, *filter(None, descriptions)]
+        if len(descriptions) > 1:
+            lines.insert(1, "not the same for all:")
+        axes.set_title(literal("\n".join(lines)), fontsize=8)
+        axes.set(xlabel=IMAGE_EPS, ylabel=ACCURACY, xscale="log", ylim=(-2, 102))
+        if all_eps:
+            eps_ticks(axes, list(all_eps), norm)
     legend_below(figure, 1 if len(groups) > 6 else 2)
     return figure
 
 
-@style()
-def _over(curves, title, xlabel):
-    figure = new_figure(title, height=3.6 + 0.1 * len(curves))
-    axes = figure.add_subplot(xlabel=xlabel, ylabel="test " + ACCURACY)
-    for n, (group, curve) in enumerate(curves):
-        if curve:
-            _band(axes, n, curve, group)
-    whole_ticks(axes.xaxis)
-    legend_below(figure)
-    return figure
+def _attack_with_most_steps(own: Sequence[Key]) -> AttackAtEps | None:
+    """The attack that was unrolled through the most different numbers of steps; None if each has
+    only one. own: keys of groups that are not published."""
+    steps: dict[AttackAtEps, set[str]] = {}
+    for key in own:
+        if key.measure == "adversarial" and key.steps.isdigit() and key.grad != "worst":
+            attacked = AttackAtEps(key.attack, key.norm, key.grad, key.eps)
+            steps.setdefault(attacked, set()).add(key.steps)
+    best = max(steps, key=lambda attacked: len(steps[attacked]), default=None)
+    return best if best and len(steps[best]) > 1 else None
 
 
 @style()
-def corruptions(groups):
-    """Accuracy over the severity of corruptions: means over those that most groups have; where a
-    group has others its label names them. Published means are over the rows of their table."""
-    found = [
-        {key.detail: None for key in group.keys() if key.measure == "corruptions"}
-        for group in groups
-    ]
-    own = [
-        detail for group, details in zip(groups, found) if not group.published for detail in details
-    ]
-    chosen = max(own, key=lambda detail: (own.count(detail), detail.startswith("all")))
-    figure = new_figure(
-        f"Accuracy under corruption, mean over {chosen}", height=3.6 + 0.1 * len(groups)
-    )
-    axes = figure.add_subplot(xlabel="severity", ylabel=ACCURACY)
-    for n, (group, details) in enumerate(zip(groups, found)):
-        detail = chosen if chosen in details else next(iter(details), None)
-        keys = [
-            key
-            for key in group.keys()
-            if (key.measure, key.detail) == ("corruptions", detail) and key.eps
-        ]
-        if keys:
-            label = group.label + f": {detail}" * (detail not in ("", chosen))
-            _band(axes, n, _pooled_curve(group, keys, lambda key: key.eps), group, label)
-    axes.set_xticks(range(1, 6))
-    legend_below(figure)
-    return figure
-
-
-def _attack_of_most_steps(groups):
-    """(attack, norm, grad, eps) that the groups were attacked with through the most numbers of
-    steps; None where it is one number."""
-    found = {}
-    for group in groups:
-        for key in group.keys():
-            if (
-                key.measure == "adversarial"
-                and key.steps.isdigit()
-                and not group.published
-                and key.grad != "worst"
-            ):
-                found.setdefault((key.attack, key.norm, key.grad, key.eps), set()).add(key.steps)
-    best = max(found, key=lambda name: len(found[name]), default=None)
-    return best if best and len(found[best]) > 1 else None
-
-
-@style()
-def attack_steps(groups, chosen):
-    """Accuracy over the time steps that the attack's gradient goes through. chosen: (attack, norm,
-    grad, eps)."""
+def attack_steps(groups: Sequence[Group], chosen: AttackAtEps) -> Figure:
+    """Accuracy over the time steps that the attack's gradient is unrolled through."""
     attack, norm, grad, eps = chosen
-    attacked = plain(f"{attack}, {grad}")
     figure = new_figure(
-        f"Accuracy over the steps attacked through: {attacked}, "
-        f"{'L-infinity' if norm == 'inf' else 'L2'} eps {eps:g}",
+        f"Accuracy over the steps attacked through: {literal(f'{attack}, {grad}')}, "
+        f"{norm_name(norm)} eps {eps:g}",
         height=3.6 + 0.1 * len(groups),
     )
     axes = figure.add_subplot(xlabel="time steps of the attack's gradient", ylabel=ACCURACY)
@@ -257,12 +238,44 @@ def attack_steps(groups, chosen):
         keys = [
             key
             for key in group.keys()
-            if (key.measure, key.attack, key.norm, key.eps) == ("adversarial", attack, norm, eps)
-            and key.steps.isdigit()
+            if key.measure == "adversarial"
+            and (key.attack, key.norm, key.eps) == (attack, norm, eps)
             and key.grad in (grad, "")
+            and key.steps.isdigit()
         ]
         if keys:
-            _band(axes, n, _pooled_curve(group, keys, _steps), group)
-    whole_ticks(axes.xaxis)
+            _draw_band(axes, n, _curve(group, keys, _steps), group)
+    integer_ticks(axes.xaxis)
+    legend_below(figure)
+    return figure
+
+
+# ---- corruptions
+
+
+@style()
+def corruptions(groups: Sequence[Group]) -> Figure:
+    """Accuracy over the severity of corruptions: the mean over the set that most groups have. The
+    label of a group with another set names it; published means are over the rows of their table."""
+    sets = [
+        list(dict.fromkeys(key.detail for key in group.keys() if key.measure == "corruptions"))
+        for group in groups
+    ]
+    own = [detail for group, found in zip(groups, sets) if not group.published for detail in found]
+    chosen = max(own, key=lambda detail: (own.count(detail), detail.startswith("all")))
+    title = f"Accuracy under corruption, mean over {chosen}"
+    figure = new_figure(title, height=3.6 + 0.1 * len(groups))
+    axes = figure.add_subplot(xlabel="severity", ylabel=ACCURACY)
+    for n, (group, found) in enumerate(zip(groups, sets)):
+        detail = chosen if chosen in found else next(iter(found), None)
+        keys = [
+            key
+            for key in group.keys()
+            if (key.measure, key.detail) == ("corruptions", detail) and key.eps
+        ]
+        if keys:
+            label = group.label if detail in ("", chosen) else f"{group.label}: {detail}"
+            _draw_band(axes, n, _curve(group, keys, _eps), group, label)
+    axes.set_xticks(range(1, 6))
     legend_below(figure)
     return figure

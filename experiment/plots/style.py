@@ -1,21 +1,34 @@
-"""What all figures share: one style, sizes, intervals, marks. Matplotlib is imported where
-something is drawn."""
+"""What all figures share: one style, axes, labels. Matplotlib is imported when something is
+drawn."""
+
+from __future__ import annotations
 
 import contextlib
 import functools
 import os
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-STYLE = pathlib.Path(__file__).with_name("paper.mplstyle")
-FORMATS = ("png", "pdf")
-COLUMN = 6.0  # inches: the width of a figure with one panel in a row
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+STYLE_FILE = pathlib.Path(__file__).with_name("paper.mplstyle")
+ACCURACY = "accuracy (%)"
+IMAGE_EPS = "eps, images in [0, 1]"
+MOST_EPS_LABELS = 28  # that fit next to each other on an axis
 
 
 @contextlib.contextmanager
-def style():
-    """The style of all figures, in a block or as a decorator: of what draws, and of what saves. It
-    is Matplotlib's defaults and paper.mplstyle, whatever the user's own settings are."""
+def style() -> Iterator[None]:
+    """Draw and save in the style of all figures, as a block or a decorator: Matplotlib's defaults
+    and paper.mplstyle, whatever the user's own settings are."""
     import_matplotlib()
     import matplotlib
 
@@ -23,19 +36,18 @@ def style():
         yield
 
 
-def import_matplotlib():
-    """Import Matplotlib without the user's matplotlibrc and MPLBACKEND, which it reads while it is
-    imported, and which can make that fail. The first matplotlibrc it looks for is that of the
-    current folder."""
+def import_matplotlib() -> None:
+    """Import Matplotlib without the user's matplotlibrc and MPLBACKEND.
+
+    Matplotlib reads both while it is imported, and either can make the import fail. It looks for a
+    matplotlibrc in the current folder first."""
     if "matplotlib" in sys.modules:
         return
-    folder, environment = (
-        os.getcwd(),
-        {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")},
-    )
-    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=str(STYLE))
+    folder = os.getcwd()
+    environment = {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=str(STYLE_FILE))
     try:
-        os.chdir(STYLE.parent)
+        os.chdir(STYLE_FILE.parent)
         import matplotlib  # noqa: F401
     finally:
         for name, value in environment.items():
@@ -46,21 +58,21 @@ def import_matplotlib():
 
 
 @functools.cache
-def _settings():
-    """{name: value} of every setting of Matplotlib that a figure can depend on."""
+def _settings() -> dict[str, Any]:
+    """Every setting of Matplotlib that a figure can depend on."""
     import matplotlib
 
-    ours = matplotlib.rc_params_from_file(STYLE, use_default_template=False)
-    return {
-        name: value
-        for name, value in {**matplotlib.rcParamsDefault, **ours}.items()
-        if name != "backend"
-    }
+    ours = matplotlib.rc_params_from_file(STYLE_FILE, use_default_template=False)
+    settings = {**matplotlib.rcParamsDefault, **ours}
+    del settings["backend"]
+    return settings
 
 
-def new_figure(title, width=COLUMN, height=3.8):
-    """An empty figure of that many inches. title: what it shows; `RunFolder.save_figure` adds of
-    which run."""
+# ---- figures and panels
+
+
+def new_figure(title: str, width: float = 6.0, height: float = 3.8) -> Figure:
+    """An empty figure; sizes in inches. `RunFolder.save_figure` adds the run to the title."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -68,21 +80,17 @@ def new_figure(title, width=COLUMN, height=3.8):
     return figure
 
 
-def plain(text):
-    """A text from outside, in which Matplotlib sees no formula."""
-    return text.replace("$", r"\$")
-
-
-def run_title(folder, about):
-    """The title line with a figure's run: model and task (about), and the part of its path (folder)
-    below results/, or of a --run-dir the last two names."""
+def run_title(folder: pathlib.Path, about: str) -> str:
+    """The line of the title that names the run: `about` (model and task) and the run's path below
+    results/, or, of a folder elsewhere, the last two parts of its path."""
     parts = folder.resolve().parts
-    name = "/".join(parts[parts.index("results") + 1 :] if "results" in parts else parts[-2:])
-    return plain(f"{about}, {name}" if about else name)
+    shown = parts[parts.index("results") + 1 :] if "results" in parts else parts[-2:]
+    name = "/".join(shown)
+    return literal(f"{about}, {name}" if about else name)
 
 
-def grid(figure, panels, columns, **options):
-    """The axes of so many panels, in rows of at most `columns`."""
+def grid(figure: Figure, panels: int, columns: int, **options: Any) -> Sequence[Axes]:
+    """Axes for `panels` panels, at most `columns` in a row."""
     rows = -(-panels // columns)
     axes = figure.subplots(rows, min(columns, panels), squeeze=False, **options).flatten()
     for unused in axes[panels:]:
@@ -90,50 +98,108 @@ def grid(figure, panels, columns, **options):
     return axes[:panels]
 
 
-def curve_options(n, points, dense=40):
-    """How to mark the n-th curve of so many points: all of few, of many some that fall elsewhere
-    for each curve."""
-    return {"markevery": 1 if points <= dense else (n * points // 40, max(points // 10, 1))}
+# ---- texts
 
 
-def whole_ticks(axis):
-    """Only whole numbers at the ticks of an axis."""
-    axis.get_major_locator().set_params(integer=True)
+def literal(text: str) -> str:
+    """A text from outside, with `$` escaped, which would start a formula."""
+    return text.replace("$", r"\$")
 
 
-def legend_below(figure, columns=2, **options):
-    """A legend of all curves under the panels, where it hides none."""
-    handles, labels = [], []
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels()):
-            if label not in labels:
-                handles, labels = [*handles, handle], [*labels, label]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **options)
+def norm_name(norm: str) -> str:
+    """`L-infinity` for "inf", `L2` for "2"."""
+    return "L-infinity" if norm == "inf" else f"L{norm}"
 
 
-def vertical(axes, x, label, line="-"):
-    """A labelled vertical line at x."""
-    axes.axvline(x, color="0.35", linewidth=1, linestyle=line, marker="", label=label)
-
-
-def eps_name(eps, norm):
-    """A bound as a tick says it; in the maximum norm as a fraction of the 255 grey values, where it
-    is one."""
-    steps = 255 * eps
-    if norm == "inf" and abs(steps - round(steps)) < 1e-3 and 1 <= round(steps) <= 128:
-        return f"{round(steps)}/255"
+def eps_label(eps: float, norm: str) -> str:
+    """An eps as a tick label; for the maximum norm k/255 if it is k of the 255 grey values."""
+    grey_values = 255 * eps
+    nearest = round(grey_values)
+    if norm == "inf" and abs(grey_values - nearest) < 1e-3 and 1 <= nearest <= 128:
+        return f"{nearest}/255"
     return f"{eps:.3g}"
 
 
-def ticks_at(axes, values, names):
-    """Ticks of a logarithmic x axis at those values alone; where they are too dense, some stay
-    without a name."""
-    low, high = min(values), max(values)
-    room = (high / low) ** (1 / 28)  # as many names stand side by side
-    shown, last = [], 0.0
-    for value, name in sorted(zip(values, names)):
-        shown.append(name if value >= last * room else "")
-        last = value if shown[-1] else last
-    axes.set_xticks(sorted(values), shown, rotation=90 if len(values) > 8 else 0)
+# ---- axes
+
+
+def integer_ticks(axis: Axis) -> None:
+    """Put ticks at whole numbers only."""
+    axis.get_major_locator().set_params(integer=True)
+
+
+def eps_ticks(axes: Axes, values: Sequence[float], norm: str) -> None:
+    """Put the ticks of a logarithmic x axis at the given eps only; dense ticks are labelled in
+    part."""
+    values = sorted(values)
+    low, high = values[0], values[-1]
+    least_ratio = (high / low) ** (1 / MOST_EPS_LABELS)  # between two labelled ticks
+    labels = []
+    last_labelled = 0.0
+    for value in values:
+        if value >= last_labelled * least_ratio:
+            labels.append(eps_label(value, norm))
+            last_labelled = value
+        else:
+            labels.append("")
+    axes.set_xticks(values, labels, rotation=90 if len(values) > 8 else 0)
     axes.minorticks_off()
-    axes.set_xlim(low / max(room, 1.1), high * max(room, 1.1))
+    margin = max(least_ratio, 1.1)
+    axes.set_xlim(low / margin, high * margin)
+
+
+# ---- what is drawn
+
+
+def marker_spacing(n: int, points: int, dense: int = 40) -> dict[str, Any]:
+    """Options of `plot` for the n-th curve: a marker at every point, or, on curves of more than
+    `dense` points, at a tenth of them, which are others for each curve."""
+    return {"markevery": 1 if points <= dense else (n * points // 40, max(points // 10, 1))}
+
+
+def vertical_line(axes: Axes, x: float, label: str | None, linestyle: str = "-") -> None:
+    """Draw a vertical line with an entry in the legend."""
+    axes.axvline(x, color="0.35", linewidth=1, linestyle=linestyle, marker="", label=label)
+
+
+def chance_line(axes: Axes, chance: float | None) -> None:
+    """Draw the accuracy of guessing, in %, if it is known."""
+    if chance is None:
+        return
+    label = f"chance ({chance:g} %)"
+    axes.axhline(chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="", label=label)
+
+
+def heat_map(
+    axes: Axes,
+    shares: np.ndarray,
+    texts: np.ndarray | None = None,
+    aspect: str = "equal",
+    fontsize: float = 8,
+) -> AxesImage:
+    """Draw shares in %, (rows, columns), as colours, with the texts of the same shape in the
+    cells."""
+    image = axes.imshow(shares, vmin=0, vmax=100, cmap="cividis", aspect=aspect)
+    axes.grid(False)
+    if texts is not None:
+        for (row, column), text in np.ndenumerate(texts):
+            if text:
+                color = "black" if shares[row, column] > 55 else "white"
+                look = {"ha": "center", "va": "center", "fontsize": fontsize, "color": color}
+                axes.text(column, row, text, **look)
+    return image
+
+
+def legend_below(figure: Figure, columns: int = 2, **options: Any) -> None:
+    """Add one legend of all panels below them, where it hides no curve."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=columns,
+        **options,
+    )

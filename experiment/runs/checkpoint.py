@@ -7,17 +7,18 @@ import dataclasses
 import os
 import pathlib
 import stat
+from typing import Any
 
 import torch
 
 from data_files import open_regular
 from data_utils import UserError, one_line
-from experiment.arguments import named
-from experiment.flags import ALL, LARGEST
+from experiment.config import ARCHITECTURE, FLAGS, LARGEST
 from experiment.runs import contents, legacy, torch_file, training_state
 from experiment.runs.contents import Damaged
 from experiment.runs.files import printable
 from experiment.runs.history import History, best_of, changes, chosen_on, other_images, summary
+from experiment.text import name_path
 
 # Files of a run folder that are no checkpoints
 OTHER_FILES = (".csv", ".txt", ".json", ".jsonl", ".png", ".pdf", ".npz")
@@ -42,17 +43,17 @@ def _read(path):
         if isinstance(state, legacy.Pickled):
             state = legacy.checkpoint_of(state)
     except FileNotFoundError:
-        raise UserError(f"{named(path)} does not exist") from None
+        raise UserError(f"{name_path(path)} does not exist") from None
     except Exception as e:  # a damaged file can fail in any way
         reason = "it is empty" if empty else printable(one_line(e))[:300]  # it can quote the file
         if pathlib.Path(path).suffix in OTHER_FILES:
             reason = "it is no checkpoint; name the run folder, or its model.pt or checkpoint.tar"
-        raise UserError(f"{named(path)} cannot be loaded: {reason}") from None
+        raise UserError(f"{name_path(path)} cannot be loaded: {reason}") from None
     if isinstance(state, dict) and state and all(map(torch.is_tensor, state.values())):
         state = {"model_state_dict": state}  # a bare state dict
     if not isinstance(state, dict) or not isinstance(state.get("model_state_dict"), dict):
         raise UserError(
-            f"{named(path)} is no checkpoint of a model: it contains no model_state_dict"
+            f"{name_path(path)} is no checkpoint of a model: it contains no model_state_dict"
         )
     return state, status.st_mtime_ns
 
@@ -64,7 +65,7 @@ class SavedRun:
     path: the checkpoint file
     weights: {name: float32 tensor}
     args: {dest: value} of the arguments that the run records, and fingerprints of its data
-        (`flags.DATA`)
+        (`config.FINGERPRINTS`)
     stamp: time of the file's last change in ns, to notice that it has changed since
     random_states: of `training_state.random_states`, or None
     optimizer, scheduler: state dicts from the file, or None; `restore` validates them
@@ -102,13 +103,13 @@ def find_saved(path: str, todo: str) -> pathlib.Path:
     if stat.S_ISREG(_mode(path)):
         return pathlib.Path(path)
     if not stat.S_ISDIR(_mode(path)):
-        raise UserError(f"argument --load-path: {named(path)} is no folder and no file")
+        raise UserError(f"argument --load-path: {name_path(path)} is no folder and no file")
     paths = [pathlib.Path(path, name) for name in names]
     found = next(filter(_mode, paths), None)
     if found is None:
-        raise UserError(f"argument --load-path: {named(path)} has no {' or '.join(names)}")
+        raise UserError(f"argument --load-path: {name_path(path)} has no {' or '.join(names)}")
     if not stat.S_ISREG(_mode(found)):
-        raise UserError(f"argument --load-path: {named(found)} is no file")
+        raise UserError(f"argument --load-path: {name_path(found)} is no file")
     return found
 
 
@@ -118,7 +119,7 @@ def _mode(path):
         return os.stat(path).st_mode
     except PermissionError:
         raise UserError(
-            f"argument --load-path: {named(path)} cannot be read: permission denied"
+            f"argument --load-path: {name_path(path)} cannot be read: permission denied"
         ) from None
     except (OSError, ValueError):  # ValueError: not a possible path
         return 0
@@ -133,7 +134,7 @@ def open_saved(path: str | os.PathLike, todo: str) -> SavedRun:
         if todo == "train" and saved.own:
             _expect_all_for_training(saved)
     except Damaged as e:
-        raise UserError(f"{named(path)} is damaged: {e}") from None
+        raise UserError(f"{name_path(path)} is damaged: {e}") from None
     if todo == "train" and saved.history.best is None:
         saved.best_beside = _best_beside(saved)
     return saved
@@ -177,7 +178,7 @@ def _expect_all_for_training(saved):
     missing = [name for name, value in needed.items() if value is None]
     if missing and saved.path.suffix == ".pt":  # a model, as every run saves it
         raise UserError(
-            f"{named(saved.path)} holds a model without {' and '.join(missing)}, which "
+            f"{name_path(saved.path)} holds a model without {' and '.join(missing)}, which "
             "resuming needs: name the run folder, or a checkpoint.tar"
         )
     if missing:
@@ -189,14 +190,14 @@ def _arguments(state, path, weights):
     pickled module, then in its hyperparameters.txt, then in the shapes of its weights."""
     if "config" in state:
         config = contents.config(state["config"], path)
-        return {**contents.judged(config, path), **contents.data(config)}
+        return {**contents.validated_arguments(config, path), **contents.data(config)}
     pickled = state.get("architecture", {})
     contents.expect(isinstance(pickled, dict), "architecture", pickled)
     text = path.with_name("hyperparameters.txt")
     return {
-        **contents.judged(legacy.architecture(weights), path),
-        **contents.judged(legacy.read_arguments(path.parent), text),
-        **contents.judged(pickled, path),
+        **contents.validated_arguments(legacy.architecture(weights), path),
+        **contents.validated_arguments(legacy.read_arguments(path.parent), text),
+        **contents.validated_arguments(pickled, path),
     }
 
 
@@ -208,8 +209,8 @@ def load_weights(model: torch.nn.Module, saved: SavedRun) -> None:
         kind = saved.args.get("model")
         unknown = [
             f"--{flag.name}"
-            for flag in ALL
-            if flag.scope == "architecture"
+            for flag in FLAGS
+            if flag.scope == ARCHITECTURE
             and flag.dest not in saved.args
             and (flag.kind is int and flag.many or flag.dest in ("model", "pools"))
             and (kind is None or flag.models is None or kind in flag.models)
@@ -218,15 +219,22 @@ def load_weights(model: torch.nn.Module, saved: SavedRun) -> None:
         if unknown:
             reason += f"; the run does not record {', '.join(unknown)}: give these flags"
         raise UserError(
-            f"the weights in {named(saved.path)} do not fit the model: {reason}"
+            f"the weights in {name_path(saved.path)} do not fit the model: {reason}"
         ) from None
 
 
-def restore(saved: SavedRun, args, optimizer, scheduler, generator: torch.Generator) -> History:
+def restore(
+    saved: SavedRun,
+    args: dict,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    generator: torch.Generator,
+) -> History:
     """Load the rest of a checkpoint and return the history that the training continues.
 
-    A checkpoint of the original code has no random states. Raises UserError, with nothing changed,
-    if optimizer or scheduler of the checkpoint are not those of this run."""
+    args: {dest: value} from now on. A checkpoint of the original code has no random states. Raises
+    UserError, with nothing changed, if optimizer or scheduler of the checkpoint are not those of
+    this run."""
     moments = rates = None
     try:
         if saved.optimizer is not None:
@@ -234,14 +242,14 @@ def restore(saved: SavedRun, args, optimizer, scheduler, generator: torch.Genera
         if scheduler and saved.scheduler is not None:
             rates = training_state.scheduler_state(saved.scheduler, scheduler)
     except Damaged as e:
-        raise UserError(f"{named(saved.path)} does not fit this run: {e}") from None
+        raise UserError(f"{name_path(saved.path)} does not fit this run: {e}") from None
     if moments:
         optimizer.load_state_dict(moments)
     if rates:
         scheduler.load_state_dict(rates)
     if saved.random_states:
         training_state.restore_random_states(saved.random_states, generator)
-    return _continued(saved, vars(args))
+    return _continued(saved, args)
 
 
 def _continued(saved, now):

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from experiment.arguments import described, judge_saved
-from experiment.flags import ALL, ALWAYS_SAVED, DATA, LARGEST
+from experiment.command_line import validate_saved
+from experiment.config import ALWAYS_SAVED, FINGERPRINTS, FLAGS, LARGEST, SESSION
+from experiment.text import describe
 
 LARGEST_FLOAT = sys.float_info.max
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -39,7 +40,7 @@ class Damaged(Exception):
 def expect(holds: Any, what: str, value: object) -> None:
     """Raise Damaged, with the message that `what` is `value`, unless `holds`."""
     if not holds:
-        raise Damaged(f"{what} is {described(value)}")
+        raise Damaged(f"{what} is {describe(value)}")
 
 
 def is_number(
@@ -75,7 +76,7 @@ def conform(saved, template, what: str):
                 raise Damaged(f"{what} lacks {name}")
         for name in saved:
             if name not in template:
-                raise Damaged(f"{what} also has {described(name)}")
+                raise Damaged(f"{what} also has {describe(name)}")
         return {name: conform(saved[name], template[name], f"{name} of {what}") for name in saved}
     if isinstance(template, (list, tuple)):
         fits = isinstance(saved, (list, tuple)) and len(saved) == len(template)
@@ -167,13 +168,13 @@ def _weight(value, name):
 # ---- arguments
 
 
-def judged(values: dict, path) -> dict:
+def validated_arguments(values: dict, path) -> dict:
     """{dest: value} of the flags among `values`, each validated as its flag; flags of one call are
     left out. path: the file with the values. Raises UserError."""
     return {
-        flag.dest: judge_saved(flag, values[flag.dest], path)
-        for flag in ALL
-        if flag.dest in values and flag.scope != "session"
+        flag.dest: validate_saved(flag, values[flag.dest], path)
+        for flag in FLAGS
+        if flag.dest in values and flag.scope != SESSION
     }
 
 
@@ -185,7 +186,7 @@ def config(saved: object, path) -> dict:
     if missing:
         raise Damaged(f"its config does not say --{', --'.join(missing)}")
     saved = {name: plain(value) for name, value in saved.items()}
-    judged(saved, path)
+    validated_arguments(saved, path)
     for name, value in saved.items():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             fits = item is None or isinstance(item, (bool, str, float))
@@ -194,8 +195,8 @@ def config(saved: object, path) -> dict:
 
 
 def data(config: dict) -> dict[str, str]:
-    """The fingerprints of its data that a config has, see `flags.DATA`."""
-    found = {name: config[name] for name in DATA if name in config}
+    """The fingerprints of its data that a config has, see `config.FINGERPRINTS`."""
+    found = {name: config[name] for name in FINGERPRINTS if name in config}
     for name, value in found.items():
         is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{1,64}", value)
         expect(is_digest, f"config's {name}", value)

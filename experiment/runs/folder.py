@@ -23,8 +23,9 @@ import torch
 
 from data_files import refusing_links
 from data_utils import UserError, one_line
-from experiment import records
+from experiment.config import Config
 from experiment.plots.style import run_title, style
+from experiment.results.training import write_scalars
 from experiment.runs.files import (
     TEXT,
     Lock,
@@ -59,7 +60,7 @@ class RunFolder:
     @classmethod
     def create(
         cls,
-        args,
+        config: Config,
         device: torch.device,
         command_line: str,
         model: torch.nn.Module,
@@ -74,17 +75,17 @@ class RunFolder:
         place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
         final = pathlib.Path(
             root,
-            args.alg,
-            args.loss,
+            config.learning.alg,
+            config.model.loss,
             now.strftime("%Y-%m-%d"),
             now.strftime("%H-%M-%S") + "_" + place,
         )
         hidden = hidden_name(final)
         try:
             hidden.mkdir(parents=True)
-            run = cls(hidden, args.figures, f"{args.model} on {args.task}")
+            run = cls(hidden, config.session.figures, config.about)
             run.lock()  # first, see `remove_half_made`
-            run.write_hyperparameters(command_line, vars(args), model, device)
+            run.write_hyperparameters(command_line, config, model, device)
             run.save("checkpoint.tar", checkpoint)
             for attempt in itertools.count(1):
                 run._move(final if attempt == 1 else final.with_name(f"{final.name}_{attempt}"))
@@ -106,18 +107,31 @@ class RunFolder:
         self.folder = folder
         self._locks[0].path = folder / ".lock"
 
-    def begin(self, checkpoint: dict, command_line: str, args, model, device) -> None:
+    def begin(
+        self,
+        checkpoint: dict,
+        command_line: str,
+        config: Config,
+        model: torch.nn.Module,
+        device: torch.device,
+    ) -> None:
         """Make this folder, which exists and is locked, a new run.
 
         The checkpoint of epoch 0 comes first: from then on the run can resume, and `complete`
         writes what is missing."""
         self.save("checkpoint.tar", checkpoint)
-        self.write_hyperparameters(command_line, vars(args), model, device)
+        self.write_hyperparameters(command_line, config, model, device)
 
-    def complete(self, command_line: str, args, model, device) -> None:
+    def complete(
+        self,
+        command_line: str,
+        config: Config,
+        model: torch.nn.Module,
+        device: torch.device,
+    ) -> None:
         """Write the files that a kill kept `begin` from writing."""
         if not (self.folder / "hyperparameters.txt").exists():
-            self.write_hyperparameters(command_line, vars(args), model, device)
+            self.write_hyperparameters(command_line, config, model, device)
 
     def lock(self, table: str = "") -> None:
         """Lock the folder, or a table in it, until `release`. Raises UserError if another process
@@ -150,8 +164,15 @@ class RunFolder:
 
     # ---- its files
 
-    def write_hyperparameters(self, command_line: str, args: dict, model, device) -> None:
-        """Write config.json and then, see `complete`, hyperparameters.txt. args: {dest: value}."""
+    def write_hyperparameters(
+        self,
+        command_line: str,
+        config: Config,
+        model: torch.nn.Module,
+        device: torch.device,
+    ) -> None:
+        """Write config.json and then, see `complete`, hyperparameters.txt."""
+        args = config.flat()
         self.write_config(args)
         lines = [
             *_heading(command_line, device),
@@ -233,7 +254,7 @@ class RunFolder:
             self.save("final_model.pt", state)
             self.save("final_checkpoint.tar", {**state, **resumable})
         if state["config"].get("tensorboard"):
-            self._board = records.write_scalars(self._board, self.folder, state["history"][-1])
+            self._board = write_scalars(self._board, self.folder, state["history"][-1])
         self.save("checkpoint.tar", {**state, **resumable})
         if self.at_commit:
             self.at_commit()

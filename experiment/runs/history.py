@@ -4,8 +4,8 @@ import dataclasses
 
 import torch
 
-from experiment.arguments import contrast
-from experiment.flags import ALL, DATA
+from experiment.command_line import describe_change
+from experiment.config import FINGERPRINTS, FLAGS, SESSION
 from experiment.runs import training_state
 
 
@@ -40,11 +40,11 @@ def other_images(before: dict, now: dict) -> bool:
 
 
 def other_data(before: dict, now: dict) -> list[str]:
-    """The names of flags.DATA whose fingerprint has changed, although the number of images, which
+    """The names of config.FINGERPRINTS whose fingerprint has changed, although the number of images, which
     `changes` names by its flag, has not. before, now: {dest: value}."""
     return [
         name
-        for name, (_, size) in DATA.items()
+        for name, (_, size) in FINGERPRINTS.items()
         if name in before
         and name in now
         and before[name] != now[name]
@@ -56,12 +56,12 @@ def changes(before: dict, now: dict) -> list[str]:
     """The arguments and data that a resumed training changes, a text for each. before, now: {dest:
     value}."""
     flags = [
-        contrast(flag, now[flag.dest], "until now", before[flag.dest])
-        for flag in ALL
-        if flag.scope != "session" and flag.dest in before and before[flag.dest] != now[flag.dest]
+        describe_change(flag, now[flag.dest], "until now", before[flag.dest])
+        for flag in FLAGS
+        if flag.scope != SESSION and flag.dest in before and before[flag.dest] != now[flag.dest]
     ]
     return flags + [
-        f"other {DATA[name][0]} images or labels: {name} {now[name]} (until now {before[name]})"
+        f"other {FINGERPRINTS[name][0]} images or labels: {name} {now[name]} (until now {before[name]})"
         for name in other_data(before, now)
     ]
 

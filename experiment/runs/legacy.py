@@ -10,11 +10,11 @@ import sys
 import warnings
 
 from data_files import StandIn, expect, open_regular
-from experiment import arguments
-from experiment.arguments import named
-from experiment.flags import ALL
+from experiment import command_line
+from experiment.config import FLAGS, SESSION
 from experiment.runs import contents
 from experiment.runs.contents import is_number, plain
+from experiment.text import name_path
 
 # ---- modules that the original code pickled whole
 
@@ -180,21 +180,21 @@ def read_arguments(folder: str | pathlib.Path) -> dict:
     values = {name: _value(text) for name, text in texts.items()}
     values = {name: value for name, value in values.items() if value != []}  # not given
     first = lines[0] if lines and not lines[0].startswith("command line:") else ""
-    given = arguments.parse_leniently(first)
+    given = command_line.parse_leniently(first)
     differing = [
         f"--{flag.name}"
-        for flag in ALL
+        for flag in FLAGS
         if flag.dest in given
-        and flag.scope != "session"
+        and flag.scope != SESSION
         and values.get(flag.dest, given[flag.dest]) != given[flag.dest]
     ]
     if differing:
         print(
-            f"note: {named(path)}: the command line and the lines below it differ in "
+            f"note: {name_path(path)}: the command line and the lines below it differ in "
             f"{', '.join(differing)}; used: the command line",
             file=sys.stderr,
         )
-    return {**(arguments.implied() if given else {}), **values, **given}
+    return {**(command_line.implied() if given else {}), **values, **given}
 
 
 def _value(text):

@@ -6,12 +6,14 @@ import pathlib
 import shlex
 
 from data_utils import UserError
-from experiment import arguments
-from experiment.flags import ALL, typed
+from experiment import command_line
+from experiment.command_line import words_of
+from experiment.config import FLAGS, RESUMED, SESSION, Config
 from experiment.runs.checkpoint import SavedRun, open_saved, read_checkpoint
 from experiment.runs.files import exists, why
 from experiment.runs.folder import RunFolder
 from experiment.runs.history import RESUMABLE
+from experiment.text import format_value, name_path
 
 # What a training writes besides its checkpoint.tar.
 WRITTEN = (
@@ -27,7 +29,6 @@ WRITTEN = (
     "neural_activity.png",
     "neural_activity.pdf",
 )
-PLACES = ("data_dir", "corruptions_dir")  # arguments that may differ between two calls
 # Flags that a command that resumes has of its own.
 OF_THE_RESUMED = ("todo", "load-path", "run-dir", "save", "epochs")
 
@@ -40,12 +41,10 @@ def make_folder(path: str) -> None:
     try:
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise UserError(f"argument --run-dir: {arguments.named(path)} is no folder") from None
+        raise UserError(f"argument --run-dir: {name_path(path)} is no folder") from None
     except (OSError, ValueError) as e:  # ValueError: not a possible path
         reason = why(e) if isinstance(e, OSError) else e
-        raise UserError(
-            f"argument --run-dir: cannot make {arguments.named(path)}: {reason}"
-        ) from None
+        raise UserError(f"argument --run-dir: cannot make {name_path(path)}: {reason}") from None
 
 
 def enter_run_dir(path: str) -> RunFolder:
@@ -129,18 +128,18 @@ def refuse_changes(saved: SavedRun, given: dict) -> None:
 
     given: the judged flags of the command line. Flags of one call (--device), how the steps are
     computed (--precision, --compile) and places of data may differ."""
-    before = {**{flag.dest: flag.default for flag in ALL}, **saved.args}
-    now = vars(arguments.resolve({**saved.args, **given}))
+    before = {**{flag.dest: flag.default for flag in FLAGS}, **saved.args}
+    now = command_line.resolve({**saved.args, **given}).flat()
     differing = []
-    for flag in ALL:
+    for flag in FLAGS:
         trains = flag.todos is None or "train" in flag.todos
-        of_training = trains and flag.scope not in ("session", "resumed")
-        if flag.dest in given and of_training and flag.dest not in PLACES:
+        of_training = trains and flag.scope not in (SESSION, RESUMED)
+        if flag.dest in given and of_training and not flag.place:
             saved_value, value = before[flag.dest], now[flag.dest]
             if saved_value != value:
                 differing.append(
-                    f"--{flag.name} (saved: {arguments.shown(saved_value)}, given: "
-                    f"{arguments.shown(value)})"
+                    f"--{flag.name} (saved: {format_value(saved_value)}, given: "
+                    f"{format_value(value)})"
                 )
     if differing:
         raise UserError(
@@ -149,15 +148,16 @@ def refuse_changes(saved: SavedRun, given: dict) -> None:
         )
 
 
-def last_epoch(args, given: dict, saved: SavedRun | None) -> int:
+def last_epoch(config: Config, given: dict, saved: SavedRun | None) -> int:
     """The number of the last epoch that a command trains.
 
     With --run-dir, --epochs counts all epochs; if it is not given, the saved number counts."""
-    if not args.run_dir:
-        return args.epochs + (len(saved.history.epochs) if saved else 0)
+    epochs = config.optimizer.epochs
+    if not config.session.run_dir:
+        return epochs + (len(saved.history.epochs) if saved else 0)
     if saved and "epochs" not in given:
         return max(saved.history.requested, 1)
-    return args.epochs
+    return epochs
 
 
 def finish(run: RunFolder, saved: SavedRun) -> None:
@@ -193,7 +193,7 @@ def saved_in_run_dir(path: str, workers) -> str:
 
 def saved_elsewhere(job, folder: str, last: int) -> str:
     """As `how_to_resume`, in a worker whose machine does not have the run folder."""
-    words = _flags_of_this_call(job, lambda flag: flag.scope == "session")
+    words = _flags_of_this_call(job, lambda flag: flag.scope == SESSION)
     words += ["--run-dir", folder, "--epochs", str(last)]
     return (
         f"the epochs are saved in {folder} on {job.workers.hosts[0]}, resume with\n  "
@@ -204,9 +204,9 @@ def saved_elsewhere(job, folder: str, last: int) -> str:
 def _flags_of_this_call(job, wanted):
     """The command in front of the flags and those of its flags that are `wanted` for resuming."""
     words = list(job.program)
-    for flag in ALL:
+    for flag in FLAGS:
         if flag.dest in job.given and flag.name not in OF_THE_RESUMED and wanted(flag):
-            words += typed(flag, job.given[flag.dest])
+            words += words_of(flag, job.given[flag.dest])
     return words
 
 
@@ -235,20 +235,20 @@ def how_to_resume(job, folder: str | None, first: int) -> str:
     """What is saved of a training that began after `first` epochs, and the shortest command that
     resumes it.
 
-    job: its args, given (the flags of its command line), saved (the run that it resumes, or None)
+    job: its config, given (the flags of its command line), saved (the run that it resumes, or None)
     and program (the words in front of the flags); folder: of the run, None without --save."""
     if not folder:
         return "this run was not saved (use --save)"
     if not exists(pathlib.Path(folder, "checkpoint.tar")):
         return f"nothing is left to resume in {folder}"
     done = len(open_saved(folder, "train").history.epochs)  # an epoch may just be written
-    if done - first >= job.args.epochs:
+    if done - first >= job.config.optimizer.epochs:
         return f"all {done} epochs are saved in {folder}"
     # changes of this session are saved only with its first epoch
     unsaved = job.saved and done == first
-    words = _flags_of_this_call(job, lambda flag: flag.scope == "session" or unsaved)
-    settings = {"load_path": folder, "epochs": job.args.epochs - (done - first)}
-    for flag in ALL:
+    words = _flags_of_this_call(job, lambda flag: flag.scope == SESSION or unsaved)
+    settings = {"load_path": folder, "epochs": job.config.optimizer.epochs - (done - first)}
+    for flag in FLAGS:
         if flag.dest in settings:
-            words += typed(flag, settings[flag.dest])
+            words += words_of(flag, settings[flag.dest])
     return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(words)}"

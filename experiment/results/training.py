@@ -1,0 +1,102 @@
+"""Results of a training: rows of metrics.csv, TensorBoard, figures."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data_utils import TASKS
+from energy.activations import RANGES
+from experiment.plots import training as plots
+from experiment.runs.files import WriteFailed, why
+from experiment.runs.history import History
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def epoch_row(
+    epoch: int,
+    accuracies: Mapping[str, float],
+    seconds: float,
+    convergence: Any,
+    step_count: Any,
+    angles: Sequence[float],
+) -> dict[str, Any]:
+    """A row of metrics.csv.
+
+    accuracies: {column: share}; convergence: a `Convergence`, None for models without time steps,
+    whose column stays empty; step_count: a `SettlingCount`; angles: of `EnergyModel.angles`, in
+    degrees."""
+    percent = {name: round(100 * share, 4) for name, share in accuracies.items()}
+    return {
+        "epoch": epoch,
+        "train_acc": percent.pop("train_acc"),
+        "test_acc": percent.pop("test_acc"),
+        "seconds": round(seconds, 2),
+        **percent,
+        "converged": "" if convergence is None else round(convergence.percent, 4),
+        **step_count.columns(),
+        **{f"angle_{n}": round(angle, 3) for n, angle in enumerate(angles, 2)},
+    }
+
+
+def epoch_line(row: Mapping[str, Any], rate: float, step_count: Any) -> str:
+    """A row of metrics.csv as a line of the log. rate: training images per second."""
+    parts = [f"train {row['train_acc']:.2f} %"]
+    if "val_acc" in row:
+        parts.append(f"validation {row['val_acc']:.2f} %")
+    parts.append(f"test {row['test_acc']:.2f} %")
+    parts.append(f"{row['seconds']:.1f} s")
+    parts.append(f"{rate:.0f} images/s")
+    if step_count.images:
+        parts.append(str(step_count))
+    if row["converged"] != "":
+        parts.append(f"{row['converged']:.2f} % converged")
+    angles = [f"{value:.1f}" for name, value in row.items() if name.startswith("angle_")]
+    if angles:
+        parts.append(f"angles {' '.join(angles)}")
+    return ", ".join(parts)
+
+
+def write_scalars(
+    writer: SummaryWriter | None, folder: pathlib.Path, row: Mapping[str, Any]
+) -> SummaryWriter:
+    """Write a row of metrics.csv for TensorBoard, under the names of its columns.
+
+    writer: the returned one of the epoch before. None opens a new one in folder/tensorboard, which
+    discards what a killed process wrote of this epoch and later ones. Raises WriteFailed."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        writer = writer or SummaryWriter(folder / "tensorboard", purge_step=row["epoch"])
+        for name, value in row.items():
+            if name != "epoch" and value != "":
+                writer.add_scalar(name, value, row["epoch"])
+        writer.flush()
+    except OSError as e:
+        raise WriteFailed(f"cannot write {folder / 'tensorboard'}: {why(e)}") from None
+    return writer
+
+
+def draw_training(
+    run: Any, model: Any, task: str, loss: str, history: History, neurons: Sequence[torch.Tensor]
+) -> None:
+    """Draw the accuracies over all epochs, and the neurons of the last mini-batch. run: the
+    `RunFolder`."""
+    best_epoch = history.best and history.best["epoch"]
+    chance = 100 / TASKS[task].classes
+    run.save_figure(
+        "train-test_acc.png",
+        plots.accuracy,
+        history.epochs,
+        best_epoch,
+        history.resumptions,
+        chance,
+    )
+    ends = RANGES.get(model.activation)
+    linear_output = model.chain(loss).linear_output
+    run.save_figure("neural_activity.png", plots.activity, neurons, ends, linear_output)
