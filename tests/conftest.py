@@ -31,6 +31,7 @@ context.set_forkserver_preload(
         "ART_Timesteps_Addition.audit",
         "matplotlib.backends.backend_agg",
         "experiment.results.evaluation",
+        "experiment.training",
         "torch.fx.experimental.symbolic_shapes",
     ]
 )

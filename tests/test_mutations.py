@@ -31,8 +31,8 @@ RESUMED = "tests/test_resume.py::test_two_and_two_epochs_are_four"
 FAULTS = {
     "the EP update has the other sign": Fault(
         "model_utils.py",
-        "1.0 / ((beta_1 - beta_2) * len(x)),",
-        "1.0 / ((beta_2 - beta_1) * len(x)),",
+        "1.0 / ((beta_1 - beta_2) * len(x))",
+        "1.0 / ((beta_2 - beta_1) * len(x))",
         (UPDATE,),
     ),
     "the third phase is nudged to the same side": Fault(
@@ -55,32 +55,32 @@ FAULTS = {
         (STEP,),
     ),
     "BPTT goes through a step less": Fault(
-        "learning.py",
+        "model_utils.py",
         "neurons, rule.T2, output_in=0)",
         "neurons, rule.T2 - 1, output_in=0)",
         ("tests/test_models.py::test_bptt_is_the_second_derivative",),
     ),
     "the nudged phase has another dropout mask": Fault(
-        "learning.py",
-        "        nudging = moving.phase(drive, y, beta_2, rule.loss)\n",
-        "        nudging = moving.phase(drive, y, beta_2, rule.loss)\n"
+        "model_utils.py",
+        "        nudge = stepping.phase(drive, y, beta_2, rule.loss)\n",
+        "        nudge = stepping.phase(drive, y, beta_2, rule.loss)\n"
         "        others = [m if m is None else m.flip(0) for m in masks or ()]\n"
-        "        chain = moving.chain(rule.loss, others or None)\n",
+        "        chain = stepping.chain(rule.loss, others or None)\n",
         (
             "tests/test_dropout_cep.py::"
             "test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none",
         ),
     ),
     "the random sign is always the same": Fault(
-        "model_utils.py",
+        "experiment/training.py",
         "if rule.random_sign and torch.rand(()) < 0.5:",
         "if rule.random_sign and torch.rand(()) < 2:",
         ("tests/test_models.py::test_a_random_sign_of_beta_is_drawn_for_each_mini_batch",),
     ),
     "an image that the last step stopped counts as converged": Fault(
         "energy/dynamics.py",
-        "            settled[batch.images] |= still\n",
-        "            settled[batch.images] |= still | (done == T)\n",
+        "            converged[batch.images] |= now\n",
+        "            converged[batch.images] |= now | (done == T)\n",
         ("tests/test_dynamics.py::test_an_image_that_has_settled_is_as_of_its_last_step",),
     ),
     "images are not divided by their deviation": Fault(
