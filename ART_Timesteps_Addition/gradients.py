@@ -221,10 +221,10 @@ def through_time(
         phase = Phase(chain.input_drive(x))
         if method.states == "last":
             return read(chain, fast.relax(chain, phase, neurons, method.steps, 0))
-        log_probabilities = []
-        for _ in range(method.steps):
-            neurons = fast.relax(chain, phase, neurons, 1)
-            log_probabilities.append((method.gain * read(chain, neurons)).log_softmax(1))
+        log_probabilities = [
+            (method.gain * read(chain, state)).log_softmax(1)
+            for state in fast.trajectory(chain, phase, method.steps, neurons)
+        ]
         return torch.stack(log_probabilities).mean(0)
 
     neurons = None

@@ -112,14 +112,13 @@ class AuditedModel:
         chain = self.model.chain(self.loss)
         for i in range(0, len(x), self.mbs):
             phase = Phase(self._drive(chain, x[i : i + self.mbs]))
-            neurons = chain.zeros(phase.drive)
+            last = chain.zeros(phase.drive)
             predicted = []
-            for t in range(self.T1):
-                before = neurons
-                neurons = fast.relax(chain, phase, neurons if t else None, 1)
+            for neurons in fast.trajectory(chain, phase, self.T1):
+                before, last = last, neurons
                 predicted.append(chain.read(neurons).argmax(1).cpu().numpy())
             classes.append(np.stack(predicted))
-            changes.append(relative_change(before, neurons).float().cpu().numpy())
+            changes.append(relative_change(before, last).float().cpu().numpy())
         return np.concatenate(classes, 1), np.concatenate(changes)
 
     @torch.no_grad()
