@@ -19,6 +19,13 @@ import main  # noqa: E402
 import model_utils as mu  # noqa: E402
 from energy import fast  # noqa: E402
 
+
+def tiers(cases, *fast):
+    """The cases of a parametrized test: those in `fast` for the fast tier, the others marked
+    slow."""
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 # Processes that have loaded the libraries already, so that what they run begins at once.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(

@@ -114,6 +114,7 @@ def test_resumed_it_is_as_if_it_had_not_stopped(ok, tmp_path, monkeypatch):
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
 
 
+@pytest.mark.slow
 def test_it_makes_robust(ok, tmp_path, monkeypatch):
     accuracy = {}
     for name, more in (("plain", ""), ("trained", "--adv-train 2 --adv-iters 4")):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from art.attacks.evasion import ProjectedGradientDescent
-from conftest import GOLDEN
+from conftest import GOLDEN, tiers
 
 import model_utils as mu
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier
@@ -50,9 +50,7 @@ def test_golden_logits(golden):
     np.testing.assert_allclose(classifier.predict(x), g["clean_logits"].numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "row", [0, *(pytest.param(row, marks=pytest.mark.slow) for row in range(1, 6)), 6]
-)
+@pytest.mark.parametrize("row", tiers(range(7), 6))
 def test_golden_attacks(golden, row):
     g, classifier, x = golden
     norm, eps, clean, adversarial = g["rows"][row]

@@ -50,7 +50,9 @@ FEWER = {
 COMMON = "--todo attack --device -1 --test-size 20 --mbs 20 --attack-step 10"
 
 
-@pytest.mark.parametrize("norm, eps", [("2", 2.0), ("inf", 0.2)])
+@pytest.mark.parametrize(
+    "norm, eps", [("2", 2.0), pytest.param("inf", 0.2, marks=pytest.mark.slow)]
+)
 def test_all_attacks(ok, trained, tmp_path, norm, eps):
     run = fresh(trained, tmp_path)
     images, labels = load_split("digits", "", False, 10)

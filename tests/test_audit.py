@@ -128,6 +128,7 @@ def killed_in(folder, words, stage):
     sys.exit(main.main(words))
 
 
+@pytest.mark.slow
 def test_an_audit_that_is_killed_in_every_stage_goes_on(ok, tiny, trained, audited, tmp_path):
     often = shutil.copytree(trained, tmp_path / "often")
     for stage in "abcdef":

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import tiers
 
 import model_utils as mu
 from ART_Timesteps_Addition.audit import criteria, stages
@@ -117,7 +118,7 @@ def seeing(model, change):
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiers(MODELS, "mysig"))
 def test_an_honest_model_is_trusted(honest, name):
     result = honest(name)[2]
     assert result["clean"] > 0.6 and not failed(result)
@@ -125,7 +126,14 @@ def test_an_honest_model_is_trusted(honest, name):
 
 
 @pytest.mark.parametrize(
-    "name, factor", [("mysig", 20), ("mysig", 60), ("tanh", 20), ("tanh", 60), ("softmax", 60)]
+    "name, factor",
+    [
+        ("mysig", 20),
+        *(
+            pytest.param(name, factor, marks=pytest.mark.slow)
+            for name, factor in [("mysig", 60), ("tanh", 20), ("tanh", 60), ("softmax", 60)]
+        ),
+    ],
 )
 def test_saturated_neurons(honest, name, factor):
     model, args, twin = honest(name)
@@ -135,6 +143,7 @@ def test_saturated_neurons(honest, name, factor):
     ), result["checks"]
 
 
+@pytest.mark.slow
 def test_a_saturated_softmax_changes_nothing(honest):
     model, args, twin = honest("softmax")
     result = audited(scaled(model, readout=1000.0), args)
@@ -143,6 +152,7 @@ def test_a_saturated_softmax_changes_nothing(honest):
     )
 
 
+@pytest.mark.slow
 def test_a_rounded_input(honest):
     model, args, twin = honest("mysig")
     for levels in (2, 8):

@@ -205,7 +205,7 @@ def test_training_lines_of_the_seed(ok, tmp_path, cifar, line):
     "todo, said, file",
     [
         ("evaluate", "test accuracy", "hyperparameters.txt"),
-        ("gducheck", "cosine", "gdu_overview.png"),
+        pytest.param("gducheck", "cosine", "gdu_overview.png", marks=pytest.mark.slow),
     ],
 )
 def test_the_lines_of_the_seed_that_examine_a_run(ok, tmp_path, cifar, todo, said, file):

@@ -208,7 +208,7 @@ QUICK = (
     [
         "",
         pytest.param("--alg BPTT", marks=pytest.mark.slow),
-        "--alg BPTT --T2 60",
+        pytest.param("--alg BPTT --T2 60", marks=pytest.mark.slow),
         pytest.param("--schedule async --thirdphase", marks=pytest.mark.slow),
         pytest.param("--model VFCNN --thirdphase", marks=pytest.mark.slow),
     ],

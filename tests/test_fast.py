@@ -181,6 +181,7 @@ def test_compiled_steps_are_those_that_record_no_graph(monkeypatch):
         assert len(calls) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop", [False, True])
 def test_steps_compile_whole_and_once(model, drop, monkeypatch):
     """Traced without a break, and not anew for every mini-batch, whose masks are other tensors."""
@@ -228,6 +229,7 @@ def small_published(act):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, schedule",
     [("MLP", "sync"), ("published", "sync"), ("CNN max", "async"), ("VFCNN mixed softmax", "sync")],

@@ -146,6 +146,7 @@ def test_figures_are_the_same_whatever_settings_matplotlib_has(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == plain
 
 
+@pytest.mark.slow
 def test_the_users_own_matplotlibrc_and_backend_have_no_influence(tmp_path):
     (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: True\nno key\n\xff")
     environment = {

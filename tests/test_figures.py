@@ -105,7 +105,9 @@ def drawn():
     return all_figures()
 
 
-@pytest.mark.parametrize("form, magic", [("png", b"\x89PNG"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    "form, magic", [("png", b"\x89PNG"), pytest.param("pdf", b"%PDF", marks=pytest.mark.slow)]
+)
 def test_every_figure_is_saved_in_both_formats(tmp_path, drawn, form, magic):
     folder = tmp_path / "results" / "EP" / "mse" / "day" / "time_cpu"
     folder.mkdir(parents=True)

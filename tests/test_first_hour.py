@@ -295,6 +295,7 @@ def test_what_a_command_loads(tmp_path, words, loaded):
     assert done.stdout.splitlines()[-1] == loaded, done.stderr
 
 
+@pytest.mark.slow
 def test_a_training_on_digits_without_save_loads_no_figures(tmp_path):
     words = TINY.replace("--save", "").split()
     done = subprocess.run(

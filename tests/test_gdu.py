@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from autodiff import separate_backpropagations
-from conftest import criterion_of, only_run, rule, sample
+from conftest import criterion_of, only_run, rule, sample, tiers
 from test_golden import assert_close
 
 import model_utils as mu
@@ -110,12 +110,16 @@ QUICK = "--task digits --device -1 --T1 12 --T2 4 --betas 0 0.1 --seed 0"
 
 @pytest.mark.parametrize(
     "words",
-    [
+    tiers(
+        [
+            "--model MLP",
+            "--model VFMLP --archi 784 20 12 10",
+            "--model CNN --channels 3 4 --loss cel --softmax",
+            "--model VFCNN --channels 3 4 --thirdphase",
+        ],
         "--model MLP",
-        "--model VFMLP --archi 784 20 12 10",
-        "--model CNN --channels 3 4 --loss cel --softmax",
         "--model VFCNN --channels 3 4 --thirdphase",
-    ],
+    ),
 )
 def test_on_fresh_models(ok, tmp_path, words):
     out = ok("--todo gducheck --save", QUICK, words)

@@ -237,6 +237,7 @@ print(worst)
 """
 
 
+@pytest.mark.slow
 def test_no_kernel_stride_or_number_of_channels_corrupts_memory():
     """In a process of its own, which torch's own convolution would crash for a 1x1 kernel with a
     stride."""

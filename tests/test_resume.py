@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, ZOO, context, only_run
+from conftest import ROOT, ZOO, context, only_run, tiers
 
 import main
 import model_utils as mu
@@ -71,7 +71,9 @@ def assert_same_run(run, other):
     assert strip[0] == strip[1]
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", tiers(EXACT, "MLP BPTT Adam", "CNN EP random sign Adam", "FFMLP attacked")
+)
 def test_two_and_two_epochs_are_four(ok, tmp_path, cifar, name):
     line = EXACT[name] + f" --data-dir {cifar}"
     folders = [tmp_path / "once", tmp_path / "twice"]

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import only_run
+from conftest import only_run, tiers
 from make_cifar import write_cifar, write_corruptions
 from test_resume import start
 
@@ -41,7 +41,7 @@ def table(path):
 
 
 @pytest.mark.usefixtures("full_figures")
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", tiers(MODELS, "MLP"))
 def test_characteristic_agrees_with_evaluate(ok, tmp_path, model):
     ok(
         "--task digits --device -1 --train-size 600 --T1 12 --T2 4 --thirdphase --optim adam --seed 0 --save",
