@@ -22,7 +22,7 @@ import torch.fx.experimental.symbolic_shapes  # noqa: F401
 import torchvision  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEFT_OUT = (".*", "__pycache__", "results", "data", "docs", "check", "*.png")
+LEFT_OUT = ("results", "data", "docs", "check")  # of the project's root
 
 
 def tests_fail(folder, ids):
@@ -42,11 +42,16 @@ def tests_fail(folder, ids):
         return code, file.read()
 
 
+def left_out(folder, names):
+    """The names in a folder that the copy does not need."""
+    hidden = [name for name in names if name.startswith((".", "__pycache__"))]
+    return [*hidden, *LEFT_OUT] if pathlib.Path(folder) == ROOT else hidden
+
+
 def main(folder):
     sys.dont_write_bytecode = True
     sys.path.remove(str(ROOT / "tests"))  # of this script, and not of the copy
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    shutil.copytree(ROOT / "tests/data", folder / "tests/data")
+    shutil.copytree(ROOT, folder, ignore=left_out)
     for line in sys.stdin:
         name, old, new, ids = json.loads(line)
         original = (folder / name).read_text() if name else None
