@@ -12,10 +12,12 @@ from ART_Timesteps_Addition.names import WITHOUT_GRADIENT
 from data_utils import TASKS, UserError
 from experiment.config import MOST_EPS, Config
 from experiment.devices import computed_on
+from experiment.inference import Convergence
 from experiment.plots import attacks as plots
 from experiment.plots.style import norm_name
 from experiment.results.tables import header, read_eps, read_settings, read_share, same_settings
 from experiment.runs.files import number, replacing
+from experiment.runs.folder import RunFolder
 from experiment.text import count, describe, format_value
 
 MASKED = 0.01  # share of masked images above which an accuracy is only an upper bound
@@ -54,9 +56,9 @@ def sweep_settings(config: Config, smooth: str, **more: Any) -> dict[str, Any]:
     return {**settings, **more}
 
 
-def describe_sweep(config: Config, images: int, convergence: Any) -> str:
-    """What a sweep does, for the log. convergence: the `Convergence` of its predictions, None for
-    models without time steps."""
+def describe_sweep(config: Config, images: int, convergence: Convergence | None) -> str:
+    """What a sweep does, for the log. convergence: of its predictions, None for models without
+    time steps."""
     attack = config.attack
     half_precision = config.session.precision != "fp32"
     precision = f" in {config.session.precision}" if half_precision else ""
@@ -102,9 +104,10 @@ class Sweep:
     # the .txt, which records the settings, moves last
     ENDS = (".csv", ".png", ".pdf", "_images.png", "_images.pdf", "_images.npz", ".txt")
 
-    def __init__(self, run: Any, settings: Mapping[str, Any], clean: float, source: str) -> None:
-        """run: the `RunFolder`. Raises UserError if another process writes this table, or if it is
-        damaged."""
+    def __init__(
+        self, run: RunFolder, settings: Mapping[str, Any], clean: float, source: str
+    ) -> None:
+        """Raises UserError if another process writes this table, or if it is damaged."""
         self.run = run
         self.settings = settings
         self.clean = clean

@@ -10,6 +10,7 @@ from experiment.devices import computed_on
 from experiment.plots import attacks as plots
 from experiment.results.tables import header, read_rows, read_settings, read_share, same_settings
 from experiment.runs.files import read_text
+from experiment.runs.folder import RunFolder
 
 COMPUTED_ON = "; computed on: "
 
@@ -24,9 +25,9 @@ class CorruptionTable:
     {corruption: accuracies as written, one per severity}; machines: where they were computed."""
 
     def __init__(
-        self, run: Any, settings: Mapping[str, Any], names: Collection[str], source: str
+        self, run: RunFolder, settings: Mapping[str, Any], names: Collection[str], source: str
     ) -> None:
-        """run: the `RunFolder`. Raises UserError if another process writes this table."""
+        """Raises UserError if another process writes this table."""
         self.run = run
         self.settings = settings
         self.source = source

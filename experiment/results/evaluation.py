@@ -10,18 +10,19 @@ import torch
 from data_utils import TASKS
 from energy.dynamics import CONVERGED, WINDOW
 from experiment.devices import computed_on
+from experiment.inference import Predictions
 from experiment.plots import training as plots
 from experiment.results.tables import header, read_settings, same_settings
+from experiment.runs.folder import RunFolder
 from experiment.text import count
 
 PREDICTIONS = "predictions.csv"
 
 
-def write_predictions(run: Any, predictions: Any, classes: int, model: str) -> None:
+def write_predictions(run: RunFolder, predictions: Predictions, classes: int, model: str) -> None:
     """Write predictions.csv, one row per test image in their order, and the confusion matrix.
 
-    run: the `RunFolder`; predictions: the `Judgements`; classes: of the task; model: names the
-    weights, in the last column."""
+    classes: of the task; model: names the weights, in the last column."""
     columns = (values.tolist() for values in predictions)
     rows = [
         {
@@ -40,7 +41,7 @@ def write_predictions(run: Any, predictions: Any, classes: int, model: str) -> N
     run.save_figure("confusion.png", plots.confusion, counts.numpy())
 
 
-def describe_predictions(run: Any, loss: str) -> str:
+def describe_predictions(run: RunFolder, loss: str) -> str:
     """The message that names predictions.csv and what its confidence is."""
     confidence = "softmax probability" if loss == "cel" else "value of the output neuron"
     return (
@@ -64,7 +65,7 @@ class Characteristic:
 
 
 def write_characteristic(
-    run: Any, source: str, results: Characteristic, settings: Mapping[str, Any]
+    run: RunFolder, source: str, results: Characteristic, settings: Mapping[str, Any]
 ) -> None:
     """Write Characteristic_Time.txt; a table with other settings is moved aside.
 
@@ -100,7 +101,7 @@ def write_characteristic(
 
 
 def draw_characteristic(
-    run: Any, results: Characteristic, task: str | None, trained_T1: int | None
+    run: RunFolder, results: Characteristic, task: str | None, trained_T1: int | None
 ) -> None:
     """Draw the results over the free steps. trained_T1: T1 of the training."""
     chance = 100 / TASKS[task].classes if task else None

@@ -1,12 +1,12 @@
 """Results of `--todo gducheck`: the table, raw contributions and figures."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from energy.gdu import Comparison, Row
 from experiment.plots import gdu as plots
+from experiment.runs.folder import RunFolder
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -28,8 +28,8 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def save_gdu(run: Any, comparison: Comparison) -> None:
-    """Write the raw contributions, gducheck.csv and the figures. run: the `RunFolder`."""
+def save_gdu(run: RunFolder, comparison: Comparison) -> None:
+    """Write the raw contributions, gducheck.csv and the figures."""
     names = ("BPTT.tar", "EP.tar", "EP_minus.tar")
     for name, contributions in zip(names, (comparison.BPTT, *comparison.runs)):
         run.save(name, {key: tensor.cpu() for key, tensor in contributions.items()})

@@ -10,9 +10,11 @@ import torch
 
 from data_utils import TASKS
 from energy.activations import RANGES
+from experiment.inference import Convergence
 from experiment.plots import training as plots
 from experiment.runs.files import WriteFailed, why
 from experiment.runs.history import History
+from experiment.timing import StepCount
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -22,15 +24,14 @@ def epoch_row(
     epoch: int,
     accuracies: Mapping[str, float],
     seconds: float,
-    convergence: Any,
-    step_count: Any,
+    convergence: Convergence | None,
+    step_count: StepCount,
     angles: Sequence[float],
 ) -> dict[str, Any]:
     """A row of metrics.csv.
 
-    accuracies: {column: share}; convergence: a `Convergence`, None for models without time steps,
-    whose column stays empty; step_count: a `SettlingCount`; angles: of `EnergyModel.angles`, in
-    degrees."""
+    accuracies: {column: share}; convergence: None for models without time steps, whose column stays
+    empty; angles: of `EnergyModel.angles`, in degrees."""
     percent = {name: round(100 * share, 4) for name, share in accuracies.items()}
     return {
         "epoch": epoch,
@@ -44,7 +45,7 @@ def epoch_row(
     }
 
 
-def epoch_line(row: Mapping[str, Any], rate: float, step_count: Any) -> str:
+def epoch_line(row: Mapping[str, Any], rate: float, step_count: StepCount) -> str:
     """A row of metrics.csv as a line of the log. rate: training images per second."""
     parts = [f"train {row['train_acc']:.2f} %"]
     if "val_acc" in row:
