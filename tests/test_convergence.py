@@ -14,6 +14,7 @@ import model_utils as mu
 from ART_Timesteps_Addition.pgd import Adversary
 from ART_Timesteps_Addition.settings import Attack, GradientMethod
 from data_utils import TASKS, Batches, load_split
+from experiment import inference
 
 TINY = ZOO["converging"]
 CNN = " --model CNN --channels 4 6 --act my_hard_sig --T1 13"
@@ -226,7 +227,9 @@ def test_characteristic_counts_by_the_last_five_steps_whatever_tol_is(cli, train
 def test_characteristic_reports_the_step_from_which_the_accuracy_stays(
     ok, trained, monkeypatch, accuracy, step
 ):
-    monkeypatch.setattr(mu, "characteristic", lambda *_, **__: (accuracy, [1.0] * len(accuracy)))
-    monkeypatch.setattr(mu, "relaxation", lambda *_, **__: ([1.0] * len(accuracy), None))
+    monkeypatch.setattr(
+        inference, "characteristic", lambda *_, **__: (accuracy, [1.0] * len(accuracy))
+    )
+    monkeypatch.setattr(inference, "relaxation", lambda *_, **__: ([1.0] * len(accuracy), None))
     out = ok(f"--todo characteristic --device -1 --load-path {trained}")
     assert f"within 0.1 points of it from step {step} on" in out

@@ -249,5 +249,5 @@ def test_workers_wait_for_a_slow_one_while_it_lives(slowed):
 def test_a_worker_without_heartbeat_is_lost(slowed):
     folder, code, err = slowed
     (message,) = ours(err)
-    assert "a worker was lost (rank 1" in message and "the same command goes on" in message
+    assert "a worker was lost (rank 1" in message and "the same command resumes" in message
     assert code and 'main.py", line' not in err

@@ -127,12 +127,12 @@ def killed_after(tmp_path, line, least):
 
 def test_after_a_kill_the_run_says_how_many_epochs_are_left(ok, tmp_path):
     run, done = killed_after(tmp_path, MLP + " --epochs 100", 1)
-    assert f"--epochs {100 - done} those that the run was asked for" in ok(
+    assert f"{100 - done} of the requested epochs remain (--epochs {100 - done})" in ok(
         f"--device -1 --load-path {run}"
     )
     out = ok(f"--device -1 --load-path {run} --epochs {99 - done}")
-    assert "epoch 100/100" in out and "asked for" not in out
-    assert "asked for" not in ok(f"--device -1 --load-path {run}")  # nothing is left
+    assert "epoch 100/100" in out and "remain" not in out
+    assert "remain" not in ok(f"--device -1 --load-path {run}")  # nothing is left
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import data_utils
 import main
 import model_utils as mu
 from data_utils import CORRUPTIONS
+from experiment import inference
 from experiment.results.read import read_run
 from experiment.results.values import Key
 
@@ -205,10 +206,12 @@ def test_corruptions_are_counted_where_no_figure_can_be_drawn(cli, corrupted, mo
 def test_a_killed_run_goes_on_at_the_first_missing_corruption(ok, corrupted, monkeypatch):
     run, _ = corrupted
     ok(line(run))
-    text, evaluate, seen = run / "Corruption_Accuracy.txt", mu.evaluate, []
+    text, evaluate, seen = run / "Corruption_Accuracy.txt", inference.evaluate, []
     whole = text.read_text()
     text.write_text("".join(whole.splitlines(keepends=True)[:-4]))
-    monkeypatch.setattr(mu, "evaluate", lambda *args: seen.append(args[3]) or evaluate(*args))
+    monkeypatch.setattr(
+        inference, "evaluate", lambda *args: seen.append(args[3]) or evaluate(*args)
+    )
     ok(line(run))
     assert text.read_text() == whole and len(seen) == 15 and seen[0] == "gaussian_blur, severity 1"
     ok(line(run))
@@ -221,7 +224,7 @@ def test_a_killed_run_goes_on_at_the_first_missing_corruption(ok, corrupted, mon
 
 def test_rows_are_there_as_soon_as_they_are_known(corrupted, cli, monkeypatch):
     run, _ = corrupted
-    evaluate, seen = mu.evaluate, []
+    evaluate, seen = inference.evaluate, []
 
     def interrupted(*args):
         if len(seen) == 12:  # in the middle of the third corruption
@@ -230,9 +233,9 @@ def test_rows_are_there_as_soon_as_they_are_known(corrupted, cli, monkeypatch):
         seen.append(1)
         return evaluate(*args)
 
-    monkeypatch.setattr(mu, "evaluate", interrupted)
+    monkeypatch.setattr(inference, "evaluate", interrupted)
     code, _, err = cli(line(run))
-    assert code == 143 and "2 corruptions are in" in err
+    assert code == 143 and "2 corruptions are saved in" in err
     assert list(entries(run / "Corruption_Accuracy.txt")) == list(CORRUPTIONS[:2])
     assert "mean" not in (run / "Corruption_Accuracy.txt").read_text()
 

@@ -134,7 +134,7 @@ def restore(folder, todo, words=""):
         assert all(weight.isfinite().all() for weight in model.parameters())
         if todo == "train":
             optimizer, scheduler = mu.make_optimizer(model, args)
-            checkpoint.restore(saved, args, optimizer, scheduler, torch.Generator())
+            checkpoint.restore(saved, args.flat(), optimizer, scheduler, torch.Generator())
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
