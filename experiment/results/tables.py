@@ -1,4 +1,4 @@
-"""The text tables of a run folder: a header with the settings of the result, rows of words."""
+"""The text tables of a run folder: a header with the settings of the result, rows of columns."""
 
 import json
 import pathlib
