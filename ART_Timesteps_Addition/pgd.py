@@ -4,7 +4,7 @@ All of it stays on the model's device. The slope of the cross-entropy is written
 the gradient by Equilibrium Propagation nothing is differentiated automatically.
 
 `--attack pgd` is ART's: published results were computed with it, and its random starts and its
-choice of the loss are part of them (`tests/test_art.py`)."""
+choice of the loss are part of them (`tests/ART_Timesteps_Addition/test_pytorch.py`)."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ else
     trap 'rm -rf "$temporary"' EXIT
     cd "$temporary"
     export TMPDIR=$temporary PYTHONDONTWRITEBYTECODE=1
-    if [ -z "${SMOKE_SERVER:-}" ]; then # set by tests that share one server, see tests/test_check.py
+    if [ -z "${SMOKE_SERVER:-}" ]; then # set by tests that share one server, see tests/check/test_scripts.py
         SMOKE_SERVER=$temporary
         mkfifo commands codes
         "$python" "$root/tests/smoke.py" <commands 4>codes &

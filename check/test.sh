@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check style and types and run the tests:  bash check/test.sh [--all | arguments of pytest, e.g. tests/test_models.py]
+# Check style and types and run the tests:  bash check/test.sh [--all | arguments of pytest, e.g. tests/test_model_utils.py]
 # Without arguments it runs the fast tests. --all adds the tests marked slow; .ci/run uses it. Other arguments go to
 # pytest, which then runs what they name, slow tests too, without the checks of style and types.
 # Needs: two cores and some minutes. TEST_WORKERS=N runs N processes (2).

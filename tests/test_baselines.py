@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import only_run
 from make_cifar import write_corruptions
-from test_resume import final_weights
+from shared import final_weights
 
 import baselines
 import model_utils as mu

@@ -20,32 +20,12 @@ import pytest
 import torch
 import torchvision
 from make_cifar import write_cifar
+from shared import RAW, idx, write_mnist
 
 import data_files
 from data_utils import TASKS, UserError, load_split
 
-RAW = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 ARCHIVED = "cifar-10-batches-py"
-
-
-def idx(array, code=8):
-    return struct.pack(f">I{array.ndim}I", 256 * code + array.ndim, *array.shape) + array.tobytes()
-
-
-def write_mnist(root, name="MNIST", shape=(28, 28), n=20):
-    """Below `root` the four files of MNIST, with n random images in each split; returns the
-    folder."""
-    folder, rng = pathlib.Path(root, name, "raw"), np.random.default_rng(2)
-    folder.mkdir(parents=True)
-    for file in RAW:
-        values = rng.integers(0, 256, (n, *shape)) if "images" in file else rng.integers(0, 10, n)
-        (folder / file).write_bytes(idx(values.astype(np.uint8)))
-    return folder
 
 
 def write_cifar100(root):

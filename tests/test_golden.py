@@ -2,24 +2,10 @@
 the order of float32 operations."""
 
 import pytest
-import torch
 import torch.nn.functional as F
+from shared import assert_close
 
 import model_utils as mu
-
-
-def assert_close(ours, golden, tolerance, floor=None):
-    """||ours - golden|| <= tolerance * ||golden|| for every tensor, small ones held against a
-    hundredth of the largest."""
-    if torch.is_tensor(golden):
-        ours, golden = {"": ours}, {"": golden}
-    elif not isinstance(golden, dict):
-        assert len(ours) == len(golden)
-        ours, golden = dict(enumerate(ours)), dict(enumerate(golden))
-    floor = 0.01 * max(g.norm() for g in golden.values())
-    for name, g in golden.items():
-        error = (ours[name].detach().reshape(g.shape) - g).norm() / max(g.norm(), floor)
-        assert error <= tolerance, f"{name}: {error:.1e}"
 
 
 def grads(model):

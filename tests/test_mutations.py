@@ -24,9 +24,9 @@ class Fault(NamedTuple):
     tests: tuple[str, ...]
 
 
-UPDATE = "tests/test_models.py::test_ep_update_of_tied_weights_is_the_gradient_of_phi"
-STEP = "tests/test_models.py::test_steps_are_the_gradient_of_phi"
-RESUMED = "tests/test_resume.py::test_two_and_two_epochs_are_four"
+UPDATE = "tests/test_model_utils.py::test_ep_update_of_tied_weights_is_the_gradient_of_phi"
+STEP = "tests/test_model_utils.py::test_steps_are_the_gradient_of_phi"
+RESUMED = "tests/experiment/runs/test_resume.py::test_two_and_two_epochs_are_four"
 
 FAULTS = {
     "the EP update has the other sign": Fault(
@@ -39,7 +39,7 @@ FAULTS = {
         "energy/fast.py",
         "beta[len(phase.drive) :] *= -1",
         "beta[len(phase.drive) :] *= 1",
-        ("tests/test_dynamics.py::test_two_nudged_phases_in_one_batch",),
+        ("tests/energy/test_dynamics.py::test_two_nudged_phases_in_one_batch",),
     ),
     "a step has no top-down input": Fault(
         "energy/dynamics.py",
@@ -58,7 +58,7 @@ FAULTS = {
         "model_utils.py",
         "neurons, rule.T2, output_in=0)",
         "neurons, rule.T2 - 1, output_in=0)",
-        ("tests/test_models.py::test_bptt_is_the_second_derivative",),
+        ("tests/test_model_utils.py::test_bptt_is_the_second_derivative",),
     ),
     "the nudged phase has another dropout mask": Fault(
         "model_utils.py",
@@ -67,7 +67,7 @@ FAULTS = {
         "        others = [m if m is None else m.flip(0) for m in masks or ()]\n"
         "        chain = stepping.chain(rule.loss, others or None)\n",
         (
-            "tests/test_dropout_cep.py::"
+            "tests/test_learning_rules.py::"
             "test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none",
         ),
     ),
@@ -75,31 +75,31 @@ FAULTS = {
         "experiment/training.py",
         "if rule.random_sign and torch.rand(()) < 0.5:",
         "if rule.random_sign and torch.rand(()) < 2:",
-        ("tests/test_models.py::test_a_random_sign_of_beta_is_drawn_for_each_mini_batch",),
+        ("tests/test_model_utils.py::test_a_random_sign_of_beta_is_drawn_for_each_mini_batch",),
     ),
     "an image that the last step stopped counts as converged": Fault(
         "energy/dynamics.py",
         "            converged[batch.images] |= now\n",
         "            converged[batch.images] |= now | (done == T)\n",
-        ("tests/test_dynamics.py::test_an_image_that_has_settled_is_as_of_its_last_step",),
+        ("tests/energy/test_dynamics.py::test_an_image_that_has_settled_is_as_of_its_last_step",),
     ),
     "images are not divided by their deviation": Fault(
         "data_utils.py",
         "return (images - self.mean) / self.std",
         "return images - self.mean",
-        ("tests/test_data.py::test_cifar_files_and_normalisation",),
+        ("tests/test_data_utils.py::test_cifar_files_and_normalisation",),
     ),
     "the last mini-batch is dropped": Fault(
         "data_utils.py",
         "for chosen in order.to(self.labels.device).split(self.mbs):",
         "for chosen in order.to(self.labels.device).split(self.mbs)[: n // self.mbs]:",
-        ("tests/test_data.py::test_batches_cover_an_epoch_and_repeat_with_the_seed",),
+        ("tests/test_data_utils.py::test_batches_cover_an_epoch_and_repeat_with_the_seed",),
     ),
     "the seed is ignored": Fault(
         "experiment/devices.py",
         "    torch.manual_seed(seed)\n",
         "    torch.seed()\n",
-        ("tests/test_cli.py::test_the_same_seed_gives_the_same_run",),
+        ("tests/test_main.py::test_the_same_seed_gives_the_same_run",),
     ),
     "a resumed training has a new optimizer": Fault(
         "experiment/runs/checkpoint.py",
@@ -118,7 +118,7 @@ FAULTS = {
         "        delta = delta.clamp(-eps, eps)\n",
         "        pass\n",
         (
-            "tests/test_adversarial_training.py::"
+            "tests/ART_Timesteps_Addition/test_pgd.py::"
             "test_every_model_and_rule_trains_on_attacked_images[MLP by CEP]",
         ),
     ),
@@ -127,7 +127,7 @@ FAULTS = {
         "margin = own - others.max(1)",
         "margin = others.max(1) - own",
         (
-            "tests/test_attack_counts.py::"
+            "tests/ART_Timesteps_Addition/test_attack_counts.py::"
             "test_a_margin_is_the_lead_of_the_own_class_over_the_best_other_one",
         ),
     ),
@@ -135,7 +135,7 @@ FAULTS = {
         "metrics.py",
         'proportion_ci(method="wilson")',
         'proportion_ci(method="exact")',
-        ("tests/test_audit.py::test_wilson",),
+        ("tests/ART_Timesteps_Addition/audit/test_audit.py::test_wilson",),
     ),
 }
 

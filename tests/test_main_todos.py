@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import only_run, tiers
 from make_cifar import write_cifar, write_corruptions
-from test_resume import start
+from shared import start
 
 import data_utils
 import main

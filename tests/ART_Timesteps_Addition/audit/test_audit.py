@@ -12,6 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import context
+from shared import AUDIT_BUDGET
 
 import main
 import metrics
@@ -22,7 +23,6 @@ from experiment.config import Config
 from experiment.results.read import read_run
 from experiment.runs.folder import RunFolder
 
-TINY = stages.Budget(3, 1, 10, 30, 3, 1, 4)
 LINE = "--todo audit --device -1 --test-size 6 --eps 1 --budget quick --attack-step 8"
 
 
@@ -34,7 +34,7 @@ def trained(zoo):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(stages.BUDGETS, "quick", TINY)
+    monkeypatch.setitem(stages.BUDGETS, "quick", AUDIT_BUDGET)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def audited(trained, tmp_path_factory):
     """The same run folder once it has been audited."""
     run = shutil.copytree(trained, tmp_path_factory.mktemp("audit") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(stages.BUDGETS, "quick", TINY)
+        patch.setitem(stages.BUDGETS, "quick", AUDIT_BUDGET)
         assert main.main(f"{LINE} --load-path {run}".split()) == 0
     return run
 
@@ -117,7 +117,7 @@ def killed_in(folder, words, stage):
     """main.py in a process that is killed when it has computed a stage, before that is written."""
     os.chdir(folder)
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    stages.BUDGETS["quick"], save = TINY, AuditFiles.save
+    stages.BUDGETS["quick"], save = AUDIT_BUDGET, AuditFiles.save
 
     def save_or_die(self, name, arrays, record):
         if name == stage:

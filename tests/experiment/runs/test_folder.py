@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, context, only_run
-from test_resume import MLP, enter, start
+from shared import MLP, enter, start
 
 import main
 import model_utils as mu

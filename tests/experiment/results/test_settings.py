@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import only_run
-from test_audit import TINY as BUDGET
-from test_data_files import write_mnist
-from test_resume import final_weights
+from shared import AUDIT_BUDGET as BUDGET
+from shared import final_weights, write_mnist
 
 import model_utils as mu
 from ART_Timesteps_Addition.audit import stages

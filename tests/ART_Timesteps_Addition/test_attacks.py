@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import only_run
-from test_cli import SEED_LINES, SMALL
-from test_resume import start
+from shared import SEED_LINES, SMALL, start
 
 import metrics
 import model_utils as mu

@@ -1,4 +1,3 @@
-import pathlib
 import re
 import shlex
 import subprocess
@@ -7,12 +6,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, only_run
+from shared import SEED_LINES, SMALL
 
 import main
 import main_dropout
 
-SEED_LINES = (pathlib.Path(__file__).parent / "seed_commands.txt").read_text().splitlines()
-SMALL = "--channels 4 4 4 4 --T1 8 --T2 3 --epochs 1 --train-size 60 --test-size 40 --device -1"
 QUICK = "--task digits --device -1 --train-size 100 --test-size 40 --seed 0"
 
 BAD = {  # command line: what the message must say

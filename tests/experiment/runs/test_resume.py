@@ -14,13 +14,14 @@ import time
 import pytest
 import torch
 from conftest import ROOT, ZOO, context, only_run, tiers
+from shared import MLP, final_weights, start
 
 import main
 import model_utils as mu
 from experiment import command_line
 from experiment.runs import checkpoint, legacy
 
-MLP, CNN = ZOO["MLP"], ZOO["CNN"]
+CNN = ZOO["CNN"]
 BP = "--task digits --device -1 --train-size 60 --test-size 20 --mbs 15 --seed 5 --save --loss cel"
 FFCNN = BP + " --model FFCNN --channels 3 4 --mmt 0.9"
 EXACT = {
@@ -38,23 +39,6 @@ EXACT = {
     "ViT Adam": BP
     + " --model ViT --patch 7 --depth 1 --heads 2 --width 8 --mlp-width 12 --optim adam --lr-decay",
 }
-
-
-def enter(folder, words):
-    os.chdir(folder)
-    sys.stdout = sys.stderr = open(os.devnull, "w")
-    sys.exit(main.main(words))
-
-
-def start(folder, line):
-    """main.py in a process of its own; libraries are loaded already, so that it begins at once."""
-    process = context.Process(target=enter, args=(str(folder), line.split()))
-    process.start()
-    return process
-
-
-def final_weights(run):
-    return torch.load(run / "final_checkpoint.tar", weights_only=True)["model_state_dict"]
 
 
 def assert_same_run(run, other):

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, context
-from test_resume import MLP, final_weights
+from shared import MLP, final_weights
 
 import main
 from experiment import command_line, validate

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from art.attacks import evasion
-from test_attack_seeds import OneOfTwo, Stopped
+from shared import OneOfTwo, Stopped
 
 import metrics
 import model_utils as mu

@@ -9,8 +9,7 @@ import time
 
 import pytest
 import torch
-from test_data_files import write_mnist
-from test_resume import final_weights, start
+from shared import final_weights, start, write_mnist
 
 TINY = (
     "--task digits --device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 --lrs 0.1 "

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiers
+from shared import OneOfTwo, Stopped
 
 import model_utils as mu
 from ART_Timesteps_Addition import names
@@ -59,24 +60,6 @@ def images_of(results):
 
 def disturb():
     random.seed(), np.random.seed(), torch.seed()
-
-
-class Stopped(Exception):
-    pass
-
-
-class OneOfTwo(Workers):
-    """One of two workers, with what the other has computed; the one that comes first stops
-    there."""
-
-    def __init__(self, rank, others=None):
-        super().__init__(rank, 2)
-        self.others = others
-
-    def gather(self, item):
-        if self.others is None:
-            raise Stopped(item)
-        return [item, self.others]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from autodiff import separate_backpropagations
 from conftest import criterion_of, only_run, rule, sample, tiers
-from test_golden import assert_close
+from shared import assert_close
 
 import model_utils as mu
 from energy import gdu

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, only_run
-from test_resume import final_weights
+from shared import final_weights
 
 import main
 import main_dropout

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import only_run
-from test_resume import final_weights
+from shared import final_weights
 
 import metrics
 import model_utils as mu

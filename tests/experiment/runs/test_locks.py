@@ -12,7 +12,7 @@ import subprocess
 import pytest
 import torch
 from conftest import context, only_run
-from test_resume import MLP
+from shared import MLP
 
 import main
 import model_utils as mu
