@@ -452,16 +452,13 @@ def attack(job: Job) -> None:
     results = None
     if run:
         smooth = attacks.describe_smooth(config.model.loss)
-        settings = sweep_settings(
-            config,
-            smooth,
-            **job.settings(
-                "attack",
-                predict_step=steps,
-                images=len(labels),
-                data=job.fingerprints["test_data"],
-            ),
+        identity = job.settings(
+            "attack",
+            predict_step=steps,
+            images=len(labels),
+            data=job.fingerprints["test_data"],
         )
+        settings = sweep_settings(identity, config, smooth)
         sweep = Sweep(run, settings, clean.double().mean().item(), job.source)
         job.interruption.advice = lambda: (
             f"{len(sweep.rows)} rows are saved in {sweep.text}; the same command resumes"

@@ -30,13 +30,12 @@ def default_eps(norm: str) -> list[float]:
     return [*(float(f"{eps:.4g}") for eps in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]
 
 
-def sweep_settings(config: Config, smooth: str, **more: Any) -> dict[str, Any]:
-    """The settings that a sweep's rows depend on.
+def sweep_settings(identity: Mapping[str, Any], config: Config, smooth: str) -> dict[str, Any]:
+    """The settings that a sweep's rows depend on, as its table records them.
 
-    smooth: how the gradient method `smooth` works, as text; more: settings besides flags, such as
-    the number of images and fingerprints."""
+    identity: flags, weights and data; smooth: how the gradient method `smooth` works, as text."""
     attack = config.attack.at(1.0)
-    settings = config.identity("attack")
+    settings = dict(identity)
     if len(settings["attack_step"]) == 1:
         (settings["attack_step"],) = settings["attack_step"]
     settings["attack_iters"] = attack.iters
@@ -53,7 +52,7 @@ def sweep_settings(config: Config, smooth: str, **more: Any) -> dict[str, Any]:
     if config.session.precision != "fp32":
         settings["precision"] = config.session.precision
         settings["gradient_precision"] = "fp32"
-    return {**settings, **more}
+    return settings
 
 
 def describe_sweep(config: Config, images: int, convergence: Convergence | None) -> str:
