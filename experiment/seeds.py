@@ -47,8 +47,8 @@ class Runs(Protocol):
     def command(self, seed: int) -> tuple[Given, list[str]] | None:
         """(given, words) of the command that trains or resumes; None if the run is complete."""
 
-    def result(self, seed: int) -> tuple[pathlib.Path, int]:
-        """(run folder, its epochs) after the training."""
+    def result(self, seed: int) -> tuple[pathlib.Path, int] | None:
+        """(run folder, its epochs) after the training; None if the run is gone."""
 
 
 def train_each(given: Given, words: Sequence[str], start: Start, root: str = "results") -> int:
@@ -83,7 +83,10 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
                 code = start(*command)
                 if code:
                     return code
-            folder, epochs = runs.result(seed)
+            result = runs.result(seed)
+            if result is None:
+                continue
+            folder, epochs = result
             if not command and epochs == runs.wanted:
                 print(f"seed {seed}: {epochs} epochs are in {folder} already")
         if epochs == runs.wanted:
@@ -200,11 +203,8 @@ class _SearchedRuns:
             words += words_of(flag, kept[flag.dest])
         return {**kept, "load_path": str(folder), "epochs": remaining}, words
 
-    def result(self, seed: int) -> tuple[pathlib.Path, int]:
-        found = self._find(seed)
-        if found is None:
-            raise UserError(f"the run of seed {seed} is no longer in {self.folder}")
-        return found
+    def result(self, seed: int) -> tuple[pathlib.Path, int] | None:
+        return self._find(seed)
 
     def _find(self, seed: int) -> tuple[pathlib.Path, int] | None:
         """(run folder, its epochs) of the training with a seed on the same data: a run of the
