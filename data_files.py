@@ -20,9 +20,12 @@ import stat
 import struct
 import sys
 import tempfile
-from typing import IO, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 # ---- opening
 
@@ -56,7 +59,7 @@ def refusing_links(path: str, flags: int) -> int:
     return descriptor
 
 
-def is_current(file: IO, path: os.PathLike | str) -> bool:
+def is_current(file: IO[bytes], path: os.PathLike | str) -> bool:
     """Whether an open file is still the one at `path`, not removed or replaced."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
@@ -70,14 +73,14 @@ LARGEST = 2**31  # bytes of one file; the largest of these data sets has 2 ** 27
 IDX_TYPES = {8: "u1", 9: "i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
 
 
-def read_idx(file):
-    """The array in an IDX file: two zeros, type, number of dimensions, their sizes, the values; all
-    big-endian."""
-    header = file.read(4)
-    zeros, kind, ndim = struct.unpack(">HBB", header) if len(header) == 4 else (0, 0, 0)
+def read_idx(file: IO[bytes] | gzip.GzipFile) -> np.ndarray:
+    """Read the array in an IDX file: two zeros, type, number of dimensions, their sizes, the
+    values; all big-endian."""
+    zeros, kind, ndim = struct.unpack(">HBB", file.read(4).ljust(4, b"\0"))
     if zeros or kind not in IDX_TYPES or not ndim:
         raise ValueError("it does not begin as an IDX file does")
-    shape, dtype = struct.unpack(f">{ndim}I", file.read(4 * ndim)), np.dtype(IDX_TYPES[kind])
+    shape = struct.unpack(f">{ndim}I", file.read(4 * ndim))
+    dtype = np.dtype(IDX_TYPES[kind])
     announced = math.prod(shape) * dtype.itemsize
     values = file.read(min(announced, LARGEST) + 1)
     if len(values) != announced:
@@ -86,14 +89,14 @@ def read_idx(file):
     return np.frombuffer(values, dtype).reshape(shape)
 
 
-def unpacked(file):
-    """An open file, or what it holds where gzip has compressed it; its first bytes decide."""
+def unpacked(file: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
+    """An open file, decompressed if its first bytes are those of gzip."""
     packed = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    return gzip.open(file) if packed else file
+    return gzip.GzipFile(fileobj=file) if packed else file
 
 
-def forms(path):
+def forms(path: pathlib.Path) -> list[pathlib.Path]:
     """The paths that are read in place of an IDX file, the first that exists: `path`, Kaggle's name
     with a dot, a folder of either name with the file inside, each also with .gz behind it."""
     dotted = path.with_name(path.name.replace("-idx", ".idx"))
@@ -104,40 +107,40 @@ def forms(path):
 
 # ---- files in another place
 
-# Data sets whose files have the same names. What lies in a folder of this name is of that one.
+# Data sets whose files have the same names. A file in a folder of such a name belongs to that one.
 SAME_NAMES = {"mnist", "fashionmnist", "kmnist", "emnist", "qmnist"}
-DEEPEST = 4  # folders below the data folder that are looked at
-MOST_ENTRIES = 10_000  # files and folders that are looked at in all
+DEEPEST = 4  # levels of folders below the data folder that are searched
+MOST_ENTRIES = 10_000  # files and folders that are searched in all
 
 
-def canonical(name):
-    """A file's name without what browsers and archives change: case, dots, dashes, .gz, (1)"""
+def canonical(name: str) -> str:
+    """A file's name without what browsers and archives change: case, dots, dashes, .gz, (1)."""
     return re.sub("[^a-z0-9]", "", re.sub(r"(\.gz|\.tgz|\.tar| ?\(\d+\))+$", "", name.lower()))
 
 
-def nearby(data_dir):
-    """(folder, names of its files) of `data_dir` and of the folders below it that are not hidden,
-    the nearest first."""
-    left, seen = [data_dir], 0
+def nearby(data_dir: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
+    """Yields (folder, names of its files) for `data_dir` and the folders below it that are not
+    hidden, the nearest first."""
+    left = [data_dir]
+    seen = 0
     while left and seen < MOST_ENTRIES:
         folder = left.pop(0)
         try:
             with os.scandir(folder) as found:
                 entries = sorted(itertools.islice(found, MOST_ENTRIES - seen), key=lambda e: e.name)
             files = [entry.name for entry in entries if entry.is_file()]
-            inner = [
-                folder / entry.name for entry in entries if entry.is_dir() and entry.name[:1] != "."
-            ]
+            folders = [entry.name for entry in entries if entry.is_dir()]
         except OSError:
             continue
         seen += len(entries)
-        left += inner if len(folder.parts) - len(data_dir.parts) < DEEPEST else []
+        if len(folder.parts) - len(data_dir.parts) < DEEPEST:
+            left += [folder / name for name in folders if not name.startswith(".")]
         yield folder, files
 
 
-def misplaced_idx(data_dir, wanted):
-    """Where the IDX file `wanted`, DATA_DIR/NAME/raw/FILE, is in another place or under another
-    name, and what to do, in words; None where it is not."""
+def misplaced_idx(data_dir: pathlib.Path, wanted: pathlib.Path) -> str | None:
+    """A text on where the IDX file `wanted`, DATA_DIR/NAME/raw/FILE, is in another place or under
+    another name, and what to do; None if it is not."""
     others = SAME_NAMES - {canonical(wanted.parts[-3])}
     for folder, names in nearby(data_dir):
         if others.isdisjoint(map(canonical, folder.parts[-3:])):
@@ -153,49 +156,57 @@ def misplaced_idx(data_dir, wanted):
     return None
 
 
-def misplaced_archive(data_dir, folder, names, archive):
-    """The same of the folder with the files `names`, or of the archive that it comes in."""
+def misplaced_archive(
+    data_dir: pathlib.Path, folder: pathlib.Path, names: list[str], archive: pathlib.Path
+) -> str | None:
+    """As `misplaced_idx`, for the folder with the files `names`, or the archive that it comes
+    in."""
     for place, files in nearby(data_dir):
         if place != folder and set(names) <= set(files):
-            advice = f"give --data-dir {place.parent}" * (place.name == folder.name)
-            return f"found {place}, which looks like it: {advice or f'move it to {folder}'}"
-        for path in (place / name for name in files if canonical(name) == canonical(archive.name)):
-            advice = f"give --data-dir {place}" * (path.name == archive.name)
-            return f"found {path}, which looks like it: {advice or f'move it to {archive}'}"
+            return _how_to_move(place, folder)
+        for name in files:
+            if canonical(name) == canonical(archive.name):
+                return _how_to_move(place / name, archive)
     return None
+
+
+def _how_to_move(found: pathlib.Path, wanted: pathlib.Path) -> str:
+    same_name = found.name == wanted.name
+    advice = f"give --data-dir {found.parent}" if same_name else f"move it to {wanted}"
+    return f"found {found}, which looks like it: {advice}"
 
 
 # ---- pickles
 
 
-def expect(holds: bool) -> None:
-    """Raise ValueError unless `holds`."""
-    if not holds:
+def expect(condition: bool) -> None:
+    """Raise ValueError unless the condition is true."""
+    if not condition:
         raise ValueError("it has parts that such a file never has")
 
 
 class StandIn:
-    """Stands for an object of a pickle, and runs none of its class's code."""
+    """Replaces an object of a pickle, and runs none of its class's code."""
 
-    def set_state(self, state) -> None:
+    def set_state(self, state: Any) -> None:
         """Receive the state that the pickle has for the object."""
         raise NotImplementedError
 
 
 class DType(StandIn):
-    """Stands for a NumPy dtype. name: such as "u1"; order: such as ">"."""
+    """Replaces a NumPy dtype. name: such as "u1"; order: such as ">"."""
 
-    def __init__(self, name, *_):
+    def __init__(self, name: Any, *_: object) -> None:
         self.name = name
         self.order = "="
 
-    def set_state(self, state) -> None:
+    def set_state(self, state: Any) -> None:
         self.order = state[1]
 
-    def array(self, content, shape, order="C") -> np.ndarray:
+    def array(self, content: Any, shape: Any, order: Any = "C") -> np.ndarray:
         """The array of numbers in `content`, whose memory it may share."""
         if not re.fullmatch("[biuf][1248]", self.name):
-            raise ValueError(f"it holds an array of {self.name}, which are no numbers")
+            raise ValueError(f"it contains an array of {self.name}, which are no numbers")
         # NumPy takes -1 for "as many as there are"
         expect(isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape))
         if isinstance(content, str):  # of Python 2
@@ -205,41 +216,41 @@ class DType(StandIn):
 
 
 class Array(StandIn):
-    """Stands for a NumPy array; its numbers are in `values`, None before the state is set."""
+    """Replaces a NumPy array; its numbers are in `values`, None before the state is set."""
 
-    def __init__(self, *_):
+    def __init__(self, *_: object) -> None:
         self.values: np.ndarray | None = None
 
-    def set_state(self, state) -> None:
+    def set_state(self, state: Any) -> None:
         _, shape, dtype, in_fortran_order, content = state
         self.values = dtype.array(content, shape, "F" if in_fortran_order else "C")
 
     @classmethod
-    def from_buffer(cls, content, dtype, shape, order) -> "Array":
-        """As pickled by protocol 5."""
+    def from_buffer(cls, content: Any, dtype: Any, shape: Any, order: Any) -> "Array":
+        """Construct an array as protocol 5 pickles it."""
         array = cls()
         array.values = dtype.array(content, shape, order)
         return array
 
 
-def _number(dtype, content):
+def _number(dtype: Any, content: Any) -> bool | int | float:
     """A NumPy number as Python's."""
     return dtype.array(content, ()).item()
 
 
-def _bytes(text, encoding):
+def _bytes(text: Any, encoding: Any) -> bytes:
     """Bytes, which protocols below 3 write as text."""
     return text.encode("latin1")
 
 
-# What numbers and arrays are pickled as: by Python 2 and 3, NumPy 1 and 2, and in every protocol
-NUMBER_NAMES = {
+# Names in pickles of numbers and arrays: by Python 2 and 3, NumPy 1 and 2, and every protocol
+NUMBER_NAMES: dict[str, Any] = {
     "numpy.dtype": DType,
     "_codecs.encode": _bytes,
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
 }
-ARRAY_NAMES = {
+ARRAY_NAMES: dict[str, Any] = {
     **NUMBER_NAMES,
     "numpy.ndarray": Array,
     "numpy.core.multiarray._reconstruct": Array,
@@ -263,19 +274,22 @@ MOST = 2**22  # parts of a pickle; the largest of these data sets has 2 ** 21
 class _Parts:
     """The reading side of a file, which stops after MOST parts."""
 
-    def __init__(self, file):
+    def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.readline = file.readline
         self.left = MOST
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         self.left -= 1
         if self.left < 0:
             raise ValueError(f"it has more than {MOST} parts")
         return self.file.read(size)
 
 
-class RestrictedUnpickler(pickle._Unpickler):
+_Unpickler: Any = pickle._Unpickler  # Python's own, whose methods are not in its stubs
+
+
+class RestrictedUnpickler(_Unpickler):
     """Unpickler that runs no code from the file and takes little more memory than the file has.
 
     It knows OPCODES, and what `names` lists is all that it calls. A restricted `find_class` of
@@ -283,19 +297,19 @@ class RestrictedUnpickler(pickle._Unpickler):
     and ten bytes make it allocate 34 GB. Raises UnpicklingError for a file that asks for other
     names, any exception for one that is damaged."""
 
-    names: dict = ARRAY_NAMES
+    names = ARRAY_NAMES
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: IO[bytes]) -> None:
         super().__init__(_Parts(file), encoding="latin1")
 
-    def load(self):
+    def load(self) -> Any:
         try:
             return super().load()
         except EOFError:
             raise ValueError("it ends too early") from None
 
-    def find_class(self, module, name):
-        """What stands for a name in the file."""
+    def find_class(self, module: str, name: str) -> Any:
+        """The function that is called, or the value that is used, for a name in the file."""
         name = f"{module}.{name}"
         if name not in self.names:
             raise pickle.UnpicklingError(self.refusal(name[:100]))
@@ -305,13 +319,13 @@ class RestrictedUnpickler(pickle._Unpickler):
         """The reason why a file that asks for `name` is not read."""
         return f"it asks for {name}, which could run code; nothing of it was run"
 
-    def _call(self):
+    def _call(self) -> None:
         arguments = self.stack.pop()
         function = self.stack.pop()
         expect(isinstance(arguments, tuple) and callable(function))
         self.append(function(*arguments))
 
-    def _build(self):
+    def _build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, StandIn):
@@ -319,27 +333,27 @@ class RestrictedUnpickler(pickle._Unpickler):
         else:
             expect(isinstance(target, dict))  # attributes of a dict, metadata, are ignored
 
-    def _dict(self):
+    def _dict(self) -> None:
         items = self.pop_mark()
         self.append({})
         self._update(items)
 
-    def _set_item(self):
+    def _set_item(self) -> None:
         value = self.stack.pop()
         key = self.stack.pop()
         self._update([key, value])
 
-    def _set_items(self):
+    def _set_items(self) -> None:
         self._update(self.pop_mark())
 
-    def _update(self, items):
+    def _update(self, items: list[Any]) -> None:
         keys = items[::2]
         target = self.stack[-1]
         expect(isinstance(target, dict) and all(isinstance(k, (str, bytes, int)) for k in keys))
         target.update(zip(keys, items[1::2], strict=True))
 
-    def _bytearray(self):
-        """Bytes, of which Python's own reader allocates as many as the file announces."""
+    def _bytearray(self) -> None:
+        """Bytes; Python's own reader allocates as many as the file announces."""
         (size,) = struct.unpack("<Q", self.read(8))
         content = self.read(size)
         expect(len(content) == size)
@@ -347,7 +361,7 @@ class RestrictedUnpickler(pickle._Unpickler):
 
     dispatch = {
         **dict.fromkeys(range(256), lambda self: expect(False)),
-        **{opcode: pickle._Unpickler.dispatch[opcode] for opcode in OPCODES},
+        **{opcode: _Unpickler.dispatch[opcode] for opcode in OPCODES},
         pickle.FRAME[0]: lambda self: self.read(8),  # frames follow each other without a gap
         pickle.REDUCE[0]: _call,
         pickle.NEWOBJ[0]: _call,
@@ -359,15 +373,16 @@ class RestrictedUnpickler(pickle._Unpickler):
     }
 
 
-def as_array(value) -> np.ndarray:
-    """The array of numbers that a value from a pickle stands for."""
+def as_array(value: object) -> np.ndarray:
+    """The NumPy array of an `Array` from a pickle."""
     if not isinstance(value, Array) or value.values is None:
-        raise ValueError("it holds something else in place of an array")
+        raise ValueError("it contains something else in place of an array")
     return value.values
 
 
-def as_labels(values) -> np.ndarray:
-    """The array of a list of numbers, or that of an array; of dtype object if one is no number."""
+def as_labels(values: Any) -> np.ndarray:
+    """The NumPy array of a list of numbers or an `Array`; of dtype object if a label is no
+    number."""
     if isinstance(values, Array):
         return as_array(values)
     numbers = all(isinstance(value, (int, float)) for value in values)
@@ -377,11 +392,11 @@ def as_labels(values) -> np.ndarray:
 # ---- downloads
 
 
-def download(dataset, data_dir: pathlib.Path, read):
+def download(dataset: Any, data_dir: pathlib.Path, read: Callable[[], T]) -> T:
     """Download torchvision's `dataset` into `data_dir` and return `read()`.
 
-    It is downloaded to a folder of its own inside `data_dir`; only files that are missing are then
-    moved to their place. Raises what the download raises, of any type."""
+    It is downloaded to a new folder inside `data_dir`; only files that are missing are then moved
+    to their place. Raises what the download raises, of any type."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
@@ -404,19 +419,20 @@ def download(dataset, data_dir: pathlib.Path, read):
 
 
 @contextlib.contextmanager
-def _download_folder(data_dir):
+def _download_folder(data_dir: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new folder inside `data_dir`, for one process at a time if the file system has locks.
 
     At the end it is removed, with what killed downloads have left and every folder that was made
     for it and is empty."""
-    made = []  # the innermost first
+    made: list[pathlib.Path] = []  # the innermost first
     lock = None
     try:
         lock, locked = _lock(data_dir / ".download.lock", made)
-        for left in data_dir.glob(".download-*") if locked else ():
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as folder:
-            yield pathlib.Path(folder)
+        if locked:
+            for left in data_dir.glob(".download-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=data_dir) as new:
+            yield pathlib.Path(new)
     finally:
         if lock:
             with contextlib.suppress(OSError):
@@ -428,7 +444,7 @@ def _download_folder(data_dir):
             lock.close()
 
 
-def _lock(path, made):
+def _lock(path: pathlib.Path, made: list[pathlib.Path]) -> tuple[IO[bytes], bool]:
     """Wait for the lock file `path`: (the open file, whether it is locked). Adds the folders that
     are made for it to `made`."""
     for attempt in itertools.count(1):
@@ -444,9 +460,10 @@ def _lock(path, made):
         if is_current(file, path):
             return file, locked
         file.close()  # the run that had the lock has removed it
+    raise AssertionError("the loop has no end")
 
 
-def _wait(file, data_dir):
+def _wait(file: IO[bytes], data_dir: pathlib.Path) -> bool:
     """Wait until `file` is locked; False if there are no locks here."""
     try:
         import fcntl

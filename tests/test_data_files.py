@@ -410,7 +410,7 @@ def test_every_task_passes_the_same_check(name, monkeypatch):
     parts = [("here", images, np.arange(6)), ("there", images, np.arange(6) + task.classes - 5)]
     monkeypatch.setattr(task, "read", lambda data_dir, train: parts)
     assert (
-        f"there does not fit --task {name}: it holds labels from {task.classes - 5} to"
+        f"there does not fit --task {name}: it contains labels from {task.classes - 5} to"
         in refused(name, "data")
     )
     parts[1] = ("there", images, np.arange(6))

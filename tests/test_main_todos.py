@@ -303,17 +303,17 @@ DAMAGES = {
     "a pipe": "snow.npy cannot be read: it is not a regular file",
     "truncated": "snow.npy cannot be read",
     "pickled": "snow.npy cannot be read",
-    "several arrays": "snow.npy holds several arrays",
-    "dtype": "snow.npy holds float32 (40, 32, 32, 3), expected uint8 (40, 32, 32, 3)",
-    "shape": "snow.npy holds uint8 (35, 32, 32, 3)",
-    "order": "snow.npy holds uint8 (40, 3072)",
+    "several arrays": "snow.npy contains several arrays",
+    "dtype": "snow.npy contains float32 (40, 32, 32, 3), expected uint8 (40, 32, 32, 3)",
+    "shape": "snow.npy contains uint8 (35, 32, 32, 3)",
+    "order": "snow.npy contains uint8 (40, 3072)",
     "negative": "they go from -1 to 0.99",
     "nan": "they go from nan to nan",
     "other labels at severity 2": "do not repeat 5 times",
     "one severity": "one severity alone",
     "most": "shot_noise.npy is missing, and so are 13 others",
-    "labels": "labels.npy holds float64 (40,)",
-    "label": "labels.npy holds labels from 10 to 10",
+    "labels": "labels.npy contains float64 (40,)",
+    "label": "labels.npy contains labels from 10 to 10",
 }
 
 
