@@ -1,17 +1,17 @@
-"""Values and paths as messages show them: on one line, and never at any length."""
+"""Values and paths for messages: on one line, and of limited length."""
 
-import pathlib
+import os
 import reprlib
 from typing import Any
 
 
 def format_value(value: Any) -> str:
-    """A value as a user would type it: `784 512 10`."""
+    """Format a value as a user would type it: `784 512 10`."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def describe(value: Any) -> str:
-    """Any value in a few words: values from files may be large, nested deeply, or unprintable."""
+    """Describe any value briefly: values from files may be large, nested deeply, or unprintable."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a tensor of shape {tuple(value.shape)} and type {dtype}"
@@ -27,11 +27,11 @@ def describe(value: Any) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """`1 image`, `2 images`."""
+    """Count a noun: `1 image`, `2 images`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def name_path(path: str | pathlib.Path) -> str:
-    """A path as errors name it."""
+def name_path(path: str | os.PathLike) -> str:
+    """Format a path for an error message: a long or unprintable one is shortened."""
     text = str(path)
     return text if len(text) <= 300 and text.isprintable() else describe(text)

@@ -17,7 +17,14 @@ from experiment.config import ARCHITECTURE, FLAGS, LARGEST
 from experiment.runs import contents, legacy, torch_file, training_state
 from experiment.runs.contents import Damaged
 from experiment.runs.files import printable
-from experiment.runs.history import History, best_of, changes, chosen_on, other_images, summary
+from experiment.runs.history import (
+    History,
+    best_of,
+    changes,
+    chosen_on,
+    other_images,
+    saved_model,
+)
 from experiment.text import name_path
 
 # Files of a run folder that are no checkpoints
@@ -32,8 +39,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     return _read(path)[0]
 
 
-def _read(path):
-    """(what `read_checkpoint` returns, time of the file's last change in ns)"""
+def _read(path: str | os.PathLike) -> tuple[dict, int]:
+    """(what `read_checkpoint` returns, time of the file's last change in ns)."""
     empty = False
     try:
         with open_regular(path) as file:
@@ -70,7 +77,7 @@ class SavedRun:
     random_states: of `training_state.random_states`, or None
     optimizer, scheduler: state dicts from the file, or None; `restore` validates them
     own: whether this program wrote the file
-    best_beside: the best model if the checkpoint has none, see `_best_beside`; only to train"""
+    best_beside: the best model if the checkpoint has none, see `_best_beside`; only for training"""
 
     path: pathlib.Path
     weights: dict[str, torch.Tensor]
@@ -96,9 +103,9 @@ class SavedRun:
         return f"{self.path.name} (epoch {epochs}, {chosen.get(self.path.name, 'the latest')})"
 
 
-def find_saved(path: str, todo: str) -> pathlib.Path:
-    """The checkpoint file of --load-path: the file itself, or in a folder the latest epoch to
-    train, the best model for every other --todo. Raises UserError."""
+def find_saved(path: str | os.PathLike, todo: str) -> pathlib.Path:
+    """The checkpoint file of --load-path: the file itself, or in a folder the latest epoch for
+    training, the best model for every other --todo. Raises UserError."""
     names = ["checkpoint.tar"] if todo == "train" else ["model.pt", "checkpoint.tar"]
     if stat.S_ISREG(_mode(path)):
         return pathlib.Path(path)
@@ -113,7 +120,7 @@ def find_saved(path: str, todo: str) -> pathlib.Path:
     return found
 
 
-def _mode(path):
+def _mode(path: str | os.PathLike) -> int:
     """The st_mode of a file or folder; 0 if there is none."""
     try:
         return os.stat(path).st_mode
@@ -140,12 +147,9 @@ def open_saved(path: str | os.PathLike, todo: str) -> SavedRun:
     return saved
 
 
-def _validated(state, path, stamp):
+def _validated(state: dict, path: pathlib.Path, stamp: int) -> SavedRun:
     own = "config" in state
     weights = contents.weights(state["model_state_dict"])
-    best = contents.best_model(state.get("best_model"), weights, path)
-    if best:
-        best = {"model_state_dict": best[0], "config": best[1], **summary(best[2])}
     lists = not own and "history" not in state
     epochs = legacy.history(state) if lists else contents.history(state)
     accuracy = best_of(epochs)
@@ -158,7 +162,7 @@ def _validated(state, path, stamp):
         stamp=stamp,
         history=History(
             epochs=epochs,
-            best=best,
+            best=_best_model(state.get("best_model"), weights, path),
             best_accuracy=accuracy,
             resumptions=contents.resumptions(state.get("resumptions", {})),
             requested=contents.number(state.get("asked", 0), "asked", 0, LARGEST, whole=True),
@@ -170,7 +174,20 @@ def _validated(state, path, stamp):
     )
 
 
-def _expect_all_for_training(saved):
+def _best_model(saved: Any, own: dict[str, torch.Tensor], path: pathlib.Path) -> dict | None:
+    """The best model in a checkpoint with the weights `own`; None without one."""
+    if saved is None:
+        return None
+    contents.expect(isinstance(saved, dict), "best_model", saved)
+    weights = contents.weights(saved.get("model_state_dict"))
+    return saved_model(
+        contents.conform(weights, own, "best_model"),
+        contents.config(saved.get("config"), path),
+        contents.history(saved),
+    )
+
+
+def _expect_all_for_training(saved: SavedRun) -> None:
     """Raise if a checkpoint of this program lacks something that exact resumption needs."""
     needed = {"opt": saved.optimizer, "random_states": saved.random_states}
     if saved.args["lr_decay"] or saved.args.get("lr_step"):
@@ -178,14 +195,14 @@ def _expect_all_for_training(saved):
     missing = [name for name, value in needed.items() if value is None]
     if missing and saved.path.suffix == ".pt":  # a model, as every run saves it
         raise UserError(
-            f"{name_path(saved.path)} holds a model without {' and '.join(missing)}, which "
-            "resuming needs: name the run folder, or a checkpoint.tar"
+            f"{name_path(saved.path)} lacks {' and '.join(missing)}, which resuming needs: name "
+            "the run folder, or a checkpoint.tar"
         )
     if missing:
-        raise Damaged(f"no training can resume from it without {' and '.join(missing)}")
+        raise Damaged(f"it lacks {' and '.join(missing)}, which resuming needs")
 
 
-def _arguments(state, path, weights):
+def _arguments(state: dict, path: pathlib.Path, weights: dict[str, torch.Tensor]) -> dict:
     """{dest: value} of the arguments that a run records: in its config or, without one, in its
     pickled module, then in its hyperparameters.txt, then in the shapes of its weights."""
     if "config" in state:
@@ -252,7 +269,7 @@ def restore(
     return _continued(saved, args)
 
 
-def _continued(saved, now):
+def _continued(saved: SavedRun, now: dict) -> History:
     """The history of a run that resumes with the arguments `now`."""
     history = saved.history
     text = "; ".join(changes(saved.args, now))[:2000]
@@ -265,11 +282,11 @@ def _continued(saved, now):
     return history
 
 
-def _best_beside(saved):
+def _best_beside(saved: SavedRun) -> dict | None:
     """The snapshot in the model.pt beside a checkpoint without a best model, as earlier versions
     wrote it; None if there is none."""
     try:
         run = open_saved(saved.path.with_name("model.pt"), "evaluate")
     except UserError:
         return None
-    return {"model_state_dict": run.weights, "config": run.args, **summary(run.history.epochs)}
+    return saved_model(run.weights, run.args, run.history.epochs)

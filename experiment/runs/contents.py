@@ -1,8 +1,11 @@
 """Validation of what a checkpoint contains: types, shapes and ranges that the program relies on.
 
 `open_saved` validates everything here once, except what only training needs, which
-`training_state` compares with the run's own optimizer and scheduler. All raise Damaged."""
+`training_state` compares with the run's own optimizer and scheduler. All raise Damaged.
 
+Arguments called `saved` come from a file and can be of any type."""
+
+import pathlib
 import re
 import sys
 from typing import Any
@@ -37,14 +40,14 @@ class Damaged(Exception):
     """A file contains something that no run writes. The message says what, and where."""
 
 
-def expect(holds: Any, what: str, value: object) -> None:
-    """Raise Damaged, with the message that `what` is `value`, unless `holds`."""
-    if not holds:
+def expect(condition: Any, what: str, value: object) -> None:
+    """Raise Damaged, with the message that `what` is `value`, unless the condition is true."""
+    if not condition:
         raise Damaged(f"{what} is {describe(value)}")
 
 
 def is_number(
-    value: object, low: float = -LARGEST_FLOAT, high: float = LARGEST_FLOAT, whole: bool = False
+    value: Any, low: float = -LARGEST_FLOAT, high: float = LARGEST_FLOAT, whole: bool = False
 ) -> bool:
     """Whether `value` is a finite number (whole: an int) from low to high, and no bool."""
     return (
@@ -54,19 +57,19 @@ def is_number(
     )
 
 
-def plain(value):
+def plain(value: Any) -> Any:
     """The number in a 0-d tensor, also in lists of them; any other value as it is."""
     if isinstance(value, (list, tuple)):
         return type(value)(v.item() if torch.is_tensor(v) and not v.dim() else v for v in value)
     return value.item() if torch.is_tensor(value) and not value.dim() else value
 
 
-def conform(saved, template, what: str):
+def conform(saved: Any, template: Any, what: str) -> Any:
     """Compare `saved` with `template` recursively and return it in the template's types.
 
     Keys, lengths and shapes must be equal, and so must all values except the finite ones of tensors
     and the numbers in RANGES. Tensors get the template's dtype, device and memory layout, on which
-    fused kernels rely. None in the template stands for None or a number."""
+    fused kernels rely. None in the template matches None or a number."""
     if isinstance(template, torch.Tensor):
         return _conforming_tensor(saved, template, what)
     if isinstance(template, dict):
@@ -94,7 +97,7 @@ def conform(saved, template, what: str):
     return saved
 
 
-def _conforming_tensor(saved, template, what):
+def _conforming_tensor(saved: Any, template: torch.Tensor, what: str) -> torch.Tensor:
     if template.dtype in FLOATS:
         if is_number(saved):  # a step, as older versions of torch save it
             saved = torch.tensor(float(saved))
@@ -111,7 +114,7 @@ def _conforming_tensor(saved, template, what):
 # ---- weights
 
 
-def _is_plain_tensor(value, *dtypes):
+def _is_plain_tensor(value: Any, *dtypes: torch.dtype) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
@@ -120,26 +123,26 @@ def _is_plain_tensor(value, *dtypes):
     )
 
 
-def _expect_stored(tensors, what):
+def _expect_stored(tensors: list[torch.Tensor], what: str) -> None:
     """Raise Damaged if tensors have more bytes than their storages: views that repeat values."""
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     storages = [tensor.untyped_storage() for tensor in tensors]
-    held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    if claimed > held:
-        raise Damaged(f"{what} claims {claimed:,} bytes, of which the file has {held:,}")
+    stored = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    if claimed > stored:
+        raise Damaged(f"{what} claims {claimed:,} bytes, but the file has only {stored:,}")
 
 
-def real_tensor(value: object, what: str) -> torch.Tensor:
-    """`value` as a float32 tensor of finite values; other floating types are converted."""
-    expect(_is_plain_tensor(value, *FLOATS), what, value)
-    _expect_stored([value], what)
-    value = value.detach().resolve_neg().to(torch.float32)
-    if not value.isfinite().all():
+def real_tensor(saved: Any, what: str) -> torch.Tensor:
+    """A float32 tensor of finite values; other floating types are converted."""
+    expect(_is_plain_tensor(saved, *FLOATS), what, saved)
+    _expect_stored([saved], what)
+    tensor = saved.detach().resolve_neg().to(torch.float32)
+    if not tensor.isfinite().all():
         raise Damaged(f"{what} is not finite")
-    return value
+    return tensor
 
 
-def weights(saved: object) -> dict[str, torch.Tensor]:
+def weights(saved: Any) -> dict[str, torch.Tensor]:
     """{name: float32 tensor} of a model_state_dict; counts of batch normalisation stay int64. The
     prefixes of DataParallel, DistributedDataParallel and torch.compile are removed from names."""
     expect(isinstance(saved, dict), "model_state_dict", saved)
@@ -147,14 +150,14 @@ def weights(saved: object) -> dict[str, torch.Tensor]:
         is_name = isinstance(name, str) and len(name) <= 200 and name.isprintable()
         expect(is_name, "the name of a weight", name)
     found = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in saved.items()}
-    expect(len(found) == len(saved), "names of weights, two of which mean the same,", list(saved))
+    expect(len(found) == len(saved), "the list of weights, with two of one name,", list(saved))
     # together, because conversion copies each of many views of one storage
     tensors = [value for value in found.values() if isinstance(value, torch.Tensor)]
     _expect_stored(tensors, "model_state_dict")
     return {name: _weight(value, name) for name, value in found.items()}
 
 
-def _weight(value, name):
+def _weight(value: Any, name: str) -> torch.Tensor:
     if name.endswith(".num_batches_tracked"):  # of batch normalisation
         fits = _is_plain_tensor(value, torch.int64) and not value.dim() and value >= 0
         expect(fits, f"the count {name}", value)
@@ -168,7 +171,7 @@ def _weight(value, name):
 # ---- arguments
 
 
-def validated_arguments(values: dict, path) -> dict:
+def validated_arguments(values: dict, path: pathlib.Path) -> dict:
     """{dest: value} of the flags among `values`, each validated as its flag; flags of one call are
     left out. path: the file with the values. Raises UserError."""
     return {
@@ -178,13 +181,13 @@ def validated_arguments(values: dict, path) -> dict:
     }
 
 
-def config(saved: object, path) -> dict:
+def config(saved: Any, path: pathlib.Path) -> dict:
     """The arguments in a checkpoint of this program: a dict of plain values, with every flag that
     all versions have saved. Raises UserError as well."""
     expect(isinstance(saved, dict) and all(map(_is_name, saved)), "config", saved)
     missing = [name.replace("_", "-") for name in ALWAYS_SAVED if name not in saved]
     if missing:
-        raise Damaged(f"its config does not say --{', --'.join(missing)}")
+        raise Damaged(f"its config lacks --{', --'.join(missing)}")
     saved = {name: plain(value) for name, value in saved.items()}
     validated_arguments(saved, path)
     for name, value in saved.items():
@@ -195,7 +198,7 @@ def config(saved: object, path) -> dict:
 
 
 def data(config: dict) -> dict[str, str]:
-    """The fingerprints of its data that a config has, see `config.FINGERPRINTS`."""
+    """The fingerprints of data that a config has, see `config.FINGERPRINTS`."""
     found = {name: config[name] for name in FINGERPRINTS if name in config}
     for name, value in found.items():
         is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{1,64}", value)
@@ -203,7 +206,7 @@ def data(config: dict) -> dict[str, str]:
     return found
 
 
-def _is_name(value):
+def _is_name(value: object) -> bool:
     return isinstance(value, str) and len(value) <= 100 and value.isidentifier()
 
 
@@ -213,7 +216,7 @@ def _is_name(value):
 def history(saved: dict) -> list[dict]:
     """The rows of metrics.csv in a checkpoint: [{"epoch": 1, "train_acc": %, "test_acc": %,
     "seconds": s or "", ...}, ...]."""
-    rows = saved.get("history")
+    rows: Any = saved.get("history")
     expect(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), "history", rows)
     epoch = plain(saved.get("epoch"))
     good = is_number(epoch, len(rows), len(rows), whole=True)
@@ -221,7 +224,7 @@ def history(saved: dict) -> list[dict]:
     return [_row(row, n) for n, row in enumerate(rows, 1)]
 
 
-def _row(row, epoch):
+def _row(row: dict, epoch: int) -> dict:
     where = f"epoch {epoch} in history"
     row = {name: plain(value) for name, value in row.items()}
     expect(all(map(_is_name, row)), where, row)
@@ -240,7 +243,7 @@ def _row(row, epoch):
     return row
 
 
-def resumptions(saved: object) -> dict[int, str]:
+def resumptions(saved: Any) -> dict[int, str]:
     """{epoch: text} of a checkpoint."""
     expect(isinstance(saved, dict), "resumptions", saved)
     for epoch, text in saved.items():
@@ -249,19 +252,8 @@ def resumptions(saved: object) -> dict[int, str]:
     return dict(saved)
 
 
-def number(saved: object, what: str, low: float, high: float, whole: bool = False):
+def number(saved: Any, what: str, low: float, high: float, whole: bool = False) -> Any:
     """The number in a checkpoint called `what`, from low to high."""
     saved = plain(saved)
     expect(is_number(saved, low, high, whole), what, saved)
     return saved
-
-
-def best_model(saved: object, own: dict, path) -> tuple[dict, dict, list] | None:
-    """(weights, config, history) of the best model in a checkpoint; None without one.
-
-    own: the weights of the checkpoint. Raises UserError as well."""
-    if saved is None:
-        return None
-    expect(isinstance(saved, dict), "best_model", saved)
-    state = conform(weights(saved.get("model_state_dict")), own, "best_model")
-    return state, config(saved.get("config"), path), history(saved)

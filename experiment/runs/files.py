@@ -16,26 +16,27 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from typing import IO, Any
 
 import numpy as np
 
 from data_files import is_current, open_regular, refusing_links
 from data_utils import RunFailed, UserError, one_line
 
+fcntl: Any
 try:
     import fcntl
 except ImportError:  # not a Unix system
     fcntl = None
 
 # Of every text file, for any locale; paths need not be text
-TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
-# Bytes of a text file (metrics.csv of 100,000 epochs has 2 ** 23), and of the arrays in a .npz file
-# (10,000 images of CIFAR-10 in float32 have 2 ** 27), that are read
-LARGEST_TEXT, LARGEST_ARRAYS = 2**26, 2**29
+TEXT: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
+LARGEST_TEXT = 2**26  # bytes of a text file that is read; metrics.csv of 100,000 epochs has 2 ** 23
+# Bytes of the arrays in a .npz file that is read; 10,000 images of CIFAR-10 in float32 have 2 ** 27
+LARGEST_ARRAYS = 2**29
 
-
-# Errors of flock that mean that the file system has no locks. Any other error leaves open whether
-# another process holds the lock.
+# Errors of flock that mean that the file system has no locks. After any other error another process
+# may have the lock.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 WITHOUT_LOCKS = ", without locks"  # the end of a lock file whose existence is the lock
 
@@ -47,9 +48,9 @@ class WriteFailed(RunFailed):
 
 
 class Busy(UserError):
-    """Another process holds the folder or the table.
+    """Another process has locked the folder or the table.
 
-    holder: the process; delete: what to do if it may have ended, "" on file systems with locks."""
+    holder: the process; delete: advice if it may have ended, "" on file systems with locks."""
 
     def __init__(self, message: str, holder: str, delete: str):
         super().__init__(message)
@@ -83,7 +84,7 @@ def read_text(path: os.PathLike | str) -> str:
         return file.read().decode(**TEXT)
 
 
-def parse_json(text: str):
+def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError, also if it is nested too deeply."""
     try:
         return json.loads(text)
@@ -91,9 +92,9 @@ def parse_json(text: str):
         raise ValueError("it is nested too deeply") from None
 
 
-def number(text, low: float, high: float) -> float | None:
-    """The number that a text contains, if it is from low to high; None otherwise. text: or a
-    number, as JSON has it."""
+def number(text: Any, low: float, high: float) -> float | None:
+    """The number that a text, or a value of a JSON file, contains, if it is from low to high; None
+    otherwise."""
     try:
         value = math.nan if isinstance(text, bool) else float(text)
     except (TypeError, ValueError, OverflowError):
@@ -129,8 +130,8 @@ def read_arrays(path: os.PathLike | str) -> dict[str, np.ndarray]:
         raise ValueError(one_line(e)) from None
 
 
-def _check_array_header(file, size):
-    """Raises ValueError if the header of a .npy file of `size` bytes does not match its size."""
+def _check_array_header(file: IO[bytes], size: int) -> None:
+    """Raise ValueError if the header of a .npy file of `size` bytes does not match its size."""
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -143,12 +144,12 @@ def _check_array_header(file, size):
 # ---- showing text from files
 
 
-def printable(text) -> str:
+def printable(text: object) -> str:
     """The text with "?" for control characters: one line, no terminal escape sequences."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(text))
 
 
-def csv_cell(value):
+def csv_cell(value: Any) -> Any:
     """A value for a CSV file: text that a spreadsheet would run as a formula gets a quote in front;
     numbers stay as they are."""
     if not isinstance(value, str) or number(value, -math.inf, math.inf) is not None:
@@ -247,7 +248,7 @@ def append(path: pathlib.Path, text: str) -> None:
                 _append(file, text)
 
 
-def _append(file, text):
+def _append(file: IO[bytes], text: str) -> None:
     end = file.seek(0, os.SEEK_END)
     file.seek(max(end - 1, 0))
     within_a_line = file.read(1) not in (b"", b"\n")
@@ -260,7 +261,7 @@ def left_behind(path: pathlib.Path) -> bool:
     """Whether the writer of a file of `replacing` has ended.
 
     Its process is gone or, on another machine, has not written for a day; and no process, for
-    example of another container, holds its lock. False if the file system has no locks."""
+    example of another container, has locked it. False if the file system has no locks."""
     try:
         if not owner_is_gone(path) and time.time() - path.stat().st_mtime < 24 * 3600:
             return False
@@ -276,13 +277,13 @@ class Lock:
 
     It is a lock on the file .lock, or .TABLE.lock, which the system releases when the process ends
     in any way. On a file system without locks the existence of the file is the lock; after a kill
-    the user has to delete it, and a note says so.
+    the user has to delete it, as a note explains.
 
     The library `filelock` would not make this shorter: it follows hard links, leaves the file
     behind, names no holder, and takes EACCES for a lock of somebody else."""
 
     def __init__(self, folder: str | os.PathLike, table: str = ""):
-        """Raises Busy if another process holds the lock, UserError if that cannot be found out."""
+        """Raises Busy if another process has the lock, UserError if the folder cannot be locked."""
         self.path = pathlib.Path(folder, f".{table}.lock" if table else ".lock")
         if table:
             self._busy = f"{table} in {folder} is being written already"
@@ -299,7 +300,7 @@ class Lock:
             delete = "; if no process is at work there, delete that file" if left else ""
             raise UserError(f"{folder} cannot be locked: {self.path}: {why(e)}{delete}") from None
 
-    def _acquire(self):
+    def _acquire(self) -> IO[bytes] | None:
         """The locked file; None if its holder has just removed it. Raises Busy, OSError."""
         try:
             file = open(self.path, "x+b")
@@ -316,7 +317,7 @@ class Lock:
                 file.close()
                 return None
             if _content(file).endswith(WITHOUT_LOCKS):  # of a machine that has no locks here
-                raise self._held(file, by_hand=True)
+                raise self._busy_error(file, may_have_ended=True)
             holder = f"process {os.getpid()} on {socket.gethostname()}"
             file.seek(0)
             file.truncate()
@@ -329,7 +330,7 @@ class Lock:
             raise
         return file
 
-    def _flock(self, file, created):
+    def _flock(self, file: IO[bytes], created: bool) -> bool:
         """Lock the file; False if there are no locks, and the file is new. Raises Busy, OSError."""
         try:
             if fcntl is None:
@@ -337,12 +338,12 @@ class Lock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            raise self._held(file) from None
+            raise self._busy_error(file) from None
         except OSError as e:
             if e.errno not in NO_LOCKS:
                 raise
             if not created:
-                raise self._held(file, by_hand=True) from None
+                raise self._busy_error(file, may_have_ended=True) from None
             print(
                 f"note: this file system has no locks ({why(e)}); if this process is killed, "
                 f"delete {self.path.name} in its folder before you resume",
@@ -350,11 +351,11 @@ class Lock:
             )
             return False
 
-    def _held(self, file, by_hand=False):
-        """The Busy that names the process in a lock file. by_hand: that process may have ended."""
+    def _busy_error(self, file: IO[bytes], may_have_ended: bool = False) -> Busy:
+        """The error that names the process in a lock file."""
         holder = _content(file) or "another process"
         delete = ""
-        if by_hand:
+        if may_have_ended:
             delete = f"; there are no locks here: if it has ended, delete {self.path}"
         return Busy(f"{self._busy}, by {holder}; {self._alone}{delete}", holder, delete)
 
@@ -367,7 +368,7 @@ class Lock:
             self._file = None
 
 
-def _content(file):
+def _content(file: IO[bytes]) -> str:
     """The text of a lock file, on one line."""
     file.seek(0)
     return printable(file.read(200).decode("utf-8", "replace").strip())

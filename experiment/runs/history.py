@@ -1,6 +1,7 @@
 """The history of a training, and the content of its checkpoints."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -34,14 +35,14 @@ def chosen_on(args: dict) -> str:
 
 def other_images(before: dict, now: dict) -> bool:
     """Whether the best model is chosen on other images than before. before, now: {dest: value}."""
-    data, size = ("train_data", "train_size") if now["val_size"] else ("test_data", "test_size")
-    others = any(now[name] != before.get(name) for name in ("val_size", size))
-    return others or data in other_data(before, now)
+    split = "train" if now["val_size"] else "test"
+    sizes_differ = any(now[name] != before.get(name) for name in ("val_size", f"{split}_size"))
+    return sizes_differ or f"{split}_data" in other_data(before, now)
 
 
 def other_data(before: dict, now: dict) -> list[str]:
-    """The names of config.FINGERPRINTS whose fingerprint has changed, although the number of images, which
-    `changes` names by its flag, has not. before, now: {dest: value}."""
+    """The names in config.FINGERPRINTS of data that changed although the number of images, a flag,
+    did not. before, now: {dest: value}."""
     return [
         name
         for name, (_, size) in FINGERPRINTS.items()
@@ -68,11 +69,22 @@ def changes(before: dict, now: dict) -> list[str]:
 
 def snapshot(model: torch.nn.Module, config: dict, history: History) -> dict:
     """The content of a saved model after the epochs of `history`. config: {dest: value}."""
+    content = saved_model(model.state_dict(), config, history.epochs)
+    return {**content, "best": history.best_accuracy}
+
+
+def saved_model(weights: dict[str, torch.Tensor], config: dict, epochs: list[dict]) -> dict:
+    """The content of a saved model, with the keys of the original code about its epochs.
+
+    config: {dest: value}; epochs: the rows of metrics.csv."""
     return {
-        "model_state_dict": model.state_dict(),
+        "model_state_dict": weights,
         "config": config,
-        **summary(history.epochs),
-        "best": history.best_accuracy,
+        "epoch": len(epochs),
+        "history": epochs,
+        "train_acc": [row["train_acc"] for row in epochs],
+        "test_acc": [row["test_acc"] for row in epochs],
+        "best": best_of(epochs),
     }
 
 
@@ -80,7 +92,12 @@ def snapshot(model: torch.nn.Module, config: dict, history: History) -> dict:
 RESUMABLE = ("opt", "scheduler", "random_states", "best_model", "resumptions", "asked")
 
 
-def resumable_state(history: History, optimizer, scheduler, generator: torch.Generator) -> dict:
+def resumable_state(
+    history: History,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    generator: torch.Generator,
+) -> dict:
     """What a checkpoint contains besides `snapshot`, so that training can resume from it.
 
     It contains the best model, so that one file commits all that an epoch changes."""
@@ -91,19 +108,6 @@ def resumable_state(history: History, optimizer, scheduler, generator: torch.Gen
         "best_model": history.best,
         "resumptions": history.resumptions,
         "asked": history.requested,
-    }
-
-
-def summary(epochs: list[dict]) -> dict:
-    """The keys of a checkpoint about its epochs, with those of the original code.
-
-    epochs: the rows of metrics.csv."""
-    return {
-        "epoch": len(epochs),
-        "history": epochs,
-        "train_acc": [row["train_acc"] for row in epochs],
-        "test_acc": [row["test_acc"] for row in epochs],
-        "best": best_of(epochs),
     }
 
 

@@ -8,6 +8,10 @@ import pickle
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from data_files import StandIn, expect, open_regular
 from experiment import command_line
@@ -20,12 +24,15 @@ from experiment.text import name_path
 
 
 class Pickled(StandIn):
-    """Stands for an object of a file by the original code: its attributes alone."""
+    """Replaces an object of a file by the original code, and has its attributes."""
 
-    def __init__(self, *args):
+    def __init__(self, *_: object) -> None:
         pass
 
-    def set_state(self, state):
+    def __getattr__(self, name: str) -> Any:  # for type checkers: attributes come from the file
+        raise AttributeError(name)
+
+    def set_state(self, state: Any) -> None:
         expect(isinstance(state, dict))
         self.__dict__.update(state)
 
@@ -38,30 +45,30 @@ class Pickled(StandIn):
         return value
 
 
-def _named(name):
+def _named(name: str) -> type[Pickled]:
     return type(name.rpartition(".")[2], (Pickled,), {})
 
 
-def _activation(name):
-    """Stands for an activation function, which no file calls."""
+def _activation(name: str) -> Callable[[], None]:
+    """A function in place of an activation function; no file calls it."""
 
-    def named():
+    def named() -> None:
         raise TypeError(name)
 
     named.__name__ = name
     return named
 
 
-def _getattr(owner, name):
-    """torch.tanh is pickled as getattr(torch._C._VariableFunctionsClass, "tanh"): only such names
-    are known here."""
+def _getattr(owner: Any, name: Any) -> Callable[[], None]:
+    """Replaces `getattr`: torch.tanh is pickled as getattr(torch._C._VariableFunctionsClass,
+    "tanh"). Only such names are known here."""
     if name not in ("tanh", "sigmoid"):
         raise pickle.UnpicklingError(f"it asks for the attribute {name}")
     return _activation(name)
 
 
-def _set(values=()):
-    """Stands for a set, whose elements are not read."""
+def _set(values: Any = ()) -> list:
+    """Replaces `set`; the elements are not read."""
     return []
 
 
@@ -76,7 +83,7 @@ _LAYERS = [
     "pooling.AvgPool2d",
 ]
 _FUNCTIONS = _named("_VariableFunctionsClass")
-OLD_GLOBALS = {
+OLD_GLOBALS: dict[str, Any] = {
     **{f"model_utils.{name}": _named(name) for name in _MODELS},
     **{f"torch.nn.modules.{name}": _named(name) for name in _LAYERS},
     **{f"model_utils.{name}": _activation(name) for name in _ACTIVATIONS},
@@ -90,7 +97,7 @@ OLD_GLOBALS = {
 }
 
 
-def _first(value):
+def _first(value: Any) -> Any:
     """The size that a square kernel, stride or padding has in both directions."""
     return value[0] if isinstance(value, tuple) else value
 
@@ -99,7 +106,7 @@ def checkpoint_of(module: Pickled) -> dict:
     """Convert a pickled module to a checkpoint: its parameters and, as `architecture`, those
     arguments of its model that it records. Raises any exception if it is another module."""
     kind = type(module).__name__.replace("P_", "").replace("_", "")  # P_CNN -> CNN, VF_CNN -> VFCNN
-    synapses, pools = module.children("synapses"), module.children("pools")
+    synapses = module.children("synapses")
     state = {
         f"{group}.{i}.{name}": p.detach()
         for group in ("synapses", "B_syn")
@@ -108,28 +115,26 @@ def checkpoint_of(module: Pickled) -> dict:
         if p is not None
     }
     act = {"my_sigmoid": "mysig"}.get(module.activation.__name__, module.activation.__name__)
-    found = {"model": kind, "act": act}
-    found.update((name, module.__dict__.get(name, False)) for name in ("softmax", "same_update"))
+    found: dict[str, Any] = {
+        "model": kind,
+        "act": act,
+        "softmax": getattr(module, "softmax", False),
+        "same_update": getattr(module, "same_update", False),
+    }
     dense = [layer for layer in synapses if type(layer).__name__ == "Linear"]
     if kind in ("MLP", "VFMLP"):
         found["archi"] = [dense[0].in_features, *(layer.out_features for layer in dense)]
     else:
         convolutions = synapses[: len(synapses) - len(dense)]
         letters = {"MaxPool2d": "m", "AvgPool2d": "a", "Identity": "i"}
-        geometry = {
-            "channels": "out_channels",
-            "kernels": "kernel_size",
-            "strides": "stride",
-            "paddings": "padding",
+        found |= {
+            "channels": [layer.out_channels for layer in convolutions],
+            "kernels": [_first(layer.kernel_size) for layer in convolutions],
+            "strides": [_first(layer.stride) for layer in convolutions],
+            "paddings": [_first(layer.padding) for layer in convolutions],
+            "pools": "".join(letters[type(pool).__name__] for pool in module.children("pools")),
+            "fc": [layer.out_features for layer in dense],
         }
-        found.update(
-            (flag, [_first(getattr(c, name)) for c in convolutions])
-            for flag, name in geometry.items()
-        )
-        found.update(
-            pools="".join(letters[type(pool).__name__] for pool in pools),
-            fc=[layer.out_features for layer in dense],
-        )
     return {"model_state_dict": state, "architecture": found}
 
 
@@ -140,7 +145,7 @@ LARGEST_VALUE = 2000  # characters of a value in it that can be a list of number
 # What ast.literal_eval raises
 NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 
-# Labels in the original code's hyperparameters.txt: the argument that each stands for
+# Labels in the original code's hyperparameters.txt, and the arguments that they label
 LABELS = {
     "data augmentation": "data_aug",
     "learning rate decay": "lr_decay",
@@ -197,7 +202,7 @@ def read_arguments(folder: str | pathlib.Path) -> dict:
     return {**(command_line.implied() if given else {}), **values, **given}
 
 
-def _value(text):
+def _value(text: str) -> Any:
     if len(text) <= LARGEST_VALUE:
         with warnings.catch_warnings(), contextlib.suppress(*NO_LITERAL):
             warnings.simplefilter("ignore")  # about escapes
@@ -208,7 +213,7 @@ def _value(text):
 # ---- state dicts
 
 
-def architecture(weights: dict) -> dict:
+def architecture(weights: dict[str, torch.Tensor]) -> dict:
     """{dest: value} of the arguments that the shapes of an energy model's weights determine.
 
     weights: {name: tensor}; {} for those of other models."""
@@ -223,7 +228,8 @@ def architecture(weights: dict) -> dict:
     if not dense or shapes != convolutions + dense:
         return {}
     feedback = sum(name.startswith("B_syn.") and name.endswith(".weight") for name in weights)
-    found = {"model": ("VF" if feedback else "") + ("CNN" if convolutions else "MLP")}
+    kind = "CNN" if convolutions else "MLP"
+    found: dict[str, Any] = {"model": f"VF{kind}" if feedback else kind}
     if feedback:
         readout = feedback < len(shapes) - 1  # which has no feedback weights
         found |= {"softmax": True, "loss": "cel"} if readout else {"softmax": False}
@@ -242,7 +248,8 @@ def history(saved: dict) -> list[dict]:
     """The history of a checkpoint with two lists of accuracies, in the form of `contents.history`.
 
     The lists of the original code begin with an accuracy of 10 % before the first epoch."""
-    train, test, epoch = saved.get("train_acc", []), saved.get("test_acc", []), saved.get("epoch")
+    train = saved.get("train_acc", [])
+    test = saved.get("test_acc", [])
     lists = isinstance(train, list) and isinstance(test, list) and len(train) == len(test)
     contents.expect(lists, "train_acc and test_acc, which are two lists,", (train, test))
     pairs = list(zip(plain(train), plain(test)))
@@ -250,7 +257,7 @@ def history(saved: dict) -> list[dict]:
         valid = all(is_number(accuracy, 0, 100) for accuracy in pair)
         contents.expect(valid, "an entry of train_acc and test_acc", pair)
     if pairs:
-        epoch = plain(epoch)  # of a final_checkpoint.tar: those of its last session
+        epoch = plain(saved.get("epoch"))  # of a final_checkpoint.tar: those of its last session
         constant = pairs[0] == (10, 10) and epoch != len(pairs)
         if constant or pairs[0][0] == pairs[0][1] and epoch == len(pairs) - 1:
             del pairs[0]

@@ -10,7 +10,8 @@ import pickle
 import re
 import sys
 import zipfile
-from typing import BinaryIO
+from collections.abc import Callable
+from typing import IO, Any
 
 import torch
 
@@ -18,10 +19,14 @@ from data_files import NUMBER_NAMES, RestrictedUnpickler, expect
 from experiment.runs.legacy import OLD_GLOBALS
 
 LARGEST_PICKLE = 2**23  # bytes of a checkpoint without its tensors; 10,000 epochs have 2 ** 21
-MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the format before PyTorch 1.6
+# Of the format before PyTorch 1.6
+MAGIC = 0x1950A86A20F9469CFC6C
+VERSION = 1001
+
+Storage = Callable[[str, torch.dtype, int], torch.Tensor]  # (key, dtype, number of values) -> 1-d
 
 
-def load(file: BinaryIO, size: int):
+def load(file: io.BufferedReader, size: int) -> Any:
     """Load a torch.save file of `size` bytes: dicts, lists, tuples, text, numbers, tensors on the
     CPU and `Pickled`. Raises any exception if it contains something else or is damaged."""
     start = file.read(4)
@@ -33,11 +38,12 @@ def load(file: BinaryIO, size: int):
     return _load_old(file, size)
 
 
-def _load_archive(file, size):
-    """The format since PyTorch 1.6: an uncompressed zip archive with a pickle, data.pkl, and a
+def _load_archive(file: io.BufferedReader, size: int) -> Any:
+    """Load the format since PyTorch 1.6: an uncompressed zip archive with a pickle, data.pkl, and a
     record for each storage. Reading a record compares its checksum."""
     archive = zipfile.ZipFile(file)
-    records, storages = archive.infolist(), {}
+    records = archive.infolist()
+    storages: dict[str, bytearray] = {}
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError("it is compressed, as torch.save leaves no file")  # to expand to any size
     if sum(record.file_size for record in records) > size:
@@ -49,7 +55,7 @@ def _load_archive(file, size):
     if f"{root}byteorder" in archive.namelist():
         _check_byteorder(archive.read(f"{root}byteorder").decode())
 
-    def storage(key, dtype, numel):
+    def storage(key: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
         if key not in storages:
             storages[key] = bytearray(archive.read(f"{root}data/{key}"))
         return _values(storages[key], dtype, numel)
@@ -57,12 +63,15 @@ def _load_archive(file, size):
     return _Unpickler(io.BytesIO(archive.read(pickles[0])), storage).load()
 
 
-def _load_old(file, size):
-    """The format before PyTorch 1.6: pickles of a magic number, the version, the machine, the state
-    and the keys of its storages; then of each storage the number of values and the values."""
-    pickles, storages, left = io.BytesIO(file.read(min(size, LARGEST_PICKLE))), {}, size
+def _load_old(file: io.BufferedReader, size: int) -> Any:
+    """Load the format before PyTorch 1.6: pickles of a magic number, the version, the machine, the
+    state and the keys of its storages; then for each storage the number of values and the
+    values."""
+    pickles = io.BytesIO(file.read(min(size, LARGEST_PICKLE)))
+    storages: dict[str, bytearray] = {}
+    left = size  # bytes that no storage has claimed yet
 
-    def storage(key, dtype, numel):
+    def storage(key: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
         nonlocal left
         if key not in storages:
             left -= numel * dtype.itemsize
@@ -86,12 +95,12 @@ def _load_old(file, size):
     return state
 
 
-def _check_byteorder(found):
+def _check_byteorder(found: str) -> None:
     if found != sys.byteorder:
         raise ValueError(f"it is {found}-endian, this machine is {sys.byteorder}-endian")
 
 
-def _values(content, dtype, numel):
+def _values(content: bytearray, dtype: torch.dtype, numel: int) -> torch.Tensor:
     """The bytes of a storage as a 1-d tensor."""
     if len(content) != numel * dtype.itemsize:
         raise ValueError(f"a storage of {numel:,} {dtype} has {len(content):,} bytes")
@@ -99,18 +108,17 @@ def _values(content, dtype, numel):
 
 
 class _Unpickler(RestrictedUnpickler):
-    def __init__(self, content, storage):
-        """storage: (key, dtype, number of values) -> 1-d tensor."""
+    def __init__(self, content: IO[bytes], storage: Storage) -> None:
         super().__init__(content)
         self.storage = storage
         self.names = NAMES
 
-    def refusal(self, name):
+    def refusal(self, name: str) -> str:
         if name.partition(".")[0] == "torch":
             return f"it has weights or other parts that are not plain tensors: {name}"
         return super().refusal(name)
 
-    def persistent_load(self, saved):
+    def persistent_load(self, saved: Any) -> torch.Tensor:
         """The storage that ("storage", type, key, device, number of values) names."""
         expect(isinstance(saved, tuple) and len(saved) in (5, 6))
         kind, dtype, key, _, numel, *view = saved
@@ -125,17 +133,25 @@ class _Unpickler(RestrictedUnpickler):
         return self.storage(key, dtype, numel)
 
 
-# ---- what stands for the names in a file
+# ---- functions and types for the names in a file
 
 
-def _tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None):
+def _tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    metadata: Any = None,
+) -> torch.Tensor:
     """The view of a storage; raises RuntimeError beyond its end. metadata: negated, for example."""
     expect(not metadata and isinstance(size, tuple) and len(size) <= 8)
     return storage.as_strided(size, stride, offset)
 
 
-def _dict(*pairs):
-    """An empty OrderedDict, as which one is pickled before its items."""
+def _dict(*pairs: Any) -> dict:
+    """An empty OrderedDict; its items follow in the pickle."""
     expect(not pairs)
     return {}
 
@@ -154,7 +170,7 @@ TYPES = {
     "ComplexFloat": torch.complex64,
     "ComplexDouble": torch.complex128,
 }
-NAMES = {
+NAMES: dict[str, Any] = {
     **NUMBER_NAMES,
     **OLD_GLOBALS,
     **{f"torch.{name}Storage": dtype for name, dtype in TYPES.items()},

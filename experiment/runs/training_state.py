@@ -1,8 +1,10 @@
 """What resuming needs besides weights: the states of random numbers, optimizer and scheduler.
 
-What a file has of them is compared with those of the run itself; differences raise Damaged."""
+Those in a file are compared with the run's own; differences raise Damaged. Arguments called `saved`
+come from a file and can be of any type."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ def random_states(generator: torch.Generator) -> dict:
 
     generator: of the mini-batches. CUDA states only if a CUDA device is in use: reading them
     would otherwise start one."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)  # the stubs do not know what legacy=True returns
     return {
         "python": random.getstate(),
         "numpy": [kind, keys.tolist(), *rest],
@@ -39,7 +42,7 @@ def restore_random_states(states: dict, generator: torch.Generator) -> None:
     generator.set_state(states["data"])
 
 
-def validated_random_states(saved: object) -> dict | None:
+def validated_random_states(saved: Any) -> dict | None:
     """The states that `random_states` read, or None; each is tried on a new generator.
 
     Positions within the tables of numbers are compared here: NumPy and torch would read foreign
@@ -77,7 +80,7 @@ def validated_random_states(saved: object) -> dict | None:
 IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
 
 
-def optimizer_state(saved: object, optimizer: torch.optim.Optimizer) -> dict:
+def optimizer_state(saved: Any, optimizer: torch.optim.Optimizer) -> dict:
     """The state dict to load into `optimizer`: rates and moments from a file, everything else the
     optimizer's own. The moments are compared with those of a new optimizer after one step."""
     expect(isinstance(saved, dict) and set(saved) == {"param_groups", "state"}, "opt", saved)
@@ -88,9 +91,8 @@ def optimizer_state(saved: object, optimizer: torch.optim.Optimizer) -> dict:
     groups = [_group(*pair, f"group {n} of opt") for n, pair in enumerate(zip(groups, own))]
     # versions of torch number parameters in different ways
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
-    expect(
-        len(set(numbers)) == len(numbers), "opt's list of parameters, one of them twice,", numbers
-    )
+    distinct = len(set(numbers)) == len(numbers)
+    expect(distinct, "opt's list of parameters, one of them twice,", numbers)
     entries = saved["state"]
     expect(isinstance(entries, dict) and set(entries) <= set(numbers), "opt's state", entries)
     indices = [index for group in own for index in group["params"]]
@@ -109,7 +111,7 @@ def optimizer_state(saved: object, optimizer: torch.optim.Optimizer) -> dict:
     return {"state": state, "param_groups": groups}
 
 
-def _group(saved, own, what):
+def _group(saved: Any, own: dict, what: str) -> dict:
     """The optimizer's own group of parameters with the rates of `saved`."""
     expect(isinstance(saved, dict), what, saved)
     ids = saved.get("params")
@@ -124,25 +126,28 @@ def _group(saved, own, what):
     return {**own, **conform({**defaults, **saved}, template, what)}
 
 
-def _state_after_one_step(optimizer, groups):
-    """{index: {name: tensor}}: the state of an optimizer with these groups after a step."""
+def _state_after_one_step(
+    optimizer: torch.optim.Optimizer, groups: list[dict]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """{index: {name: tensor}}: the state of a new optimizer with these groups after a step."""
     stepped = []
     for group, own in zip(groups, optimizer.param_groups):
         parameters = [torch.zeros_like(parameter) for parameter in own["params"]]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         stepped.append({**group, "params": parameters})
-    optimizer = type(optimizer)(stepped)
-    optimizer.step()
-    return optimizer.state_dict()["state"]
+    kind: Any = type(optimizer)
+    new = kind(stepped)
+    new.step()
+    return new.state_dict()["state"]
 
 
-def scheduler_state(saved: object, scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
+def scheduler_state(saved: Any, scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
     """The state dict to load into `scheduler`: its progress and rates from a file; its settings
     must be equal."""
     expect(isinstance(saved, dict) and all(isinstance(n, str) for n in saved), "scheduler", saved)
 
-    def compared(name):  # how a version of torch keeps its books is not
+    def compared(name: str) -> bool:  # internal entries differ between versions of torch
         return name in RANGES or not name.startswith("_") and name != "verbose"
 
     own = scheduler.state_dict()
