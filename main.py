@@ -1,4 +1,4 @@
-"""Train energy models by Equilibrium Propagation or back-propagation through time, and examine them.
+"""Train energy models by Equilibrium Propagation or BPTT, and measure their robustness.
 
 Typical use:
   python main.py --task digits --save            train the default MLP; digits need no download
@@ -50,7 +50,7 @@ class Job:
     """What a task of --todo works with.
 
     saved         the run of --load-path or --run-dir, or None
-    program       the words of the command line in front of the program's own; command: all words
+    program       the words that start the program; command: the whole command line, as words
     given         the flags of the command line, {dest: value}
     run           the RunFolder of --run-dir, for rank 0
     folders       the RunFolders that were opened, whose locks `work` releases
@@ -77,12 +77,12 @@ class Job:
 
     @property
     def source(self) -> str:
-        """The checkpoint that was loaded, in words."""
+        """The loaded checkpoint, for messages."""
         return self.saved.source if self.saved else "untrained"
 
     @property
     def steps(self) -> str:
-        """The number of time steps of a prediction, in words."""
+        """The number of time steps of a prediction, for messages."""
         return f" with T1 = {self.config.learning.T1}" if self.model.has_dynamics else ""
 
     def batches(self, split: str, generator: "torch.Generator | None" = None) -> "Batches":
@@ -124,7 +124,8 @@ class Job:
         if not self.model.has_dynamics:
             return None
         model = self.model
-        if self.config.session.precision == "bf16":  # whose rounding hides small changes
+        # bfloat16 rounding hides small changes: convergence is measured on a copy in float32
+        if self.config.session.precision == "bf16":
             assert self.saved is not None
             with torch.random.fork_rng(devices=[]):
                 model = model_utils.build(self.config).to(self.device)
@@ -222,8 +223,8 @@ def train(job: Job) -> None:
 
 
 def _complete(job: Job, first: int, last: int) -> None:
-    """End a command whose --run-dir has all its epochs, and write what a kill after the last one
-    kept it from writing."""
+    """End a command whose --run-dir has all its epochs, and write the files that are missing if it
+    was killed after the last one."""
     from experiment.inference import predicting_neurons
     from experiment.results.training import draw_training
     from experiment.runs import resume
@@ -358,7 +359,7 @@ def characteristic(job: Job) -> None:
     accuracy, converged = inference.characteristic(
         job.model, data, config.rule, exact=convergence and convergence.model
     )
-    # against rounding of the accuracies
+    # 1e-9: the accuracies are rounded
     away = [t for t, share in enumerate(accuracy, 1) if abs(share - accuracy[-1]) > 0.001 + 1e-9]
     x, _ = next(iter(data))
     residual, energy = inference.relaxation(job.model, x, config.rule)
@@ -442,7 +443,7 @@ def attack(job: Job) -> None:
     data = job.batches("test")
     images = data.images.cpu()
     labels = data.labels.cpu()
-    run = job.run_folder() if job.workers.rank == 0 else None  # which alone reads and writes it
+    run = job.run_folder() if job.workers.rank == 0 else None  # only rank 0 reads and writes it
     convergence = job.convergence(steps)
     rule = dataclasses.replace(config.rule, T1=steps)
     classes = inference.predictions(job.model, data, rule, job.workers, convergence)
@@ -535,7 +536,7 @@ def audit(job: Job) -> None:
 
 
 def gducheck(job: Job) -> None:
-    """EP against BPTT on one mini-batch: a table and a verdict, and with --save plots and raw
+    """Compare EP with BPTT on one mini-batch: a table, a verdict and, with --save, plots and raw
     data."""
     import data_utils
     from energy import gdu
@@ -570,7 +571,7 @@ def gducheck(job: Job) -> None:
 
 
 def compare(given: dict[str, Any], command: list[str]) -> None:
-    """Several runs in one table and figures; without a model, a device or several workers."""
+    """Compare several runs in one table and in figures. Builds no model and uses no device."""
     from experiment.results.compare import compare as write_comparison
 
     if not given.get("load_path"):
@@ -610,8 +611,8 @@ def _trains_in_run_dir(given: dict[str, Any]) -> bool:
 def _open(
     given: dict[str, Any], workers: "Workers", folders: "list[RunFolder]"
 ) -> "tuple[RunFolder | None, SavedRun | None]":
-    """(the RunFolder of --run-dir, for rank 0; the SavedRun in it or of --load-path), None for
-    none. Rank 0 reads the files: the machines of the others need not have them."""
+    """(the RunFolder of --run-dir, for rank 0; the SavedRun in it or of --load-path), each None if
+    there is none. Rank 0 reads the files: the machines of other workers need not have them."""
     from experiment.runs import checkpoint, resume
 
     run = saved = None
@@ -642,6 +643,7 @@ def prepare(
     import torch
 
     import model_utils
+    from energy.precision import set_precision
     from experiment.devices import pick_device, seed_everything, validate_device
     from experiment.runs import checkpoint
 
@@ -660,7 +662,7 @@ def prepare(
         config = config.replace(compile=False)
     validate_device(config, device)
     precision = config.session.precision
-    model_utils.set_precision("fp32" if todo == "gducheck" else precision)
+    set_precision("fp32" if todo == "gducheck" else precision)
     config = seed_everything(config, workers)
     model = model_utils.build(config)
     if saved:
@@ -713,7 +715,7 @@ def work(given: dict[str, Any], program: list[str], argv: Sequence[str], name: s
             workers.disconnect()
         except BaseException as e:
             interruption.ignore()  # torchrun interrupts all others as soon as one has ended
-            if interruption.number is not None:  # whatever a library made of KeyboardInterrupt
+            if interruption.number is not None:  # a library may have replaced KeyboardInterrupt
                 return interruption.end()
             error = out_of_memory(e, given) or e
             if not isinstance(error, UserError):
@@ -773,7 +775,8 @@ def _validate_given(given: dict[str, Any]) -> None:
         if todo in NEED_A_RUN:
             instead = " instead of --run-dir" if "run_dir" in given else ""
             raise UserError(
-                f"--todo {todo} needs a trained model: name its run folder with --load-path{instead}"
+                f"--todo {todo} needs a trained model: name its run folder with "
+                f"--load-path{instead}"
             )
         validate.validate(command_line.resolve(given))
     validate.validate_eps(given)

@@ -15,7 +15,6 @@ the project when they are called."""
 import argparse
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -36,18 +35,10 @@ from energy.activations import (  # noqa: F401
     my_sigmoid,
 )
 from energy.connections import Connection, Dense, convolution, set_grad
-from energy.dynamics import (  # noqa: F401
-    Chain,
-    Criterion,
-    Neurons,
-    Phase,
-    loss_name,
-    readout_loss,
-    relative_change,
-)
-from energy.gdu import check_gdu, compare_gdu, gdu_report  # noqa: F401
-from energy.poolings import POOLS, make_pools  # noqa: F401
-from energy.precision import exactly, lowered, refresh, set_precision  # noqa: F401
+from energy.dynamics import Chain, Criterion, Neurons, Phase, loss_name, readout_loss
+from energy.gdu import check_gdu  # noqa: F401
+from energy.poolings import make_pools
+from energy.precision import exactly, lowered
 from energy.rule import UNOBSERVED, Observer, Rule
 
 if TYPE_CHECKING:
@@ -221,7 +212,7 @@ class EnergyModel(nn.Module):
         1, 2 and 3. There layer n's term pairs s_n, nudged, with the free state of its neighbours.
 
         `check_thm`: the two states are successive ones of a nudged phase, so that both Phi are
-        taken at beta_2, and the update is that step's share of the whole (gducheck). masks: for
+        taken at beta_2, and the update is that step's share of the whole (gducheck). masks: of
         dropout. Raises ValueError for an empty mini-batch."""
         if not len(x):
             raise ValueError(EMPTY)
@@ -230,15 +221,20 @@ class EnergyModel(nn.Module):
         chain = fast.suited(self.chain(loss, masks), len(x))
         scale = 1.0 / ((beta_1 - beta_2) * len(x))
         x = x.to(chain.dtype)
-        first, second = (neurons_1, neurons_2) if neurons_3 is None else (neurons_2, neurons_3)
-        free, one, two = [x, *neurons_1], [x, *first], [x, *second]
+        first = neurons_1 if neurons_3 is None else neurons_2
+        second = neurons_2 if neurons_3 is None else neurons_3
+        free = [x, *neurons_1]
+        one = [x, *first]
+        two = [x, *second]
         # whether both ends of a connection are in the same state
         paired = not len(self.B_syn) or self.same_update
         for n, c in enumerate(chain.connections):
             below = (one[n], two[n]) if paired else (free[n], free[n])
+            # weight: (post, pre) or (C_post, C_pre, kernel, kernel); bias: (post,) or (C_post,)
             weight, bias = _contrast(c.learn, below, (one[n + 1], two[n + 1]), scale)
             if c.feedback is not None:
                 above = (one[n + 1], two[n + 1]) if paired else (free[n + 1], free[n + 1])
+                # in the shape of the forward weight
                 (feedback,) = _contrast(c.learn_feedback, (one[n], two[n]), above, scale)
                 if self.same_update:
                     weight = (weight + feedback) / 2
@@ -254,7 +250,7 @@ class EnergyModel(nn.Module):
     def _readout_update(
         self, chain: Chain, y: Tensor, nudged: Sequence[tuple[Neurons, float]]
     ) -> None:
-        """The update of the read-out, which L reaches at once. nudged: [(neurons, factor of
+        """The update of the read-out, on which L acts directly. nudged: [(neurons, factor of
         dL/d(read-out))]."""
         readout = chain.readout
         assert readout is not None
@@ -262,6 +258,7 @@ class EnergyModel(nn.Module):
         for neurons, factor in nudged:
             phase = self.phase(neurons[0], y, 1.0, "cel")
             slope = phase.slope(chain.read(neurons))  # (mbs, classes)
+            # [(classes, pre), (classes,)]
             grads.append(readout.learn(neurons[-1], factor * slope))
         for p, grad in zip((readout.synapse.weight, readout.synapse.bias), zip(*grads)):
             set_grad(p, functools.reduce(torch.add, grad))
@@ -279,7 +276,8 @@ class EnergyModel(nn.Module):
         degrees = []
         for c in self.connections:
             if c.feedback is not None:
-                forward, feedback = c.synapse.weight.flatten(), c.down_weight().flatten()
+                forward = c.synapse.weight.flatten()
+                feedback = c.down_weight().flatten()
                 cosine = F.cosine_similarity(forward, feedback, dim=0).clamp(-1, 1)
                 degrees.append(torch.rad2deg(torch.acos(cosine)).item())
         return degrees
@@ -301,7 +299,7 @@ def _contrast(
 
 
 class _MLP(EnergyModel):
-    """Dense layers. untied: with feedback weights of their own."""
+    """Dense layers. untied: whether they have untied feedback weights."""
 
     untied = False
 
@@ -351,8 +349,8 @@ class VF_MLP(_MLP):
 
 
 class _CNN(EnergyModel):
-    """Convolutions, each followed by a pooling, then dense layers. untied: with feedback weights of
-    their own."""
+    """Convolutions, each followed by a pooling, then dense layers. untied: whether they have untied
+    feedback weights."""
 
     untied = False
 
@@ -437,8 +435,8 @@ class VF_CNN(_CNN):
 #   rule       how the model learns
 #   masks      for dropout, see `EnergyModel.chain`
 #   bf16_copy  of the model, see `lowered`: takes the time steps; the update is the model's own
-#   observer   learns how long the parts take and how many steps free phases take
-#   change     of CEP
+#   observer   records the time of each part and the steps of free phases
+#   change     changes the weights, for CEP
 #
 # They fill p.grad.
 
@@ -454,7 +452,7 @@ def free_phase(
     """The neurons after T steps from zero; with `tol` after at most T, see
     `energy.dynamics.relax_until_converged`. output_in: see `energy.fast.relax`."""
     with torch.no_grad(), observer.part("free"):
-        neurons, stop = fast.from_zero(chain, phase, T, tol, output_in)
+        neurons, stop = fast.from_zero(chain, phase, T, tol, output_in)  # [(mbs, *shape of s_n)]
         if stop is not None:
             observer.count_steps(*stop)
         return neurons
@@ -485,12 +483,13 @@ def ep_gradients(
     with observer.part("nudged"):
         nudge = stepping.phase(drive, y, beta_2, rule.loss)
         if rule.thirdphase:
-            nudged = [*fast.relax_both_signs(chain, nudge, free, rule.T2)]
+            nudged = [*fast.relax_both_signs(chain, nudge, free, rule.T2)]  # at +beta, at -beta
         else:
             nudged = [fast.relax(chain, nudge, free, rule.T2)]
     with observer.part("update"), exactly():
         dtype = next(model.parameters()).dtype
-        free, *nudged = ([s.to(dtype) for s in state] for state in (free, *nudged))
+        free = [s.to(dtype) for s in free]
+        nudged = [[s.to(dtype) for s in state] for state in nudged]
         if rule.thirdphase:
             plus, minus = nudged
             model.compute_syn_grads(
@@ -512,16 +511,17 @@ def cep_updates(
     observer: Observer = UNOBSERVED,
     change: Change | None = None,
 ) -> Neurons:
-    """Continual Equilibrium Propagation on one mini-batch (Ernoult et al., 2020): in the nudged
-    phase every step changes the weights at once, by its own share of the EP update, lr *
-    [dPhi(s(t+1))/dp - dPhi(s(t))/dp] / (beta_2 - beta_1). With `thirdphase` a phase at beta_2 and
-    one at -beta_2, each from the free neurons and each with half of the rate. As the rates go to
-    zero the sum of the changes tends to that of EP. Returns the free neurons.
+    """Continual Equilibrium Propagation on one mini-batch (Ernoult et al., 2020).
+
+    Every step of the nudged phase immediately changes the weights, by its share of the EP update:
+    lr * [dPhi(s(t+1))/dp - dPhi(s(t))/dp] / (beta_2 - beta_1). With `thirdphase` a phase at beta_2
+    and one at -beta_2, each from the free neurons and each with half of the rate. As the rates go
+    to zero, the sum of the changes converges to the EP update. Returns the free neurons.
 
     change(share): changes the weights by that share of a gradient step along p.grad, see
-    `gradient_step`. p.grad is what remains: zero, so that a step of the optimizer (sgd without
-    momentum) that follows only decays the weights. Without `change` the weights stay, and p.grad is
-    the sum of all shares. The time steps are the model's own, whatever `bf16_copy` is."""
+    `experiment.training.gradient_step`. Afterwards p.grad is zero, so that the optimizer's step
+    (sgd without momentum) only decays the weights. Without `change` the weights stay unchanged, and
+    p.grad is the sum of all shares. `bf16_copy` is not used."""
     parameters = list(model.parameters())
     remaining = [torch.zeros_like(p) for p in parameters]
 
@@ -616,7 +616,7 @@ def bp_gradients(
 LEARN = {"EP": ep_gradients, "CEP": cep_updates, "BPTT": bptt_gradients, "BP": bp_gradients}
 
 
-# ------------------------------------------------------------------------------ from arguments: make
+# -------------------------------------------------------------------------------- from a config
 
 
 def make_model(args: Any) -> Any:
@@ -719,7 +719,7 @@ def make_optimizer(model: Any, args: Any) -> tuple[torch.optim.Optimizer, Any]:
     return optimizer, None
 
 
-# ------------------------------------------------------------------------------- train, attack, load
+# ------------------------------------------------------------------------------ train, attack, load
 
 
 def make_trainer(
@@ -796,9 +796,10 @@ def train(
     last: int | None = None,
     **more: Any,
 ) -> None:
-    """Train for --epochs epochs, or up to epoch `last`. args: as `make_model` takes it; val_batches:
-    to choose the best model on; more: see `make_trainer`. Raises RunFailed when neurons or weights
-    stop being finite."""
+    """Train for --epochs epochs, or up to epoch `last`.
+
+    args: as `make_model` takes it; val_batches: to choose the best model on; more: see
+    `make_trainer`. Raises RunFailed if neurons or weights are no longer finite."""
     from experiment.config import Config
     from experiment.diagnostics import report_precision
 
@@ -810,6 +811,14 @@ def train(
         report_precision(trainer, train_batches, config.session.precision)
     last = last or len(trainer.history.epochs) + config.optimizer.epochs
     trainer.fit(train_batches, test_batches, val_batches, last)
+
+
+def evaluate(model: Any, batches: "Batches", rule: Rule, **more: Any) -> float:
+    """The share of images that are classified correctly. more: see
+    `experiment.inference.evaluate`."""
+    from experiment import inference
+
+    return inference.evaluate(model, batches, rule, **more)
 
 
 def attack(
@@ -911,7 +920,8 @@ class Run:
         images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         if len(images) and not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(
-                f"images range from {images.min():g} to {images.max():g}, expected numbers in [0, 1]"
+                f"images range from {images.min():g} to {images.max():g}, expected numbers in "
+                "[0, 1]"
             )
         mean, std = self._normalisation()
         rule = Config.of(self.args).rule
@@ -963,24 +973,3 @@ def load_run(path: Any, device: torch.device | str | None = None) -> Run:
     load_weights(model, saved)
     args = argparse.Namespace(**config.flat())
     return Run(model.to(device), args, saved.source, device, TASKS[config.data.task])
-
-
-# Names that scripts use from here and that need more than torch: loaded when they are used.
-_ELSEWHERE = {
-    "Convergence": "experiment.inference",
-    "characteristic": "experiment.inference",
-    "correct": "experiment.inference",
-    "evaluate": "experiment.inference",
-    "predict": "experiment.inference",
-    "predicting_neurons": "experiment.inference",
-    "predictions": "experiment.inference",
-    "relaxation": "experiment.inference",
-    "draw_masks": "experiment.training",
-    "gradient_step": "experiment.training",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _ELSEWHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ELSEWHERE[name]), name)

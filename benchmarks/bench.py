@@ -37,6 +37,8 @@ import autodiff  # noqa: E402
 import model_utils  # noqa: E402
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled  # noqa: E402
 from energy import gdu  # noqa: E402
+from energy.precision import set_precision  # noqa: E402
+from experiment import inference  # noqa: E402
 from model_utils import Rule  # noqa: E402
 
 MSE, CEL = (model_utils.make_criterion(name) for name in ("mse", "cel"))
@@ -168,7 +170,7 @@ def cases(device):
 
 def predictions(side, model, x, T):
     if side is model_utils:
-        return model_utils.predicting_neurons(model, x, Rule(T1=T, loss="cel"))
+        return inference.predicting_neurons(model, x, Rule(T1=T, loss="cel"))
     return free_phase(side, model, x, T, CEL)
 
 
@@ -480,7 +482,7 @@ def main():
     if args.memory_of:
         print(peak_of(sides(args.memory_of[0], device)[int(args.memory_of[1])], device))
         return
-    model_utils.set_precision(args.precision)
+    set_precision(args.precision)
     rate = statistics.median(matrix_rates(device, args.matrix))
     lines = [
         f"## {datetime.date.today()}, {machine(device)}, torch {torch.__version__}, {rate / 1e9:.0f} GFLOP/s in "

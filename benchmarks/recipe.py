@@ -32,6 +32,7 @@ from settling import trained  # noqa: E402
 import data_utils  # noqa: E402
 import model_utils  # noqa: E402
 from energy.gdu import cosine  # noqa: E402
+from energy.precision import refresh, set_precision  # noqa: E402
 from experiment.timing import Stopwatch  # noqa: E402
 
 # precision, torch.compile, tol, schedule
@@ -67,13 +68,13 @@ def training_step(model, x, y, T1, T2, betas, loss, setting):
     stopwatch = Stopwatch()
 
     def step():
-        model_utils.set_precision(precision)
+        set_precision(precision)
         for moving in (model, bf16_copy) if bf16_copy else (model,):
             moving.compiled, moving.schedule = compiled, schedule
         model_utils.ep_gradients(model, x, y, rule, None, bf16_copy, stopwatch)
         optimizer.step()
         if bf16_copy:
-            model_utils.refresh(bf16_copy, model)
+            refresh(bf16_copy, model)
         return [p.grad for p in model.parameters()]
 
     return step, stopwatch.steps
@@ -84,7 +85,7 @@ def textbook_step(model, x, y, T1, T2, betas, loss):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, fused=True)
 
     def step():
-        model_utils.set_precision("fp32")
+        set_precision("fp32")
         autodiff.ep_gradients(model, x, y, rule)
         optimizer.step()
 

@@ -25,7 +25,9 @@ import data_utils  # noqa: E402
 import main as program  # noqa: E402
 import model_utils  # noqa: E402
 from energy.gdu import cosine  # noqa: E402
+from energy.precision import set_precision  # noqa: E402
 from energy.rule import UNOBSERVED  # noqa: E402
+from experiment import inference  # noqa: E402
 from experiment.command_line import resolve  # noqa: E402
 from experiment.runs import checkpoint  # noqa: E402
 from experiment.text import format_value  # noqa: E402
@@ -60,7 +62,7 @@ def compare(model, batches, rule, tol, device):
         outputs = []
 
         def predict(tol):
-            neurons = model_utils.predicting_neurons(
+            neurons = inference.predicting_neurons(
                 model, x, dataclasses.replace(rule, tol=tol), stopwatch if tol else UNOBSERVED
             )
             outputs.append(chain.read(neurons))
@@ -110,7 +112,7 @@ def main():
         )
     except data_utils.UserError as e:
         sys.exit(str(e))
-    model_utils.set_precision("fp32")
+    set_precision("fp32")
     rule = config.rule
     architecture = config.model
     if architecture.is_convolutional:

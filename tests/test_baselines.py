@@ -16,7 +16,7 @@ from shared import final_weights
 import baselines
 import model_utils as mu
 from data_utils import CORRUPTIONS
-from experiment import command_line
+from experiment import command_line, inference
 from experiment.command_line import MAIN_FLAGS
 from experiment.runs import contents
 from experiment.workers import Workers
@@ -83,7 +83,7 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
     ):
         assert torch.equal(ours, theirs)
     plain.eval()
-    assert torch.equal(mu.predicting_neurons(model, x, args.rule)[-1], plain(x))
+    assert torch.equal(inference.predicting_neurons(model, x, args.rule)[-1], plain(x))
 
 
 def test_every_command_works_with_a_network(ok, tmp_path, network):

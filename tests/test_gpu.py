@@ -12,6 +12,8 @@ from conftest import MODELS, criterion_of, grads, only_run, rule, sample
 
 import model_utils as mu
 from ART_Timesteps_Addition.audit import stages
+from energy.precision import set_precision
+from experiment import inference
 from experiment.devices import pick_device
 from experiment.workers import Workers
 
@@ -30,7 +32,7 @@ TRAIN = (
 
 @pytest.fixture(scope="module")
 def device():
-    mu.set_precision("fp32")
+    set_precision("fp32")
     return pick_device(INDEX, Workers())
 
 
@@ -81,7 +83,7 @@ def test_gradients_are_the_cpus(name, schedule, device):
         found.append(list(grads(model).values()))
         mu.bptt_gradients(model, x, y, learns)
         found[-1] += grads(model).values()
-        found[-1] += mu.predicting_neurons(model, x, rule(40, 4, criterion, tol=1e-4))
+        found[-1] += inference.predicting_neurons(model, x, rule(40, 4, criterion, tol=1e-4))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-8, atol=1e-11)
 
@@ -93,12 +95,12 @@ def test_compiled_steps_are_the_plain_ones(name, device):
     model = MODELS[name](mu.my_sigmoid).to(device)
     x, y = (t.to(device) for t in sample(model))
     for precision in ("fp32", "tf32"):  # whose products inductor asks about
-        mu.set_precision(precision)
+        set_precision(precision)
         found = []
         for model.compiled in (False, True):
             mu.ep_gradients(model, x, y, rule(9, 4, criterion_of(model), thirdphase=True))
             found.append(grads(model))
-        mu.set_precision("fp32")
+        set_precision("fp32")
         for key, grad in found[0].items():
             torch.testing.assert_close(
                 found[1][key], grad, rtol=1e-2, atol=1e-2 * grad.abs().max().item()

@@ -21,7 +21,7 @@ KEEP = 0.7
 def dropped(model):
     torch.manual_seed(1)
     connections = len(model.connections) + model.softmax
-    return masked(model, mu.draw_masks(model, [KEEP] * connections, 4))
+    return masked(model, training.draw_masks(model, [KEEP] * connections, 4))
 
 
 def same(ours, theirs, tolerance=1e-9):
@@ -114,7 +114,7 @@ def test_settling_keeps_each_image_with_its_mask(dropped):
 def test_masks_differ_between_images_and_batches_and_keep_the_mean(model):
     count = len(model.connections) + model.softmax
     torch.manual_seed(0)
-    first, second = (mu.draw_masks(model, [0.9] * count, 500) for _ in range(2))
+    first, second = (training.draw_masks(model, [0.9] * count, 500) for _ in range(2))
     for a, b, c in zip(first, second, [*model.connections, model.output]):
         assert (
             a.shape == (500, *c.pre_shape)
@@ -122,7 +122,7 @@ def test_masks_differ_between_images_and_batches_and_keep_the_mean(model):
             and not torch.equal(a, b)
         )
         assert len(a.flatten(1).unique(dim=0)) > 1
-    assert mu.draw_masks(model, [1.0] * count, 3) == [None] * count
+    assert training.draw_masks(model, [1.0] * count, 3) == [None] * count
 
 
 def test_one_mask_serves_all_phases_of_a_batch_and_evaluation_draws_none(ok, monkeypatch, tmp_path):
@@ -226,7 +226,7 @@ def test_the_sum_of_small_continual_updates_is_that_of_ep(model, thirdphase):
             x,
             y,
             rule(8, 5, criterion, thirdphase=thirdphase),
-            change=functools.partial(mu.gradient_step, optimizer),
+            change=functools.partial(training.gradient_step, optimizer),
         )
         optimizer.step()
         change = torch.cat(
@@ -245,7 +245,11 @@ def test_cep_decays_weights_once_a_batch(model):
     criterion, (x, y) = criterion_of(model), sample(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, weight_decay=0.1)
     mu.cep_updates(
-        model, x, y, rule(4, 2, criterion), change=functools.partial(mu.gradient_step, optimizer)
+        model,
+        x,
+        y,
+        rule(4, 2, criterion),
+        change=functools.partial(training.gradient_step, optimizer),
     )
     optimizer.param_groups[0]["lr"] = 0.5
     before = [p.detach().clone() for p in model.parameters()]

@@ -20,6 +20,7 @@ import data_utils
 import main
 import model_utils as mu
 from data_utils import CORRUPTIONS
+from energy.dynamics import relative_change
 from experiment import inference
 from experiment.results.read import read_run
 from experiment.results.values import Key
@@ -86,16 +87,14 @@ def test_converged_is_what_the_last_five_steps_move_by_less_than_eps(model):
     batches.images, batches.normalise = 255 * x.float(), lambda images: images.double()
     x = x.float().double()
     states = [model(x, T=t, criterion=criterion_of(model)) for t in range(13)]
-    moved = torch.stack(
-        [mu.relative_change(states[max(0, t - 5)], states[t]) for t in range(1, 13)]
-    )
+    moved = torch.stack([relative_change(states[max(0, t - 5)], states[t]) for t in range(1, 13)])
     for n, state in enumerate(states[8]):
         assert (
             moved[7]
             >= (state - states[3][n]).flatten(1).norm(dim=1) / state.flatten(1).norm(dim=1) - 1e-12
         ).all()
     eps = moved.median().item() * (1 + 1e-9)  # not exactly what an image moved by
-    accuracy, found = mu.characteristic(
+    accuracy, found = inference.characteristic(
         model, batches, mu.Rule(T1=12, loss=mu.loss_name(criterion_of(model))), eps
     )
     assert found == pytest.approx((moved < eps).double().mean(1).tolist())

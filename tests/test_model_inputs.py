@@ -11,6 +11,7 @@ from conftest import MODELS, criterion_of, grads, rule, sample, settle
 import model_utils as mu
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier
 from data_utils import TASKS, Batches
+from experiment import inference, training
 
 RULES = {
     "EP": lambda m, x, y, c: mu.ep_gradients(m, x, y, rule(7, 4, c, 0.5)),
@@ -24,7 +25,7 @@ RULES = {
         x,
         y,
         rule(7, 4, c, 0.5),
-        change=functools.partial(mu.gradient_step, torch.optim.SGD(m.parameters(), lr=0.1)),
+        change=functools.partial(training.gradient_step, torch.optim.SGD(m.parameters(), lr=0.1)),
     ),
 }
 
@@ -40,7 +41,7 @@ def test_an_input_of_another_type_is_converted(model, dtype):
             with torch.no_grad():
                 torch._foreach_copy_(list(model.parameters()), start)
             neurons = learn(model, given, y, criterion)
-            mu.correct(model.chain(), neurons, y)
+            inference.correct(model.chain(), neurons, y)
             weights = {f"weight {i}": p.detach().clone() for i, p in enumerate(model.parameters())}
             results.append(
                 {**grads(model), **weights, **{f"neurons {i}": s for i, s in enumerate(neurons)}}
@@ -108,7 +109,7 @@ def test_a_data_set_without_an_image(attack):
     model, task = mu.P_MLP([784, 12, 10], mu.my_sigmoid), TASKS["digits"]
     images, labels = torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
     data = Batches(images, labels, 4, task, "cpu")
-    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and mu.predictions(
+    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and inference.predictions(
         model, data, mu.Rule(T1=5)
     ).shape == (0,)
     args = argparse.Namespace(

@@ -11,7 +11,7 @@ import torch
 from conftest import MODELS, ROOT, criterion_of, grads, rule, sample
 
 import model_utils as mu
-from experiment import command_line
+from experiment import command_line, training
 from experiment.command_line import MAIN_FLAGS
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
@@ -269,7 +269,7 @@ def test_continual_ep_after_one_free_step_is_that_of_its_own_free_state():
     x, y = sample(model)
     mu.ep_gradients(model, x, y, mu.Rule(T1=1, T2=2, betas=(0.0, 0.3), loss="cel"))
     exact, before = grads(model), [p.detach().clone() for p in model.parameters()]
-    change = functools.partial(mu.gradient_step, torch.optim.SGD(model.parameters(), lr=1e-7))
+    change = functools.partial(training.gradient_step, torch.optim.SGD(model.parameters(), lr=1e-7))
     mu.cep_updates(model, x, y, mu.Rule("CEP", 1, 2, (0.0, 0.3), "cel"), change=change)
     for name, old, p in zip(exact, before, model.parameters()):
         torch.testing.assert_close((old - p.detach()) / 1e-7, exact[name], rtol=1e-4, atol=1e-6)

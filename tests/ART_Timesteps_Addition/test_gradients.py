@@ -14,6 +14,7 @@ from ART_Timesteps_Addition import attacks, gradients
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled
 from ART_Timesteps_Addition.settings import Attack
 from data_utils import load_split
+from energy.precision import set_precision
 
 WAYS = [(grad, start) for grad in ("bptt", "smooth", "ep") for start in ("zero", "equilibrium")]
 
@@ -186,7 +187,7 @@ class _Recording(torch.autograd.Function):
 @pytest.fixture
 def tf32():
     before = settings()
-    mu.set_precision("tf32")
+    set_precision("tf32")
     yield settings()
     torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision = before
 

@@ -10,6 +10,7 @@ import metrics
 import model_utils as mu
 from ART_Timesteps_Addition.pgd import Adversary
 from ART_Timesteps_Addition.settings import Attack, GradientMethod
+from experiment import inference
 
 TINY = (
     "--task digits --device -1 --seed 5 --train-size 40 --test-size 20 --mbs 16 --loss cel --save"
@@ -85,7 +86,9 @@ def test_the_attack_raises_the_loss_as_any_gradient_of_it_does():
         found = adversary.perturb(model, x, y, start) if grad else (x + start).clamp(0, 1)
         rule = mu.Rule(T1=30, loss="cel")
         losses[grad] = (
-            mu.readout_loss(model.readout(mu.predicting_neurons(model, found, rule)), y, "cel")
+            mu.readout_loss(
+                model.readout(inference.predicting_neurons(model, found, rule)), y, "cel"
+            )
             .mean()
             .item()
         )

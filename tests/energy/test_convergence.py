@@ -143,9 +143,10 @@ def test_counting_converged_images_changes_no_prediction(model, schedule, T1):
     """Bit for bit, in float32 as predictions are made."""
     model.float().schedule = schedule
     (x, _), rule = sample(model, 7), mu.Rule(T1=T1, loss=mu.loss_name(criterion_of(model)))
-    count = mu.Convergence(model, T1)
+    count = inference.Convergence(model, T1)
     outputs = [
-        model.readout(mu.predicting_neurons(model, x, rule, convergence=c)) for c in (None, count)
+        model.readout(inference.predicting_neurons(model, x, rule, convergence=c))
+        for c in (None, count)
     ]
     assert torch.equal(*outputs) and count.images == 7
     assert count.percent == pytest.approx(share(model, T1, [(x, None)], rule.loss))

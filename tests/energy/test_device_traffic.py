@@ -19,8 +19,8 @@ from ART_Timesteps_Addition.settings import GradientMethod
 from data_utils import TASKS, Batches
 from energy import fast
 from energy.poolings import MaxPool
-from energy.precision import _current, _set
-from experiment import command_line
+from energy.precision import _current, _set, set_precision
+from experiment import command_line, inference, training
 from experiment.command_line import MAIN_FLAGS
 from experiment.diagnostics import Diagnostics, report_precision
 from experiment.timing import Stopwatch
@@ -42,16 +42,18 @@ def everything(model, x, y, twin):
     """What every rule of learning gives that needs no backward pass, predictions, and EP's gradient
     of images."""
     criterion = criterion_of(model)
-    masks = mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), len(x))
+    masks = training.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), len(x))
     for drop, moving, more in ((None, None, {}), (masks, twin, {"thirdphase": True})):
         yield from mu.ep_gradients(model, x, y, rule(4, 2, criterion, **more), drop, moving)
         yield from (p.grad for p in model.parameters())
     yield from mu.cep_updates(
         model, x, y, rule(2, 2, criterion, thirdphase=True), masks, change=lambda share: None
     )
-    count = mu.Convergence(model, 8)
+    count = inference.Convergence(model, 8)
     for predicting in (twin, model):
-        yield from mu.predicting_neurons(predicting, x, rule(8, 2, criterion), convergence=count)
+        yield from inference.predicting_neurons(
+            predicting, x, rule(8, 2, criterion), convergence=count
+        )
     yield count.converged
     out, pullback = by_equilibrium_propagation(
         model, x, mu.loss_name(criterion), 7, GradientMethod("ep", 2)
@@ -210,7 +212,9 @@ def test_golden_cases_by_masks(case, golden_model):
 def test_with_tol_the_host_waits_at_every_twentieth_step():
     model = MODELS["CNN max"](mu.my_hard_sig)
     with pretended(model) as (x, _), Counting(read=len(x)) as counted:  # as if none had settled
-        mu.predicting_neurons(model, x, rule(100, 2, criterion_of(model), tol=1e-3), Stopwatch())
+        inference.predicting_neurons(
+            model, x, rule(100, 2, criterion_of(model), tol=1e-3), Stopwatch()
+        )
     assert (
         len(counted.names(lambda o: o.waits)) == 100 // 20 - 1
     )  # the last steps end without a look
@@ -232,7 +236,7 @@ def test_precision_is_the_same_to_whoever_asks(name):
 
     before = _current()
     try:
-        mu.set_precision(name)
+        set_precision(name)
         low, told = name == "tf32", asked()
         assert told[:5] == (
             (True, True, "high", "tf32", "tf32")
@@ -308,7 +312,7 @@ def test_a_direction_of_rounding_alone_is_not_compared(capsys, monkeypatch):
         Batches(images, labels, 8, TASKS["digits"], torch.device("cpu"), torch.Generator()),
         "tf32",
     )
-    mu.set_precision("fp32")
+    set_precision("fp32")
     said = capsys.readouterr().out
     assert "beta" not in said and float(said.split("at least ")[1].split()[0]) > 0.9, said
 
@@ -325,5 +329,5 @@ def test_comparing_precisions_leaves_the_statistics_of_a_batch_normalisation():
     batches = Batches(images, labels, 4, TASKS["digits"], torch.device("cpu"), torch.Generator())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report_precision(trainer, batches, "tf32")
-    mu.set_precision("fp32")
+    set_precision("fp32")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -11,6 +11,7 @@ from conftest import criterion_of, grads, only_run, rule, sample, settle
 
 import model_utils as mu
 from energy import dynamics, fast, gdu
+from energy.precision import refresh
 from experiment.config import Config
 from experiment.diagnostics import Diagnostics
 from experiment.timing import Stopwatch
@@ -156,7 +157,7 @@ def test_lower_precision_keeps_weights_and_gradients_whole(model, alg):
     assert 0.9 < torch.nn.functional.cosine_similarity(*found, dim=0) < 1 - 1e-7
     with torch.no_grad():
         model.synapses[0].weight.add_(1)
-    mu.refresh(twin, model)
+    refresh(twin, model)
     assert torch.equal(twin.synapses[0].weight, model.synapses[0].weight.bfloat16())
 
 

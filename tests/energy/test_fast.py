@@ -9,7 +9,7 @@ from conftest import MODELS, criterion_of, grads, masked, rule, sample, settle
 import model_utils as mu
 from energy import dynamics, fast
 from energy.connections import Convolution, Dense, WindowConvolution
-from experiment import command_line
+from experiment import command_line, training
 
 TOLERANCE = dict(rtol=1e-9, atol=1e-12)
 NAMES = tuple(fast.TABLE)
@@ -62,7 +62,7 @@ def plainly(name, schedule, drop):
     model.schedule = schedule
     if drop:
         model = masked(
-            model, mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4)
+            model, training.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4)
         )
     x, y = varied(model)
     kept, fast.TABLE = fast.TABLE, {}
@@ -196,7 +196,7 @@ def test_steps_compile_whole_and_once(model, drop, monkeypatch):
     for _ in range(3):
         (x, y), masks = (
             sample(model),
-            mu.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4),
+            training.draw_masks(model, [0.7] * (len(model.connections) + model.softmax), 4),
         )
         moving = masked(model, masks) if drop else model
         found = []

@@ -13,6 +13,7 @@ import torch
 from conftest import only_run
 
 import model_utils as mu
+from experiment import inference
 from experiment.plots.training import accuracy
 from experiment.runs.folder import RunFolder, fingerprint
 
@@ -121,7 +122,7 @@ def test_characteristic_has_the_residual_and_where_there_is_one_the_energy(ok, t
 def test_the_energy_is_phi_after_each_step_and_the_residual_its_change():
     torch.manual_seed(0)
     model, x = mu.P_MLP([20, 16, 5], mu.my_sigmoid).double(), torch.rand(4, 20).double()
-    residual, energy = mu.relaxation(model, x, mu.Rule(T1=5))
+    residual, energy = inference.relaxation(model, x, mu.Rule(T1=5))
     states = [model(x, T=t) for t in range(6)]
     criterion = mu.make_criterion("mse")
     assert energy == pytest.approx(
@@ -135,7 +136,7 @@ def test_the_energy_is_phi_after_each_step_and_the_residual_its_change():
         for pair in zip(states, states[1:])
     ]
     assert residual == pytest.approx(moved)
-    assert mu.relaxation(mu.VF_MLP([20, 16, 5], mu.my_sigmoid), x, mu.Rule(T1=5))[1] is None
+    assert inference.relaxation(mu.VF_MLP([20, 16, 5], mu.my_sigmoid), x, mu.Rule(T1=5))[1] is None
 
 
 # ---- TensorBoard

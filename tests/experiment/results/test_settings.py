@@ -14,7 +14,6 @@ from conftest import only_run
 from shared import AUDIT_BUDGET as BUDGET
 from shared import final_weights, write_mnist
 
-import model_utils as mu
 from ART_Timesteps_Addition.audit import stages
 from data_utils import UserError
 from experiment.config import Config
@@ -73,7 +72,7 @@ def test_a_resumed_training_computes_as_before(ok, tmp_path, monkeypatch, any_de
         torch.equal(value, final_weights(parts)[key]) for key, value in final_weights(whole).items()
     )
     used = []
-    monkeypatch.setattr(mu, "set_precision", used.append)
+    monkeypatch.setattr("energy.precision.set_precision", used.append)
     ok(f"--todo evaluate --device -1 --load-path {parts}")
     assert used == ["fp32"]  # a training's precision is no property of its weights
 
