@@ -1,4 +1,4 @@
-"""Attacks of torchattacks, which the Adversarial Robustness Toolbox lacks, and ensembles of attacks.
+"""Attacks of torchattacks that ART lacks, and ensembles of attacks.
 
 All have the `generate(x, y)` of ART's attacks: images (n, C, H, W) and one-hot labels, NumPy
 arrays; returns images."""

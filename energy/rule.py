@@ -1,5 +1,6 @@
-"""How a model predicts and learns, and who observes it: no torch, so that the command line can build
-a `Rule` before torch is loaded."""
+"""Settings of a learning rule, and its observer.
+
+Without torch: the command line builds a `Rule` before torch is loaded."""
 
 import contextlib
 import dataclasses

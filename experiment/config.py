@@ -1,8 +1,8 @@
-"""Typed configuration: every flag of the command line is a field of one of these frozen dataclasses.
+"""Typed configuration: every flag is a field of one of these frozen dataclasses.
 
 A field states its flag once: name, type, default, help, range, where it has an effect and what a
-saved run does to it. The parser and `--help` (`experiment.command_line`), config.json, docs/flags.md
-and the settings that identify a result are generated from the fields.
+saved run does to it. The parser and `--help` (`experiment.command_line`), config.json,
+docs/flags.md and the settings that identify a result are generated from the fields.
 """
 
 import dataclasses
@@ -170,8 +170,8 @@ class Session:
     device: int = _flag(0, "index of the GPU; -1 is the CPU", scope=SESSION, low=-1)
     precision: str = _flag(
         "fp32",
-        "precision of the time steps on a CUDA device; weights, the contrast of EP and gradients of "
-        "attacks stay fp32",
+        "precision of the time steps on a CUDA device; weights, the contrast of EP and gradients "
+        "of attacks stay fp32",
         scope=RESUMED,
         choices=("fp32", "tf32", "bf16"),
         todos=NOT_GDUCHECK,

@@ -24,10 +24,10 @@ SCOPES = {
 }
 HEAD = """# Every flag
 
-`python main.py --help` prints the same. Values are converted after parsing: if a flag is given twice,
-the last counts, also with a switch and its negative. With `--load-path`, values that are not given
-come from the saved run. A note names each flag that has no effect on the task. Without `--todo`, flags
-that training does not use are refused.
+`python main.py --help` prints the same. Values are converted after parsing: if a flag is given
+twice, the last counts, also with a switch and its negative. With `--load-path`, values that are not
+given come from the saved run. A note names each flag that has no effect on the task. Without
+`--todo`, flags that training does not use are refused.
 This file is made by `python -m experiment.flag_table > docs/flags.md`."""
 COLUMNS = ("flag", "meaning", "values", "default", "has an effect on", "with a saved run")
 

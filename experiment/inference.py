@@ -216,10 +216,12 @@ def characteristic(
     eps: float = CONVERGED,
     exact: Any = None,
 ) -> list[list[float]]:
-    """Accuracy and convergence over time: after t = 1 ... rule.T1 free steps from zero, the share of
-    images classified correctly, as `evaluate` gives it for that t, and the share that has converged
-    to `eps` by then, see `energy.dynamics.has_converged`. Two lists of T1. exact: the model to
-    measure convergence on, where that is another, see `Convergence`."""
+    """Accuracy and convergence over time, two lists of T1 shares.
+
+    After t = 1 ... rule.T1 free steps from zero: the share of images classified correctly, as
+    `evaluate` returns it for that t, and the share that has converged to `eps` by then, see
+    `energy.dynamics.has_converged`. exact: the model to measure convergence on if it is another
+    one, see `Convergence`."""
     hits, converged = torch.zeros(2, rule.T1, dtype=torch.int64, device=batches.labels.device)
     chain = model.chain(rule.loss)
     for x, y in progress(batches, "characteristic"):

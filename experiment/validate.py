@@ -177,8 +177,8 @@ def _validate_rule(config: Config) -> None:
     unrolls = rule.alg == "BPTT" or rule.check_thm or todo == "gducheck"
     if rule.T2 > rule.T1 and unrolls:
         raise UserError(
-            f"argument --T2: got {rule.T2}, BPTT is unrolled through at most the {rule.T1} steps of "
-            "--T1"
+            f"argument --T2: got {rule.T2}, BPTT is unrolled through at most the {rule.T1} steps "
+            "of --T1"
         )
     if rule.alg == "CEP" and todo == "train":
         if optimizer.optim != "sgd" or optimizer.mmt:

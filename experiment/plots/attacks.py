@@ -37,8 +37,8 @@ def sweep(
 ) -> Figure:
     """Accuracy under attack over eps, one curve per gradient method, with 95 % intervals (Wilson).
 
-    rows, settings: of a `results.attacks.Sweep`; clean, chance: clean accuracy and accuracy of guessing, as
-    shares."""
+    rows, settings: of a `results.attacks.Sweep`; clean, chance: clean accuracy and accuracy of
+    guessing, as shares."""
     norm, images = settings["attack_norm"], settings["images"]
     figure = new_figure(
         f"Accuracy under attack: {settings['attack']}, {norm_name(norm)} norm, "

@@ -83,9 +83,9 @@ def describe_result(attack: str, eps: float, grad: str, result: Mapping[str, Any
     )
     if result["masked"] > MASKED and attack not in WITHOUT_GRADIENT:
         text += (
-            f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was exactly "
-            "zero or not finite: this number is only an upper bound of the robust accuracy; try "
-            "--attack-grad smooth ep, --attack-start equilibrium, --attack square"
+            f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was "
+            "exactly zero or not finite: this number is only an upper bound of the robust "
+            "accuracy; try --attack-grad smooth ep, --attack-start equilibrium, --attack square"
         )
     return text
 
