@@ -1,8 +1,9 @@
 """Norms, balls, projections, margins and confidence intervals of robustness measurements.
 
-Batches are (n, ...), one image a row. norm: "2" or "inf"; eps: radius of the ball around an image.
-The NumPy functions serve images outside of the model; lengths are computed in float64. Those whose
-names end in `_torch` stay on the device and in the dtype of their batch, without waiting for it.
+Batches are (n, ...), one image a row. norm: "2" or "inf"; eps: largest norm of a perturbation, the
+size of the ball around an image. The NumPy functions are for images outside of the model; they
+compute norms in float64. Functions with names in `_torch` stay on the device and in the dtype of
+their batch, and do not wait for the device.
 """
 
 import math
@@ -28,8 +29,8 @@ def random_in_ball(shape: Sequence[int], norm: str, eps: float) -> np.ndarray:
     if norm == "inf":
         return np.random.uniform(-eps, eps, shape).astype(np.float32)
     direction = np.random.normal(size=shape)
-    radius = eps * np.random.uniform(size=shape[0]) ** (1 / math.prod(shape[1:]))
-    factor = radius / np.maximum(norms(direction, "2"), 1e-30)
+    length = eps * np.random.uniform(size=shape[0]) ** (1 / math.prod(shape[1:]))
+    factor = length / np.maximum(norms(direction, "2"), 1e-30)
     return (direction * _per_image(factor, direction)).astype(np.float32)
 
 
@@ -87,8 +88,8 @@ def random_in_ball_torch(shape: Sequence[int], norm: str, eps: float) -> Tensor:
     if norm == "inf":
         return (2 * torch.rand(shape) - 1) * eps
     direction = torch.randn(shape)
-    radius = eps * torch.rand(shape[0]) ** (1 / math.prod(shape[1:]))
-    return _unit(direction) * radius.view(-1, 1, 1, 1)
+    length = eps * torch.rand(shape[0]) ** (1 / math.prod(shape[1:]))  # (mbs,)
+    return _unit(direction) * length.view(-1, 1, 1, 1)
 
 
 def steepest_torch(gradient: Tensor, norm: str) -> Tensor:

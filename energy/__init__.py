@@ -1,2 +1,1 @@
-"""The dynamics of an energy model: what a neuron does with its drive, how layers are connected, how
-time steps are taken."""
+"""Energy models: activations, poolings, connections between layers, and their dynamics."""

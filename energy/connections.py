@@ -47,16 +47,16 @@ def take_samples(tensor: Tensor, chosen: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Connection:
-    """What joins a layer s_pre, (mbs, *pre_shape), to the layer s_post above, (mbs, *post_shape).
+    """The connection from a layer s_pre, (mbs, *pre_shape), to s_post above, (mbs, *post_shape).
 
     synapse   the module with the weight and bias, looked up at every use, so that
               `torch.func.functional_call` has its effect
     feedback  the module with untied feedback weights (vector-field models), or None: the
               top-down drive uses the forward weights
-    mask      dropout mask: None, or (mbs, *pre_shape); s_pre is multiplied by it on the way up,
-              the drive on s_pre on the way down. It is 0 or 1 / (probability of being kept), so
-              that both drives keep their mean
-    routed    whether the top-down drive depends on s_pre, by the winners of a max-pooling
+    mask      dropout mask: None, or (mbs, *pre_shape). It multiplies s_pre in the bottom-up drive,
+              and the top-down drive on s_pre. Entries are 0 or 1 / (probability of keeping a
+              neuron), so that both drives keep their mean
+    routed    whether the top-down drive depends on s_pre, through the winners of a max-pooling
 
     Subclasses define up, down and learning without a mask: `_up`, `_down`, `_learn`.
     """
@@ -73,14 +73,14 @@ class Connection:
         """Shape of one sample of s_post."""
         raise NotImplementedError
 
-    def seen(self, pre: Tensor) -> Tensor:
-        """s_pre through the dropout mask."""
+    def dropped(self, pre: Tensor) -> Tensor:
+        """s_pre, or a drive on it, after dropout: (mbs, *pre_shape)."""
         # an image enters a dense layer unflattened
         return pre if self.mask is None else self.mask.view_as(pre) * pre
 
     def up(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
         """(bottom-up drive on s_post, route that `down` needs: None unless `routed`) of s_pre."""
-        return self._up(self.seen(pre))
+        return self._up(self.dropped(pre))
 
     def route(self, pre: Tensor) -> Tensor | None:
         """The route alone (None unless `routed`); no gradient goes through it."""
@@ -91,25 +91,26 @@ class Connection:
 
     def down(self, post: Tensor, route: Tensor | None, drive: Tensor) -> Tensor:
         """`drive` plus the top-down drive of s_post on s_pre, (mbs, *pre_shape)."""
-        own = self._down(post, route).view_as(drive)
+        own = self._down(post, route).view_as(drive)  # (mbs, *pre_shape)
         if self.mask is not None:
-            own = self.seen(own)
+            own = self.dropped(own)
         return own + drive if torch.is_grad_enabled() else own.add_(drive)
 
     def learn(self, pre: Tensor, post: Tensor) -> list[Tensor]:
         """[d/d weight, d/d bias] of s_post . up(s_pre), summed over the batch."""
-        return self._learn(self.seen(pre), post, self.synapse)
+        return self._learn(self.dropped(pre), post, self.synapse)
 
     def learn_feedback(self, pre: Tensor, post: Tensor) -> list[Tensor]:
         """[d/d weight] for the untied feedback weight, in the shape of the forward one."""
-        return self._learn(self.seen(pre), post, self.feedback)
+        return self._learn(self.dropped(pre), post, self.feedback)
 
     def down_weight(self) -> Tensor:
         """The weight of the top-down drive, in the shape of the forward one."""
         return (self.synapse if self.feedback is None else self.feedback).weight
 
     def set_feedback_grad(self, grad: Tensor) -> None:
-        """Put a gradient in `learn_feedback`'s form into the feedback weight's .grad."""
+        """Write a gradient, shaped as `learn_feedback` returns it, to the feedback weight's
+        .grad."""
         set_grad(self.feedback.weight, grad)
 
     def term(self, pre: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -119,7 +120,7 @@ class Connection:
 
     def terms(self, pre: Tensor, post: Tensor) -> list[Tensor]:
         """[term of the forward weights, then that of untied feedback weights if there are any]."""
-        pre = self.seen(pre)
+        pre = self.dropped(pre)
         terms = [self.term(pre, post, self.synapse.weight, self.synapse.bias)]
         if self.feedback is not None:
             terms.append(self.term(pre, post, self.down_weight()))
@@ -235,9 +236,11 @@ class _ConvDown(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         post, weight, route = ctx.saved_tensors
-        c, grad_post, grad_weight = ctx.c, None, None
+        c = ctx.c
+        grad_post = None
+        grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_post = c.pool.follow(c.convolve(grad, weight, None), route)
+            grad_post = c.pool.follow(c.convolve(grad, weight, None), route)  # (mbs, C, h, w)
         if ctx.needs_input_grad[1]:
             grad_weight = c.weight_grad(grad, c.pool.adjoint(post, route, c.size), weight)
         return grad_post, grad_weight, None, None
@@ -245,9 +248,10 @@ class _ConvDown(torch.autograd.Function):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Convolution(Connection):
-    """up(s) = pool(conv(s)), in channels-last memory. With untied feedback weights the winners of
-    a max-pooling on the way down are those of the feedback weights' own convolution. Raises
-    ValueError where nothing is left of a map.
+    """up(s) = pool(conv(s)), in channels-last memory.
+
+    With untied feedback weights, the top-down drive follows the max-pooling winners of the feedback
+    weights' convolution. Raises ValueError if the map is smaller than the window.
 
     kernel      side of the window
     size        (H, W) before pooling
@@ -264,12 +268,13 @@ class Convolution(Connection):
     unreached: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        kernel, side = self.synapse.weight.size(2), self.pre_shape[1]
-        room = side + 2 * self.padding - kernel  # how far the first window can move
-        size = room // self.stride + 1
+        kernel = self.synapse.weight.size(2)
+        side = self.pre_shape[1]
+        slack = side + 2 * self.padding - kernel  # how far the first window can move
+        size = slack // self.stride + 1
         pools = not isinstance(self.pool, NoPool)
         pooled = size // 2 if pools else size
-        if room < 0 or pooled < 1:
+        if slack < 0 or pooled < 1:
             raise ValueError(
                 f"a {kernel}x{kernel} convolution with stride {self.stride} and "
                 f"padding {self.padding}{' and 2x2 pooling' if pools else ''} "
@@ -279,11 +284,11 @@ class Convolution(Connection):
             "kernel": kernel,
             "size": (size, size),
             "pooled": pooled,
-            "unreached": room % self.stride,
+            "unreached": slack % self.stride,
             "routed": self.pool.routed,
         }
         for name, value in derived.items():
-            object.__setattr__(self, name, value)  # frozen for everyone else
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @property
     def post_shape(self) -> Shape:
@@ -326,7 +331,7 @@ class Convolution(Connection):
     def bias_drive(self, mbs: int) -> Tensor:
         """The drive of zero neurons on s_post, (mbs, *post_shape)."""
         drive = self.synapse.bias.view(1, -1, 1, 1).expand(mbs, *self.post_shape)
-        # for what follows takes the layout of its input
+        # later operations keep this layout
         return drive.contiguous(memory_format=torch.channels_last)
 
     def _learn(self, pre: Tensor, post: Tensor, synapse: Synapse) -> list[Tensor]:
@@ -340,12 +345,14 @@ class Convolution(Connection):
 
 
 class WindowConvolution(Convolution):
-    """A convolution as a matrix product over its windows: several times faster on a CPU where the
-    map is small beside the weights, which a convolution first copies into another layout; and the
-    only safe way for a 1x1 kernel with a stride, see `convolution`."""
+    """A convolution as a matrix product over its windows.
+
+    Several times faster on a CPU for maps that are small compared with the weights, because a
+    convolution first copies the weights into another layout. Also used for a 1x1 kernel with a
+    stride, see `convolution`."""
 
     def _windows(self, pre: Tensor) -> Tensor:
-        """What each output pixel sees, (mbs * H * W, kernel * kernel * C)."""
+        """The window of each output pixel, (mbs * H * W, kernel * kernel * C)."""
         pre = F.pad(pre, (self.padding,) * 4) if self.padding else pre
         windows = pre.unfold(2, self.kernel, self.stride).unfold(3, self.kernel, self.stride)
         return windows.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(0, 2)
@@ -357,7 +364,7 @@ class WindowConvolution(Convolution):
     def transposed(self, u: Tensor, weight: Tensor) -> Tensor:
         windows = (_pixels(u) @ _rows(weight)).view(
             u.size(0), *self.size, self.kernel, self.kernel, weight.size(1)
-        )
+        )  # (mbs, H, W, kernel, kernel, C)
         side = self.pre_shape[1] + 2 * self.padding
         pre = u.new_zeros(u.size(0), side, side, weight.size(1))
         last = self.stride * (self.size[0] - 1) + 1
@@ -369,7 +376,7 @@ class WindowConvolution(Convolution):
         return pre[:, inner, inner].permute(0, 3, 1, 2)
 
     def weight_grad(self, pre: Tensor, u: Tensor, weight: Tensor) -> Tensor:
-        grad = _pixels(u).t() @ self._windows(pre)
+        grad = _pixels(u).t() @ self._windows(pre)  # (C_post, kernel * kernel * C)
         return grad.view(weight.size(0), *weight.shape[2:], weight.size(1)).permute(0, 3, 1, 2)
 
 
@@ -387,9 +394,10 @@ def _pixels(u: Tensor) -> Tensor:
 def convolution(
     synapse: nn.Conv2d, pool: Pooling, pre_shape: Shape, feedback: nn.Conv2d | None = None
 ) -> Convolution:
-    """The connection through a convolution and a pooling. Raises ValueError where nothing is left
-    of a map."""
-    stride, padding = synapse.stride[0], int(synapse.padding[0])
+    """The connection through a convolution and a pooling. Raises ValueError if the map is smaller
+    than the window."""
+    stride = synapse.stride[0]
+    padding = int(synapse.padding[0])
     # torch 2.14 writes out of bounds in the weight gradient of a channels-last 1x1 convolution with
     # a stride on a CPU
     kind = WindowConvolution if synapse.kernel_size[0] == 1 and stride > 1 else Convolution
@@ -399,7 +407,7 @@ def convolution(
 
 
 def set_grad(p: Tensor | None, grad: Tensor) -> None:
-    """Make `grad` the p.grad of a parameter (of None: nothing), in its layout: optimizers are
-    faster where both have one."""
+    """Make `grad` the p.grad of a parameter, if there is one, in the parameter's memory layout:
+    optimizers are faster if both agree."""
     if p is not None:
         p.grad = grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)

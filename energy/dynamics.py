@@ -1,4 +1,4 @@
-"""The dynamics of an energy model, as on the page of the paper: one step, and a loop over it.
+"""The dynamics of an energy model: one time step, and the loop over it.
 
 A model has layers s_0 = x (the image, fixed), s_1 ... s_N and, per sample, the primitive function
 
@@ -8,8 +8,8 @@ Its neurons follow s_n(t+1) = act(dPhi/ds_n at t): the bottom-up drive up_n(s_{n
 top-down drive, the adjoint of up_{n+1} applied to s_{n+1}, both written out in `connections`, and
 minus beta dL/ds_N at the top. No step needs automatic differentiation.
 
-Neurons are a list of N tensors (mbs, *shape of the layer), and `neurons[n - 1]` is s_n. Faster ways
-to take the same steps are in `fast`.
+Neurons are a list of N tensors (mbs, *shape of the layer), and `neurons[n - 1]` is s_n. Faster
+implementations of the same steps are in `fast`.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def readout_loss(readout: Tensor, y: Tensor, loss: str) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A model as its steps see it.
+    """The part of a model that its time steps need.
 
     connections     one per layer of neurons: into s_1, ..., s_N
     activation      of the neurons
@@ -70,8 +70,8 @@ class Chain:
         return len(self.connections)
 
     def input_drive(self, x: Tensor) -> Tensor:
-        """up_1(x), (mbs, *shape of s_1), which does not change in time: computed once, it serves
-        every step of every phase on x, (mbs, ...)."""
+        """up_1(x), (mbs, *shape of s_1), of x, (mbs, ...). It does not change in time: all steps of
+        all phases on x share it."""
         return self.connections[0].up(x.to(self.dtype))[0]
 
     @property
@@ -175,7 +175,8 @@ def half_step(chain: Chain, phase: Phase, neurons: Sequence[Tensor], parity: int
         drive = phase.drive if n == 0 else chain.connections[n].up(state[n - 1])[0]
         if n + 1 < len(chain):
             above = chain.connections[n + 1]
-            drive = above.down(state[n + 1], above.route(state[n]), drive)
+            route = above.route(state[n])
+            drive = above.down(state[n + 1], route, drive)  # (mbs, *shape of s_{n+1})
         else:
             drive = chain.nudge(drive, phase, state)
         state[n] = chain.activate(n, drive)  # (mbs, *shape of s_{n+1})
@@ -201,9 +202,10 @@ def relax(chain: Chain, phase: Phase, neurons: Sequence[Tensor] | None, T: int) 
     return state
 
 
-# An image has converged once WINDOW steps have together changed no layer of it by this share of the
-# layer's norm. A single step is no measure: near a saddle an image can creep, and leave it later.
-CONVERGED, WINDOW = 1e-4, 5
+# An image has converged once WINDOW steps together change none of its layers by this share of the
+# layer's norm. One step is not enough: near a saddle neurons move slowly before they leave it.
+CONVERGED = 1e-4
+WINDOW = 5
 
 
 def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
@@ -224,9 +226,9 @@ def window(T: int) -> int:
 def has_converged(
     before: Sequence[Tensor], after: Sequence[Tensor], tol: float = CONVERGED
 ) -> Tensor:
-    """Whether each image has converged, (mbs,) bool: the one meaning that all the program has of
-    it. before, after: its neurons `window(T)` steps before the T-th step, and after it. tol: where
-    --tol asks for another threshold."""
+    """Whether each image has converged, (mbs,) bool: the criterion of the whole program, except for
+    audits. before, after: neurons `window(T)` steps before the end of the T-th step, and at its
+    end. tol: another threshold, of --tol."""
     return relative_change(before, after) < tol
 
 
@@ -239,21 +241,21 @@ class EarlyStop(NamedTuple):
 
 
 class Leaving(NamedTuple):
-    """When images that have converged leave the batch: at every `looks`-th test of convergence, if
+    """When images that have converged leave the batch: at every `tests`-th test of convergence, if
     they are more than `share` of it. Only then does the host wait for the device."""
 
-    looks: int
+    tests: int
     share: float
 
     @property
     def at_once(self) -> bool:
         """Whether images leave as soon as they have converged."""
-        return self.looks == 1 and not self.share
+        return self.tests == 1 and not self.share
 
     @classmethod
     def of(cls, device: torch.device) -> "Leaving":
-        """On a CPU at once; on a GPU rarely, where waiting for it costs more than computing a few
-        images."""
+        """On a CPU at every test; on a GPU rarely, because waiting for it costs more than computing
+        a few images."""
         return cls(4, 0.25) if device.type == "cuda" else cls(1, 0.0)
 
 
@@ -281,7 +283,8 @@ class _Active:
     @classmethod
     def from_zero(cls, chain: Chain, phase: Phase) -> "_Active":
         """All images of a mini-batch, at zero neurons."""
-        mbs, device = len(phase.drive), phase.drive.device
+        mbs = len(phase.drive)
+        device = phase.drive.device
         zeros = chain.zeros(phase.drive)
         return cls(
             chain,
@@ -296,7 +299,8 @@ class _Active:
     def without_stopped(self, result: Neurons) -> "_Active":
         """The images that have not converged; the neurons of the others are written to
         `result`."""
-        left, gone = self.active.nonzero().flatten(), (~self.active).nonzero().flatten()
+        left = self.active.nonzero().flatten()
+        gone = (~self.active).nonzero().flatten()
         _put(result, self.images[gone], [s[gone] for s in self.stopped])
         state = [take_samples(s, left) for s in self.state]
         return _Active(
@@ -320,34 +324,34 @@ def relax_until_converged(
     advance: Step | None = None,
     leaving: Leaving | None = None,
 ) -> tuple[Neurons, EarlyStop]:
-    """`relax` from zero neurons for at most T steps, but an image stops once it has converged: once
-    `every` steps have together changed no layer of it by `tol` of that layer's norm.
+    """`relax` from zero neurons for at most T steps; an image stops once it has converged, that is
+    once `every` steps together change none of its layers by `tol` of the layer's norm.
 
-    Images that have converged leave the batch, see `Leaving`, by default that of the device; it
-    changes no state and no number of steps. advance: takes a step, by default the chain's own.
-    Returns (neurons, EarlyStop)."""
+    leaving: when converged images leave the batch, by default as suits the device; it changes
+    neither neurons nor numbers of steps. advance: takes a step, by default the chain's own. Returns
+    (neurons, EarlyStop)."""
     advance = advance or STEPS[chain.schedule]
     leaving = leaving or Leaving.of(phase.drive.device)
     result = chain.zeros(phase.drive)
     batch = _Active.from_zero(chain, phase)
-    looks = 0
+    tests = 0
     steps = torch.full_like(batch.images, T)  # (mbs,)
     converged = torch.zeros_like(batch.active)  # (mbs,)
     for done in range(1, T + 1):
         batch.state = advance(batch.chain, batch.phase, batch.state)
         if done % every and done < T:
             continue
-        looks += 1
+        tests += 1
         batch.stopped = (
             batch.state if leaving.at_once else _where(batch.active, batch.state, batch.stopped)
         )
-        if done % every == 0:  # else the last look came early
+        if done % every == 0:  # otherwise T is no multiple of `every`
             now = batch.active & has_converged(batch.before, batch.state, tol)  # (n,)
             steps[batch.images] = torch.where(now, done, steps[batch.images])
             converged[batch.images] |= now
             batch.active = batch.active & ~now
         batch.before = batch.state
-        if looks % leaving.looks or done == T:
+        if tests % leaving.tests or done == T:
             continue
         count = int(batch.active.sum())
         if count < len(batch.images) * (1 - leaving.share) or not count:

@@ -1,10 +1,9 @@
-"""Faster ways to take the steps of `dynamics`. All of it is optional: with TABLE emptied every
-number stays, to rounding.
+"""Faster implementations of the steps of `dynamics`. All are optional: with an empty TABLE every
+number is the same, to rounding.
 
-A row of the table names when it applies and what it does then: it rewrites the chain and the phase
-into ones whose steps cost less, or takes the steps its own way. Rows are asked once a phase, in
-their order: every row that rewrites does, then the first way that applies is taken, and may leave
-part of the steps to the others.
+A row of the table applies under a condition. It either rewrites the chain and the phase so that
+their steps cost less, or takes the steps itself. Rows are tried once per phase, in order: all that
+rewrite, then the first that takes steps, which may pass some of them on to the later rows.
 """
 
 import dataclasses
@@ -52,12 +51,12 @@ class Steps(NamedTuple):
 
 
 class Row(NamedTuple):
-    """applies(steps) -> bool, and either of rewrite(steps) -> Steps and way(steps) -> neurons;
-    neither where a function of its own asks for the row."""
+    """A faster implementation: applies(steps) -> bool, and either rewrite(steps) -> Steps or
+    relax(steps) -> neurons; neither for a row that one function of this module looks up."""
 
     applies: Callable[[Steps], bool]
     rewrite: Callable[[Steps], Steps] | None = None
-    way: Callable[[Steps], Neurons] | None = None
+    relax: Callable[[Steps], Neurons] | None = None
 
 
 def relax(
@@ -67,20 +66,20 @@ def relax(
     T: int,
     output_in: int | None = None,
 ) -> Neurons:
-    """`dynamics.relax` by the first way that applies. With `output_in` layers that do not reach the
-    output may be as of an earlier step."""
+    """`dynamics.relax` by the rows that apply. With `output_in`, layers that no longer reach the
+    output may be those of an earlier step."""
     return _taken(rewritten(Steps(chain, phase, neurons, T, output_in)))
 
 
 def _taken(steps: Steps) -> Neurons:
     for row in TABLE.values():
-        if row.way and row.applies(steps):
-            return row.way(steps)
+        if row.relax and row.applies(steps):
+            return row.relax(steps)
     return dynamics.relax(steps.chain, steps.phase, steps.neurons, steps.T)
 
 
 def rewritten(steps: Steps) -> Steps:
-    """The same steps by the rows that rewrite them: to rounding the same numbers, at less cost."""
+    """The same steps at less cost, by all rows that rewrite: the same numbers, to rounding."""
     for row in TABLE.values():
         if row.rewrite and row.applies(steps):
             steps = row.rewrite(steps)
@@ -92,8 +91,8 @@ def trajectory(
 ) -> Iterator[Neurons]:
     """The neurons after each of T steps, one after another, from `neurons` (from zero if None).
 
-    Every step is taken by itself. To round as `relax` does over all T steps, give it the
-    `rewritten` chain and phase. Gradients go through the steps where the caller records them."""
+    Steps are taken one by one. To round as `relax` does over all T steps, pass the `rewritten`
+    chain and phase. Gradients flow through the steps if the caller records them."""
     for _ in range(T):
         neurons = relax(chain, phase, neurons, 1)
         yield neurons
@@ -118,7 +117,7 @@ def from_zero(
     return relax(chain, phase, None, T, output_in), None
 
 
-# Five steps that change an image by less than this are its end, see `relax_and_check`.
+# An image that five steps change by less than this is taken as fixed, see `relax_and_check`.
 FIXED = CONVERGED / 100
 
 
@@ -132,7 +131,8 @@ def relax_and_check(
 
     ends_early: where only convergence is wanted: leave out the steps between those that change an
     image by less than FIXED and the last five."""
-    steps, last = rewritten(Steps(chain, phase, None, T)), dynamics.window(T)
+    steps = rewritten(Steps(chain, phase, None, T))
+    last = dynamics.window(T)
     before = None
     if T > last and ends_early:
         before = relax_until_converged(chain, phase, T - last, FIXED)[0]
@@ -143,8 +143,8 @@ def relax_and_check(
 
 
 def _every_layer(steps: Steps) -> Neurons:
-    """The steps without the ways that leave out layers, and without those that take more images at
-    once, which can round differently."""
+    """The steps without the rows that leave out layers, and without those that enlarge the
+    mini-batch, which can round differently."""
     if "first step" in TABLE and _starts_from_zero(steps):
         steps = steps._replace(neurons=_first_step(steps), T=steps.T - 1)
     if "compiled" in TABLE and _compiles(steps):
@@ -170,13 +170,12 @@ def relax_both_signs(
 
 
 def suited(chain: Chain, mbs: int) -> Chain:
-    """The chain whose convolutions are computed the fastest way for mini-batches of mbs samples."""
+    """The chain with the convolutions that are fastest for mini-batches of mbs samples."""
     return _with_windows(chain, mbs) if "window products" in TABLE else chain
 
 
 def _twice(chain: Chain, phase: Phase) -> tuple[Chain, Phase]:
-    """Chain and phase for a mini-batch that holds every sample twice, the whole batch behind
-    itself."""
+    """Chain and phase for a mini-batch of twice the size: the batch, and the batch again."""
     n = len(phase.drive)
     chosen = torch.arange(2 * n, device=phase.drive.device) % n
     return chain.take(chosen), phase.take(chosen)
@@ -186,8 +185,8 @@ def _small(steps: Steps) -> bool:
     return steps.size <= PAIRED
 
 
-# ---- convolutions of small maps as products over their windows: pays on a CPU where weights
-# outnumber the pixels
+# ---- convolutions of small maps as products over their windows: faster on a CPU if there are more
+# weights than pixels
 
 
 def _pays_as_product(connection: Connection, mbs: int) -> bool:
@@ -211,8 +210,8 @@ def _with_windows(chain: Chain, mbs: int) -> Chain:
     return dataclasses.replace(chain, connections=connections)
 
 
-# ---- the affine part of an activation in the weights: pays where the steps save more passes than
-# the weights take
+# ---- the affine part of an activation folded into the weights: faster if the steps save more
+# passes over memory than the weights take
 
 
 def _folds(steps: Steps) -> bool:
@@ -221,7 +220,8 @@ def _folds(steps: Steps) -> bool:
         # rounding decides between equal winners of a max-pooling, and published attacks depend on
         # it
         return False
-    exact = steps.phase.drive.dtype != torch.bfloat16 or chain.activation is my_hard_sig  # x / 2 is
+    # in bfloat16 only the gain 1/2 of my_hard_sig rounds nothing
+    exact = steps.phase.drive.dtype != torch.bfloat16 or chain.activation is my_hard_sig
     weights = sum(c.synapse.weight.numel() for c in chain.connections[1:])
     return (
         steps.T > 1
@@ -256,7 +256,8 @@ def _from_zero(steps: Steps) -> Neurons:
 
 
 def _first_step(steps: Steps) -> Neurons:
-    chain, phase = steps.chain, steps.phase
+    chain = steps.chain
+    phase = steps.phase
     drives = [phase.drive, *(c.bias_drive(steps.mbs) for c in chain.connections[1:])]
     if chain.linear_output:
         drives[-1] = drives[-1].clone()  # no state shares memory with a bias
@@ -265,9 +266,9 @@ def _first_step(steps: Steps) -> Neurons:
     return [chain.activate(n, drive) for n, drive in enumerate(drives)]
 
 
-# ---- two trajectories: where a layer's next state depends on its neighbours alone, the odd layers
-# at odd times with the even ones at even times never meet the others. They do where a nudge reads
-# the top layer itself, and where the winners of a max-pooling are its own.
+# ---- two trajectories: if the next state of a layer depends only on its neighbours, the odd layers
+# at odd times and the even ones at even times are independent of the others. A nudge, which reads
+# the top layer itself, and a max-pooling, whose winners depend on the layer itself, couple the two.
 
 
 def _has_two_trajectories(steps: Steps) -> bool:
@@ -278,7 +279,8 @@ def _has_two_trajectories(steps: Steps) -> bool:
 def _one_trajectory(steps: Steps) -> Neurons:
     """Only the trajectory that ends in the output: half of the work."""
     assert steps.neurons is not None and steps.output_in is not None
-    top, neurons = len(steps.chain) - 1, list(steps.neurons)
+    top = len(steps.chain) - 1
+    neurons = list(steps.neurons)
     for to_go in reversed(range(steps.output_in, steps.output_in + steps.T)):
         # to_go: steps left until the output is read
         lowest = max(0, top - to_go)
@@ -290,7 +292,9 @@ def _one_trajectory(steps: Steps) -> Neurons:
 def _both_trajectories(steps: Steps) -> Neurons:
     """Both in one mini-batch of twice the size, one a step ahead: half of the calls."""
     assert steps.neurons is not None
-    chain, phase, T = steps.chain, steps.phase, steps.T
+    chain = steps.chain
+    phase = steps.phase
+    T = steps.T
     first = half_step(chain, phase, steps.neurons, 1)
     twice, both = _twice(chain, phase)
     states = [torch.cat(pair) for pair in zip(first, steps.neurons)]  # (2 mbs, ...)
@@ -302,7 +306,7 @@ def _both_trajectories(steps: Steps) -> Neurons:
     return [ahead[n] if n % 2 == T % 2 else behind[n] for n in range(len(chain))]
 
 
-# ---- only what still reaches the output
+# ---- only the layers that still reach the output
 
 
 def _output_cone(steps: Steps) -> Neurons:
@@ -328,8 +332,8 @@ def _upper(steps: Steps, neurons: Neurons, lowest: int, advance: dynamics.Step) 
 
 
 class _Remembering:
-    """A connection that remembers the route of the state that it drove up last, so that none is
-    computed twice."""
+    """A connection that keeps the route of its last bottom-up drive, so that no route is computed
+    twice."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -370,7 +374,7 @@ def _compiles(steps: Steps) -> bool:
 
 @functools.cache
 def _compiled(function: dynamics.Step) -> dynamics.Step:
-    # a training compiles far fewer; beyond the limit steps would run uncompiled without a word
+    # beyond the limit, steps would silently run uncompiled; a training compiles far fewer
     config: Any = torch._dynamo.config
     config.recompile_limit = max(64, config.recompile_limit)
     return torch.compile(function)
@@ -382,9 +386,9 @@ def _with_beta_as_tensor(phase: Phase) -> Phase:
     return dataclasses.replace(phase, beta=phase.drive.new_full((len(phase.drive), 1), phase.beta))
 
 
-def _laid_out(chain: Chain, phase: Phase, neurons: Sequence[Tensor]) -> Neurons:
-    """The neurons in the layout in which a step leaves them: a map that a dense layer above has
-    driven lies as one row an image, and one of a single pixel has strides without meaning."""
+def _in_step_layout(chain: Chain, phase: Phase, neurons: Sequence[Tensor]) -> Neurons:
+    """The neurons in the memory layout that a step returns: a map below a dense layer is one row
+    per image; the strides of a map of a single pixel are arbitrary."""
     above = [*chain.connections[1:], None if phase.target is None else chain.readout]
     found = []
     for n, c in zip(neurons, above):
@@ -402,7 +406,8 @@ def _compiled_step(chain: Chain, phase: Phase, neurons: Sequence[Tensor]) -> Neu
     without), for any number of images and any beta."""
     if len(phase.drive) == 1:  # the compiler would specialise on it
         return dynamics.STEPS[chain.schedule](chain, phase, neurons)
-    phase, neurons = _with_beta_as_tensor(phase), _laid_out(chain, phase, neurons)
+    phase = _with_beta_as_tensor(phase)
+    neurons = _in_step_layout(chain, phase, neurons)
     masks = [c.mask for c in (*chain.connections, chain.readout) if c is not None]
     for tensor in (phase.drive, phase.target, phase.beta, *masks, *neurons):
         if torch.is_tensor(tensor):
@@ -411,7 +416,8 @@ def _compiled_step(chain: Chain, phase: Phase, neurons: Sequence[Tensor]) -> Neu
 
 
 def _compiled_relax(steps: Steps) -> Neurons:
-    chain, phase = steps.chain, _with_beta_as_tensor(steps.phase)
+    chain = steps.chain
+    phase = _with_beta_as_tensor(steps.phase)
     neurons = chain.zeros(phase.drive) if steps.neurons is None else list(steps.neurons)
     for _ in range(steps.T):
         neurons = _compiled_step(chain, phase, neurons)
@@ -426,16 +432,16 @@ TABLE: dict[str, Row] = {
     "folded activation": Row(_folds, rewrite=_folded),
     "remembered routes": Row(_remembers, rewrite=_with_remembered_routes),
     "both signs": Row(_small),
-    "first step": Row(_starts_from_zero, way=_from_zero),
-    "compiled": Row(_compiles, way=_compiled_relax),
+    "first step": Row(_starts_from_zero, relax=_from_zero),
+    "compiled": Row(_compiles, relax=_compiled_relax),
     "one trajectory": Row(
-        lambda s: s.output_in is not None and _has_two_trajectories(s), way=_one_trajectory
+        lambda s: s.output_in is not None and _has_two_trajectories(s), relax=_one_trajectory
     ),
     "both trajectories": Row(
-        lambda s: s.T >= 7 and _has_two_trajectories(s) and _small(s), way=_both_trajectories
+        lambda s: s.T >= 7 and _has_two_trajectories(s) and _small(s), relax=_both_trajectories
     ),
     "output cone": Row(
         lambda s: s.output_in is not None and s.neurons is not None and s.chain.schedule == "sync",
-        way=_output_cone,
+        relax=_output_cone,
     ),
 }

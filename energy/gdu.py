@@ -1,6 +1,7 @@
-"""Gradient-descending updates (GDU): EP compared with BPTT, time step by time step (Ernoult et al.,
-2019). The EP update between successive steps of the nudged phase is to be the BPTT gradient through
-the same step, counted from the end.
+"""Gradient-descending updates (GDU): EP compared with BPTT, time step by time step.
+
+The EP update between successive steps of the nudged phase should equal the BPTT gradient through
+the same step, counted from the end (Ernoult et al., 2019).
 
 `model` is an energy model of `model_utils`.
 """
@@ -31,21 +32,22 @@ def bptt_contributions(
     """The contribution of each of the last T2 of T1 free steps to the gradient of the loss, by one
     backward pass.
 
-    Every step gets parameters of its own, that share the model's memory, so that one pass keeps
-    their gradients apart. Returns a dict: each parameter's name -> (T2, *shape), the gradient of
+    Every step gets its own parameters, which share the model's memory, so that one pass separates
+    their gradients. Returns a dict: each parameter's name -> (T2, *shape), the gradient of
     the mean loss through the k-th step from the end; `neurons_i` -> (T2, mbs, *shape of the layer),
     minus the gradient of each sample's loss with respect to that layer k steps before the end. Time
     T2 forward and backward steps; memory the graph of T2 steps and the result, T2 times parameters
     and neurons.
     """
     neurons = model(x, y, None, T1 - T2, beta, criterion)
-    steps, states = [], []
+    steps = []
+    states = []
     for _ in range(T2):
         steps.append({name: p.detach().requires_grad_() for name, p in model.named_parameters()})
         arguments = (x, y, neurons, 1, beta, criterion, True)
         neurons = torch.func.functional_call(model, steps[-1], arguments)
         states.append(neurons)
-    with torch.enable_grad():  # the read-out is part of the loss and counts as the last step's
+    with torch.enable_grad():  # the read-out, a part of the loss, counts for the last step
         last = {f"model.{name}": p for name, p in steps[-1].items()}
         loss = torch.func.functional_call(_Loss(model), last, (neurons, y, criterion))
     wanted = [
@@ -124,7 +126,7 @@ def check_gdu(
     criterion: Criterion,
     alg: str = "EP",
 ) -> tuple[Contributions, Contributions]:
-    """EP's updates step by step, and BPTT's gradients, which they should be (Ernoult et al., 2019).
+    """EP updates and BPTT gradients, step by step, which should be equal (Ernoult et al., 2019).
 
     Returns (BPTT, EP), dicts over parameter names and `neurons_i`, time first: see
     `bptt_contributions` for shapes, time and memory, and `ep_contributions`. The model and its
@@ -145,11 +147,12 @@ def check_gdu(
 
 def cosine(a: Tensor, b: Tensor) -> float:
     """The cosine similarity of two tensors of any one shape."""
-    a, b = a.flatten().double(), b.flatten().double()
+    a = a.flatten().double()
+    b = b.flatten().double()
     return F.cosine_similarity(a, b, dim=0, eps=1e-30).item()
 
 
-# ---- like compared with like
+# ---- comparison
 
 
 class Comparison(NamedTuple):
@@ -211,13 +214,14 @@ def mean(dicts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def comparable(
     model: Any, x: Tensor, y: Tensor, rule: Rule, BPTT: Contributions, runs: Sequence[Contributions]
 ) -> tuple[Contributions, Contributions]:
-    """The sides that the theorem compares, from EP's `runs` nudged by beta_2, and of two the second
-    by -beta_2: (BPTT's side, EP's side), {name: tensor}, time first.
+    """The two sides that the theorem compares, (BPTT, EP): {name: tensor}, time first. runs: of EP,
+    nudged by beta_2 and, if there are two, by -beta_2.
 
     A neuron's change in a step is its gradient times the slope of its activation at the
-    equilibrium: BPTT's side gets that slope. A `softmax` read-out learns from the loss at every
-    step alike: its complete gradients are compared, as one entry in time."""
-    bptt, ep = dict(BPTT), mean(runs)
+    equilibrium: the gradients of BPTT are multiplied by it. A `softmax` read-out learns from the
+    loss in the same way at every step: its total updates are compared, as one entry in time."""
+    bptt = dict(BPTT)
+    ep = mean(runs)
     for n, slope in enumerate(activation_slopes(model, x, y, rule)):
         bptt[f"neurons_{n}"] = bptt[f"neurons_{n}"] * slope
     if model.softmax:
@@ -233,8 +237,8 @@ def comparable(
 def compare_gdu(bptt: Contributions, ep: Contributions, estimate: str) -> list[Row]:
     """How far an EP estimate is from BPTT: a list of dicts, one per parameter and layer, with
 
-    rmse        root mean square over time of their difference, divided by the larger of their own,
-                mean over the entries
+    rmse        root mean square over time of their difference, divided by the larger of their root
+                mean squares; mean over the entries
     sign_error  share of entries and times where their signs differ
     cosine, distance    between the sums over time: cosine similarity, and ||EP - BPTT|| / ||BPTT||;
                 nan where T2 steps of BPTT do not reach the parameter or layer
@@ -245,8 +249,10 @@ def compare_gdu(bptt: Contributions, ep: Contributions, estimate: str) -> list[R
 
     rows = []
     for name in bptt:
-        a, b = ep[name].double(), bptt[name].double()
-        total_a, total_b = a.sum(0).flatten(), b.sum(0).flatten()
+        a = ep[name].double()  # (T2, ...)
+        b = bptt[name].double()
+        total_a = a.sum(0).flatten()
+        total_b = b.sum(0).flatten()
         reached = bool(total_b.any())
         distance = (total_a - total_b).norm() / total_b.norm()
         rows.append(
@@ -280,8 +286,8 @@ def image_cosines(model: Any, x: Tensor, y: Tensor, rule: Rule) -> dict[str, lis
 def gdu_report(model: Any, x: Tensor, y: Tensor, rule: Rule, images: bool = False) -> Comparison:
     """The `Comparison` for the rule's T1, T2, betas, thirdphase and loss.
 
-    images: also report in the rows of the best estimate, for every parameter, the median and the
-    worst image's cosine (takes as long as the images one by one)."""
+    images: also report, in the rows of the best estimate, the median cosine and that of the worst
+    image for every parameter, which takes as long as each image alone."""
     beta_1, beta_2 = rule.betas
     BPTT, EP = check_gdu(model, x, y, rule.T1, rule.T2, (beta_1, beta_2), rule.loss)
     runs = [EP]
@@ -311,29 +317,33 @@ def verdict(comparison: Comparison, rule: Rule, enough: float = 0.99) -> str:
     estimate = comparison.rows[-1]["estimate"]
     best = [row for row in comparison.rows if row["estimate"] == estimate]
     reached = [row for row in best if not math.isnan(row["cosine"])]
-    images, moving = len(comparison.converged), int((~comparison.converged).sum())
+    images = len(comparison.converged)
+    unconverged = int((~comparison.converged).sum())
+    too_many = unconverged > 0.051 * images
     if not reached:
         return "nothing to compare: BPTT reaches no parameter, --T2 is too short"
     worst = min(reached, key=lambda row: row["cosine"])
     found = f"the smallest cosine is {worst['cosine']:.4f} ({worst['name']})"
-    far = f"not converged after T1 = {rule.T1} steps: {moving} of {images} images; increase --T1"
+    increase_T1 = (
+        f"not converged after T1 = {rule.T1} steps: {unconverged} of {images} images; increase --T1"
+    )
     if worst["cosine"] > enough:
-        return f"EP agrees with BPTT: {found}" + (f"; but {far}" if moving > 0.051 * images else "")
-    if moving > 0.051 * images:
-        advice = far
+        return f"EP agrees with BPTT: {found}" + (f"; but {increase_T1}" if too_many else "")
+    if too_many:
+        advice = increase_T1
     elif worst.get("cosine_median", 0) > enough:
         advice = (
-            f"most images agree, and beta = {rule.betas[1]:g} takes some to another state "
-            "(other winners of a max-pooling, say): a smaller beta (--betas)"
+            f"most images agree; beta = {rule.betas[1]:g} moves some to another equilibrium (other "
+            "winners of a max-pooling, for example); use a smaller beta (--betas)"
         )
     elif not rule.thirdphase:
         advice = (
-            "the one-sided estimate has an error of first order in beta: --thirdphase, or a "
+            "the one-sided estimate has an error of first order in beta; use --thirdphase, or a "
             "smaller beta (--betas)"
         )
     else:
         advice = (
-            f"beta = {rule.betas[1]:g} is too large (or, below 0.001, drowns in rounding): "
-            "another one (--betas)"
+            f"beta = {rule.betas[1]:g} is too large or, below 0.001, within rounding errors; use "
+            "another beta (--betas)"
         )
     return f"EP does not agree with BPTT: {found}; {advice}"

@@ -1,7 +1,7 @@
 """Names of activations and poolings, for the command line, which reads them before torch is loaded.
 
-`activations.ACTIVATIONS` and `poolings.POOLS` hold what they stand for; a test keeps both sides
-equal."""
+The implementations are in `activations.ACTIVATIONS` and `poolings.POOLS`; a test compares the
+names."""
 
 ACTIVATIONS = ("mysig", "sigmoid", "tanh", "hard_sigmoid", "my_hard_sig", "ctrd_hard_sig")
 POOLINGS = ("m", "a", "i")  # max, average, none

@@ -55,7 +55,7 @@ class MaxPool(nn.MaxPool2d):
     def __init__(self, masks: bool | None = None) -> None:
         super().__init__(2, 2)
         self.masks = masks
-        for name in ("places", "zero"):  # made once: no step allocates them or copies them over
+        for name in ("places", "zero"):  # allocated once, not at every step
             self.register_buffer(name, None, persistent=False)
 
     def prepare(self, size: Size) -> None:
@@ -74,9 +74,9 @@ class MaxPool(nn.MaxPool2d):
         places = self.places
         if places is None or places.shape[1:4:2] != post.shape[2:]:
             places = self._places((u.size(2), u.size(3)), u.device)
-        # By way of PyTorch's indices, which are freed at once. Comparing the entries with `post`
-        # would mark every one of equal entries; keeping the first takes three more operations and
-        # more memory traffic than the indices.
+        # From PyTorch's indices, which are freed immediately. Comparing the entries with `post`
+        # would mark all of several equal entries; keeping the first takes three more operations
+        # and more memory traffic than the indices.
         return post, _spread(index) == places  # (mbs, h, 2, w, 2, C)
 
     def follow(self, u: Tensor, route: Any) -> Tensor:
@@ -133,7 +133,7 @@ def _padded(u: Tensor, size: Size) -> Tensor:
 
 
 class _Linear:
-    """A pooling that is one linear map whatever it pools."""
+    """A pooling whose linear map does not depend on what it pools."""
 
     routed = False
 
