@@ -24,11 +24,11 @@ from energy.dynamics import Neurons
 from metrics import margins, norms, project, random_in_ball
 
 STANDARD_ENSEMBLE = ("apgd-ce", "apgd-t", "fab")  # then Square
-# They look for the smallest perturbation instead of one within eps.
+# These search for the smallest perturbation instead of one within eps.
 MINIMAL = ("hopskipjump", "deepfool", "cw")
-# They begin at the image and, if asked to, at random points in the ball.
+# These start from the image or, on request, from random points in the ball.
 FROM_IMAGE = (evasion.ProjectedGradientDescent, evasion.FastGradientMethod)
-# They follow the loss of their classifier; the others bring their own.
+# These follow the loss of their classifier; the others have their own.
 WITH_LOSS = ("pgd", "fgsm")
 
 # -------------------------------------------------------------------------- attacks by their names
@@ -85,8 +85,8 @@ def _square(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
 
 
 class HopSkipJump(evasion.HopSkipJump):
-    """ART's HopSkipJump. Without a starting image it searches for one in noise, which here depends
-    on `start_seed` alone and not on the other images of the mini-batch."""
+    """ART's HopSkipJump. Without a starting image it searches for one in noise, which depends only
+    on `start_seed`, not on the other images of the mini-batch."""
 
     start_seed = 0
 
@@ -96,7 +96,7 @@ class HopSkipJump(evasion.HopSkipJump):
 
 
 def _hopskipjump(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any:
-    """From an image of another class, with as many iterations as take `queries` predictions."""
+    """From an image of another class; the number of iterations corresponds to `queries`."""
     return HopSkipJump(
         classifier,
         norm=np.inf if attack.norm == "inf" else 2,
@@ -109,8 +109,8 @@ def _hopskipjump(classifier: PyTorchClassifier, attack: Attack, mbs: int) -> Any
 
 
 def rounds(queries: int) -> int:
-    """How many iterations of HopSkipJump take so many predictions: the n-th takes 100 sqrt(n) for
-    its gradient and about 25 for its searches."""
+    """The number of iterations of HopSkipJump for so many predictions: the n-th needs 100 sqrt(n)
+    for its gradient and about 25 for its searches."""
     total = 0.0
     n = 0
     while total < queries:
@@ -221,7 +221,7 @@ class Target:
     ) -> PyTorchClassifier:
         """The classifier that `attack` sees, differentiated by `method`."""
         task = self.task
-        # The squared error of hard output neurons is zero, and flat, where they are right; their
+        # The squared error of correct, saturated output neurons is zero and flat; the
         # cross-entropy never is.
         squared = (
             self.loss == "mse"
@@ -298,7 +298,7 @@ def _clip_values(attack: Attack) -> tuple[float, float] | None:
         return 0.0, 1.0
     if attack.name in ("pgd", "fgsm", "apgd-ce", "apgd-dlr"):
         return None
-    # Square takes the range of its noise from the clip values: as wide as anything within eps
+    # Square takes the range of its noise from the clip values: all that eps allows
     return -attack.eps, 1.0 + attack.eps
 
 
@@ -320,11 +320,11 @@ def describe_smooth(loss: str) -> str:
 
 
 class GradientMonitor:
-    """Records which images of a mini-batch had, at any iteration, a gradient that was exactly zero
-    or not finite.
+    """Records the images of a mini-batch whose gradient was exactly zero or not finite at any
+    iteration.
 
-    Attacks continue with some of the images and do not report which: those are assumed to be the
-    nearest images of the mini-batch."""
+    Attacks continue with some of the images and do not report which. A gradient is assigned to the
+    nearest image of the mini-batch."""
 
     def __init__(self) -> None:
         self.start(torch.zeros(0, 1))
@@ -335,7 +335,7 @@ class GradientMonitor:
         self.masked = np.zeros(len(x), dtype=bool)
 
     def __call__(self, grad: Tensor, x: Tensor) -> None:
-        if not len(self.masked):  # no mini-batch was announced: no attack asks for this gradient
+        if not len(self.masked):  # outside of an attack: `start` was not called
             return
         flat = grad.detach().flatten(1)
         bad = ((flat == 0).all(1) | ~torch.isfinite(flat).all(1)).cpu()
@@ -352,15 +352,14 @@ class GradientMonitor:
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The images where HopSkipJump may begin: all attacked images, not only those of one
-    mini-batch.
+    """Starting images of HopSkipJump: all attacked images, not only those of one mini-batch.
 
     images: (n, C, H, W) in [0, 1]; classes: their predicted classes, (n,)."""
 
     images: np.ndarray
     classes: np.ndarray
 
-    MBS = 100  # independent of --mbs: rounding must not decide where an attack begins
+    MBS = 100  # independent of --mbs: rounding must not change the starting image
 
     @classmethod
     def of(cls, classifier: PyTorchClassifier, x: np.ndarray) -> Candidates:
@@ -374,8 +373,8 @@ class Candidates:
         """The starting images for x, (mbs, C, H, W), whose predicted classes are `classes`, (mbs,).
 
         For each image it is the nearest one (2-norm) with another predicted class, or the image
-        itself if there is none. ART begins at noise, which is further away, and which a model can
-        classify as it does the image."""
+        itself if there is none. ART starts from noise, which is further away and can have the
+        predicted class of the image."""
         flat = torch.from_numpy(self.images).flatten(1)
         starts = x.copy()
         for i, own in enumerate(classes):
@@ -402,15 +401,15 @@ def attack_batch(
     """Attack the images x, (n, C, H, W) in [0, 1], with true labels y, (n,).
 
     classifier: of a `Target`. seed: whole numbers, see `seeded`; the first is that of the whole
-    attack. candidates: where HopSkipJump may begin, by default the images x.
+    attack. candidates: starting images of HopSkipJump, by default the images x.
 
     Returns for each image x_adv, prediction, margin (see `metrics.margins`) and masked_images
     (whether its gradient was exactly zero or not finite at some iteration).
 
-    Predictions and margins are those of the model's own read-out, of the whole mini-batch as in
+    Predictions and margins are those of the model's own read-out of the whole mini-batch, as in
     `evaluate`. An image that is misclassified without an attack stays misclassified: if the attack
-    makes it right, it is returned unchanged. A restart attacks the images that are still classified
-    correctly, and replaces those whose margin it lowers."""
+    corrects its prediction, it is returned unchanged. A restart attacks the images that are still
+    classified correctly, and replaces those whose margin it lowers."""
 
     def read_out(images: np.ndarray) -> np.ndarray:
         with seeded(*seed):  # a model may draw random numbers
@@ -470,12 +469,12 @@ def _run(
     from_random_point: bool,
     starts: np.ndarray,
 ) -> np.ndarray:
-    """The adversarial examples of one run, (n, C, H, W). starts: where HopSkipJump begins."""
+    """The adversarial examples of one run, (n, C, H, W). starts: starting images of HopSkipJump."""
     norm = attack.norm
     eps = attack.eps
     x_adv = x.copy()
     more = {}
-    with seeded(*seed):  # predictions too draw numbers, as their data loader does
+    with seeded(*seed):  # predictions draw random numbers too: ART's data loader does
         labels = np.eye(classifier.nb_classes, dtype=np.float32)[y]
         built = BUILDERS[attack.name](classifier, attack, len(x))
         if from_random_point and isinstance(built, FROM_IMAGE):
@@ -487,7 +486,7 @@ def _run(
             more["x_adv_init"] = starts
         with np.errstate(divide="ignore", invalid="ignore"):
             x_adv = built.generate(x_adv, labels, **more)
-    if attack.name in MINIMAL:  # a perturbation beyond eps is no success within eps
+    if attack.name in MINIMAL:  # a perturbation larger than eps is a failure
         within = norms(x_adv - x, norm) <= eps
         x_adv = np.where(within.reshape(-1, 1, 1, 1), x_adv, x)
     return project(x_adv, x, norm, eps, attack.clip)

@@ -37,8 +37,8 @@ Parameters = dict[str, Tensor]
 class _Holder(torch.nn.Module):
     """A model and a function to call on it.
 
-    `torch.func.functional_call` puts the parameters of a module that it finds in two places back as
-    plain tensors: the model must be in no other attribute of what is called."""
+    `torch.func.functional_call` restores the parameters of a module that is in two places as plain
+    tensors: no other attribute may contain the model."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -51,14 +51,14 @@ class _Holder(torch.nn.Module):
 def with_parameters(
     model: Any, parameters: Parameters, function: Callable[..., Any], *args: Any
 ) -> Any:
-    """function(model, *args), while the model has other parameters."""
+    """function(model, *args) with other parameters in the model."""
     inside = {f"model.{name}": tensor for name, tensor in parameters.items()}
     return torch.func.functional_call(_Holder(model), inside, (function, *args), tie_weights=False)
 
 
 def fp32_parameters(model: Any) -> Parameters:
-    """The model's parameters without a graph: copies in fp32 of lower precisions, the same memory
-    in fp32 and fp64."""
+    """The model's parameters without a graph: converted to fp32 from lower precisions, otherwise
+    in the same memory."""
     return {
         name: p.detach().to(torch.promote_types(p.dtype, torch.float32))
         for name, p in model.named_parameters()
@@ -122,7 +122,7 @@ def _smooth(activation: Activation) -> Activation:
 
 
 SMOOTH = {activation: _smooth(activation) for activation in CORNERS}
-# folded into the weights wherever the original is, so that both round alike
+# folded into the weights whenever the original is, so that both round alike
 RESCALED[SMOOTH[my_sigmoid]] = RESCALED[my_sigmoid]._replace(base=SMOOTH[torch.sigmoid])
 
 
@@ -151,15 +151,15 @@ MIDDLE = {
     for activation, smooth in SMOOTH.items()
     for function in (activation, smooth)
 }
-# Root mean square of a soft chain's drives, counted from the middle of the activation in units of
+# Root mean square of a soft chain's drives, relative to the middle of the activation, in units of
 # half its width.
-DRIVEN = 1.0
+TARGET_DRIVE = 1.0
 
 
 def softened(chain: Chain, factors: Sequence[float]) -> SoftChain:
     """The smoothed chain as a `SoftChain` with the factors of `softness`.
 
-    It computes much the same as the original where that saturates, and has a slope there."""
+    Its states are close to those of a saturated original, with slopes that do not vanish."""
     fields = {field.name: getattr(chain, field.name) for field in dataclasses.fields(Chain)}
     fields["activation"] = smoothed(chain).activation
     return SoftChain(**fields, factors=tuple(factors) or (1.0,) * len(chain))
@@ -167,10 +167,11 @@ def softened(chain: Chain, factors: Sequence[float]) -> SoftChain:
 
 @torch.no_grad()
 def softness(chain: Chain, x: Tensor, T: int, rounds: int = 4) -> tuple[float, ...]:
-    """The factors, at most 1, with which the drives of each layer are DRIVEN half-widths from the
-    middle, on the mini-batch x after T steps.
+    """The factors, at most 1, that bring the drives of each layer to TARGET_DRIVE.
 
-    Softening one layer changes the drives of the others: it takes a few rounds."""
+    Drives are those of the mini-batch x, (mbs, ...), after T steps.
+
+    Softening one layer changes the drives of the others: this takes a few rounds."""
     factors = (1.0,) * len(chain)
     if chain.activation not in CORNERS:
         return factors
@@ -179,11 +180,11 @@ def softness(chain: Chain, x: Tensor, T: int, rounds: int = 4) -> tuple[float, .
     for _ in range(rounds):
         neurons = fast.relax(softened(chain, factors), phase, None, T)
         identity = dataclasses.replace(chain, activation=lambda drive: drive)
-        driven = []
+        drives = []
         for drive in dynamics.step(identity, phase, neurons):
             deviation = (drive - (low + high) / 2).double().square().mean().sqrt().item()
-            driven.append(deviation / ((high - low) / 2))
-        factors = tuple(min(1.0, DRIVEN / max(d, 1e-30)) for d in driven)
+            drives.append(deviation / ((high - low) / 2))
+        factors = tuple(min(1.0, TARGET_DRIVE / max(drive, 1e-30)) for drive in drives)
     return factors
 
 
@@ -236,9 +237,9 @@ def through_time(
         out = with_parameters(model, published_layout(parameters), unrolled, leaf, neurons)
 
     def pullback(grad: Tensor) -> Tensor:
-        if not out.requires_grad:  # fewer steps than layers: x has no effect
+        if not out.requires_grad:  # fewer steps than layers: the read-out does not depend on x
             return torch.zeros_like(leaf)
-        # ART asks for a gradient per class: the graph is kept
+        # ART requests a gradient per class: the graph is kept
         return torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
 
     rescales = method.grad != "bptt" and method.rescale
@@ -269,10 +270,11 @@ def by_equilibrium_propagation(
         phase = Phase(drive, direction, method.beta, "linear")
         plus, minus = fast.relax_both_signs(chain, phase, free, method.steps)
         first = chain.connections[0]
-        return first.down(minus[0] - plus[0], first.route(x), torch.zeros_like(x))
+        route = first.route(x)
+        return first.down(minus[0] - plus[0], route, torch.zeros_like(x))  # (mbs, ...)
 
     def pullback(grad: Tensor) -> Tensor:
-        # every image is nudged by the same length, however confident its prediction is
+        # all images are nudged by the same length, whatever the confidence of their predictions
         norm = grad.norm(dim=1, keepdim=True)
         direction = grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)
         scale = (norm / (2 * method.beta)).view(-1, *[1] * (x.dim() - 1))

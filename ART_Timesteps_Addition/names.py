@@ -1,6 +1,6 @@
-"""Names of attacks, gradient methods and budgets: what the command line needs without torch.
+"""Names of attacks, gradient methods and budgets, without torch, for the command line.
 
-`tests/test_layout.py` compares them with what is implemented."""
+A test compares them with the implementations."""
 
 ATTACKS = (
     "pgd",
@@ -16,7 +16,7 @@ ATTACKS = (
     "autoattack",
     "art-autoattack",
 )
-WITHOUT_GRADIENT = ("square", "hopskipjump")  # they use predictions alone
+WITHOUT_GRADIENT = ("square", "hopskipjump")  # these use only predictions
 ENSEMBLES = ("autoattack", "art-autoattack")
 WITH_QUERIES = WITHOUT_GRADIENT + ENSEMBLES
 NORMS = ("2", "inf")

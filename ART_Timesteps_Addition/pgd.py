@@ -1,10 +1,9 @@
 """Projected gradient descent in torch (Madry et al., 2018), for adversarial training.
 
-All of it stays on the model's device. The slope of the cross-entropy is written out, so that with
-the gradient by Equilibrium Propagation nothing is differentiated automatically.
+All of it stays on the model's device. The slope of the cross-entropy is explicit, so that the
+gradient by Equilibrium Propagation needs no automatic differentiation.
 
-`--attack pgd` is ART's: published results were computed with it, and its random starts and its
-choice of the loss are part of them (`tests/ART_Timesteps_Addition/test_pytorch.py`)."""
+`--attack pgd` is ART's: the published results depend on its random starts and its loss."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """ART's PyTorchClassifier for energy models: predictions after T1 free steps, gradients through T2
 steps.
 
-ART calls a model as `model(x)`. `Unrolled` is such a model: it passes (x, y, neurons, T, beta,
-criterion, check_thm) on to the energy model and chooses T by whether ART asks for a gradient. All
-that ART builds from `classifier.model` (the loss variants of Auto-PGD, AutoAttack) therefore keeps
-T1 and T2, and no file of ART is changed.
+ART calls a model as `model(x)`. `Unrolled` is such a model: it calls the energy model with T1 steps
+for a prediction and T2 for a gradient. All that ART builds from `classifier.model` (the loss
+variants of Auto-PGD, AutoAttack) therefore keeps T1 and T2, and no file of ART is changed.
 
 Nothing here changes the energy model. The gradient methods are in `gradients`.
 """
@@ -31,8 +30,8 @@ from energy.precision import exactly
 class _Differentiable(torch.autograd.Function):
     """The read-out for x, differentiated by a gradient method.
 
-    The pullback runs whenever ART's own code goes backwards, outside of any block around our calls:
-    it makes its products exact by itself."""
+    ART calls the backward pass outside of any block around our calls: the pullback itself ensures
+    exact products."""
 
     @staticmethod
     def forward(
@@ -57,17 +56,17 @@ class _Differentiable(torch.autograd.Function):
         return grad, None, None
 
 
-# -------------------------------------------------------------------------------- what ART is given
+# --------------------------------------------------------------------------------------- the module
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(GradientMethod):
-    """A gradient method, and what `Unrolled` returns beside it.
+    """A gradient method, and how `Unrolled` predicts.
 
     exact       the value that comes with a gradient is the read-out of a prediction, not that of
-                the unrolled steps: for attacks that look there for their success
-    predict     x -> the neurons that a prediction is read out of; None: after T1 steps from zero
-    watch       called with the gradient with respect to x, and x, whenever one is computed
+                the unrolled steps: for attacks that test there whether they succeeded
+    predict     x -> the neurons of a prediction; None: those after T1 steps from zero
+    watch       called as (gradient with respect to x, x) for each gradient
     """
 
     exact: bool = False
@@ -76,8 +75,8 @@ class Options(GradientMethod):
 
 
 class Unrolled(torch.nn.Module):
-    """x -> read-out of an energy model, (mbs, classes): after T1 free steps or, where a gradient
-    with respect to x is asked for, T2.
+    """x -> read-out of an energy model, (mbs, classes): after T1 free steps, or after T2 for a
+    gradient with respect to x.
 
     criterion: the loss that the model was trained with (it decides whether output neurons have an
     activation). last_layer: 1 reads out logits, 0 gives the neurons of the last layer. options: of
@@ -96,9 +95,9 @@ class Unrolled(torch.nn.Module):
         self.options = Options(steps=T2, **options)
         if self.options.grad == "ep" and model.softmax and not last_layer:
             raise ValueError("grad='ep' differentiates a loss on the read-out: use last_layer=1")
-        # No submodule: ART sets p.grad of all that it finds to None, changes its mode and, asked
-        # to, its weights.
-        self._out_of_sight = (model,)
+        # A tuple hides the model from ART, which sets p.grad of all submodules to None, changes
+        # their mode and, on request, their weights.
+        self._hidden = (model,)
         self.T1 = T1
         self.criterion = criterion
         self.last_layer = last_layer
@@ -106,7 +105,7 @@ class Unrolled(torch.nn.Module):
 
     @property
     def model(self) -> Any:
-        return self._out_of_sight[0]
+        return self._hidden[0]
 
     def with_options(self, **changes: Any) -> Unrolled:
         """The same with other options."""
@@ -142,7 +141,7 @@ class Unrolled(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the read-out and of gradients: at least float32, whatever the model computes in."""
+        """The type of the read-out and of gradients: at least float32."""
         return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
 
     def _differentiated(self, x: Tensor) -> tuple[Tensor, Pullback]:
@@ -172,7 +171,7 @@ class Unrolled(torch.nn.Module):
         return self.output(self.model.chain(self.loss), self.predict(x)).to(self.dtype)
 
     def predict(self, x: Tensor) -> Neurons:
-        """The neurons that a prediction is read out of."""
+        """The neurons of a prediction."""
         if self.options.predict is not None:
             return self.options.predict(x)
         return self.model(x, None, None, self.T1, 0.0, self.criterion, output_in=0)
@@ -186,8 +185,7 @@ class PyTorchClassifier(ArtClassifier):
     """ART's PyTorchClassifier for an energy model.
 
     model       one of `model_utils`
-    loss        as ART takes it, and, with its reduction set aside, the loss that the model was
-                trained with unless `criterion` names another
+    loss        as ART takes it; without `criterion`, also the loss that the model was trained with
     T1          free steps of a prediction
     T2          steps that a loss or class gradient is unrolled through, from zero neurons
     last_layer  1 reads out logits, 0 gives the neurons of the last layer

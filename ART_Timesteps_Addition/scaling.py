@@ -1,8 +1,8 @@
 """Scales that keep the gradients of attacks within float32.
 
 The cross-entropy of saturated logits has no slope in float32, and slopes that are multiplied over
-time steps underflow. A factor on logits changes neither the predicted class nor the direction in
-which an image must move. There are two, because they answer two questions:
+time steps underflow. A factor on the logits changes neither the predicted class nor the direction
+of an attack. There are two:
 
 - `model_gain`, one power of two for the whole model, brings the logits of a typical image into the
   range of a softmax. Predictions are scaled by it too, so that attacks without gradients, which
@@ -10,8 +10,8 @@ which an image must move. There are two, because they answer two questions:
 - `limit_gaps`, a factor for each image, keeps the slope of the few images that are still
   saturated. Only the loss whose gradient is taken sees it.
 
-`normalized` does the same for what flows backwards: each image's dL/d(read-out) enters at a size
-near 1, and the result, whose length attacks divide by, never falls below what they add to it.
+`normalized` scales the backward pass: each image's dL/d(read-out) enters with a size near 1, and
+the length of the result, by which attacks divide, never falls below the constant that they add.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def limit_gaps(logits: Tensor) -> Tensor:
 def scaled_readout(out: Tensor, loss: str, gain: float) -> Tensor:
     """The read-out of a model trained with `loss`, (mbs, classes), as the logits that attacks see.
 
-    Scaled outputs of the squared error are first counted from the largest of each image: where all
-    are near the same number, their differences would be lost in its rounding."""
+    The largest output of each image is subtracted first from outputs of the squared error: if all
+    are close to one number, its rounding would hide their differences."""
     if loss == "mse" and gain != 1:
         out = out - out.detach().amax(1, keepdim=True)
     return gain * out
@@ -71,8 +71,8 @@ def scaled_readout(out: Tensor, loss: str, gain: float) -> Tensor:
 def cross_entropy_slope(out: Tensor, y: Tensor, loss: str) -> Tensor:
     """d cross-entropy / d(read-out), (mbs, classes), scaled to length 1 for each image.
 
-    An image that is classified with certainty has a direction too: the slope is computed in
-    float64, from the other classes' probabilities alone."""
+    The slope is computed in float64, from the probabilities of the other classes, so that an image
+    with a saturated softmax has a direction too."""
     gain = SQUARED_ERROR_GAIN if loss == "mse" else 1.0
     probabilities = (gain * out.double()).softmax(1)
     own = F.one_hot(y, out.size(1)).bool()

@@ -13,10 +13,10 @@ import torch
 
 @contextlib.contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """A block in which all random numbers follow from these whole numbers, of at least 0.
+    """A block in which these whole numbers, of at least 0, determine all random numbers.
 
-    It covers the generators of Python, NumPy and PyTorch, and those that NumPy would seed from the
-    system, as ART's HopSkipJump makes them. Afterwards all are as they were before."""
+    It covers the generators of Python, NumPy and PyTorch, and new ones of NumPy without a seed,
+    such as those of ART's HopSkipJump. Afterwards all states are restored."""
     sequence = np.random.SeedSequence(numbers)
     originals = np.random.RandomState, np.random.default_rng
 

@@ -19,10 +19,10 @@ class Attack:
     """An attack and its budget.
 
     name        of `names.ATTACKS`
-    norm, eps   of the ball around an image: "2" or "inf", and its radius for images in [0, 1]
+    norm, eps   "2" or "inf", and the largest norm of a perturbation, for images in [0, 1]
     iters       iterations
-    queries     predictions per image, of Square, HopSkipJump and the ensembles; None: as many as
-                the iterations take
+    queries     predictions per image, of Square, HopSkipJump and the ensembles; None: given by
+                the iterations
     restarts    further runs from random points in the ball
     clip        whether images stay in [0, 1]
     """
@@ -48,8 +48,8 @@ class Attack:
     ) -> Attack:
         """The attack with the default budget where `iters` or `queries` is None.
 
-        Iterations: 20, of an ensemble 100. Queries: of an ensemble 50 per iteration; of Square and
-        HopSkipJump 5000, but with `iters` as many as those take."""
+        Iterations: 20; 100 for an ensemble. Queries: 50 per iteration for an ensemble; 5000 for
+        Square and HopSkipJump, unless `iters` is given."""
         if name not in WITH_QUERIES:
             queries = None
         elif queries is None and name in WITHOUT_GRADIENT and iters is None:

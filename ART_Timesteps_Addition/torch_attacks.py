@@ -31,15 +31,15 @@ class _UnitCube(torch.nn.Module):
         self.place = torch.nn.Parameter(
             torch.empty(0, device=classifier.device), requires_grad=False
         )
-        # No submodules: torchattacks changes modes. `exact`: it looks for its success at the
-        # value that comes with a gradient.
+        # `exact`: torchattacks tests success on the value that comes with a gradient
         unrolled = classifier.model.with_options(exact=True, rescale=rescale)
-        self._out_of_sight = (classifier, unrolled)
+        # A tuple hides both from torchattacks, which changes the mode of submodules.
+        self._hidden = (classifier, unrolled)
         self.low = low
         self.width = width
 
     def forward(self, images: Tensor) -> Tensor:
-        classifier, unrolled = self._out_of_sight
+        classifier, unrolled = self._hidden
         x = images * self.width + self.low
         for operation in classifier.preprocessing_operations:
             x, _ = operation.forward(x)
@@ -47,7 +47,7 @@ class _UnitCube(torch.nn.Module):
 
 
 class FromTorch:
-    """An attack of torchattacks on one of our classifiers, seeded from torch's generator.
+    """An attack of torchattacks on a `PyTorchClassifier`, seeded from torch's generator.
 
     kind: the class in torchattacks; rescale: see `settings.GradientMethod`, False for an attack
     that divides logits by their gradients; options: of the attack."""

@@ -1,8 +1,8 @@
 """How robust is the model, and is the number reliable?
 
 An audit attacks one model within one eps, the cheapest attacks first, each on the images that are
-still classified correctly (`stages`). Its measurements are then compared with what they must be if
-the robust accuracy is to be trusted (`criteria`)."""
+still classified correctly (`stages`). The robust accuracy is trusted if the measurements meet all
+`criteria`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def audit(
 
     files: the store of `stages.Audit.run`, and source, settings, computed_on, text, write and plot;
     budget: of `stages.BUDGETS`; surrogate: a model whose adversarial examples are tried too."""
-    eps, norm = audited.attack.eps, audited.attack.norm
+    eps = audited.attack.eps
+    norm = audited.attack.norm
     print(
         f"audit, {norm}-norm, eps {eps:g}, {len(audited.y)} images, budget {budget}, predictions "
         f"after {audited.T1} steps, gradients through {' '.join(map(str, audited.steps))}; "

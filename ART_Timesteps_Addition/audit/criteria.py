@@ -58,7 +58,7 @@ CRITERIA = {
         _constant(0.9),
         "share of images whose first layer responds when every pixel changes by 1e-4: the gradient "
         "of a rounded input is meaningless",
-        "attacks through the model without its rounding",
+        "attacks on the model without its rounding",
         at_most=False,
     ),
     "settled": Criterion(
@@ -201,7 +201,7 @@ def result_of(
 
 def verdict(result: Mapping[str, Any], norm: str, eps: float) -> list[str]:
     """The result as text, a list of lines."""
-    low, high = (100 * bound for bound in result["interval"])
+    low, high = (100 * share for share in result["interval"])
     robust = 100 * result["robust"]
     failed = [name for name, check in result["checks"].items() if not check["passed"]]
     if failed:

@@ -30,7 +30,7 @@ CONVERGED = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class AuditedModel:
-    """A model, the images that it is attacked on, and how it predicts.
+    """A model, the attacked images, and how it predicts.
 
     loss      that it was trained with
     task      its images
@@ -39,7 +39,7 @@ class AuditedModel:
     attack    norm, eps and clip of all attacks
     x, y      images, (n, C, H, W) in [0, 1], and labels, (n,)
     tol       tolerance of the predictions that decide whether an image is misclassified; 0: none
-    fast_tol  tolerance of the predictions that attacks ask for
+    fast_tol  tolerance of predictions within attacks
     """
 
     model: Any
@@ -67,8 +67,8 @@ class AuditedModel:
 
     @torch.no_grad()
     def predict(self, x: Tensor, T: int, tol: float) -> Neurons:
-        """The neurons that a prediction of x, (mbs, ...) as the model sees it, is read out of,
-        after T steps; with `tol` after at most T."""
+        """The neurons of a prediction of x, (mbs, ...) and normalised, after T steps; with `tol`
+        after at most T."""
         chain = self.model.chain(self.loss)
         return fast.from_zero(chain, Phase(chain.input_drive(x)), T, tol, output_in=0)[0]
 
@@ -126,8 +126,8 @@ class AuditedModel:
         """The share of images whose drive on the first layer responds to a change of every pixel
         by about TINY.
 
-        That of a rounded input does not, and its gradient is meaningless. (Neurons may rightly be
-        saturated.)"""
+        A rounded input does not respond, and its gradient is meaningless. Drives are compared, not
+        neurons, which may be saturated."""
         responds = []
         chain = self.model.chain(self.loss)
         tiny = 100 * TINY if chain.dtype == torch.bfloat16 else TINY
@@ -152,7 +152,7 @@ class AuditedModel:
 
 
 class AuditState:
-    """What an audit has found so far.
+    """The results of an audit so far.
 
     x_adv         the strongest adversarial example of each image
     margin        of its logits, above 0 where the image is still classified correctly
@@ -178,7 +178,7 @@ class AuditState:
         return self.margin > 0
 
     def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """(arrays, a record for JSON), as the files of a stage hold them, for `of`."""
+        """(arrays, a record for JSON), as the file of a stage contains them, for `of`."""
         arrays = {"x_adv": self.x_adv, "margin": self.margin}
         return arrays, {"attacks": self.attacks, "facts": self.measurements}
 

@@ -67,7 +67,7 @@ class Audit:
         self.number = 0  # of the stage
 
     def run(self, store: Any) -> AuditState:
-        """Run all stages, but for those that the store has of an audit that was stopped.
+        """Run all stages except those that the store has from an interrupted audit.
 
         store: load(stage) -> (arrays, record) or None, save(stage, arrays, record). Returns the
         last state."""
@@ -94,7 +94,7 @@ class Audit:
     def _restored(
         self, stored: tuple[Mapping[str, np.ndarray], Mapping[str, Any]] | None
     ) -> AuditState | None:
-        """The state of a stored stage; None without one, or if it is not of these images."""
+        """The state of a stored stage; None without one, or if it has other images."""
         if stored is None:
             return None
         try:
@@ -332,7 +332,7 @@ class Audit:
 
             self.attempt(f"transfer of pgd {grad}", {"iters": iters}, unmasked)
 
-    # ---- e: the dynamics itself
+    # ---- e: attacks on the dynamics
 
     def dynamics(self) -> None:
         """Gradients of the loss averaged over intermediate states; predictions on adversarial
@@ -350,7 +350,7 @@ class Audit:
             "over_time": [round(float(share), 6) for share in shares],
         }
 
-    # ---- f: whether the numbers make sense
+    # ---- f: sanity
 
     def sanity(self) -> None:
         """Accuracy over eps, one step against many iterations, adversarial examples at 2 T1."""
@@ -367,15 +367,15 @@ class Audit:
         eps = self.attack.eps
         everything = 1.0 if self.attack.norm == "inf" else math.sqrt(math.prod(x.shape[1:]))
         curve = [(0.0, len(y))]
-        for radius in [eps / 4, eps / 2, *_doubled(eps, everything)]:
-            reached = self._margins("pgd", self.strongest, radius, x, y, self.budget.iters)
-            curve.append((radius, int((reached > 0).sum())))
+        for size in [eps / 4, eps / 2, *_doubled(eps, everything)]:
+            reached = self._margins("pgd", self.strongest, size, x, y, self.budget.iters)
+            curve.append((size, int((reached > 0).sum())))
             if not curve[-1][1]:
                 break
         rises = [after - before for (_, before), (_, after) in zip(curve, curve[1:])]
         unbounded = self._robust_to_everything(x, y, everything) if curve[-1][1] else 0
         self.state.measurements |= {
-            "curve": [(radius, count / max(len(y), 1)) for radius, count in curve],
+            "curve": [(size, count / max(len(y), 1)) for size, count in curve],
             "rise": max(0, *rises),
             "sample": len(y),
             "unbounded": unbounded,
@@ -471,7 +471,7 @@ def _strongest(reached: dict[str, np.ndarray], state: AuditState) -> str:
 
 
 def _doubled(eps: float, everything: float) -> Iterator[float]:
-    """eps, 2 eps, 4 eps ... and at last `everything`, within which any image becomes any other."""
+    """eps, 2 eps, 4 eps ... and finally `everything`, the largest distance of two images."""
     while eps < everything:
         yield eps
         eps *= 2
