@@ -21,8 +21,14 @@ from energy.dynamics import Chain, Neurons
 if TYPE_CHECKING:
     from data_utils import Task
     from experiment.config import Architecture
+    from experiment.workers import Shared
 
 Layers = list[list[nn.Module]]
+
+
+def _identity(drive: Tensor) -> Tensor:
+    """The activation of a chain whose only layer is a linear output, which takes none."""
+    return drive
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,8 +53,13 @@ class FeedForward(nn.Module):
     while the learning rule computes its gradient, see `model_utils.bp_gradients`, and those of the
     training anywhere else."""
 
-    has_dynamics = softmax = same_update = compiled = False
-    activation, schedule, B_syn = None, "sync", ()
+    has_dynamics = False
+    softmax = False
+    same_update = False
+    compiled = False
+    activation = None
+    schedule = "sync"
+    B_syn: tuple[nn.Module, ...] = ()
 
     def __init__(self, net: nn.Module, layers: Layers, in_shape: Shape, classes: int) -> None:
         super().__init__()
@@ -77,7 +88,7 @@ class FeedForward(nn.Module):
 
     def chain(self, loss: str = "mse", masks: Any = None) -> Chain:
         """See `energy.dynamics.Chain`."""
-        return Chain(self.connections, None, linear_output=True)
+        return Chain(self.connections, _identity, linear_output=True)
 
     def forward(
         self,
@@ -124,9 +135,10 @@ POOLINGS = {"m": nn.MaxPool2d, "a": nn.AvgPool2d}
 
 def ff_cnn(model: "Architecture", task: "Task") -> FeedForward:
     """Convolutions, each with batch normalisation, ReLU and pooling, then linear layers with ReLU
-    between them. Raises ValueError, naming the layer, where nothing is left of a map."""
+    between them. Raises ValueError, naming the layer, if nothing is left of a map."""
     layers: Layers = []
-    channels, size = task.channels, task.size
+    channels = task.channels
+    size = task.size
     geometries = zip(model.channels, model.kernels, model.strides, model.paddings, model.pools)
     for n, (out, kernel, stride, padding, pool) in enumerate(geometries, 1):
         pooling = [POOLINGS[pool](2)] if pool in POOLINGS else []
@@ -142,45 +154,47 @@ def ff_cnn(model: "Architecture", task: "Task") -> FeedForward:
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over a mini-batch, from the mean over each worker's share of it, in [0, 1]. As each
-    worker's loss is a mean over its share as well, gradients average as values do."""
+    """The mean over a mini-batch, from the mean over each worker's fraction of it. As each worker's
+    loss is a mean over its fraction as well, gradients average as values do."""
 
     @staticmethod
-    def forward(ctx: Any, share: float, workers: Any, value: Tensor) -> Tensor:
-        ctx.share = share
-        ctx.workers = workers
-        return workers.sum(value * share)
+    def forward(ctx: Any, whole: "Shared", value: Tensor) -> Tensor:
+        ctx.whole = whole
+        return whole.workers.sum(value * whole.fraction)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, ctx.workers.sum(grad * ctx.share)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.whole.workers.sum(grad * ctx.whole.fraction)
 
 
 class BatchNorm(nn.BatchNorm2d):
     """PyTorch's batch normalisation, but a mini-batch with a single value per map, which has no
-    variance, is normalised by the statistics of the training, and a worker's share of a mini-batch
+    variance, is normalised by the statistics of the training, and a worker's part of a mini-batch
     by those of the whole.
 
-    whole: None, or (workers, share, samples of the whole mini-batch), see
-    `experiment.workers.Workers.sharing_statistics`."""
+    whole: the mini-batch that workers share, see `experiment.workers.Workers.sharing_statistics`;
+    None for one process"""
 
-    whole: tuple[Any, float, int] | None = None
+    whole: "Shared | None" = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        values = (self.whole[2] if self.whole else len(x)) * x[0, 0].numel()
+        whole = self.whole
+        values = (whole.samples if whole else len(x)) * x[0, 0].numel()
         if values == 1:
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
-        return self._of_whole(x, *self.whole[:2], values) if self.whole else super().forward(x)
+        return self._by_whole(x, whole, values) if whole else super().forward(x)
 
-    def _of_whole(self, x: Tensor, workers: Any, share: float, values: int) -> Tensor:
-        """The same on a share. values: of a map in the whole mini-batch."""
-        mean = _Mean.apply(share, workers, x.mean((0, 2, 3)))
+    def _by_whole(self, x: Tensor, whole: "Shared", values: int) -> Tensor:
+        """Normalise a worker's part. values: of a map in the whole mini-batch."""
+        mean = _Mean.apply(whole, x.mean((0, 2, 3)))
         centred = x - mean.view(-1, 1, 1)
-        variance = _Mean.apply(share, workers, centred.square().mean((0, 2, 3)))
+        variance = _Mean.apply(whole, centred.square().mean((0, 2, 3)))
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        assert self.running_mean is not None and self.running_var is not None
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -202,7 +216,7 @@ def vit(model: "Architecture", task: "Task") -> FeedForward:
         model.mlp_width,
         num_classes=task.classes,
     )
-    if task.channels != 3:  # its first layer is for three; this one starts as that does
+    if task.channels != 3:  # its first layer is for three; this one is initialised in the same way
         net.conv_proj = nn.Conv2d(task.channels, model.width, model.patch, model.patch)
         nn.init.trunc_normal_(
             net.conv_proj.weight, std=math.sqrt(1 / (task.channels * model.patch**2))
@@ -219,5 +233,5 @@ KINDS: dict[str, Callable[["Architecture", "Task"], FeedForward]] = {
 
 
 def make_network(model: "Architecture", task: "Task") -> FeedForward:
-    """The `FeedForward` of an architecture. Raises ValueError if there is none."""
+    """The `FeedForward` of an architecture. Raises ValueError if its maps get too small."""
     return KINDS[model.kind](model, task)

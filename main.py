@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from experiment.console import Interruption
     from experiment.inference import Convergence
     from experiment.runs.checkpoint import SavedRun
-    from experiment.runs.folder import RunFolder
+    from experiment.runs.folder import RunFolder, Setup
     from experiment.workers import Workers
 
 FLAGS = MAIN_FLAGS
@@ -133,6 +133,12 @@ class Job:
             model.compiled = self.config.session.compile
         return Convergence(model, T1)
 
+    def setup(self) -> "Setup":
+        """What a new or resumed training records about its start."""
+        from experiment.runs.folder import Setup
+
+        return Setup(shlex.join(self.command), self.config, self.model, self.device)
+
     def run_folder(self) -> "RunFolder":
         """The folder of --load-path. Raises UserError if nothing can be written to it."""
         from experiment.runs.folder import RunFolder
@@ -191,14 +197,12 @@ def train(job: Job) -> None:
     history.requested = max(history.requested, last)
     folder = str(saved.path.parent) if saved else None
     job.interruption.advice = lambda: _advice(job, folder, first, last)
-    command = shlex.join(job.command)
     if run and saved:
+        setup = job.setup()
         if run_dir:
-            run.complete(command, config, job.model, job.device)
+            run.complete(setup)
         run.restore(history.epochs, history.best)
-        run.at_commit = functools.partial(
-            run.note_resumption, command, job.device, first + 1, saved.args, config.flat()
-        )
+        run.at_commit = functools.partial(run.note_resumption, setup, first + 1, saved.args)
     elif job.workers.rank == 0 and config.session.save:
         state = snapshot(job.model, config.flat(), history)
         resumable = resumable_state(history, optimizer, scheduler, generator)
@@ -280,11 +284,10 @@ def _training_folder(job: Job) -> "RunFolder | None":
 def _new_folder(job: Job, checkpoint: dict[str, Any]) -> "RunFolder":
     from experiment.runs.folder import RunFolder
 
-    command = shlex.join(job.command)
     if job.run:
-        job.run.begin(checkpoint, command, job.config, job.model, job.device)
+        job.run.begin(job.setup(), checkpoint)
         return job.run
-    run = RunFolder.create(job.config, job.device, command, job.model, checkpoint)
+    run = RunFolder.create(job.setup(), checkpoint)
     job.folders.append(run)
     return run
 

@@ -179,7 +179,7 @@ def parse_leniently(line: str) -> dict[str, Any]:
         if flag.kind is bool:
             values[dest] = True
         elif given:
-            value = given if flag.many else given[0]
+            value: list[str] | str = given if flag.many else given[0]
             try:
                 values[dest] = _convert_given(flag, value)
             except UserError:
@@ -209,7 +209,7 @@ def convert(flag: Flag, text: str) -> Any:
     low = flag.low
     high = LARGEST if flag.kind is int and flag.high is None else flag.high
     try:
-        value = _fraction(text) if flag.kind is float and "/" in text else flag.kind(text)
+        value: Any = _fraction(text) if flag.kind is float and "/" in text else flag.kind(text)
         valid = (
             (not flag.choices or value in flag.choices)
             and (flag.kind is not str or not _has_control_characters(value))

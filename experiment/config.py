@@ -893,7 +893,7 @@ def _flags_of(name: str, section: type) -> Iterable[Flag]:
         )
 
 
-SECTIONS: dict[str, type] = {
+SECTIONS: dict[str, Any] = {  # dataclasses, each with a title
     "session": Session,
     "data": Data,
     "model": Architecture,

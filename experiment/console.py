@@ -24,20 +24,20 @@ class _Lenient:
     """A text stream that survives its reader: once a write fails (a closed pipe, a full disk),
     nothing more is written."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         self._attempt(self._stream.write, text)
         return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
         self._attempt(self._stream.flush)
 
-    def _attempt(self, function, *args):
+    def _attempt(self, function: Callable[..., object], *args: object) -> None:
         try:
             function(*args)
         except (OSError, ValueError):
@@ -57,7 +57,8 @@ def lenient_streams() -> Iterator[None]:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
-    before = sys.stdout, sys.stderr
+    stdout = sys.stdout
+    stderr = sys.stderr
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")
         if hasattr(stream, "reconfigure"):
@@ -68,13 +69,14 @@ def lenient_streams() -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout = stdout
+        sys.stderr = stderr
 
 
 def command_words(argv: Sequence[str] | None, name: str) -> list[str]:
     """The words of the command line in front of the program's own arguments: interpreter or
-    torchrun, and the path of the program. argv: the arguments, None where they come from the
-    command line; name: the program. Raises UserError."""
+    torchrun, and the path of the program. argv: the arguments, or None for those of the command
+    line; name: the program. Raises UserError."""
     program = name if argv is not None else sys.argv[0]
     launch = launched()
     if launch.torchrun:
@@ -86,10 +88,10 @@ def command_words(argv: Sequence[str] | None, name: str) -> list[str]:
 
 
 def memory_limit(root: str | pathlib.Path = "/") -> float:
-    """Bytes of memory that this process may use: those of the machine, or fewer where its container
-    or batch job (cgroup, version 1 or 2, or one of its parents) has a limit; inf if unknown.
+    """Bytes of memory that this process may use: those of the machine, or fewer if its container or
+    batch job (cgroup, version 1 or 2, or one of its parents) has a limit; inf if unknown.
 
-    root: the folder that holds proc/ and sys/."""
+    root: the folder with proc/ and sys/."""
     sizes: list[float] = [math.inf]
     if hasattr(os, "sysconf"):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -109,7 +111,7 @@ def memory_limit(root: str | pathlib.Path = "/") -> float:
             name = "memory.limit_in_bytes"
         else:
             continue
-        # inside a container the path can be the one outside, of which only the root is mounted
+        # inside a container the path can be the one outside, but only its root is mounted
         parts = [part for part in path.split("/") if part not in ("", ".", "..")]
         for place in places:
             for depth in range(len(parts) + 1):
@@ -118,6 +120,7 @@ def memory_limit(root: str | pathlib.Path = "/") -> float:
     return min(size for size in sizes if size > 0)
 
 
+# In messages of PyTorch and NumPy
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator",
     "not enough memory",
@@ -125,15 +128,15 @@ OUT_OF_MEMORY = (
     "allocate memory",
     "calculation overflowed",
     "array is too big",
-)  # in messages of PyTorch and NumPy
+)
 
 
 def out_of_memory(error: BaseException, given: Mapping[str, Any]) -> RunFailed | None:
-    """The RunFailed that names the flags to reduce; None where `error` is not about memory. given:
-    the flags of the command line, {dest: value}."""
+    """The RunFailed that names the flags to reduce; None if `error` is not about memory. given: the
+    flags of the command line, {dest: value}."""
     message = one_line(error)
     is_known = isinstance(error, (RuntimeError, ValueError)) and any(
-        words in message for words in OUT_OF_MEMORY
+        text in message for text in OUT_OF_MEMORY
     )
     if not isinstance(error, MemoryError) and not is_known:
         return None
@@ -144,10 +147,8 @@ def out_of_memory(error: BaseException, given: Mapping[str, Any]) -> RunFailed |
         for name in ("mbs", "archi", "channels", "fc", "T2")
         if name in given
     )
-    failed = RunFailed(
-        f"out of memory{amount}: reduce --mbs, the layers, or with BPTT --T2"
-        + (f"; now {sizes}" if sizes else "")
-    )
+    now = f"; now {sizes}" if sizes else ""
+    failed = RunFailed(f"out of memory{amount}: reduce --mbs, the layers, or with BPTT --T2{now}")
     failed.resumable = True
     return failed
 
@@ -206,7 +207,7 @@ class Interruption:
         self.end()
 
     def _end_without_launcher(self, launcher: int) -> None:
-        """End a worker whose torchrun was killed: it would hold its GPU and the lock of the run."""
+        """End a worker whose torchrun was killed: it would keep its GPU and the run's lock."""
         while os.getppid() == launcher:
             time.sleep(1)
         self.number = signal.SIGTERM

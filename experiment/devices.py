@@ -15,6 +15,7 @@ import torch
 
 from data_utils import UserError
 from experiment.config import Config
+from experiment.text import count
 from experiment.workers import Workers
 
 USE_CPU = "--device -1 runs on the CPU"
@@ -42,17 +43,17 @@ def pick_device(index: int, workers: Workers) -> torch.device:
                 f"argument --device: got {index}, there is no CUDA device here; {USE_CPU}"
             )
         return torch.device("cpu")
-    count = torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
     if workers.size > 1:
         index = workers.local_rank
-        if index >= count:
+        if index >= gpus:
             raise UserError(
-                f"torchrun --nproc_per_node: each process needs a GPU, this machine has {count} "
+                f"torchrun --nproc_per_node: each process needs a GPU, this machine has {gpus} "
                 "(--device -1: the CPU)"
             )
-    if index >= count:
+    if index >= gpus:
         raise UserError(
-            f"argument --device: got {index}, the GPUs of this machine are 0 to {count - 1}; "
+            f"argument --device: got {index}, the GPUs of this machine are 0 to {gpus - 1}; "
             f"{USE_CPU}"
         )
     device = torch.device("cuda", index)
@@ -72,7 +73,7 @@ def _hides_all_gpus() -> bool:
 
 
 def _why_unusable(caught: Sequence[Any]) -> str | None:
-    """The reason why torch cannot use a GPU of this machine; None where it has none, or
+    """The reason why torch cannot use a GPU of this machine; None if there is none, or
     CUDA_VISIBLE_DEVICES hides them all. caught: the warnings of torch.cuda.is_available."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if _hides_all_gpus():
@@ -80,7 +81,7 @@ def _why_unusable(caught: Sequence[Any]) -> str | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         visible_count = torch.cuda.device_count()
-        try:  # counts those that CUDA_VISIBLE_DEVICES hides as well
+        try:  # this count includes those that CUDA_VISIBLE_DEVICES hides
             physical_count = torch.cuda._raw_device_count_nvml()
         except (OSError, AttributeError):  # no driver
             physical_count = 0
@@ -132,7 +133,8 @@ def validate_device(config: Config, device: torch.device) -> None:
         raise UserError(f"{got} a CUDA device, this one computes in fp32; give --precision fp32")
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
-        least, found = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        found = ".".join(map(str, capability))
         raise UserError(
             f"{got} a GPU of compute capability {least}, {torch.cuda.get_device_name(device)} has "
             f"{found}; give --precision fp32"
@@ -157,5 +159,4 @@ def seed_everything(config: Config, workers: Workers) -> Config:
 
 def computed_on() -> str:
     """The host name and the number of torch's threads, recorded with results."""
-    threads = torch.get_num_threads()
-    return f"{socket.gethostname()}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{socket.gethostname()}, {count(torch.get_num_threads(), 'thread')}"

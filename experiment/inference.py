@@ -134,7 +134,7 @@ def evaluate(
     convergence: an empty `Convergence` to count in, over all workers; it changes no prediction."""
     hits: Tensor | int = 0
     chain = model.chain(rule.loss)
-    for x, y in workers.strided(progress(batches, description)):
+    for _, (x, y) in workers.deal(progress(batches, description), in_turn=True):
         hits += correct(chain, predicting_neurons(model, x, rule, observer, convergence), y)
     if convergence is not None:
         convergence.gather(workers)
@@ -175,17 +175,17 @@ def predict(
     in turn, and all get all. convergence: as `evaluate` takes it."""
     chain = model.chain(rule.loss)
     own = []
-    for x, y in workers.strided(progress(batches, description)):
+    for place, (x, y) in workers.deal(progress(batches, description), in_turn=True):
         neurons, stop = _predict(model, x, rule, observer, convergence)
         steps = torch.full_like(y, rule.T1) if stop is None else stop.steps
         readout = chain.read(neurons)  # (mbs, classes)
         classes = readout.argmax(1)
         scores = readout.float().softmax(1) if rule.loss == "cel" else readout.float()
         confidence = scores.gather(1, classes[:, None])[:, 0]
-        own.append([values.cpu() for values in (y, classes, confidence, steps)])
+        own.append((place, [values.cpu() for values in (y, classes, confidence, steps)]))
     if convergence is not None:
         convergence.gather(workers)
-    return Predictions(*map(torch.cat, zip(*workers.gather_strided(own), strict=True)))
+    return Predictions(*map(torch.cat, zip(*workers.gather_dealt(own), strict=True)))
 
 
 def predictions(

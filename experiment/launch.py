@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 from data_utils import UserError
 
-# Variables that torchrun sets for a worker. Where one is missing, the process is no worker.
+# Variables that torchrun sets for a worker. If one is missing, the process is no worker.
 TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PARALLEL = ("train", "evaluate", "attack")  # tasks of --todo that several workers can share
 
 
 @dataclass(frozen=True)
 class Launch:
-    """torchrun: whether it started this process; rank, size: which of how many workers this is;
-    local_rank: which of those on its machine."""
+    """Place of this process among the workers of a command.
+
+    torchrun: whether it started this process; rank: this worker's number; size: the number of
+    workers; local_rank: this worker's number on its machine"""
 
     torchrun: bool = False
     rank: int = 0
@@ -24,15 +26,14 @@ class Launch:
 
 
 def launched(environ: Mapping[str, str] = os.environ) -> Launch:
-    """How this process was started, by its environment variables. Raises UserError where torchrun's
+    """How this process was started, from its environment variables. Raises UserError if torchrun's
     contradict each other."""
     if not all(environ.get(name, "").strip() for name in TORCHRUN):
         return Launch()
     rank, size, local_rank, port = (
         _whole(environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     )
-    numbers = None not in (rank, size, local_rank, port)
-    if not numbers or not local_rank <= rank < size or port > 65535:
+    if not (0 <= local_rank <= rank < size and 0 <= port <= 65535):
         values = ", ".join(f"{name}={environ[name]!r}" for name in TORCHRUN[1:])
         raise UserError(
             f"the environment contradicts itself: {values}; start with torchrun, or unset "
@@ -70,8 +71,9 @@ def validate_parallel(todo: str, size: int) -> None:
 
 @dataclass(frozen=True)
 class _Separate:
-    """Processes that another launcher started. launcher: in words; one_task: the words that start
-    one of them."""
+    """Processes that another launcher started.
+
+    launcher: its part of a message; one_task: the command that starts one process, a prefix"""
 
     count: int
     launcher: str
@@ -79,10 +81,10 @@ class _Separate:
 
 
 def _separate(environ: Mapping[str, str]) -> _Separate:
-    """How many processes another launcher than torchrun started."""
+    """The processes that another launcher than torchrun started."""
 
     def number(name: str) -> int:
-        return _whole(environ.get(name, "")) or 0
+        return max(0, _whole(environ.get(name, "")))
 
     # The script of `sbatch --ntasks 4` runs once, with SLURM_NTASKS 4 and SLURM_PROCID 0.
     batch_script = (
@@ -100,7 +102,7 @@ def _separate(environ: Mapping[str, str]) -> _Separate:
     return _Separate(number("WORLD_SIZE"), f"WORLD_SIZE={size} without torchrun")
 
 
-def _whole(text: str) -> int | None:
-    """The whole number in a text; None for other texts."""
+def _whole(text: str) -> int:
+    """The whole number in a text; -1 for other texts."""
     text = text.strip()
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1

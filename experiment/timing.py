@@ -1,17 +1,19 @@
 """Progress bars, a stopwatch for the parts of a training, and the count of steps with --tol."""
 
 import contextlib
+import dataclasses
 import io
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from energy.rule import Observer
+from experiment.workers import Workers
 
 T = TypeVar("T")
 
@@ -22,25 +24,24 @@ class _LogBar(tqdm):
     """A bar in a log file: a line now and then, and nothing that moves a cursor."""
 
     @staticmethod
-    def status_printer(file):
-        def write(text):
+    def status_printer(file: IO[str]) -> Callable[[str], None]:
+        def write(text: str) -> None:
             if text:
                 file.write(f"{text}\n")
                 file.flush()
 
         return write
 
-    def moveto(self, n):
-        """A log file has no lines to move between."""
+    def moveto(self, n: int) -> None:
+        """Do nothing: a log file has no lines to move between."""
 
-    def close(self):
+    def close(self) -> None:
         self.fp = io.StringIO()  # takes the characters that would clear the line
         super().close()
 
 
 def progress(iterable: Iterable[T], description: str, total: int | None = None) -> tqdm:
-    """A tqdm bar on standard error; in a log file a line a minute, and only for work that takes
-    longer."""
+    """A tqdm bar on standard error; in a log file a line a minute, from the second minute on."""
     if sys.stderr.isatty():
         return tqdm(iterable, desc=description, total=total, leave=False, dynamic_ncols=True)
     return _LogBar(
@@ -65,8 +66,7 @@ def write(text: str) -> None:
 class Stopwatch(Observer):
     """Seconds that each part of a training takes. steps: the `StepCount` of its free phases.
 
-    On a CUDA device work is timed by events and added up only when asked for, so that nothing waits
-    for it meanwhile."""
+    On a CUDA device work is timed by events, which only `seconds` waits for."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.cuda = device is not None and device.type == "cuda"
@@ -78,7 +78,8 @@ class Stopwatch(Observer):
     def part(self, name: str) -> Iterator[None]:
         """Add the time that the block takes to the part `name`."""
         if self.cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
             start.record()
             yield
             end.record()
@@ -127,17 +128,17 @@ class Stopwatch(Observer):
         )
 
 
+@dataclasses.dataclass
 class StepCount:
-    """How many steps the free phases of a data set took with --tol, and how many images had not
-    converged to it. Counts stay on the device until they are asked for.
+    """Number of steps of the free phases of a data set with --tol, and of images that had not
+    converged to it. Counts stay on the device until they are read.
 
     images: counted; steps: their sum; most: of an image; unconverged: images"""
 
-    def __init__(self) -> None:
-        self.images = 0
-        self.steps: int | Tensor = 0
-        self.most: int | Tensor = 0
-        self.unconverged: int | Tensor = 0
+    images: int = 0
+    steps: int | Tensor = 0
+    most: int | Tensor = 0
+    unconverged: int | Tensor = 0
 
     def add(self, steps: Tensor, converged: Tensor) -> None:
         """Count a mini-batch. steps: of each image, (mbs,) int64; converged: (mbs,) bool."""
@@ -147,14 +148,14 @@ class StepCount:
             self.unconverged = self.unconverged + (~converged).sum()
             self.most = steps.max().clamp(min=self.most)
 
-    def gather(self, workers: Any) -> None:
-        """Make each worker's count the count of all `Workers`."""
-        own = [int(count) for count in (self.images, self.steps, self.unconverged, self.most)]
-        images, steps, unconverged, most = zip(*workers.gather(own))
-        self.images = sum(images)
-        self.steps = sum(steps)
-        self.unconverged = sum(unconverged)
-        self.most = max(most)
+    def gather(self, workers: Workers) -> None:
+        """Make each worker's count the count of all workers."""
+        own = StepCount(self.images, int(self.steps), int(self.most), int(self.unconverged))
+        counts = workers.gather(own)
+        self.images = sum(count.images for count in counts)
+        self.steps = sum(count.steps for count in counts)
+        self.most = max(int(count.most) for count in counts)
+        self.unconverged = sum(count.unconverged for count in counts)
 
     def columns(self) -> dict[str, float]:
         """Columns of metrics.csv: mean and maximum of the steps, and the share of images in % that

@@ -50,10 +50,16 @@ class Recorder:
     DRAW = 5  # seconds between two drawings, which can take longer than a short epoch
 
     def commit(
-        self, trainer: "Trainer", row: dict, improved: bool, final: bool, generator: torch.Generator
+        self,
+        trainer: "Trainer",
+        row: dict,
+        improved: bool,
+        final: bool,
+        generator: torch.Generator | None,
     ) -> None:
         """Write an epoch. row: of metrics.csv, not yet in the history; improved: whether this is
         the best model so far; generator: of the training data."""
+        assert generator is not None  # mini-batches that a run folder records are shuffled
         history = trainer.history
         committed = dataclasses.replace(history, epochs=[*history.epochs, row])
         state = snapshot(trainer.model, self.config.flat(), committed)
@@ -231,7 +237,7 @@ class Trainer:
                 )
         return accuracies, convergence
 
-    def _commit(self, row: dict, final: bool, generator: torch.Generator) -> None:
+    def _commit(self, row: dict, final: bool, generator: torch.Generator | None) -> None:
         """Append an epoch to the history, and record it."""
         accuracy = row.get("val_acc", row["test_acc"])
         improved = accuracy > self.history.best_accuracy

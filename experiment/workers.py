@@ -1,6 +1,7 @@
 """The workers of torchrun: processes that share the mini-batches of one command."""
 
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import os
@@ -25,6 +26,15 @@ T = TypeVar("T")
 FOREVER = datetime.timedelta(days=20)
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A mini-batch of `samples` that workers share. fraction: this worker's, from 0 to 1."""
+
+    workers: "Workers"
+    fraction: float
+    samples: int
+
+
 class LostWorker(RunFailed):
     """Another worker has ended, or sent no heartbeat for too long."""
 
@@ -37,8 +47,8 @@ class _Heartbeat(threading.Thread):
     A killed process closes its connections, which the others notice at once. A frozen process, or a
     machine without power, does not: it is lost once its count has not changed for `patience`
     seconds. A worker that computes, writes or downloads for hours keeps counting. Seconds are
-    measured in beats of this thread, not by a clock: workers that a batch system suspended together
-    are not lost when they resume."""
+    counted in beats of this thread instead of a clock: workers that a batch system suspended
+    together are not lost when they resume."""
 
     ENDED = 2**40  # added to the count of a worker whose work is complete; beats never reach it
 
@@ -66,7 +76,7 @@ class _Heartbeat(threading.Thread):
                 )
                 silent[rank] = 0 if alive else silent[rank] + 1
             counts = now or counts
-            lost = max(others, key=silent.get)
+            lost = max(others, key=lambda rank: silent[rank])
             if silent[lost] * self.interval >= self.patience and not self._stopped.is_set():
                 self.workers.on_loss(
                     f"a worker was lost (rank {lost}: no heartbeat for {self.patience:g} s)"
@@ -84,7 +94,7 @@ class _Heartbeat(threading.Thread):
         return {rank: min(count, self.ENDED) for rank, count in found.items()}
 
     def stop(self) -> None:
-        """End the thread, and tell the others that the work of this worker is complete."""
+        """End the thread, and record for the others that the work of this worker is complete."""
         self._stopped.set()
         with contextlib.suppress(RuntimeError):  # torchrun has ended before
             self.store.add(f"heartbeat {self.workers.rank}", self.ENDED)
@@ -93,10 +103,10 @@ class _Heartbeat(threading.Thread):
 class Workers:
     """The processes that torchrun started; a single process without it.
 
-    rank, size: the number of this worker, and of all; rank 0 writes the files. local_rank: its
-    number on its machine. All workers have to call collectives (`sum`, `average_gradients`, a
-    mini-batch within `sharing_statistics`, `deal`, `gather`, `gather_dealt`, `gather_strided`,
-    `broadcast`, `rank_zero_first`) in the same order. Collectives wait for slower workers without a
+    rank: the number of this worker, 0 for the one that writes the files; size: the number of
+    workers; local_rank: this worker's number on its machine. All workers have to call collectives
+    (`sum`, `average_gradients`, a mini-batch within `sharing_statistics`, `deal`, `gather`,
+    `gather_dealt`, `broadcast`, `rank_zero_first`) in the same order. Collectives wait for slower workers without a
     limit, and raise LostWorker if one has ended. If one is frozen or its machine is gone, `on_loss`
     is called with the reason, from another thread."""
 
@@ -188,31 +198,28 @@ class Workers:
         first, last = (-(-n * rank // self.size) for rank in (self.rank, self.rank + 1))
         return slice(min(first, n - 1), max(first + 1, last)), last - first
 
-    def strided(self, iterable: Iterable[T]) -> Iterator[T]:
-        """Every size-th item: for items of equal work. See `gather_strided`."""
-        return itertools.islice(iterable, self.rank, None, self.size)
+    def deal(self, iterable: Iterable[T], in_turn: bool = False) -> Iterator[tuple[int, T]]:
+        """Yields (place, item) for the items of this worker. See `gather_dealt`.
 
-    def deal(self, iterable: Iterable[T]) -> Iterator[tuple[int, T]]:
-        """(place, item) of the items of this worker: each item goes to the next worker that is
-        free, so that slow ones do not pile up. The work on an item has to be complete on the device
-        before the next one is requested. See `gather_dealt`."""
-        places = self._places()
+        Each item goes to the next worker that is free. The work on an item has to be complete on
+        the device before the next one is requested. in_turn: items of equal work go to the workers
+        in turn, without waiting for the device."""
+        places: Iterator[int] = itertools.count(self.rank, self.size)
+        if self._board and not in_turn:
+            places = self._next_places(self._board)
         mine = next(places)
         for place, item in enumerate(iterable):
             if place == mine:
                 yield place, item
                 mine = next(places)
 
-    def _places(self) -> Iterator[int]:
-        """The places of this worker's items in `deal`, from a shared counter; every size-th without
-        `connect`."""
-        if not self._board:
-            yield from itertools.count(self.rank, self.size)
+    def _next_places(self, board: dist.Store) -> Iterator[int]:
+        """The places of this worker's items in a `deal`, from a counter that the workers share."""
         self._deals += 1
         name = f"deal {self._deals}"
         while True:
             with self._exchange():
-                place = self._board.add(name, 1) - 1
+                place = board.add(name, 1) - 1
             yield place
 
     # ---- exchange
@@ -237,11 +244,11 @@ class Workers:
         """A block in which batch normalisations (modules with an attribute `whole`) take the
         statistics of all n_global samples of a mini-batch, n_local of them this worker's. Gradients
         through them are what `average_gradients` expects."""
-        norms = [module for module in model.modules() if hasattr(module, "whole")]
-        if self.size == 1:
-            norms = []
+        norms: list[Any] = []
+        if self.size > 1:
+            norms = [module for module in model.modules() if hasattr(module, "whole")]
         for module in norms:
-            module.whole = self, n_local / n_global, n_global
+            module.whole = Shared(self, n_local / n_global, n_global)
         try:
             yield
         finally:
@@ -266,15 +273,9 @@ class Workers:
                 dist.all_gather_object(items, item)
         return items
 
-    def gather_strided(self, results: list[T]) -> list[T]:
-        """The results of all items of `strided`, in their order. results: of this worker's."""
-        missing = object()
-        rounds = itertools.zip_longest(*self.gather(results), fillvalue=missing)
-        return [item for row in rounds for item in row if item is not missing]
-
     def gather_dealt(self, results: list[tuple[int, T]]) -> list[T]:
-        """The results of all items of `deal`, in their order. results: (place, result) of this
-        worker's."""
+        """The results of all items of `deal`, in their order. results: (place, result) for each
+        item of this worker."""
         together = [result for own in self.gather(results) for result in own]
         return [result for _, result in sorted(together, key=lambda result: result[0])]
 
@@ -308,8 +309,8 @@ class Workers:
             yield
 
     def end(self, message: str, code: int) -> int:
-        """Print why the run ends, unless another worker has printed it, and return `code`. One of
-        several workers exits at once: an orderly end would wait for those that are lost."""
+        """Print why the run ends, unless another worker has printed it, and return `code`. With
+        several workers the process exits at once: an orderly end would wait for lost workers."""
         if self.size == 1 or self._is_first_to_end():
             print(message, file=self.stderr, flush=True)
         if self.size > 1:
@@ -326,10 +327,10 @@ class Workers:
     def _store(self, timeout: datetime.timedelta, prefix: str | None = None) -> dist.Store:
         """The store that torchrun serves, whichever worker is lost; empty for workers that torchrun
         starts in place of lost ones."""
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.PrefixStore(
-            prefix or self._meeting, dist.TCPStore(address, port, timeout=timeout)
-        )
+        address = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, timeout=timeout)
+        return dist.PrefixStore(prefix or self._meeting, store)
 
     def _meet(self) -> str:
         """A name that all workers of this start share, and no earlier start had.

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def import_matplotlib() -> None:
 
 
 @functools.cache
-def _settings() -> dict[str, Any]:
+def _settings() -> Any:  # a dict, whose keys Matplotlib's stubs enumerate
     """Every setting of Matplotlib that a figure can depend on."""
     import matplotlib
 
@@ -125,7 +125,8 @@ def eps_label(eps: float, norm: str) -> str:
 
 def integer_ticks(axis: Axis) -> None:
     """Put ticks at whole numbers only."""
-    axis.get_major_locator().set_params(integer=True)
+    locator: Any = axis.get_major_locator()  # a MaxNLocator, by default
+    locator.set_params(integer=True)
 
 
 def eps_ticks(axes: Axes, values: Sequence[float], norm: str) -> None:
@@ -174,7 +175,7 @@ def heat_map(
     axes: Axes,
     shares: np.ndarray,
     texts: np.ndarray | None = None,
-    aspect: str = "equal",
+    aspect: Literal["equal", "auto"] = "equal",
     fontsize: float = 8,
 ) -> AxesImage:
     """Draw shares in %, (rows, columns), as colours, with the texts of the same shape in the
@@ -185,8 +186,9 @@ def heat_map(
         for (row, column), text in np.ndenumerate(texts):
             if text:
                 color = "black" if shares[row, column] > 55 else "white"
-                look = {"ha": "center", "va": "center", "fontsize": fontsize, "color": color}
-                axes.text(column, row, text, **look)
+                axes.text(
+                    column, row, text, ha="center", va="center", fontsize=fontsize, color=color
+                )
     return image
 
 

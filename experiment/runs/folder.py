@@ -3,6 +3,7 @@ training at a time."""
 
 import contextlib
 import csv
+import dataclasses
 import datetime
 import errno
 import hashlib
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,6 +43,22 @@ from experiment.runs.files import (
     write_text,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a training was started with, as hyperparameters.txt and config.json record it.
+
+    model: printed as a module tree"""
+
+    command_line: str
+    config: Config
+    model: torch.nn.Module
+    device: torch.device
+
 
 class RunFolder:
     """The folder of one run.
@@ -54,84 +72,64 @@ class RunFolder:
         self.about = about
         self.at_commit: Callable[[], None] | None = None
         self._locks: list[Lock] = []
-        self._board = None
+        self._board: SummaryWriter | None = None
         self._not_drawn: set[str] = set()  # names of the figures that a warning was printed for
 
     @classmethod
     def create(
-        cls,
-        config: Config,
-        device: torch.device,
-        command_line: str,
-        model: torch.nn.Module,
-        checkpoint: dict,
-        root: str = "results",
+        cls, setup: Setup, checkpoint: dict, root: str | os.PathLike = "results"
     ) -> "RunFolder":
         """Create root/ALG/LOSS/yyyy-mm-dd/hh-mm-ss_gpuN (or _cpu; then _2, _3 ...), locked.
 
         It appears with hyperparameters.txt and the checkpoint of epoch 0 inside, so that a run
         killed at any moment can resume."""
+        config = setup.config
         now = datetime.datetime.now()
-        place = "cpu" if device.type == "cpu" else f"gpu{device.index or 0}"
-        final = pathlib.Path(
-            root,
-            config.learning.alg,
-            config.model.loss,
-            now.strftime("%Y-%m-%d"),
-            now.strftime("%H-%M-%S") + "_" + place,
-        )
+        device = "cpu" if setup.device.type == "cpu" else f"gpu{setup.device.index or 0}"
+        parent = pathlib.Path(root, config.learning.alg, config.model.loss, f"{now:%Y-%m-%d}")
+        final = parent / f"{now:%H-%M-%S}_{device}"
         hidden = hidden_name(final)
         try:
             hidden.mkdir(parents=True)
             run = cls(hidden, config.session.figures, config.about)
             run.lock()  # first, see `remove_half_made`
-            run.write_hyperparameters(command_line, config, model, device)
+            run.write_hyperparameters(setup)
             run.save("checkpoint.tar", checkpoint)
-            for attempt in itertools.count(1):
-                run._move(final if attempt == 1 else final.with_name(f"{final.name}_{attempt}"))
-                if run.folder != hidden:
-                    return run
+            attempt = 1
+            target = final
+            while not run._move(target):
+                attempt += 1
+                target = final.with_name(f"{final.name}_{attempt}")
+            return run
         except OSError as e:
             raise WriteFailed(f"cannot create the run folder {final}: {why(e)}") from None
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
 
-    def _move(self, folder):
-        """Rename the folder, unless there is another of that name."""
+    def _move(self, folder: pathlib.Path) -> bool:
+        """Rename the folder; False if there is another of that name."""
         try:
             os.rename(self.folder, folder)
         except OSError as e:
             if e.errno in (errno.EEXIST, errno.ENOTEMPTY):  # another run was first
-                return
+                return False
             raise
         self.folder = folder
         self._locks[0].path = folder / ".lock"
+        return True
 
-    def begin(
-        self,
-        checkpoint: dict,
-        command_line: str,
-        config: Config,
-        model: torch.nn.Module,
-        device: torch.device,
-    ) -> None:
+    def begin(self, setup: Setup, checkpoint: dict) -> None:
         """Make this folder, which exists and is locked, a new run.
 
         The checkpoint of epoch 0 comes first: from then on the run can resume, and `complete`
         writes what is missing."""
         self.save("checkpoint.tar", checkpoint)
-        self.write_hyperparameters(command_line, config, model, device)
+        self.write_hyperparameters(setup)
 
-    def complete(
-        self,
-        command_line: str,
-        config: Config,
-        model: torch.nn.Module,
-        device: torch.device,
-    ) -> None:
+    def complete(self, setup: Setup) -> None:
         """Write the files that a kill kept `begin` from writing."""
         if not (self.folder / "hyperparameters.txt").exists():
-            self.write_hyperparameters(command_line, config, model, device)
+            self.write_hyperparameters(setup)
 
     def lock(self, table: str = "") -> None:
         """Lock the folder, or a table in it, until `release`. Raises UserError if another process
@@ -139,7 +137,7 @@ class RunFolder:
         self._locks.append(Lock(self.folder, table))
 
     def release(self) -> None:
-        """Give back all locks."""
+        """Release all locks."""
         if self._board:
             self._board.close()
         while self._locks:
@@ -164,24 +162,18 @@ class RunFolder:
 
     # ---- its files
 
-    def write_hyperparameters(
-        self,
-        command_line: str,
-        config: Config,
-        model: torch.nn.Module,
-        device: torch.device,
-    ) -> None:
+    def write_hyperparameters(self, setup: Setup) -> None:
         """Write config.json and then, see `complete`, hyperparameters.txt."""
-        args = config.flat()
+        args = setup.config.flat()
         self.write_config(args)
         lines = [
-            *_heading(command_line, device),
+            *_heading(setup.command_line, setup.device),
             "",
             "arguments:",
             *(f"  {name}: {value!r}" for name, value in sorted(args.items())),
             "",
             "model:",
-            str(model),
+            str(setup.model),
         ]
         self.write_lines("hyperparameters.txt", lines)
 
@@ -189,11 +181,10 @@ class RunFolder:
         """Write every argument to config.json. args: {dest: value}."""
         self.write_lines("config.json", [json.dumps(args, indent=2, sort_keys=True)])
 
-    def note_resumption(
-        self, command_line: str, device: torch.device, epoch: int, before: dict, args: dict
-    ) -> None:
+    def note_resumption(self, setup: Setup, epoch: int, before: dict) -> None:
         """Append to hyperparameters.txt that a training resumes from `epoch` on, and rewrite
-        config.json. before, args: {dest: value} of the arguments until now and from now on."""
+        config.json. before: {dest: value} of the arguments until now."""
+        args = setup.config.flat()
         changed = [
             f"  {name}: {value!r}  # before: {before[name]!r}"
             for name, value in sorted(args.items())
@@ -202,7 +193,7 @@ class RunFolder:
         lines = [
             "",
             f"resumed from epoch {epoch} on",
-            *_heading(command_line, device),
+            *_heading(setup.command_line, setup.device),
             "arguments that differ from before:",
             *(changed or ["  none"]),
         ]
@@ -275,15 +266,15 @@ class RunFolder:
         if best is not None:
             self.save("model.pt", best)
 
-    def write_lines(self, name: str, lines: list[str]) -> None:
+    def write_lines(self, name: str, lines: Sequence[str]) -> None:
         """Write a text file."""
         write_text(self.folder / name, "\n".join(lines) + "\n")
 
-    def save_figure(self, name: str, draw: Callable, *args) -> None:
+    def save_figure(self, name: str, draw: "Callable[..., Figure]", *args: Any) -> None:
         """Save the figure draw(*args) with the run's title, in the format of `figures`.
 
         Raises no Exception: a figure that cannot be drawn or written is a warning on standard
-        error, once per figure. Write the results that it shows before."""
+        error, once per figure. Write the results that it shows first."""
         path = (self.folder / name).with_suffix(f".{self.figures}")
         try:
             with style():
@@ -319,20 +310,20 @@ class RunFolder:
 
 def remove_half_made(folder: pathlib.Path) -> None:
     """Remove the hidden folders below results/ALG/LOSS that killed processes left: runs without an
-    epoch, and claims of seeds by earlier versions."""
+    epoch, and folders that earlier versions locked for a seed."""
     for path in [*folder.glob(".seed_*"), *folder.glob("*/.[0-9]*")]:
         if path.is_symlink() or not path.is_dir() or (path / "metrics.csv").exists():
             continue
-        claim = path.name.startswith(".seed_")
+        of_seed = path.name.startswith(".seed_")
         # a run is locked right after its folder is made
-        if claim or (path / ".lock").exists() or owner_is_gone(path):
+        if of_seed or (path / ".lock").exists() or owner_is_gone(path):
             with contextlib.suppress(UserError):
                 lock = Lock(path)
                 shutil.rmtree(path, ignore_errors=True)
                 lock.release()
 
 
-def _disk_error(path, error):
+def _disk_error(path: pathlib.Path, error: RuntimeError) -> OSError:
     """The OSError behind a RuntimeError of torch.save, found by writing to the same file."""
     try:
         with open(path, "ab", opener=refusing_links) as file:
@@ -344,12 +335,12 @@ def _disk_error(path, error):
     return OSError(errno.EIO, one_line(error).split(". ")[0])
 
 
-def _heading(command_line, device):
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+def _heading(command_line: str, device: torch.device) -> list[str]:
+    """Lines about a call: command, date, machine and versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
     return [
         f"command line: {command_line}",
         f"date: {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
@@ -364,9 +355,8 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
     """A short digest of a state dict's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(
-            name.encode() + tensor.flatten().contiguous().view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(name.encode())
+        digest.update(tensor.flatten().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

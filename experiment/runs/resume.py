@@ -4,18 +4,21 @@ import contextlib
 import os
 import pathlib
 import shlex
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from data_utils import UserError
 from experiment import command_line
 from experiment.command_line import words_of
-from experiment.config import FLAGS, RESUMED, SESSION, Config
+from experiment.config import FLAGS, RESUMED, SESSION, Config, Flag
 from experiment.runs.checkpoint import SavedRun, open_saved, read_checkpoint
 from experiment.runs.files import exists, why
 from experiment.runs.folder import RunFolder
 from experiment.runs.history import RESUMABLE
 from experiment.text import format_value, name_path
+from experiment.workers import Workers
 
-# What a training writes besides its checkpoint.tar.
+# Files of a training besides its checkpoint.tar
 WRITTEN = (
     "hyperparameters.txt",
     "config.json",
@@ -29,14 +32,27 @@ WRITTEN = (
     "neural_activity.png",
     "neural_activity.pdf",
 )
-# Flags that a command that resumes has of its own.
-OF_THE_RESUMED = ("todo", "load-path", "run-dir", "save", "epochs")
+# Flags that the command that resumes sets itself
+SET_TO_RESUME = ("todo", "load-path", "run-dir", "save", "epochs")
+
+
+class Job(Protocol):
+    """A training that can be interrupted.
+
+    given: the flags of its command line, {dest: value}; program: the words in front of them; saved:
+    the run that it resumes, or None"""
+
+    config: Config
+    given: dict[str, Any]
+    program: list[str]
+    saved: SavedRun | None
+    workers: Workers
 
 
 # ---- --run-dir
 
 
-def make_folder(path: str) -> None:
+def make_folder(path: str | os.PathLike) -> None:
     """Make the folder of --run-dir if it is missing. Raises UserError."""
     try:
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
@@ -59,7 +75,7 @@ def enter_run_dir(path: str) -> RunFolder:
 
 
 def read_run_dir(run: RunFolder) -> SavedRun | None:
-    """The run in a locked --run-dir; None if no run has begun there. Other files do not matter.
+    """The run in a locked --run-dir; None if no run has begun there. Other files have no effect.
 
     Raises UserError if its checkpoint is damaged or of another program, or if there is none and a
     training would overwrite files."""
@@ -85,7 +101,7 @@ def read_run_dir(run: RunFolder) -> SavedRun | None:
     return saved
 
 
-def refuse_run_elsewhere(path: str, workers) -> None:
+def refuse_run_elsewhere(path: str, workers: Workers) -> None:
     """Raise UserError in all workers if another worker's machine has the run in --run-dir, or more
     epochs of it, than that of rank 0, which reads and writes it."""
     checkpoint = pathlib.Path(path, "checkpoint.tar")
@@ -126,21 +142,20 @@ def _saved_epochs(path: pathlib.Path) -> int:
 def refuse_changes(saved: SavedRun, given: dict) -> None:
     """Raise UserError, naming them, if flags differ from those that the run was trained with.
 
-    given: the judged flags of the command line. Flags of one call (--device), how the steps are
+    given: the validated flags of the command line. Flags of one call (--device), how the steps are
     computed (--precision, --compile) and places of data may differ."""
     before = {**{flag.dest: flag.default for flag in FLAGS}, **saved.args}
     now = command_line.resolve({**saved.args, **given}).flat()
-    differing = []
-    for flag in FLAGS:
-        trains = flag.todos is None or "train" in flag.todos
-        of_training = trains and flag.scope not in (SESSION, RESUMED)
-        if flag.dest in given and of_training and not flag.place:
-            saved_value, value = before[flag.dest], now[flag.dest]
-            if saved_value != value:
-                differing.append(
-                    f"--{flag.name} (saved: {format_value(saved_value)}, given: "
-                    f"{format_value(value)})"
-                )
+    differing = [
+        f"--{flag.name} (saved: {format_value(before[flag.dest])}, given: "
+        f"{format_value(now[flag.dest])})"
+        for flag in FLAGS
+        if flag.dest in given
+        and (flag.todos is None or "train" in flag.todos)
+        and flag.scope not in (SESSION, RESUMED)
+        and not flag.place
+        and before[flag.dest] != now[flag.dest]
+    ]
     if differing:
         raise UserError(
             f"argument --run-dir: the run in {saved.path.parent} has other values of "
@@ -180,8 +195,8 @@ def figures_are_old(run: RunFolder) -> bool:
     return any(not path.exists() or path.stat().st_mtime_ns < saved for path in paths)
 
 
-def saved_in_run_dir(path: str, workers) -> str:
-    """What is saved of an interrupted training in --run-dir, and how to resume."""
+def saved_in_run_dir(path: str, workers: Workers) -> str:
+    """Describe what is saved of an interrupted training in --run-dir, and how to resume."""
     checkpoint = pathlib.Path(path, "checkpoint.tar")
     if exists(checkpoint):
         epochs = len(open_saved(checkpoint, "train").history.epochs)
@@ -191,23 +206,23 @@ def saved_in_run_dir(path: str, workers) -> str:
     return f"nothing is saved in {path} yet; the same command starts again"
 
 
-def saved_elsewhere(job, folder: str, last: int) -> str:
+def saved_elsewhere(job: Job, folder: str, last: int) -> str:
     """As `how_to_resume`, in a worker whose machine does not have the run folder."""
-    words = _flags_of_this_call(job, lambda flag: flag.scope == SESSION)
-    words += ["--run-dir", folder, "--epochs", str(last)]
+    command = _command_with(job, lambda flag: flag.scope == SESSION)
+    command += ["--run-dir", folder, "--epochs", str(last)]
     return (
         f"the epochs are saved in {folder} on {job.workers.hosts[0]}, resume with\n  "
-        f"{shlex.join(words)}"
+        f"{shlex.join(command)}"
     )
 
 
-def _flags_of_this_call(job, wanted):
-    """The command in front of the flags and those of its flags that are `wanted` for resuming."""
-    words = list(job.program)
+def _command_with(job: Job, wanted: Callable[[Flag], bool]) -> list[str]:
+    """The program of a job with those of its flags that are `wanted`, as words."""
+    command = list(job.program)
     for flag in FLAGS:
-        if flag.dest in job.given and flag.name not in OF_THE_RESUMED and wanted(flag):
-            words += words_of(flag, job.given[flag.dest])
-    return words
+        if flag.dest in job.given and flag.name not in SET_TO_RESUME and wanted(flag):
+            command += words_of(flag, job.given[flag.dest])
+    return command
 
 
 # ---- --load-path
@@ -231,12 +246,9 @@ def epochs_left(saved: SavedRun) -> int:
     return max(0, saved.history.requested - len(saved.history.epochs))
 
 
-def how_to_resume(job, folder: str | None, first: int) -> str:
-    """What is saved of a training that began after `first` epochs, and the shortest command that
-    resumes it.
-
-    job: its config, given (the flags of its command line), saved (the run that it resumes, or None)
-    and program (the words in front of the flags); folder: of the run, None without --save."""
+def how_to_resume(job: Job, folder: str | None, first: int) -> str:
+    """Describe what is saved of a training that began after `first` epochs, and give the shortest
+    command that resumes it. folder: of the run, None without --save."""
     if not folder:
         return "this run was not saved (use --save)"
     if not exists(pathlib.Path(folder, "checkpoint.tar")):
@@ -245,10 +257,8 @@ def how_to_resume(job, folder: str | None, first: int) -> str:
     if done - first >= job.config.optimizer.epochs:
         return f"all {done} epochs are saved in {folder}"
     # changes of this session are saved only with its first epoch
-    unsaved = job.saved and done == first
-    words = _flags_of_this_call(job, lambda flag: flag.scope == SESSION or unsaved)
-    settings = {"load_path": folder, "epochs": job.config.optimizer.epochs - (done - first)}
-    for flag in FLAGS:
-        if flag.dest in settings:
-            words += words_of(flag, settings[flag.dest])
-    return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(words)}"
+    unsaved = job.saved is not None and done == first
+    command = _command_with(job, lambda flag: flag.scope == SESSION or unsaved)
+    remaining = job.config.optimizer.epochs - (done - first)
+    command += ["--load-path", folder, "--epochs", str(remaining)]
+    return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(command)}"

@@ -11,7 +11,7 @@ from experiment.config import Config
 from experiment.plots import attacks, training
 from experiment.plots import gdu as gdu_plots
 from experiment.results.attacks import Sweep
-from experiment.runs.folder import RunFolder
+from experiment.runs.folder import RunFolder, Setup
 
 pytestmark = pytest.mark.usefixtures("full_figures")
 ROWS = [
@@ -273,6 +273,7 @@ def test_a_sweep_that_is_moved_aside_takes_its_pdf_along(tmp_path):
 
 def test_a_new_run_knows_its_format(tmp_path):
     config = Config().replace(figures="pdf", model="CNN", task="digits")
-    run = RunFolder.create(config, torch.device("cpu"), "main.py", None, {}, tmp_path)
+    setup = Setup("main.py", config, None, torch.device("cpu"))
+    run = RunFolder.create(setup, {}, tmp_path)
     run.release()
     assert run.figures == "pdf" and run.about == "CNN on digits"
