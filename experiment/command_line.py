@@ -179,11 +179,11 @@ def parse_leniently(line: str) -> dict[str, Any]:
         if flag.kind is bool:
             values[dest] = True
         elif given:
-            value: list[str] | str = given if flag.many else given[0]
+            words_or_word = given if flag.many else given[0]
             try:
-                values[dest] = _convert_given(flag, value)
+                values[dest] = _convert_given(flag, words_or_word)
             except UserError:
-                values[dest] = value
+                values[dest] = words_or_word
     return values
 
 

@@ -5,6 +5,7 @@ process trains at the moment are left to it: on several GPUs, start the same com
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -24,8 +25,25 @@ from experiment.runs.history import other_data
 from experiment.validate import validate
 from experiment.workers import Workers
 
-Given = dict[str, Any]
+Given = dict[str, Any]  # {dest: value} of the flags of a command line
 Start = Callable[[Given, list[str]], int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command that trains or resumes. words: of its command line, after the program."""
+
+    given: Given
+    words: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A run folder and the number of its epochs."""
+
+    folder: pathlib.Path
+    epochs: int
+
 
 # Flags that a resumed run takes from the command line: data, for example, may have moved.
 OF_THIS_CALL = [
@@ -36,26 +54,28 @@ OF_THIS_CALL = [
 
 
 class Runs(Protocol):
-    """Where the runs of the seeds are. wanted: the epochs that each run is to have."""
+    """The place of the runs of all seeds."""
 
-    wanted: int | None
+    @property
+    def wanted(self) -> int | None:
+        """The epochs that each run is to have; None if the first run decides."""
 
     def claimed(self, seed: int) -> contextlib.AbstractContextManager[bool]:
         """A block in which no other process with --seeds trains with this seed; gives False if
         another process does. Raises UserError."""
 
-    def command(self, seed: int) -> tuple[Given, list[str]] | None:
-        """(given, words) of the command that trains or resumes; None if the run is complete."""
+    def command(self, seed: int) -> Command | None:
+        """The command that trains or resumes; None if the run is complete."""
 
-    def result(self, seed: int) -> tuple[pathlib.Path, int] | None:
-        """(run folder, its epochs) after the training; None if the run is gone."""
+    def result(self, seed: int) -> TrainedRun | None:
+        """The run after the training; None if it is gone."""
 
 
 def train_each(given: Given, words: Sequence[str], start: Start, root: str = "results") -> int:
     """Train with each of --seeds; return the exit code of the first that fails, or 0.
 
-    given: the flags of the command line, {dest: value}, and words: as text; start(given, words):
-    trains once and returns its exit code. Raises UserError."""
+    given, words: of the command line, see `Command`; start(given, words): trains once and returns
+    its exit code. Raises UserError."""
     if "seed" in given or "load_path" in given:
         raise UserError(
             "argument --seeds: it finds and resumes the runs of its seeds; give neither --seed nor "
@@ -80,22 +100,21 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
                 continue  # it may have any number of epochs at this moment
             command = runs.command(seed)
             if command:
-                code = start(*command)
+                code = start(command.given, command.words)
                 if code:
                     return code
-            result = runs.result(seed)
-            if result is None:
-                continue
-            folder, epochs = result
-            if not command and epochs == runs.wanted:
-                print(f"seed {seed}: {epochs} epochs are in {folder} already")
-        if epochs == runs.wanted:
-            done.append(folder)
-        else:
+            run = runs.result(seed)
+        if run is None:
+            continue
+        if run.epochs != runs.wanted:
             print(
-                f"seed {seed}: {folder} has {epochs} epochs, not {runs.wanted}; it is left out of "
-                "the mean"
+                f"seed {seed}: {run.folder} has {run.epochs} epochs, not {runs.wanted}; it is left "
+                "out of the mean"
             )
+            continue
+        if not command:
+            print(f"seed {seed}: {run.epochs} epochs are in {run.folder} already")
+        done.append(run.folder)
     _print_mean(done, len(seeds))
     return 0
 
@@ -129,16 +148,16 @@ class _RunsBelow:
             if lock:
                 lock.release()
 
-    def command(self, seed: int) -> tuple[Given, list[str]]:
+    def command(self, seed: int) -> Command:
         folder = str(self._folder(seed))
         given = {**self.shared, "seed": seed, "run_dir": folder}
-        return given, [*self.words, "--run-dir", folder, "--seed", str(seed)]
+        return Command(given, [*self.words, "--run-dir", folder, "--seed", str(seed)])
 
-    def result(self, seed: int) -> tuple[pathlib.Path, int]:
+    def result(self, seed: int) -> TrainedRun:
         folder = self._folder(seed)
-        epochs = _epochs(folder, self.wanted)
-        self.wanted = self.wanted or epochs
-        return folder, epochs
+        run = TrainedRun(folder, _epochs(folder, self.wanted))
+        self.wanted = self.wanted or run.epochs
+        return run
 
 
 # ------------------------------------------------------------------------------- searched in results
@@ -152,7 +171,7 @@ class _SearchedRuns:
         self.words = words
         self.config = resolve(shared)
         self.folder = pathlib.Path(root, self.config.learning.alg, self.config.model.loss)
-        self.wanted: int | None = self.config.optimizer.epochs
+        self.wanted = self.config.optimizer.epochs
         self.unreadable: set[pathlib.Path] = set()  # runs that a note has named
 
     def _of_seed(self, seed: int) -> Config:
@@ -187,34 +206,32 @@ class _SearchedRuns:
             if lock:
                 lock.release()
 
-    def command(self, seed: int) -> tuple[Given, list[str]] | None:
-        found = self._find(seed)
-        if found is None:
-            return {**self.shared, "seed": seed}, [*self.words, "--seed", str(seed)]
-        folder, epochs = found
-        assert self.wanted is not None
-        remaining = self.wanted - epochs
+    def command(self, seed: int) -> Command | None:
+        run = self._find(seed)
+        if run is None:
+            return Command({**self.shared, "seed": seed}, [*self.words, "--seed", str(seed)])
+        remaining = self.wanted - run.epochs
         if remaining <= 0:
             return None
         flags = [f for f in OF_THIS_CALL if f.dest in self.shared and f.dest != "epochs"]
         kept = {flag.dest: self.shared[flag.dest] for flag in flags}
-        words = ["--load-path", str(folder), "--epochs", str(remaining)]
+        words = ["--load-path", str(run.folder), "--epochs", str(remaining)]
         for flag in flags:
             words += words_of(flag, kept[flag.dest])
-        return {**kept, "load_path": str(folder), "epochs": remaining}, words
+        return Command({**kept, "load_path": str(run.folder), "epochs": remaining}, words)
 
-    def result(self, seed: int) -> tuple[pathlib.Path, int] | None:
+    def result(self, seed: int) -> TrainedRun | None:
         return self._find(seed)
 
-    def _find(self, seed: int) -> tuple[pathlib.Path, int] | None:
-        """(run folder, its epochs) of the training with a seed on the same data: a run of the
-        wanted epochs, else the longest that is shorter, else the shortest that is longer; None
-        without one. Prints a note once for each run that cannot be read."""
+    def _find(self, seed: int) -> TrainedRun | None:
+        """The training with a seed on the same data: a run of the wanted epochs, else the longest
+        that is shorter, else the shortest that is longer; None without one. Prints a note once for
+        each run that cannot be read."""
         now = self._of_seed(seed).flat()
         identity = {**training_identity(now), "seed": seed}
         found = []
         for path in sorted(self.folder.glob("[!.]*/[!.]*/config.json")):
-            run = path.parent
+            folder = path.parent
             try:
                 saved = parse_json(read_text(path))
                 if {**training_identity(saved), "seed": saved.get("seed")} != identity:
@@ -222,25 +239,24 @@ class _SearchedRuns:
                 knows_data = not FINGERPRINTS.keys().isdisjoint(saved)
                 if knows_data and other_data(saved, {**now, **self.fingerprints}):
                     continue
-                found.append((run, _epochs(run, self.wanted)))
+                found.append(TrainedRun(folder, _epochs(folder, self.wanted)))
             except (UserError, OSError, ValueError, AttributeError, RecursionError) as e:
-                if run not in self.unreadable:
+                if folder not in self.unreadable:
                     reason = e if isinstance(e, UserError) else f"{path} cannot be read"
-                    print(f"note: {run} is left out: {reason}", file=sys.stderr)
-                self.unreadable.add(run)
+                    print(f"note: {folder} is left out: {reason}", file=sys.stderr)
+                self.unreadable.add(folder)
 
-        def preference(item: tuple[pathlib.Path, int]) -> tuple[bool, int]:
-            assert self.wanted is not None
-            return item[1] <= self.wanted, -abs(self.wanted - item[1])
+        def preference(run: TrainedRun) -> tuple[bool, int]:
+            return run.epochs <= self.wanted, -abs(self.wanted - run.epochs)
 
-        return max(found, key=preference, default=None)  # of several the first
+        return max(found, key=preference, default=None)  # the first of equal ones
 
 
 # ------------------------------------------------------------------------------------------ helpers
 
 
 def _lock(seed: int, folder: pathlib.Path, name: str = "") -> Lock | None:
-    """The Lock of a seed's training; None, with a note, if another process holds it. Raises
+    """The Lock of a seed's training; None, with a note, if another process has it. Raises
     UserError."""
     try:
         return Lock(folder, name)
