@@ -4,7 +4,7 @@ transformer.
 To everything else a network is a model whose `Chain` has one connection: the whole network drives
 the logits bottom-up, and nothing drives top-down. One time step reaches the fixed point. Code that
 predicts with an energy model, trains, attacks or audits it therefore works with a network as well;
-where time steps matter it asks for `has_dynamics`."""
+if time steps matter, it reads `has_dynamics`."""
 
 import dataclasses
 import math
@@ -80,7 +80,7 @@ class FeedForward(nn.Module):
         return next(self.parameters())
 
     def parameter_layers(self) -> list[tuple[int, list[nn.Parameter]]]:
-        """[(the layer whose learning rate counts, parameters)], see `model_utils.make_optimizer`."""
+        """[(layer of the learning rate, parameters)], see `model_utils.make_optimizer`."""
         return [
             (n, [p for m in modules for p in m.parameters()])
             for n, modules in enumerate(self._layers)

@@ -292,7 +292,7 @@ _Unpickler: Any = pickle._Unpickler  # Python's own, whose methods are not in it
 class RestrictedUnpickler(_Unpickler):
     """Unpickler that runs no code from the file and takes little more memory than the file has.
 
-    It knows OPCODES, and what `names` lists is all that it calls. A restricted `find_class` of
+    It knows only OPCODES, and calls only the functions in `names`. A restricted `find_class` of
     Python's fast unpickler would not be enough: a deep tuple as a dict key crashes the interpreter,
     and ten bytes make it allocate 34 GB. Raises UnpicklingError for a file that asks for other
     names, any exception for one that is damaged."""

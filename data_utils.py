@@ -426,7 +426,7 @@ class _ArrayFile:
             raise UserError(f"{path} cannot be read: {one_line(e)}") from None
 
     def unexpected(self, expected: str) -> UserError:
-        """The error that the file does not contain what is `expected`."""
+        """The error that the file contains something else than `expected`."""
         found = "several arrays"
         if isinstance(self.array, np.ndarray):
             found = f"{self.array.dtype} {self.array.shape}"

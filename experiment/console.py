@@ -51,7 +51,7 @@ class _Lenient:
 def lenient_streams() -> Iterator[None]:
     """A block in which printing never fails: standard output and error may close, fill up, be
     missing, or encode ASCII alone."""
-    # otherwise a file opened later gets the descriptor of a missing stream, and what is printed
+    # otherwise a file opened later gets the descriptor of a missing stream, and its output
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

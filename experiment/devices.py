@@ -27,8 +27,8 @@ def pick_device(index: int, workers: Workers) -> torch.device:
     the GPU of the worker's local rank.
 
     Without an NVIDIA device, or with CUDA_VISIBLE_DEVICES empty, index 0 is the CPU
-    (`validate_device` prints a note). Raises UserError, with the cause, if the GPU exists and cannot
-    be used."""
+    (`validate_device` prints a note). Raises UserError, with the cause, if the GPU exists and
+    cannot be used."""
     if index == -1:
         return torch.device("cpu")
     with warnings.catch_warnings(record=True) as caught:  # torch warns of the cause
@@ -60,7 +60,7 @@ def pick_device(index: int, workers: Workers) -> torch.device:
     try:
         torch.cuda.set_device(device)  # events and streams are the current device's
         torch.zeros(1, device=device).add_(1).item()
-    except Exception as e:  # in exclusive use, out of memory, unsupported: of several types
+    except Exception as e:  # its type depends on the cause: exclusive use, memory, support
         raise UserError(
             f"argument --device: GPU {index} cannot be used: {_first_sentence(e)}; {USE_CPU}"
         ) from None

@@ -106,9 +106,9 @@ class Workers:
     rank: the number of this worker, 0 for the one that writes the files; size: the number of
     workers; local_rank: this worker's number on its machine. All workers have to call collectives
     (`sum`, `average_gradients`, a mini-batch within `sharing_statistics`, `deal`, `gather`,
-    `gather_dealt`, `broadcast`, `rank_zero_first`) in the same order. Collectives wait for slower workers without a
-    limit, and raise LostWorker if one has ended. If one is frozen or its machine is gone, `on_loss`
-    is called with the reason, from another thread."""
+    `gather_dealt`, `broadcast`, `rank_zero_first`) in the same order. Collectives wait for slower
+    workers without a limit, and raise LostWorker if one has ended. If one is frozen or its machine
+    is gone, `on_loss` is called with the reason, from another thread."""
 
     PATIENCE = datetime.timedelta(minutes=1)  # without a heartbeat, after which a worker is lost
     START = datetime.timedelta(minutes=10)  # in which all have to start: libraries can load slowly

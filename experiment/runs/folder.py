@@ -127,7 +127,7 @@ class RunFolder:
         self.write_hyperparameters(setup)
 
     def complete(self, setup: Setup) -> None:
-        """Write the files that a kill kept `begin` from writing."""
+        """Write the files that are missing because a kill stopped `begin`."""
         if not (self.folder / "hyperparameters.txt").exists():
             self.write_hyperparameters(setup)
 

@@ -62,7 +62,8 @@ def changes(before: dict, now: dict) -> list[str]:
         if flag.scope != SESSION and flag.dest in before and before[flag.dest] != now[flag.dest]
     ]
     return flags + [
-        f"other {FINGERPRINTS[name][0]} images or labels: {name} {now[name]} (until now {before[name]})"
+        f"other {FINGERPRINTS[name][0]} images or labels: {name} {now[name]} "
+        f"(until now {before[name]})"
         for name in other_data(before, now)
     ]
 

@@ -1,5 +1,5 @@
-"""Files of the original code and of earlier versions: pickled modules, hyperparameters.txt, lists of
-accuracies, bare state dicts."""
+"""Files of the original code and of earlier versions: pickled modules, hyperparameters.txt, lists
+of accuracies, bare state dicts."""
 
 import ast
 import contextlib
