@@ -21,7 +21,6 @@ from energy.dynamics import Chain, Neurons
 if TYPE_CHECKING:
     from data_utils import Task
     from experiment.config import Architecture
-    from experiment.workers import Shared
 
 Layers = list[list[nn.Module]]
 
@@ -158,7 +157,7 @@ class _Mean(torch.autograd.Function):
     loss is a mean over its fraction as well, gradients average as values do."""
 
     @staticmethod
-    def forward(ctx: Any, whole: "Shared", value: Tensor) -> Tensor:
+    def forward(ctx: Any, whole: Any, value: Tensor) -> Tensor:
         ctx.whole = whole
         return whole.workers.sum(value * whole.fraction)
 
@@ -172,10 +171,10 @@ class BatchNorm(nn.BatchNorm2d):
     variance, is normalised by the statistics of the training, and a worker's part of a mini-batch
     by those of the whole.
 
-    whole: the mini-batch that workers share, see `experiment.workers.Workers.sharing_statistics`;
+    whole: the `experiment.workers.Shared` of a mini-batch, set by `Workers.sharing_statistics`;
     None for one process"""
 
-    whole: "Shared | None" = None
+    whole: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -188,7 +187,7 @@ class BatchNorm(nn.BatchNorm2d):
             )
         return self._by_whole(x, whole, values) if whole else super().forward(x)
 
-    def _by_whole(self, x: Tensor, whole: "Shared", values: int) -> Tensor:
+    def _by_whole(self, x: Tensor, whole: Any, values: int) -> Tensor:
         """Normalise a worker's part. values: of a map in the whole mini-batch."""
         mean = _Mean.apply(whole, x.mean((0, 2, 3)))
         centred = x - mean.view(-1, 1, 1)
