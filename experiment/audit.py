@@ -33,7 +33,7 @@ class AuditFiles:
     Audit_<norm>_<eps>_<stage>.npz, from which a stopped audit resumes. Stages of other settings are
     replaced, results of other settings renamed.
 
-    settings     all that the numbers depend on, for JSON
+    settings     settings that identify the result, for JSON
     source       the audited checkpoint, one line
     computed_on  the machines that computed the stages
     """
@@ -76,7 +76,7 @@ class AuditFiles:
         return self.run.folder / f"{self.stem}_{name}.npz"
 
     def load(self, name: str) -> tuple[dict[str, np.ndarray], Any] | None:
-        """(arrays, record) of a stage as given to `save`; None if none has these settings."""
+        """(arrays, record) of a stage as passed to `save`; None without one of these settings."""
         try:
             arrays = read_arrays(self._stage(name))
             if not same_settings(parse_json(str(arrays.pop("settings"))), self.settings):

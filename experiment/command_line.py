@@ -1,7 +1,7 @@
 """The command line: from words to a `Config`, generated from the flags of `experiment.config`.
 
-Words stay text until all are known and are converted then, so that the last counts where a flag is
-given twice, and a saved run can fill in what was not given.
+Values are converted after all words are parsed, so that the last counts if a flag is given twice,
+and a saved run supplies the values that are not given.
 """
 
 import argparse
@@ -105,13 +105,13 @@ def _add_argument(group: Any, flag: Flag) -> None:
         )
         return
     group.add_argument(f"--{flag.name}", action="store_true", help=help_text)
-    if _has_negative(flag):
+    if has_negative(flag):
         group.add_argument(
             f"--{flag.negative}", action="store_false", dest=flag.dest, help=argparse.SUPPRESS
         )
 
 
-def _has_negative(flag: Flag) -> bool:
+def has_negative(flag: Flag) -> bool:
     """Whether a switch can be turned off by `flag.negative`, unless that is another flag."""
     return flag.kind is bool and all(other.name != flag.negative for other in FLAGS)
 
@@ -124,7 +124,7 @@ def default_text(flag: Flag) -> str:
 
 
 def _help(flag: Flag) -> str:
-    if _has_negative(flag):
+    if has_negative(flag):
         return f"{flag.help} (off: --{flag.negative})"
     default = default_text(flag)
     return f"{flag.help} (default: {default})" if default else flag.help
@@ -249,7 +249,7 @@ def _fraction(text: str) -> float:
 
 
 def _has_control_characters(text: str) -> bool:
-    """Whether a text would break a path (NUL) or an error message (a line feed)."""
+    """Whether a text has characters that a path (NUL) or an error message (line feed) cannot."""
     return any(unicodedata.category(character) == "Cc" for character in text)
 
 
@@ -294,7 +294,7 @@ def words_of(flag: Flag, value: Any) -> list[str]:
 
 def describe_change(flag: Flag, value: Any, label: str, other: Any) -> str:
     """Two values of a flag: `--T1 9 (until now 8)`, of a switch `--no-save (until now --save)`.
-    label: the `until now`."""
+    label: the text before the other value."""
     if flag.kind is bool:
         return f"{words_of(flag, value)[0]} ({label} {words_of(flag, other)[0]})"
     return f"--{flag.name} {format_value(value)} ({label} {format_value(other)})"
@@ -310,7 +310,7 @@ def resolve(given: Mapping[str, Any], saved: Mapping[str, Any] | None = None) ->
     Prints notes on standard error: which given values the run overrides, and which values of the
     model are guessed.
     """
-    # a run that does not record --val-size has held nothing out
+    # a run that does not record --val-size has no held-out images
     recorded = {} if saved is None else {"val_size": None, **saved}
     resumes = given.get("todo", "train") == "train"
     fixed = {ARCHITECTURE, TRAINING} if resumes else {ARCHITECTURE}

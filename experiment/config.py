@@ -51,7 +51,7 @@ ENERGY_MODELS = ("MLP", "VFMLP", "CNN", "VFCNN")
 FEED_FORWARD = ("FFMLP", "FFCNN", "ViT")
 DENSE = ("MLP", "VFMLP", "FFMLP")
 CONVOLUTIONAL = ("CNN", "VFCNN", "FFCNN")
-UNTIED = ("VFMLP", "VFCNN")  # with feedback weights of their own
+UNTIED = ("VFMLP", "VFCNN")  # with untied feedback weights
 TRANSFORMERS = ("ViT",)
 
 # Gradient methods of --attack-grad that need time steps
@@ -72,9 +72,9 @@ class Flag:
     low, high: range of numbers; least: the smallest number other than 0; choices: allowed words.
     scope: see above. todos, models: where it has an effect, everywhere if None.
     identifies: the kinds of results that depend on it (see `Config.identity`).
-    place: whether it is where data are. repeats: whether runs that differ in it alone repeat one
-    experiment.
-    shown_default: the default in words, where it depends on other flags.
+    place: whether it names a folder of data. repeats: whether runs that differ only in it are
+    repetitions of one experiment.
+    shown_default: the default as text, if it depends on other flags.
     """
 
     name: str
@@ -133,7 +133,7 @@ class Session:
     )
     labels: tuple[str, ...] | None = _flag(
         None,
-        "a name for each group of runs whose arguments differ in the seed alone",
+        "a name for each group of runs that differ only in the seed",
         scope=SESSION,
         todos=("compare",),
         metavar="NAME",
@@ -440,7 +440,7 @@ class Learning:
     schedule: str = _flag(
         "sync",
         "all layers step at once (sync), or odd and even ones in turn (async): half the arithmetic "
-        "for the same progress, to a fixed point that can be another",
+        "for the same progress, possibly to another fixed point",
         scope=ARCHITECTURE,
         choices=("sync", "async"),
         models=ENERGY_MODELS,
@@ -777,7 +777,7 @@ class Config:
 
     @classmethod
     def of(cls, args: Any) -> "Config":
-        """The configuration that a namespace, a mapping or a Config describes, for public doors."""
+        """The configuration that a namespace, a mapping or a Config describes."""
         if isinstance(args, Config):
             return args
         return cls.from_flat(args if isinstance(args, Mapping) else vars(args))

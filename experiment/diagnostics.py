@@ -1,5 +1,6 @@
 """Training diagnostics: non-finite values, saturation, unconverged phases."""
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,8 @@ CHECKSUM_TYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # by bytes of
 
 
 class Diagnostics:
-    """Diagnoses a training, epoch by epoch: values that are no longer finite, weights that do not
-    change, a nudge within the rounding error, saturated layers, phases that do not converge.
+    """Diagnostics of a training, epoch by epoch: non-finite values, weights that do not change, a
+    nudge within the rounding error, saturated layers, unconverged phases.
 
     optimizer: its parameter groups are the model's; bf16_copy: takes the time steps, or None;
     precision: as of `--precision`."""
@@ -211,7 +212,7 @@ def log_theorem(
         if row["estimate"] == rows[-1]["estimate"] and not row["name"].startswith("neurons_")
     ]
     # nan: BPTT does not reach the parameter
-    worst = min(best, key=lambda row: row["cosine"] if row["cosine"] == row["cosine"] else 2)
+    worst = min(best, key=lambda row: 2 if math.isnan(row["cosine"]) else row["cosine"])
     rmse = sum(row["rmse"] for row in best) / len(best)
     write(
         f"epoch {epoch}, batch {batch}: EP ({worst['estimate']}) against BPTT: cosine at least "
@@ -225,9 +226,11 @@ def report_precision(trainer: Any, batches: Batches, precision: str) -> None:
     """Print how far the gradients of a mini-batch in `precision` are from those in fp32. Leaves
     random numbers and the statistics of a batch normalisation unchanged. trainer: an
     `experiment.training.Trainer`."""
-    images, labels = batches.images[: batches.mbs], batches.labels[: batches.mbs]
+    images = batches.images[: batches.mbs]
+    labels = batches.labels[: batches.mbs]
     x = batches.normalise(images.float() / 255)
-    model, bf16_copy = trainer.model, trainer.bf16_copy
+    model = trainer.model
+    bf16_copy = trainer.bf16_copy
     random_state = torch.get_rng_state()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
@@ -243,8 +246,8 @@ def report_precision(trainer: Any, batches: Batches, precision: str) -> None:
     torch.set_rng_state(random_state)
     for buffer, before in buffers:
         buffer.copy_(before)
-    # Some gradients are zero but for rounding, as of a bias in front of a normalisation, and have
-    # no direction.
+    # Some gradients, such as that of a bias before a normalisation, consist of rounding errors and
+    # have no direction.
     least = 1e-4 * max(grad.norm() for grad in exact.values())
     cosines = {
         name: cosine(grad, rounded[name]) for name, grad in exact.items() if grad.norm() >= least

@@ -1,7 +1,7 @@
 """docs/flags.md, the table of all flags:
 python -m experiment.flag_table > docs/flags.md"""
 
-from experiment.command_line import DROPOUTS, default_text
+from experiment.command_line import DROPOUTS, default_text, has_negative
 from experiment.config import (
     ARCHITECTURE,
     ENERGY_MODELS,
@@ -35,8 +35,7 @@ COLUMNS = ("flag", "meaning", "values", "default", "has an effect on", "with a s
 def allowed_values(flag: Flag) -> str:
     """The values that a flag takes."""
     if flag.kind is bool:
-        has_negative = all(other.name != flag.negative for other in FLAGS)
-        return f"off: `--{flag.negative}`" if has_negative else ""
+        return f"off: `--{flag.negative}`" if has_negative(flag) else ""
     if flag.choices:
         text = ", ".join(f"`{choice}`" for choice in flag.choices)
     else:

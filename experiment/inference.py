@@ -23,20 +23,20 @@ from experiment.workers import Workers
 
 @dataclasses.dataclass
 class Convergence:
-    """How many images of a data set have converged after T1 free steps, see
-    `energy.dynamics.has_converged`. An early end of the phases by --tol plays no part.
+    """The number of images of a data set that have converged after T1 free steps, see
+    `energy.dynamics.has_converged`. It does not depend on --tol.
 
-    model      the model that is measured, in fp32 where predictions are made by a bf16 copy
-    images     how many were measured
-    converged  how many of them have converged"""
+    model      the measured model, in fp32 even if a bf16 copy predicts
+    images     number of measured images
+    converged  number of them that have converged"""
 
     model: Any
     T1: int
     images: int = 0
     converged: int | Tensor = 0
 
-    OF_COPY = 1000  # images after which no more are measured besides the predictions of a bf16 copy
-    TOLERATED = 0.05  # share of images that may not have converged without a warning
+    OF_COPY = 1000  # images to measure if a bf16 copy predicts
+    TOLERATED = 0.05  # share of unconverged images without a warning
 
     def add(self, converged: Tensor) -> None:
         """Count a mini-batch. converged: (mbs,) bool."""
@@ -50,12 +50,12 @@ class Convergence:
         self.add(fast.relax_and_check(chain, phase, self.T1, ends_early=True)[1])
 
     def has_enough(self, predicting: Any) -> bool:
-        """Whether no more images need to be measured: an fp32 phase takes several times as long as
-        that of the bf16 copy that predicts."""
+        """Whether enough images are measured: an fp32 phase takes several times as long as that of
+        the bf16 copy that predicts."""
         return predicting is not self.model and self.images >= self.OF_COPY
 
     def gather(self, workers: Workers) -> None:
-        """Make each worker's count the count of all workers."""
+        """Sum the counts over all workers."""
         self.images = int(workers.sum(self.images))
         self.converged = int(workers.sum(self.converged))
 
@@ -68,8 +68,8 @@ class Convergence:
         return f"{self.percent:.2f} % of {self.images} images converged"
 
     def warning(self, flag: str = "T1") -> str | None:
-        """The warning, one line, where too many images have not converged; None otherwise. flag:
-        of the number of steps."""
+        """The warning, one line, if too many images have not converged; None otherwise. flag: of
+        the number of steps."""
         left = self.images - int(self.converged)
         if left <= self.TOLERATED * self.images:
             return None
@@ -89,7 +89,7 @@ def correct(chain: Chain, neurons: Neurons, y: Tensor) -> Tensor:
 def _predict(
     model: Any, x: Tensor, rule: Rule, observer: Observer, convergence: Convergence | None
 ) -> tuple[Neurons, fast.EarlyStop | None]:
-    """(the neurons to read the prediction out of, where each image stopped with rule.tol)."""
+    """(the neurons of the prediction; with rule.tol, where each image stopped)."""
     chain = model.chain(rule.loss)
     phase = Phase(chain.input_drive(x))
     if convergence is not None and convergence.model is model and not rule.tol:
@@ -222,7 +222,8 @@ def characteristic(
     `evaluate` returns it for that t, and the share that has converged to `eps` by then, see
     `energy.dynamics.has_converged`. exact: the model to measure convergence on if it is another
     one, see `Convergence`."""
-    hits, converged = torch.zeros(2, rule.T1, dtype=torch.int64, device=batches.labels.device)
+    hits = torch.zeros(rule.T1, dtype=torch.int64, device=batches.labels.device)
+    converged = torch.zeros_like(hits)
     chain = model.chain(rule.loss)
     for x, y in progress(batches, "characteristic"):
         predicting, measured = itertools.tee(trajectory(model, x, rule))
@@ -241,11 +242,12 @@ def characteristic(
 def relaxation(model: Any, x: Tensor, rule: Rule) -> tuple[list[float], list[float] | None]:
     """(residual, energy) of one mini-batch after each of rule.T1 free steps from zero neurons: the
     relative change in that step, see `relative_change`, and Phi, means over the images. energy is
-    None of a vector-field model, which has none."""
+    None for a vector-field model, which has none."""
     chain = model.chain(rule.loss)
     phase = Phase(chain.input_drive(x))
     before = chain.zeros(phase.drive)
-    residual, energy = [], []
+    residual = []
+    energy = []
     for neurons in fast.trajectory(chain, phase, rule.T1):
         residual.append(relative_change(before, neurons).float().mean().item())
         if not len(model.B_syn):

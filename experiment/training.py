@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 class Learnt(NamedTuple):
-    """What a mini-batch gave, of this worker's share: the neurons of the free phase, how many of
-    its images they classify correctly (a tensor without dimensions), and how many images it is."""
+    """The result of a mini-batch, of this worker's share: the neurons of the free phase, the number
+    of correctly classified images (a tensor without dimensions), and the number of images."""
 
     neurons: Neurons
     correct: Tensor
@@ -41,13 +41,13 @@ class Learnt(NamedTuple):
 @dataclasses.dataclass
 class Recorder:
     """Records a training in its run folder: models, metrics and checkpoint after every epoch,
-    figures now and then."""
+    figures at most every DRAW seconds."""
 
     run: "RunFolder"
     config: Config
     drawn: float = dataclasses.field(default_factory=time.monotonic)
 
-    DRAW = 5  # seconds between two drawings, which can take longer than a short epoch
+    DRAW = 5  # drawing can take longer than a short epoch
 
     def commit(
         self,
@@ -83,7 +83,7 @@ class Trainer:
     """Trains a model, epoch by epoch.
 
     learn          learning rule, a function of `model_utils.LEARN`: fills p.grad
-    diagnostics    warns of a training that goes wrong
+    diagnostics    detects non-finite values, saturation and unconverged phases
     bf16_copy      of the model, which takes the time steps; or None
     adversary      perturbs the training images (`draw`, `perturb`); or None
     recorder       writes the run folder; None for a training that is not saved
@@ -150,7 +150,8 @@ class Trainer:
     ) -> tuple[float, Neurons]:
         """One pass over the training images. Returns the accuracy of the free phases, a share, and
         the last mini-batch's neurons, of this worker's share."""
-        last, tenth = len(batches), math.ceil(len(batches) / 10)
+        last = len(batches)
+        tenth = math.ceil(last / 10)
         device = next(self.model.parameters()).device
         hits = torch.zeros((), dtype=torch.int64, device=device)
         seen = 0
@@ -170,7 +171,8 @@ class Trainer:
                 if learnt.images:
                     hits += learnt.correct
                 if batch == last:
-                    hits, seen = self.workers.sum(hits), batches.samples
+                    hits = self.workers.sum(hits)
+                    seen = batches.samples
                 if batch % self.EVERY == 0 or batch == last:
                     right = self.diagnostics.check(learnt.neurons, hits)
                     bar.set_postfix_str(f"train {100 * right / max(seen, 1):.2f} %", refresh=False)
@@ -183,17 +185,17 @@ class Trainer:
         x: (mbs, ...), y: (mbs,), of all workers."""
         n = len(y)
         share, n_local = self.workers.shard(n)
-        if not n_local:  # this worker computes along, on another one's image
+        if not n_local:  # without images of its own, a worker repeats one of another worker
             observer = UNOBSERVED
-        # what is drawn is drawn for the whole mini-batch: the same for any number of workers
+        # random numbers are drawn for the whole mini-batch: the same for any number of workers
         start = self.adversary.draw(x.shape)[share] if self.adversary else None
-        x, y = x[share], y[share]
+        x = x[share]
+        y = y[share]
         if self.adversary:
             with observer.part("attack"):
                 x = self.adversary.perturb(self.model, x, y, start)
-        rule, masks = self.rule, None
-        if rule.dropouts:
-            masks = draw_masks(self.model, rule.dropouts, n, share)
+        rule = self.rule
+        masks = draw_masks(self.model, rule.dropouts, n, share) if rule.dropouts else None
         if rule.random_sign and torch.rand(()) < 0.5:
             rule = dataclasses.replace(rule, betas=(rule.betas[0], -rule.betas[1]))
 
@@ -214,7 +216,7 @@ class Trainer:
 
     def _step_scheduler(self) -> None:
         scheduler = self.scheduler
-        # beyond T_max of a cosine the rates would rise again
+        # after T_max steps of a cosine the rates would rise again
         if scheduler and scheduler.last_epoch < getattr(scheduler, "T_max", math.inf):
             scheduler.step()
 
@@ -247,8 +249,8 @@ class Trainer:
         self.history.epochs.append(row)
 
     def _accuracy_of_best(self, batches: Batches) -> float:
-        """That of the best model so far, in %, on other images than it was chosen on; -1 where it
-        is not known."""
+        """The accuracy of the best model so far, in %, on images that it was not chosen on; -1
+        without one."""
         if self.history.best is None:
             return -1.0
         best = copy.deepcopy(self.model)

@@ -24,7 +24,7 @@ from experiment.text import format_value
 
 def validate(config: Config) -> None:
     """Validate the arguments of one call against each other."""
-    task = config.session.todo
+    todo = config.session.todo
     layers = _validate_model(config)
     per_layer = {
         "lrs": config.optimizer.lrs,
@@ -45,15 +45,15 @@ def validate(config: Config) -> None:
             "argument --adv-train: got 0, expected an eps above 0; omit the flag to train on clean "
             "images"
         )
-    if config.optimizer.lr_step and task == "train":
+    if config.optimizer.lr_step and todo == "train":
         _validate_lr_step(config)
-    if task == "corruptions" and config.data.task not in ("CIFAR10", "CIFAR100"):
+    if todo == "corruptions" and config.data.task not in ("CIFAR10", "CIFAR100"):
         raise UserError(
             "--todo corruptions: corrupted images exist for CIFAR10 and CIFAR100, the task of this "
             f"run is {config.data.task}"
         )
     writes = config.session.save or config.session.load_path
-    if config.session.tensorboard and task == "train" and writes:
+    if config.session.tensorboard and todo == "train" and writes:
         if not importlib.util.find_spec("tensorboard"):
             raise UserError(
                 "argument --tensorboard: the package tensorboard is not installed; pip install "
@@ -78,7 +78,7 @@ def _validate_lr_step(config: Config) -> None:
             "at least 1 and a factor above 0 and at most 1"
         )
     if config.optimizer.lr_decay:
-        raise UserError("argument --lr-step: it and --lr-decay are two schedules; give one of them")
+        raise UserError("argument --lr-step: cannot be combined with --lr-decay; give one schedule")
 
 
 # ------------------------------------------------------------------------------------------- model
@@ -103,7 +103,8 @@ def _validate_model(config: Config) -> int:
                 f"{config.data.task} has {task.inputs} values"
             )
         layers = len(model.archi) - 1
-        last_flag, last_size = "archi", model.archi[-1]
+        last_flag = "archi"
+        last_size = model.archi[-1]
     else:
         for name in ("kernels", "strides", "paddings", "pools"):
             values = getattr(model, name)
@@ -115,7 +116,8 @@ def _validate_model(config: Config) -> int:
                 f"argument --pools: got {model.pools!r}, expected the letters m, a and i"
             )
         layers = len(model.channels) + len(model.fc)
-        last_flag, last_size = "fc", model.fc[-1]
+        last_flag = "fc"
+        last_size = model.fc[-1]
     if last_size != task.classes:
         raise UserError(
             f"argument --{last_flag}: its last entry is {last_size}, {config.data.task} has "
@@ -152,15 +154,15 @@ def _validate_feed_forward(config: Config) -> None:
         )
     if config.adversarial.eps and grad in GRADIENTS_OF_STEPS:
         raise UserError(
-            f"argument --adv-grad: {grad} is for {names}; use bptt or smooth with {model}"
+            f"argument --adv-grad: {grad} is only for {names}; use bptt or smooth with {model}"
         )
     if todo in ("gducheck", "characteristic"):
         raise UserError(f"--todo {todo}: needs a model with time steps, {model} has none")
     if config.learning.dropouts:
-        raise UserError(f"argument --dropouts: it is for {names}, got --model {model}")
+        raise UserError(f"argument --dropouts: only for {names}, got --model {model}")
     if config.session.precision == "bf16":
         raise UserError(
-            f"argument --precision: bf16 is for time steps, {model} has none; use tf32 or fp32"
+            f"argument --precision: bf16 is only for time steps, {model} has none; use tf32 or fp32"
         )
 
 
@@ -288,8 +290,8 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} has no effect on {model}, only on {' and '.join(flag.models)}"
     if given.get("data_aug") and trains and not TASKS[config.data.task].augments:
         yield (
-            f"--data-aug has no effect on {config.data.task}: mirrored or shifted, its images "
-            "change their meaning"
+            f"--data-aug has no effect on {config.data.task}: flips and shifts would change the "
+            "classes of its images"
         )
     if not config.session.save and not (trains and config.session.load_path):
         written = {

@@ -160,7 +160,7 @@ def test_corruptions_of_a_network(ok, tmp_path, cifar):
         ),
         ("--lr-step 0 0.3", "argument --lr-step"),
         ("--lr-step 8", "argument --lr-step"),
-        ("--lr-step 8 0.3 --lr-decay", "two schedules"),
+        ("--lr-step 8 0.3 --lr-decay", "cannot be combined with --lr-decay"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(cli, line, message):

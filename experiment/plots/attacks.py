@@ -39,7 +39,8 @@ def sweep(
 
     rows, settings: of a `results.attacks.Sweep`; clean, chance: clean accuracy and accuracy of
     guessing, as shares."""
-    norm, images = settings["attack_norm"], settings["images"]
+    norm = settings["attack_norm"]
+    images = settings["images"]
     figure = new_figure(
         f"Accuracy under attack: {settings['attack']}, {norm_name(norm)} norm, "
         f"{count(images, 'image')}"
@@ -135,7 +136,8 @@ def _show_image(axes: Axes, image: np.ndarray) -> None:
 def audit(result: Mapping[str, Any], title: str) -> Figure:
     """Robust images after each attack of an audit, and accuracy over eps. result: the audit's
     JSON."""
-    images, robust = result["images"], 100 * result["robust"]
+    images = result["images"]
+    robust = 100 * result["robust"]
     verdict = "trusted" if result["trusted"] else "not trusted, an upper bound"
     height = max(3.8, 1.6 + 0.16 * len(result["attacks"]))
     figure = new_figure(f"{title}: {robust:.1f} %, {verdict}", 9, height)

@@ -104,9 +104,10 @@ def _steps(key: Key | Variant) -> int:
 
 
 def _draw_band(axes: Axes, n: int, curve: Curve, group: Group, label: str = "") -> None:
-    """Draw a curve in the n-th look. Points of fewer runs than others are hollow and unconnected: a
-    line to them would show a trend of other runs."""
-    color, marker = f"C{n % 7}", "os^DvPX"[n % 7]
+    """Draw a curve in the n-th colour and marker. Points of fewer runs than others are hollow and
+    unconnected: a line to them would mix different sets of runs."""
+    color = f"C{n % 7}"
+    marker = "os^DvPX"[n % 7]
     most = max(values.n for _, values in curve)
     complete = [(x, values.mean, values.std or 0.0) for x, values in curve if values.n == most]
     partial = [(x, values.mean) for x, values in curve if values.n < most]
@@ -159,8 +160,8 @@ def _variants(group: Group, attack: str, norm: str) -> dict[Variant, list[Key]]:
 def _comparable_variants(
     groups: Sequence[Group], attack: str, norm: str
 ) -> list[tuple[Variant | None, list[Key]]]:
-    """The variant of the attack to draw of each group, with its keys: one that all groups have, if
-    there is any; of several the worst over gradients, with the most eps, through the most steps."""
+    """(variant of the attack to draw, its keys) of each group: a variant that all groups have, if
+    there is one. With several: the worst over gradients, then most eps, then most steps."""
     found = [_variants(group, attack, norm) for group in groups]
     own = [set(variants) for g, variants in zip(groups, found) if variants and not g.published]
     shared = set.intersection(*own) if own else set()
@@ -229,7 +230,7 @@ def attack_steps(groups: Sequence[Group], chosen: AttackAtEps) -> Figure:
     """Accuracy over the time steps that the attack's gradient is unrolled through."""
     attack, norm, grad, eps = chosen
     figure = new_figure(
-        f"Accuracy over the steps attacked through: {literal(f'{attack}, {grad}')}, "
+        f"Accuracy over the unrolled time steps: {literal(f'{attack}, {grad}')}, "
         f"{norm_name(norm)} eps {eps:g}",
         height=3.6 + 0.1 * len(groups),
     )

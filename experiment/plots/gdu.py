@@ -1,4 +1,4 @@
-"""Figures of gducheck: EP's updates compared with BPTT's gradients."""
+"""Figures of gducheck: EP updates compared with BPTT gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CUMULATIVE = "cumulative estimate"
 TIME = "time steps of the nudged phase, and of BPTT from the end"
-LOOKS: dict[str, dict[str, Any]] = {
+STYLES: dict[str, dict[str, Any]] = {
     "BPTT": {"linestyle": "-", "marker": "o", "markersize": 3},
     "EP": {"linestyle": "--", "marker": "x", "markersize": 6},
 }
@@ -93,17 +93,18 @@ def _draw_entries(
 ) -> list[str]:
     """Draw up to `shown` random entries of the cumulative estimates, one colour each. Returns their
     indices as text."""
-    bptt, ep = bptt.cpu(), ep.cpu()
+    bptt = bptt.cpu()
+    ep = ep.cpu()
     nonzero = bptt.flatten(1).abs().sum(0).nonzero().flatten()
     candidates = nonzero if len(nonzero) else torch.arange(bptt[0].numel())
     chosen = candidates[torch.randperm(len(candidates), generator=generator)[:shown]].tolist()
     time = range(1, len(bptt) + 1)
     for n, entry in enumerate(chosen):
         for method, estimate in (("BPTT", bptt), ("EP", ep)):
-            look = dict(LOOKS[method])
+            options = dict(STYLES[method])
             if len(bptt) > 20:
-                look["marker"] = ""
-            axes.plot(time, estimate.flatten(1)[:, entry].cumsum(0), color=f"C{n}", **look)
+                options["marker"] = ""
+            axes.plot(time, estimate.flatten(1)[:, entry].cumsum(0), color=f"C{n}", **options)
     axes.axhline(0, color="black", linewidth=0.5, linestyle="-", marker="")
     if len(bptt) == 1:
         axes.set_xticks([1], ["complete"])
@@ -113,16 +114,16 @@ def _draw_entries(
     return [", ".join(map(str, np.unravel_index(entry, shape))) for entry in chosen]
 
 
-def _legend_line(label: str, **look: Any) -> Line2D:
+def _legend_line(label: str, **options: Any) -> Line2D:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=label, **{"marker": "", **look})
+    return Line2D([], [], label=label, **{"marker": "", **options})
 
 
 def _legend_of_methods() -> list[Line2D]:
     return [
-        _legend_line(method, color="black", linestyle=look["linestyle"], marker=look["marker"])
-        for method, look in LOOKS.items()
+        _legend_line(method, color="black", linestyle=style["linestyle"], marker=style["marker"])
+        for method, style in STYLES.items()
     ]
 
 

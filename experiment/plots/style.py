@@ -133,7 +133,8 @@ def eps_ticks(axes: Axes, values: Sequence[float], norm: str) -> None:
     """Put the ticks of a logarithmic x axis at the given eps only; dense ticks are labelled in
     part."""
     values = sorted(values)
-    low, high = values[0], values[-1]
+    low = values[0]
+    high = values[-1]
     least_ratio = (high / low) ** (1 / MOST_EPS_LABELS)  # between two labelled ticks
     labels = []
     last_labelled = 0.0
@@ -153,8 +154,8 @@ def eps_ticks(axes: Axes, values: Sequence[float], norm: str) -> None:
 
 
 def marker_spacing(n: int, points: int, dense: int = 40) -> dict[str, Any]:
-    """Options of `plot` for the n-th curve: a marker at every point, or, on curves of more than
-    `dense` points, at a tenth of them, which are others for each curve."""
+    """Options of `plot` for the n-th curve: a marker at every point or, on curves of more than
+    `dense` points, at a tenth of them, different ones for each curve."""
     return {"markevery": 1 if points <= dense else (n * points // 40, max(points // 10, 1))}
 
 

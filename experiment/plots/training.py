@@ -114,7 +114,8 @@ def activity(
     for n, (axes, state) in enumerate(zip(panels, neurons), 1):
         linear = linear_output and n == len(neurons)
         values = state.detach().float().flatten().cpu()
-        low, high = float(values.min()), float(values.max())
+        low = float(values.min())
+        high = float(values.max())
         shape = " x ".join(map(str, state.shape[1:]))
         title = f"s_{n} ({shape})"
         if linear:
@@ -154,8 +155,8 @@ def _draw_over_steps(
     the training."""
     for n, (axes, (values, label)) in enumerate(zip(panels, curves)):
         steps = range(1, len(values) + 1)
-        look = ("C0o-", "C1^--")[n]
-        axes.plot(steps, values, look, label=label, **marker_spacing(n, len(steps)))
+        line = ("C0o-", "C1^--")[n]
+        axes.plot(steps, values, line, label=label, **marker_spacing(n, len(steps)))
         if trained_T1 and trained_T1 <= len(steps):
             vertical_line(axes, trained_T1, f"T1 = {trained_T1} of the training")
     integer_ticks(panels[-1].xaxis)
@@ -221,7 +222,8 @@ def relaxation(
 @style()
 def confusion(counts: np.ndarray) -> Figure:
     """Confusion matrix of the test images. counts: (true classes, predicted classes)."""
-    classes, total = len(counts), int(counts.sum())
+    classes = len(counts)
+    total = int(counts.sum())
     correct = 100 * np.trace(counts) / max(total, 1)
     title = f"Confusion matrix of {count(total, 'test image')}, {correct:.2f} % correct"
     figure = new_figure(title, 5.6, 5.2)

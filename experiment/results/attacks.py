@@ -24,7 +24,7 @@ MASKED = 0.01  # share of masked images above which an accuracy is only an upper
 
 
 def default_eps(norm: str) -> list[float]:
-    """The eps of an attack without --eps-list: a geometric grid, and the customary one."""
+    """The eps of an attack without --eps-list: a geometric grid, and the most common value."""
     if norm == "2":
         return [*(round(float(eps), 4) for eps in np.geomspace(0.05, 3, 10)), 1.0]
     return [*(float(f"{eps:.4g}") for eps in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]
@@ -56,8 +56,8 @@ def sweep_settings(identity: Mapping[str, Any], config: Config, smooth: str) -> 
 
 
 def describe_sweep(config: Config, images: int, convergence: Convergence | None) -> str:
-    """What a sweep does, for the log. convergence: of its predictions, None for models without
-    time steps."""
+    """Attack, images, steps and precision of a sweep, for the log. convergence: of its predictions,
+    None for models without time steps."""
     attack = config.attack
     half_precision = config.session.precision != "fp32"
     precision = f" in {config.session.precision}" if half_precision else ""

@@ -29,7 +29,7 @@ Identity = dict[str, Any]
 
 
 def _identity(run: RunResults) -> Identity:
-    """What a run shares with the other runs of its group."""
+    """The settings and data that all runs of a group share."""
     fingerprints = {name: run.args.get(name) for name in FINGERPRINTS}
     return {**training_identity(run.args), "epochs": len(run.epochs), **fingerprints}
 
@@ -131,7 +131,7 @@ def table_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _describe(key: Key) -> str:
-    """What a row of the Markdown table contains."""
+    """The label of a row of the Markdown table."""
     if key.measure == "clean":
         return "clean accuracy (%)"
     if key.measure == "seconds":
@@ -169,7 +169,7 @@ def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, table.getvalue())
 
 
-# ---------------------------------------------------------------------------------------- the whole
+# -------------------------------------------------------------------------------------- entry point
 
 
 def compare(
@@ -214,7 +214,7 @@ def compare(
 
 
 def _new_folder(root: pathlib.Path) -> pathlib.Path:
-    """A new folder root/yyyy-mm-dd/hh-mm-ss; with _2, _3, ... behind it if that exists."""
+    """A new folder root/yyyy-mm-dd/hh-mm-ss; with _2, _3, ... appended if that exists."""
     now = datetime.datetime.now()
     first = folder = root / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}"
     attempt = 1

@@ -52,7 +52,7 @@ def describe_predictions(run: RunFolder, loss: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Characteristic:
-    """What is measured after 1, 2, ..., T1 free steps, one list entry each.
+    """Results after 1, 2, ..., T1 free steps, one list entry each.
 
     accuracy, converged: shares of the test images; residual, energy: means over one mini-batch of
     `relaxed_images` images; energy: None for vector-field models."""

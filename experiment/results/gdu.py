@@ -34,7 +34,8 @@ def save_gdu(run: RunFolder, comparison: Comparison) -> None:
     for name, contributions in zip(names, (comparison.BPTT, *comparison.runs)):
         run.save(name, {key: tensor.cpu() for key, tensor in contributions.items()})
     run.append_csv("gducheck.csv", [{"epoch": "", "batch": "", **row} for row in comparison.rows])
-    bptt, ep = comparison.bptt, comparison.ep
+    bptt = comparison.bptt
+    ep = comparison.ep
     generator = torch.Generator().manual_seed(0)
     for name in bptt:
         figure = f"gdu_{name}.png"

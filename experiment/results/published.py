@@ -42,7 +42,7 @@ def _read_table(path: str, tasks: Collection[str | None]) -> dict[str, list[RunR
     if not any(run.values or run.characteristic for runs in models.values() for run in runs):
         wanted = ", ".join(sorted(filter(None, tasks))) or "any task"
         raise UserError(
-            f"argument --published: {name_path(path)} has nothing of {wanted} in the columns "
+            f"argument --published: {name_path(path)} has no results of {wanted} in the columns "
             f"{COLUMNS}"
         )
     return models
@@ -54,7 +54,8 @@ def _results(rows: Collection[Mapping[str, str]]) -> RunResults:
     corrupted: dict[Key, list[float]] = {}
     for row in rows:
         if row.get("attack"):
-            eps, accuracy = read_eps(row.get("eps")), read_share(row.get("adversarial"))
+            eps = read_eps(row.get("eps"))
+            accuracy = read_share(row.get("adversarial"))
             if eps is not None and accuracy is not None:
                 key = Key(
                     "adversarial",

@@ -1,5 +1,5 @@
-"""Read the results of a run folder. Files can be damaged or from anywhere: what cannot be read is
-missing from the results."""
+"""Read the results of a run folder. Files can be damaged or from other programs: values that cannot
+be read are left out."""
 
 import pathlib
 import re
@@ -44,7 +44,8 @@ def _read_metrics(run: RunFolder, results: RunResults) -> None:
     rows = run.read_csv("metrics.csv")
     epochs = []
     for row in rows:
-        epoch, accuracy = number(row.get("epoch"), 1, LARGEST), number(row.get("test_acc"), 0, 100)
+        epoch = number(row.get("epoch"), 1, LARGEST)
+        accuracy = number(row.get("test_acc"), 0, 100)
         if epoch is not None and accuracy is not None:
             epochs.append((int(epoch), accuracy))
     if len(epochs) == len(rows):
@@ -139,7 +140,8 @@ def _read_sweep(run: RunFolder, path: pathlib.Path, T1: int | None) -> dict[Key,
     detail = [*_budget(settings), *_images(settings), *clipping, *_predictions(settings, T1)]
     values: dict[Key, float] = {}
     for row in run.read_csv(f"{path.stem}.csv"):
-        eps, accuracy = read_eps(row.get("eps")), read_share(row.get("adversarial"))
+        eps = read_eps(row.get("eps"))
+        accuracy = read_share(row.get("adversarial"))
         if eps is None or accuracy is None:
             continue
         grad, _, steps = row.get("grad", "").partition("@")
@@ -162,7 +164,8 @@ def _read_audit(path: pathlib.Path, T1: int | None) -> dict[Key, float]:
         result = parse_json(read_text(path))
         _, norm, eps_text = path.stem.split("_")
         settings = _plain(result["settings"])
-        eps, robust = read_eps(eps_text), read_share(result["robust"])
+        eps = read_eps(eps_text)
+        robust = read_share(result["robust"])
         if norm not in NORMS or not eps or robust is None:
             return {}
         detail = [str(settings["budget"]), *_images(result), *_predictions(settings, T1)]
@@ -175,8 +178,7 @@ def _read_audit(path: pathlib.Path, T1: int | None) -> dict[Key, float]:
 
 def _read_corruptions(path: pathlib.Path, T1: int | None) -> dict[Key, float]:
     """Mean accuracies over sets of corruptions, at each severity and over severities. The sets are
-    the first 15 and all 19, those that the table has completely, or else the rows that it has. T1:
-    of the run."""
+    the first 15 and all 19, if complete, otherwise the rows of the table. T1: of the run."""
     rows = {name: list(map(read_share, shares[:SEVERITIES])) for name, *shares in read_rows(path)}
     rows = {name: shares for name, shares in rows.items() if shares and None not in shares}
     severities = max(map(len, rows.values()), default=0)

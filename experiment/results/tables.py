@@ -9,7 +9,7 @@ from experiment.config import LEAST_EPS, MOST_EPS
 from experiment.runs.files import number, parse_json, read_text
 
 HEADER = "# settings: "
-# Settings that earlier versions did not record: if one is missing, it may have been anything.
+# Settings that earlier versions did not record: a missing one matches any value.
 NOT_ALWAYS_RECORDED = ("data", "compile")
 
 
@@ -48,7 +48,8 @@ def same_settings(recorded: Any, settings: Mapping[str, Any]) -> bool:
     have are compared."""
     if not isinstance(recorded, dict):
         return False
-    recorded, settings = _flatten(recorded), _flatten(json.loads(json.dumps(settings)))
+    recorded = _flatten(recorded)
+    settings = _flatten(json.loads(json.dumps(settings)))
     both = recorded.keys() & settings.keys()
     return all(recorded[name] == settings[name] for name in both) and all(
         name.split(" ")[0] in NOT_ALWAYS_RECORDED for name in recorded.keys() ^ settings.keys()

@@ -1,4 +1,4 @@
-"""Values of runs as they are compared: what was measured, statistics over seeds."""
+"""Values of runs for a comparison: their keys, statistics over seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Key(NamedTuple):
-    """What a value is: the measure, and of attacks how it was attacked.
+    """The identity of a value: the measure and, for attacks, their settings.
 
     measure: clean, seconds, adversarial, audit, audit trusted or corruptions; grad: gradient
     method; steps: time steps that gradients are unrolled through; eps: of corruptions the severity,

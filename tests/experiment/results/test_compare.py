@@ -315,7 +315,7 @@ def test_wrong_labels_and_tables_are_refused(cli, runs, tmp_path):
     assert code == 2 and "expected 1" in err
     (tmp_path / "table.csv").write_text("x,y\n1,2\n")
     code, _, err = cli("--todo compare --published table.csv --load-path", *runs["EP"])
-    assert code == 2 and "has nothing of digits" in err and len(err.splitlines()) == 1
+    assert code == 2 and "has no results of digits" in err and len(err.splitlines()) == 1
     code, _, err = cli("--todo compare --published none.csv --load-path", *runs["EP"])
     assert code == 2 and "none.csv cannot be read" in err
 
