@@ -45,20 +45,19 @@ def criterion_of(rule):
 
 
 def ep_gradients(model, x, y, rule):
-    criterion, betas = criterion_of(rule), rule.betas
-    free = relax(model, x, y, zeros(model, x), rule.T1, betas[0], criterion)
-    first, second, (b1, b2) = free, relax(model, x, y, free, rule.T2, betas[1], criterion), betas
+    criterion = criterion_of(rule)
+    beta_1, beta_2 = rule.betas
+    free = relax(model, x, y, zeros(model, x), rule.T1, beta_1, criterion)
+    first = free
+    second = relax(model, x, y, free, rule.T2, beta_2, criterion)
     if rule.thirdphase:
-        first, second, (b1, b2) = (
-            second,
-            relax(model, x, y, free, rule.T2, -betas[1], criterion),
-            (betas[1], -betas[1]),
-        )
+        first = second
+        second = relax(model, x, y, free, rule.T2, -beta_2, criterion)
+        beta_1, beta_2 = beta_2, -beta_2
     model.zero_grad()
-    delta = (
-        model.Phi(x, y, second, b2, criterion).mean() - model.Phi(x, y, first, b1, criterion).mean()
-    ) / (b1 - b2)
-    delta.backward()
+    before = model.Phi(x, y, first, beta_1, criterion).mean()
+    after = model.Phi(x, y, second, beta_2, criterion).mean()
+    ((after - before) / (beta_1 - beta_2)).backward()
     return free
 
 

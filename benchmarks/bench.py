@@ -287,7 +287,7 @@ def gducheck(side, model, x, y, T1, T2, criterion):
 
 def growth(device):
     """name -> call without arguments, for the cost over batch size, T1 and depth."""
-    T, pools = 10, lambda n: model_utils.make_pools("m" * n)
+    T = 10
     calls = {}
     for mbs in (4, 8, 16, 32) if device.type == "cpu" else (32, 64, 128, 256):
         model, x, y = cnn(device, mbs)
@@ -307,7 +307,7 @@ def growth(device):
             [3] * depth,
             [1] * depth,
             [10],
-            pools(depth),
+            model_utils.make_pools("m" * depth),
             [1] * depth,
             model_utils.my_hard_sig,
             softmax=True,

@@ -1,7 +1,7 @@
 """Benchmark of --tol, early stopping of converged images, on a trained network: image-steps, time,
 predictions, and the EP gradient.
 
-Usage, from the project's root:  python benchmarks/settling.py --load-path RUN [--tol 1e-4] [--T1
+Usage, from the project's root:  python benchmarks/early_stopping.py --load-path RUN [--tol 1e-4] [--T1
 250] [--images 2000] [--data-dir DIR] [--write]
 
 For the best model of RUN and its test images: free phases of T1 steps against free phases with
@@ -57,7 +57,10 @@ def trained(path, data_dir, T1, images, mbs, device):
 def compare(model, batches, rule, tol, device):
     """(mean steps per image, share that is not converged, share of identical predictions, median
     ratio of times)."""
-    stopwatch, ratios, same, chain = Stopwatch(), [], 0, model.chain(rule.loss)
+    stopwatch = Stopwatch()
+    ratios = []
+    same = 0
+    chain = model.chain(rule.loss)
     for x, _ in progress(batches, "predictions"):
         outputs = []
 
@@ -137,9 +140,9 @@ def main():
     ]
     print("\n".join(lines), flush=True)
     for tol in options.tol:
-        steps, unsettled, same, ratio = compare(model, batches, rule, tol, device)
+        steps, unconverged, same, ratio = compare(model, batches, rule, tol, device)
         lines.append(
-            f"| {tol:g} | {steps:.1f} | **{rule.T1 / steps:.2f}** | {100 * unsettled:.2f} % | "
+            f"| {tol:g} | {steps:.1f} | **{rule.T1 / steps:.2f}** | {100 * unconverged:.2f} % | "
             f"{100 * same:.2f} % | {ratio:.2f} | "
             f"{smallest_cosine(model, batches, rule, tol):.6f} |"
         )

@@ -27,7 +27,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import autodiff  # noqa: E402
 from bench import attacked_cnn, chosen, clock, cnn, command_of, machine, publish  # noqa: E402
-from settling import trained  # noqa: E402
+from early_stopping import trained  # noqa: E402
 
 import data_utils  # noqa: E402
 import model_utils  # noqa: E402
@@ -163,15 +163,15 @@ def main():
     theirs()
     for name, setting in settings.items():
         torch._dynamo.reset()  # so that compiled steps of other settings do not count towards the limit
-        ours, settling = training_step(*common, setting)
+        ours, step_count = training_step(*common, setting)
         whole, smallest = cosines(ours(), exact)
         ours(), ours()  # torch.compile may compile new shapes twice
         times = [(clock(ours, device), clock(theirs, device)) for _ in range(options.repeats)]
         own, other = ([1e3 * t for t in side] for side in zip(*times))
         ratio = statistics.median(b / a for a, b in times)
         steps = (
-            f"{int(settling.steps) / settling.images:.1f}"
-            if settling.images
+            f"{int(step_count.steps) / step_count.images:.1f}"
+            if step_count.images
             else rule_of(T1, T2, betas, loss, *setting[2:]).T1
         )
         lines.append(

@@ -153,11 +153,11 @@ def table(config, options, device):
     ]
     book = textbook(config, options.batch)
     parts = book.parts(options.steps[0], 2 * options.steps[1])
-    yardsticks = [device.seconds(parts, ("fp32", "fp32")), device.seconds(parts, ("tf32", "tf32"))]
+    baselines = [device.seconds(parts, ("fp32", "fp32")), device.seconds(parts, ("tf32", "tf32"))]
 
     def row(name, T, parts, found):
         both, whole = max(found["both"], found["host"]), parts[0] + parts[1]
-        ratios = [f"{max(y['both'], y['host']) / both:.1f}" for y in yardsticks]
+        ratios = [f"{max(y['both'], y['host']) / both:.1f}" for y in baselines]
         cells = [
             name,
             f"{T[0]}, {T[1]}",
@@ -170,7 +170,7 @@ def table(config, options, device):
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
 
-    for name, found in zip(("textbook, fp32", "textbook, PyTorch's default"), yardsticks):
+    for name, found in zip(("textbook, fp32", "textbook, PyTorch's default"), baselines):
         row(name, options.steps, parts, found)
     for schedule, T in (("sync", options.steps), ("async", options.async_steps)):
         for precision in PRECISIONS:
@@ -186,8 +186,9 @@ def table(config, options, device):
                 f"{total(update.nudged, lambda o: o.bytes) / phases / 1e6:.1f} |"
             )
             for fused in (False, True):
+                name = f"{precision}, {schedule}"
                 row(
-                    f"{precision}, {schedule}{', fused' * fused}",
+                    f"{name}, fused" if fused else name,
                     T,
                     parts,
                     device.seconds(parts, (precision, "fp32"), fused),
