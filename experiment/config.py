@@ -117,6 +117,18 @@ def _flag(default: Any, help: str, *, name: str | None = None, **options: Any) -
 
 # ---------------------------------------------------------------------------------------- sections
 
+# What flags of one kind have in common
+_session = functools.partial(_flag, scope=SESSION)
+_architecture = functools.partial(_flag, scope=ARCHITECTURE)
+_convolution = functools.partial(_flag, scope=ARCHITECTURE, models=CONVOLUTIONAL)
+_transformer = functools.partial(_flag, scope=ARCHITECTURE, models=TRANSFORMERS, low=1)
+_steps = functools.partial(_flag, models=ENERGY_MODELS)
+_training = functools.partial(_flag, scope=TRAINING, todos=("train",))
+_robustness = functools.partial(_flag, todos=ROBUSTNESS)
+_attack = functools.partial(_flag, todos=("attack",))
+_audit = functools.partial(_flag, scope=SESSION, todos=("audit",), identifies=("audit",))
+EPS_RANGE: dict[str, Any] = {"low": 0, "high": MOST_EPS, "least": LEAST_EPS}
+
 
 @dataclasses.dataclass(frozen=True)
 class Session:
@@ -124,54 +136,49 @@ class Session:
 
     title = "session"
 
-    todo: str = _flag("train", "the task to run", scope=SESSION, choices=TODOS)
-    load_path: str | tuple[str, ...] | None = _flag(
+    todo: str = _session("train", "the task to run", choices=TODOS)
+    load_path: str | tuple[str, ...] | None = _session(
         None,
         "the run folder, or a file in one, to resume or to examine; several for compare",
-        scope=SESSION,
         metavar="RUN",
     )
-    labels: tuple[str, ...] | None = _flag(
+    labels: tuple[str, ...] | None = _session(
         None,
         "a name for each group of runs that differ only in the seed",
-        scope=SESSION,
         todos=("compare",),
         metavar="NAME",
     )
-    published: tuple[str, ...] | None = _flag(
+    published: tuple[str, ...] | None = _session(
         None,
         "tables of published accuracies to draw in, such as those of check/published",
-        scope=SESSION,
         todos=("compare",),
         metavar="CSV",
     )
-    save: bool = _flag(
+    save: bool = _session(
         False,
-        "train: write a run folder results/ALG/LOSS/date/time (a resumed run always writes to its "
-        "own); other tasks: save images, predictions or plots",
-        scope=SESSION,
+        "train: write a run folder results/ALG/LOSS/date/time (a resumed run always writes to "
+        "its own); other tasks: save images, predictions or plots",
         todos=("train", "evaluate", "attack", "gducheck"),
     )
-    run_dir: str | None = _flag(
+    run_dir: str | None = _session(
         None,
-        "the folder to train in: created if it is missing, resumed if it contains a run, so that "
-        "the same command can be started again; --epochs N then counts all epochs; implies --save",
-        scope=SESSION,
+        "the folder to train in: created if it is missing, resumed if it contains a run, so "
+        "that the same command can be started again; --epochs N then counts all epochs; implies"
+        " --save",
         todos=("train",),
         metavar="DIR",
     )
-    figures: str = _flag("png", "file format of figures", scope=SESSION, choices=("png", "pdf"))
-    tensorboard: bool = _flag(
+    figures: str = _session("png", "file format of figures", choices=("png", "pdf"))
+    tensorboard: bool = _session(
         False,
         "write the scalars of every epoch to RUN/tensorboard (needs the package tensorboard)",
-        scope=SESSION,
         todos=("train",),
     )
-    device: int = _flag(0, "index of the GPU; -1 is the CPU", scope=SESSION, low=-1)
+    device: int = _session(0, "index of the GPU; -1 is the CPU", low=-1)
     precision: str = _flag(
         "fp32",
-        "precision of the time steps on a CUDA device; weights, the contrast of EP and gradients "
-        "of attacks stay fp32",
+        "precision of the time steps on a CUDA device; weights, the contrast of EP and "
+        "gradients of attacks stay fp32",
         scope=RESUMED,
         choices=("fp32", "tf32", "bf16"),
         todos=NOT_GDUCHECK,
@@ -196,11 +203,10 @@ class Session:
         identifies=("attack", "audit"),
         repeats=True,
     )
-    seeds: tuple[int, ...] | None = _flag(
+    seeds: tuple[int, ...] | None = _session(
         None,
-        "train with each of these seeds, one after another; finished trainings of an earlier call "
-        "are kept, unfinished ones are resumed",
-        scope=SESSION,
+        "train with each of these seeds, one after another; finished trainings of an earlier "
+        "call are kept, unfinished ones are resumed",
         low=0,
         high=2**63 - 1,
         todos=("train",),
@@ -218,18 +224,14 @@ class Data:
 
     title = "data"
 
-    task: str = _flag(
+    task: str = _architecture(
         "MNIST",
         "the data set; digits needs no download",
-        scope=ARCHITECTURE,
         choices=tuple(TASKS),
         identifies=("attack", "audit"),
     )
     data_dir: str = _flag(
-        "./data",
-        "where the data sets are, or are downloaded to",
-        metavar="DIR",
-        place=True,
+        "./data", "where the data sets are, or are downloaded to", metavar="DIR", place=True
     )
     corruptions_dir: str | None = _flag(
         None,
@@ -243,32 +245,20 @@ class Data:
         False, "random flips and shifts of the CIFAR training images", todos=("train",)
     )
     train_size: int | None = _flag(
-        None,
-        "use the first N training images",
-        low=1,
-        todos=("train", "evaluate", "gducheck"),
+        None, "use the first N training images", low=1, todos=("train", "evaluate", "gducheck")
     )
-    val_size: int | None = _flag(
+    val_size: int | None = _architecture(
         None,
         "hold out the last N training images and choose the best model on them",
         shown_default="the best model is chosen on the test images",
-        scope=ARCHITECTURE,
         low=1,
         todos=("train",),
     )
     test_size: int | None = _flag(
-        None,
-        "use the first N test images",
-        low=1,
-        todos=NOT_GDUCHECK,
-        identifies=("audit",),
+        None, "use the first N test images", low=1, todos=NOT_GDUCHECK, identifies=("audit",)
     )
     mbs: int = _flag(
-        20,
-        "images in a mini-batch",
-        low=1,
-        todos=NOT_GDUCHECK,
-        identifies=("attack", "audit"),
+        20, "images in a mini-batch", low=1, todos=NOT_GDUCHECK, identifies=("attack", "audit")
     )
 
 
@@ -278,112 +268,62 @@ class Architecture:
 
     title = "model"
 
-    kind: str = _flag(
+    kind: str = _architecture(
         "MLP",
         "energy models: dense or convolutional, with tied or (VF) untied feedback weights; "
-        "feed-forward networks for comparison: FFMLP, FFCNN (batch normalisation and ReLU) and a "
-        "vision transformer",
+        "feed-forward networks for comparison: FFMLP, FFCNN (batch normalisation and ReLU) and "
+        "a vision transformer",
         name="model",
-        scope=ARCHITECTURE,
         choices=(*ENERGY_MODELS, *FEED_FORWARD),
     )
-    archi: tuple[int, ...] = _flag(
+    archi: tuple[int, ...] = _architecture(
         (784, 512, 10),
         "MLP: sizes of all layers, from the input to the classes",
         shown_default="INPUTS 512 CLASSES of the task",
-        scope=ARCHITECTURE,
         low=1,
         models=DENSE,
         metavar="SIZE",
     )
-    channels: tuple[int, ...] = _flag(
-        (32, 64),
-        "CNN: feature maps of each convolution",
-        scope=ARCHITECTURE,
-        low=1,
-        models=CONVOLUTIONAL,
-        metavar="SIZE",
+    channels: tuple[int, ...] = _convolution(
+        (32, 64), "CNN: feature maps of each convolution", low=1, metavar="SIZE"
     )
-    kernels: tuple[int, ...] = _flag(
-        (5, 5),
-        "CNN: kernel sizes",
-        scope=ARCHITECTURE,
-        low=1,
-        models=CONVOLUTIONAL,
-        metavar="SIZE",
-    )
-    strides: tuple[int, ...] = _flag(
-        (1, 1), "CNN: strides", scope=ARCHITECTURE, low=1, models=CONVOLUTIONAL
-    )
-    paddings: tuple[int, ...] = _flag(
-        (0, 0), "CNN: paddings", scope=ARCHITECTURE, low=0, models=CONVOLUTIONAL
-    )
-    pools: str = _flag(
+    kernels: tuple[int, ...] = _convolution((5, 5), "CNN: kernel sizes", low=1, metavar="SIZE")
+    strides: tuple[int, ...] = _convolution((1, 1), "CNN: strides", low=1)
+    paddings: tuple[int, ...] = _convolution((0, 0), "CNN: paddings", low=0)
+    pools: str = _convolution(
         "mm",
         "CNN: a letter per convolution: m max, a average (both 2x2, stride 2), i none",
-        scope=ARCHITECTURE,
-        models=CONVOLUTIONAL,
         metavar="LETTERS",
     )
-    fc: tuple[int, ...] = _flag(
+    fc: tuple[int, ...] = _convolution(
         (10,),
         "CNN: sizes of the dense layers, the last one the number of classes",
         shown_default="CLASSES of the task",
-        scope=ARCHITECTURE,
         low=1,
-        models=CONVOLUTIONAL,
         metavar="SIZE",
     )
-    patch: int = _flag(
-        4,
-        "ViT: height and width of a patch of the image",
-        scope=ARCHITECTURE,
-        low=1,
-        models=TRANSFORMERS,
-        metavar="SIZE",
+    patch: int = _transformer(4, "ViT: height and width of a patch of the image", metavar="SIZE")
+    depth: int = _transformer(6, "ViT: encoder layers")
+    heads: int = _transformer(4, "ViT: attention heads")
+    width: int = _transformer(128, "ViT: size of a token, a multiple of --heads", metavar="SIZE")
+    mlp_width: int = _transformer(
+        256, "ViT: hidden size of the dense part of a layer", metavar="SIZE"
     )
-    depth: int = _flag(6, "ViT: encoder layers", scope=ARCHITECTURE, low=1, models=TRANSFORMERS)
-    heads: int = _flag(4, "ViT: attention heads", scope=ARCHITECTURE, low=1, models=TRANSFORMERS)
-    width: int = _flag(
-        128,
-        "ViT: size of a token, a multiple of --heads",
-        scope=ARCHITECTURE,
-        low=1,
-        models=TRANSFORMERS,
-        metavar="SIZE",
+    act: str = _architecture(
+        "mysig", "activation of the neurons", choices=ACTIVATIONS, models=ENERGY_MODELS
     )
-    mlp_width: int = _flag(
-        256,
-        "ViT: hidden size of the dense part of a layer",
-        scope=ARCHITECTURE,
-        low=1,
-        models=TRANSFORMERS,
-        metavar="SIZE",
-    )
-    act: str = _flag(
-        "mysig",
-        "activation of the neurons",
-        scope=ARCHITECTURE,
-        choices=ACTIVATIONS,
-        models=ENERGY_MODELS,
-    )
-    loss: str = _flag(
+    loss: str = _architecture(
         "mse",
         "the loss that nudges the output: squared error or cross-entropy",
-        scope=ARCHITECTURE,
         choices=("mse", "cel"),
     )
-    softmax: bool = _flag(
+    softmax: bool = _architecture(
         False,
         "with cel: the output is a linear read-out of the last hidden layer",
-        scope=ARCHITECTURE,
         models=ENERGY_MODELS,
     )
     scale: float | None = _flag(
-        None,
-        "factor on the initial weights and biases",
-        low=0,
-        todos=GRADIENTS_OF_WEIGHTS,
+        None, "factor on the initial weights and biases", low=0, todos=GRADIENTS_OF_WEIGHTS
     )
 
     @property
@@ -416,55 +356,44 @@ class Learning:
         choices=("EP", "CEP", "BPTT", "BP"),
         todos=GRADIENTS_OF_WEIGHTS,
     )
-    T1: int = _flag(
+    T1: int = _steps(
         20,
         "time steps of the free phase",
         low=1,
-        models=ENERGY_MODELS,
         identifies=("audit", "characteristic", "corruptions"),
     )
-    T2: int = _flag(
+    T2: int = _steps(
         4,
         "time steps of a nudged phase, or those that BPTT is unrolled through",
         low=1,
         todos=GRADIENTS_OF_WEIGHTS,
-        models=ENERGY_MODELS,
     )
-    betas: tuple[float, ...] = _flag(
+    betas: tuple[float, ...] = _steps(
         (0.0, 0.01),
         "nudging of the free and of the nudged phase",
         todos=GRADIENTS_OF_WEIGHTS,
-        models=ENERGY_MODELS,
         metavar="BETA",
     )
-    schedule: str = _flag(
+    schedule: str = _steps(
         "sync",
-        "all layers step at once (sync), or odd and even ones in turn (async): half the arithmetic "
-        "for the same progress, possibly to another fixed point",
+        "all layers step at once (sync), or odd and even ones in turn (async): half the "
+        "arithmetic for the same progress, possibly to another fixed point",
         scope=ARCHITECTURE,
         choices=("sync", "async"),
-        models=ENERGY_MODELS,
     )
-    tol: float = _flag(
+    tol: float = _steps(
         0.0,
-        "free phases and predictions: stop an image once five steps change no layer by more than "
-        "this share of its norm; 0: always take T1 steps",
+        "free phases and predictions: stop an image once five steps change no layer by more "
+        "than this share of its norm; 0: always take T1 steps",
         low=0,
         todos=tuple(todo for todo in NOT_GDUCHECK if todo != "characteristic"),
-        models=ENERGY_MODELS,
         identifies=("audit", "corruptions"),
     )
-    random_sign: bool = _flag(
-        False,
-        "EP: draw the sign of the second beta anew for each mini-batch",
-        todos=("train",),
-        models=ENERGY_MODELS,
+    random_sign: bool = _steps(
+        False, "EP: draw the sign of the second beta anew for each mini-batch", todos=("train",)
     )
-    thirdphase: bool = _flag(
-        False,
-        "EP: nudge with beta and -beta (symmetric estimate)",
-        todos=GRADIENTS_OF_WEIGHTS,
-        models=ENERGY_MODELS,
+    thirdphase: bool = _steps(
+        False, "EP: nudge with beta and -beta (symmetric estimate)", todos=GRADIENTS_OF_WEIGHTS
     )
     same_update: bool = _flag(
         False,
@@ -472,13 +401,10 @@ class Learning:
         scope=ARCHITECTURE,
         models=UNTIED,
     )
-    check_thm: bool = _flag(
-        False,
-        "EP: compare with BPTT ten times an epoch while training",
-        todos=("train",),
-        models=ENERGY_MODELS,
+    check_thm: bool = _steps(
+        False, "EP: compare with BPTT ten times an epoch while training", todos=("train",)
     )
-    dropouts: tuple[float, ...] | None = _flag(
+    dropouts: tuple[float, ...] | None = _steps(
         None,
         "probability of keeping a neuron, for each connection on its bottom-up input (training "
         "only)",
@@ -486,7 +412,6 @@ class Learning:
         low=0,
         high=1,
         todos=("train",),
-        models=ENERGY_MODELS,
         metavar="P",
     )
 
@@ -497,40 +422,23 @@ class Optimizer:
 
     title = "optimizer"
 
-    optim: str = _flag(
-        "sgd", "optimizer", scope=TRAINING, choices=("sgd", "adam"), todos=("train",)
-    )
-    lrs: tuple[float, ...] | None = _flag(
+    optim: str = _training("sgd", "optimizer", choices=("sgd", "adam"))
+    lrs: tuple[float, ...] | None = _training(
         None,
         "learning rate of each layer",
         shown_default="0.01 for sgd, 0.0005 for adam",
-        scope=TRAINING,
         low=0,
-        todos=("train",),
         metavar="RATE",
     )
-    wds: tuple[float, ...] | None = _flag(
-        None,
-        "weight decay of each layer",
-        shown_default="none",
-        scope=TRAINING,
-        low=0,
-        todos=("train",),
-        metavar="RATE",
+    wds: tuple[float, ...] | None = _training(
+        None, "weight decay of each layer", shown_default="none", low=0, metavar="RATE"
     )
-    mmt: float = _flag(0.0, "momentum (sgd)", scope=TRAINING, low=0, high=1, todos=("train",))
-    lr_decay: bool = _flag(
-        False,
-        "cosine annealing of the learning rates to 1e-5 over 100 epochs",
-        scope=TRAINING,
-        todos=("train",),
+    mmt: float = _training(0.0, "momentum (sgd)", low=0, high=1)
+    lr_decay: bool = _training(
+        False, "cosine annealing of the learning rates to 1e-5 over 100 epochs"
     )
-    lr_step: tuple[float, ...] | None = _flag(
-        None,
-        "N GAMMA: multiply the learning rates by GAMMA every N epochs",
-        scope=TRAINING,
-        low=0,
-        todos=("train",),
+    lr_step: tuple[float, ...] | None = _training(
+        None, "N GAMMA: multiply the learning rates by GAMMA every N epochs", low=0
     )
     epochs: int = _flag(
         1,
@@ -547,45 +455,28 @@ class AdversarialTraining:
 
     title = "adversarial training"
 
-    eps: float | None = _flag(
+    eps: float | None = _training(
         None,
         "train on adversarial examples of PGD from a random start within this eps, images in "
         "[0, 1], also as a fraction such as 8/255",
         name="adv-train",
-        scope=TRAINING,
-        low=0,
-        high=MOST_EPS,
-        least=LEAST_EPS,
-        todos=("train",),
         metavar="EPS",
+        **EPS_RANGE,
     )
-    norm: str = _flag(
-        "2",
-        "norm of that eps",
-        name="adv-norm",
-        scope=TRAINING,
-        choices=NORMS,
-        todos=("train",),
-    )
-    iters: int = _flag(
-        20, "iterations of that PGD", name="adv-iters", scope=TRAINING, low=1, todos=("train",)
-    )
-    steps: int = _flag(
+    norm: str = _training("2", "norm of that eps", name="adv-norm", choices=NORMS)
+    iters: int = _training(20, "iterations of that PGD", name="adv-iters", low=1)
+    steps: int = _training(
         10,
         "time steps that its gradient is unrolled through",
         name="adv-step",
-        scope=TRAINING,
         low=1,
-        todos=("train",),
         models=ENERGY_MODELS,
     )
-    grad: str = _flag(
+    grad: str = _training(
         "bptt",
         "its gradient method, see --attack-grad",
         name="adv-grad",
-        scope=TRAINING,
         choices=("bptt", "smooth", "ep"),
-        todos=("train",),
     )
 
     @property
@@ -600,103 +491,84 @@ class Attack:
 
     title = "attack"
 
-    name: str = _flag(
-        "pgd",
-        "the attack",
-        name="attack",
-        choices=ATTACKS,
-        todos=("attack",),
-        identifies=("attack",),
-    )
-    norm: str = _flag(
+    name: str = _attack("pgd", "the attack", name="attack", choices=ATTACKS, identifies=("attack",))
+    norm: str = _robustness(
         "2",
         "norm of the perturbation",
         name="attack-norm",
         choices=NORMS,
-        todos=ROBUSTNESS,
         identifies=("attack", "audit"),
     )
-    eps_list: tuple[float, ...] | None = _flag(
+    eps_list: tuple[float, ...] | None = _attack(
         None,
         "largest norms of the perturbation, images in [0, 1], also as fractions such as 8/255",
         shown_default="a grid for the norm",
-        low=0,
-        high=MOST_EPS,
-        least=LEAST_EPS,
-        todos=("attack",),
         metavar="EPS",
+        **EPS_RANGE,
     )
-    iters: int | None = _flag(
+    iters: int | None = _attack(
         None,
         "iterations of the attack",
         name="attack-iters",
         shown_default="20; of an ensemble 100",
         scope=SESSION,
         low=1,
-        todos=("attack",),
     )
-    queries: int | None = _flag(
+    queries: int | None = _attack(
         None,
         "predictions for each image, of Square and HopSkipJump",
         name="attack-queries",
         shown_default="5000; with --attack-iters as many as these, in an ensemble 50 times as many",
         scope=SESSION,
         low=1,
-        todos=("attack",),
     )
-    restarts: int = _flag(
+    restarts: int = _attack(
         0,
         "further runs of the attack, from random points within eps",
         name="attack-restarts",
         scope=SESSION,
         low=0,
-        todos=("attack",),
     )
-    steps: tuple[int, ...] | None = _flag(
+    steps: tuple[int, ...] | None = _robustness(
         None,
-        "time steps that the attack's gradient is unrolled through; with several, the strongest "
-        "attack per image counts",
+        "time steps that the attack's gradient is unrolled through; with several, the strongest"
+        " attack per image counts",
         name="attack-step",
         shown_default=f"the smaller of {ATTACK_STEP} and --predict-step or T1",
         scope=SESSION,
         low=1,
-        todos=ROBUSTNESS,
         models=ENERGY_MODELS,
         identifies=("attack", "audit"),
     )
-    predict_steps: int | None = _flag(
+    predict_steps: int | None = _robustness(
         None,
         "time steps of a prediction",
         name="predict-step",
         shown_default="T1",
         low=1,
-        todos=ROBUSTNESS,
         models=ENERGY_MODELS,
         identifies=("audit",),
     )
-    grads: tuple[str, ...] = _flag(
+    grads: tuple[str, ...] = _attack(
         ("bptt",),
-        "gradient method: unrolled through the time steps (bptt), the same with slopes that do not "
-        "vanish (smooth), Equilibrium Propagation (ep), or smooth on a softened copy whose neurons "
-        "do not saturate (soft); with several, the strongest attack per image counts",
+        "gradient method: unrolled through the time steps (bptt), the same with slopes that do "
+        "not vanish (smooth), Equilibrium Propagation (ep), or smooth on a softened copy whose "
+        "neurons do not saturate (soft); with several, the strongest attack per image counts",
         name="attack-grad",
         choices=GRADIENTS,
-        todos=("attack",),
         identifies=("attack",),
     )
-    start: str = _flag(
+    start: str = _attack(
         "zero",
         "where the unrolled time steps start: at zero neurons, or near the equilibrium",
         name="attack-start",
         choices=STARTS,
-        todos=("attack",),
         models=ENERGY_MODELS,
         identifies=("attack",),
     )
-    no_clip: bool = _flag(
+    no_clip: bool = _robustness(
         False,
         "let adversarial examples leave [0, 1], as those of the published tables did",
-        todos=ROBUSTNESS,
         identifies=("attack", "audit"),
     )
 
@@ -718,32 +590,17 @@ class Audit:
 
     title = "audit"
 
-    eps: float | None = _flag(
+    eps: float | None = _audit(
         None,
         "largest norm of the perturbation, images in [0, 1], also as a fraction such as 8/255",
-        scope=SESSION,
-        low=0,
-        high=MOST_EPS,
-        least=LEAST_EPS,
-        todos=("audit",),
-        identifies=("audit",),
         metavar="EPS",
+        **EPS_RANGE,
     )
-    budget: str = _flag(
-        "standard",
-        "how many iterations and queries the attacks of the audit take",
-        scope=SESSION,
-        choices=BUDGETS,
-        todos=("audit",),
-        identifies=("audit",),
+    budget: str = _audit(
+        "standard", "how many iterations and queries the attacks of the audit take", choices=BUDGETS
     )
-    surrogate: str | None = _flag(
-        None,
-        "a run whose adversarial examples are tried on the audited one",
-        scope=SESSION,
-        todos=("audit",),
-        identifies=("audit",),
-        metavar="RUN",
+    surrogate: str | None = _audit(
+        None, "a run whose adversarial examples are tried on the audited one", metavar="RUN"
     )
 
 
