@@ -167,7 +167,8 @@ def train(job: Job) -> None:
 
     import model_utils
     from experiment.runs import checkpoint, resume
-    from experiment.runs.history import History, changes, resumable_state, snapshot
+    from experiment.runs.checkpoint import resumable_state, snapshot
+    from experiment.runs.history import History, changes
 
     saved = job.saved
     first = len(saved.history.epochs) if saved else 0
@@ -496,7 +497,7 @@ def audit(job: Job) -> None:
     import model_utils
     from ART_Timesteps_Addition.audit import audit as audit_model
     from ART_Timesteps_Addition.audit.model import ENDS_EARLY, AuditedModel
-    from experiment.audit import AuditFiles, open_surrogate
+    from experiment.results.audit import AuditFiles, open_surrogate
 
     config = job.config
     data = job.batches("test")
@@ -544,7 +545,8 @@ def gducheck(job: Job) -> None:
     import data_utils
     from energy import gdu
     from experiment.results.gdu import format_table, save_gdu
-    from experiment.runs.history import History, snapshot
+    from experiment.runs.checkpoint import snapshot
+    from experiment.runs.history import History
 
     config = job.config
     data = config.data

@@ -1,4 +1,4 @@
-"""Settings of a learning rule, and its observer.
+"""Settings of a learning rule (the rules are in `model_utils`), and its observer.
 
 Without torch: the command line builds a `Rule` before torch is loaded."""
 

@@ -96,9 +96,9 @@ class Diagnostics:
         else:
             self.first_bad = torch.where(self.first_bad > 0, self.first_bad, bad)
 
-    def check(self, neurons: Neurons, count: Tensor) -> int:
-        """The number in `count`, a tensor without dimensions. Waits for the device once. Raises
-        RunFailed, with epoch, mini-batch and layers, if a value is not finite."""
+    def raise_if_diverged(self, neurons: Neurons, count: Tensor) -> int:
+        """Raise RunFailed, with epoch, mini-batch and layers, if a value is not finite. Returns the
+        number in `count`, a tensor without dimensions, read in the same wait for the device."""
         if self.first_bad is None:
             return int(count)
         first_bad, number = map(int, torch.stack([self.first_bad, count]).cpu())

@@ -21,7 +21,8 @@ from experiment.config import Config
 from experiment.diagnostics import Diagnostics
 from experiment.inference import Convergence, correct, evaluate
 from experiment.results.training import draw_training, epoch_line, epoch_row
-from experiment.runs.history import History, resumable_state, snapshot
+from experiment.runs.checkpoint import resumable_state, snapshot
+from experiment.runs.history import History
 from experiment.timing import Stopwatch, progress
 from experiment.workers import Workers
 
@@ -174,7 +175,7 @@ class Trainer:
                     hits = self.workers.sum(hits)
                     seen = batches.samples
                 if batch % self.EVERY == 0 or batch == last:
-                    right = self.diagnostics.check(learnt.neurons, hits)
+                    right = self.diagnostics.raise_if_diverged(learnt.neurons, hits)
                     bar.set_postfix_str(f"train {100 * right / max(seen, 1):.2f} %", refresh=False)
         return right / batches.samples, learnt.neurons
 

@@ -11,10 +11,10 @@ from conftest import ZOO, only_run
 
 import model_utils as mu
 from data_utils import UserError
-from experiment.audit import AuditFiles
 from experiment.config import Config
 from experiment.plots import style, training
 from experiment.results.attacks import Sweep
+from experiment.results.audit import AuditFiles
 from experiment.runs import resume
 from experiment.runs.folder import RunFolder
 

@@ -1,4 +1,4 @@
-"""Checkpoints: reading a saved run and resuming from it.
+"""Checkpoints: their format, reading a saved run, and resuming from it.
 
 A file can come from anywhere: `open_saved` returns only what `contents` has validated, and
 `restore` loads only what `training_state` has compared with the run."""
@@ -17,18 +17,61 @@ from experiment.config import ARCHITECTURE, FLAGS, LARGEST
 from experiment.runs import contents, legacy, torch_file, training_state
 from experiment.runs.contents import Damaged
 from experiment.runs.files import printable
-from experiment.runs.history import (
-    History,
-    best_of,
-    changes,
-    chosen_on,
-    other_images,
-    saved_model,
-)
+from experiment.runs.history import History, best_of, changes, chosen_on, other_images
 from experiment.text import name_path
 
 # Files of a run folder that are no checkpoints
 OTHER_FILES = (".csv", ".txt", ".json", ".jsonl", ".png", ".pdf", ".npz")
+
+
+# ---- the format: written
+
+
+def snapshot(model: torch.nn.Module, config: dict, history: History) -> dict:
+    """The content of a saved model after the epochs of `history`. config: {dest: value}."""
+    content = saved_model(model.state_dict(), config, history.epochs)
+    return {**content, "best": history.best_accuracy}
+
+
+def saved_model(weights: dict[str, torch.Tensor], config: dict, epochs: list[dict]) -> dict:
+    """The content of a saved model, with the keys of the original code about its epochs.
+
+    config: {dest: value}; epochs: the rows of metrics.csv."""
+    return {
+        "model_state_dict": weights,
+        "config": config,
+        "epoch": len(epochs),
+        "history": epochs,
+        "train_acc": [row["train_acc"] for row in epochs],
+        "test_acc": [row["test_acc"] for row in epochs],
+        "best": best_of(epochs),
+    }
+
+
+# The names of what `resumable_state` adds.
+RESUMABLE = ("opt", "scheduler", "random_states", "best_model", "resumptions", "asked")
+
+
+def resumable_state(
+    history: History,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    generator: torch.Generator,
+) -> dict:
+    """What a checkpoint contains besides `snapshot`, so that training can resume from it.
+
+    It contains the best model, so that one file commits all that an epoch changes."""
+    return {
+        "opt": optimizer.state_dict(),
+        "scheduler": scheduler and scheduler.state_dict(),
+        "random_states": training_state.random_states(generator),
+        "best_model": history.best,
+        "resumptions": history.resumptions,
+        "asked": history.requested,
+    }
+
+
+# ---- the format: read
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:

@@ -236,7 +236,7 @@ class RunFolder:
         """Write the models of an epoch and metrics.csv. The checkpoint comes last and commits the
         epoch: after a kill before it, resuming repeats the epoch and rewrites everything.
 
-        state, resumable: of `runs.history`; improved: whether the model is the best so far;
+        state, resumable: of `runs.checkpoint`; improved: whether the model is the best so far;
         final: whether the training ends."""
         self.write_csv("metrics.csv", state["history"])
         if improved:

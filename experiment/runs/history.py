@@ -1,13 +1,9 @@
-"""The history of a training, and the content of its checkpoints."""
+"""The history of a training, over all its resumptions."""
 
 import dataclasses
-from typing import Any
-
-import torch
 
 from experiment.command_line import describe_change
 from experiment.config import FINGERPRINTS, FLAGS, SESSION
-from experiment.runs import training_state
 
 
 @dataclasses.dataclass
@@ -66,50 +62,6 @@ def changes(before: dict, now: dict) -> list[str]:
         f"(until now {before[name]})"
         for name in other_data(before, now)
     ]
-
-
-def snapshot(model: torch.nn.Module, config: dict, history: History) -> dict:
-    """The content of a saved model after the epochs of `history`. config: {dest: value}."""
-    content = saved_model(model.state_dict(), config, history.epochs)
-    return {**content, "best": history.best_accuracy}
-
-
-def saved_model(weights: dict[str, torch.Tensor], config: dict, epochs: list[dict]) -> dict:
-    """The content of a saved model, with the keys of the original code about its epochs.
-
-    config: {dest: value}; epochs: the rows of metrics.csv."""
-    return {
-        "model_state_dict": weights,
-        "config": config,
-        "epoch": len(epochs),
-        "history": epochs,
-        "train_acc": [row["train_acc"] for row in epochs],
-        "test_acc": [row["test_acc"] for row in epochs],
-        "best": best_of(epochs),
-    }
-
-
-# The names of what `resumable_state` adds.
-RESUMABLE = ("opt", "scheduler", "random_states", "best_model", "resumptions", "asked")
-
-
-def resumable_state(
-    history: History,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    generator: torch.Generator,
-) -> dict:
-    """What a checkpoint contains besides `snapshot`, so that training can resume from it.
-
-    It contains the best model, so that one file commits all that an epoch changes."""
-    return {
-        "opt": optimizer.state_dict(),
-        "scheduler": scheduler and scheduler.state_dict(),
-        "random_states": training_state.random_states(generator),
-        "best_model": history.best,
-        "resumptions": history.resumptions,
-        "asked": history.requested,
-    }
 
 
 def best_of(epochs: list[dict]) -> float:

@@ -11,10 +11,9 @@ from data_utils import UserError
 from experiment import command_line
 from experiment.command_line import words_of
 from experiment.config import FLAGS, RESUMED, SESSION, Config, Flag
-from experiment.runs.checkpoint import SavedRun, open_saved, read_checkpoint
+from experiment.runs.checkpoint import RESUMABLE, SavedRun, open_saved, read_checkpoint
 from experiment.runs.files import exists, why
 from experiment.runs.folder import RunFolder
-from experiment.runs.history import RESUMABLE
 from experiment.text import format_value, name_path
 from experiment.workers import Workers
 

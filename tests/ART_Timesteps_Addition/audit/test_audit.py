@@ -18,8 +18,8 @@ import main
 import metrics
 from ART_Timesteps_Addition.audit import criteria, stages
 from data_utils import load_split
-from experiment.audit import AuditFiles
 from experiment.config import Config
+from experiment.results.audit import AuditFiles
 from experiment.results.read import read_run
 from experiment.runs.folder import RunFolder
 
