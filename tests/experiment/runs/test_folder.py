@@ -403,7 +403,7 @@ QUICK = "--task digits --device -1 --train-size 200 --test-size 40 --mbs 20 --T1
             "--alg BPTT --T2 1",
             "synapses.0.weight did not change: --T2 1 does not reach the lower layers",
         ),
-        ("--betas 0 1e-7 --optim adam", "times its rounding error"),
+        ("--betas 0 1e-7 --optim adam", "times the rounding error"),
         ("--lrs 0 0 --betas 0 0.5", "no weight has changed"),
     ],
 )
