@@ -1,16 +1,23 @@
-# Functions of the other scripts, which source this file first. It changes to the project's folder, builds .venv, and defines
-#   python, data           the interpreter; the data folder (DATA=... sets another, relative to the project's folder)
+# Functions of the other scripts, which source this file first. It changes to the project's folder,
+# builds .venv, and defines
+#   python, data           the interpreter; the data folder (DATA=... sets another, relative to the
+#                          project's folder)
 #   suite PROGRAM FLAGS    runs main.py or main_dropout.py and passes signals of the script on to it
-#   last PROGRAM FLAGS     the same for the last command of a script: it replaces the shell and so receives the signals
-#   side_by_side           runs main.py with each line of standard input as its flags, $processes at a time, on the GPUs 0, 1, ... or, with
-#                          GPUS=0, on the CPU with one thread each; each line of output begins with the number of its command
+#   last PROGRAM FLAGS     the same for the last command of a script: it replaces the shell and so
+#                          receives the signals
+#   side_by_side           runs main.py with each line of standard input as its flags, $processes at
+#                          a time, on the GPUs 0, 1, ... or, with GPUS=0, on the CPU with one thread
+#                          each; each line of output begins with the number of its command
 #   absolute PATH          prints the absolute path of a path relative to the project's folder
-#   enter FOLDER FLAGS     creates a folder, changes to it, and refuses a second copy of the script or other FLAGS in it. Further arguments:
-#                          paths that will be part of the lines of side_by_side
-#   runs [MODEL]           prints the folders of all complete trainings below results/, or of those of a model
+#   enter FOLDER FLAGS     creates a folder, changes to it, and refuses a second copy of the script
+#                          or other FLAGS in it. Further arguments: paths that will be part of the
+#                          lines of side_by_side
+#   runs [MODEL]           prints the folders of all complete trainings below results/, or of those
+#                          of a model
 #   complain TEXT          ends the script with an error
-# With SMOKE=1 in the environment a script only runs its commands once: in a minute, on a CPU, with few and random data
-# (`common.sh cifar`) or the digits of scikit-learn (`common.sh mnist`), in a temporary folder that is removed at the end.
+# With SMOKE=1 in the environment a script only runs its commands once: in a minute, on a CPU, with
+# few and random data (`common.sh cifar`) or the digits of scikit-learn (`common.sh mnist`), in a
+# temporary folder that is removed at the end.
 #   smoke_run FLAGS        trains a run for a script that needs one, and sets `run` to its folder
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,7 +34,9 @@ enter() {
     esac
     mkdir -p "$1" && cd "$1"
     if command -v flock >/dev/null; then
-        exec 9>>.lock # does not empty the file; child processes inherit the lock, so it lasts until the last command of a killed script ends
+        # `>>` does not empty the file. Child processes inherit the lock: it lasts until the last
+        # command of a killed script ends.
+        exec 9>>.lock
         flock -n 9 || complain "another copy of this script, or one of its commands, is running in $1; wait for it"
     fi
     [ ! -e .flags ] || [ "$(cat .flags)" = "$2" ] ||
@@ -54,7 +63,7 @@ if [ "${SMOKE:-}" != 1 ]; then
         awk '{ sub(/ +$/, ""); print NR, $0 }' |
             xargs -r -L 1 -P "$processes" --process-slot-var=slot bash -o pipefail -c 'numbered "$@"' numbered
     }
-    # in the background with `wait`: a shell handles no signal while a command runs in the foreground
+    # in the background with `wait`: a shell handles no signal during a command in the foreground
     suite() {
         local name code
         (trap - INT && exec "${launcher[@]}" "$root/$1" "${@:2}") &
@@ -82,7 +91,8 @@ else
     trap 'rm -rf "$temporary"' EXIT
     cd "$temporary"
     export TMPDIR=$temporary PYTHONDONTWRITEBYTECODE=1
-    if [ -z "${SMOKE_SERVER:-}" ]; then # set by tests that share one server, see tests/check/test_scripts.py
+    # set by tests that share one server, see tests/check/test_scripts.py
+    if [ -z "${SMOKE_SERVER:-}" ]; then
         SMOKE_SERVER=$temporary
         mkfifo commands codes
         "$python" "$root/tests/smoke.py" <commands 4>codes &

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Tests and benchmarks the project on a GPU.
-# Needs: an NVIDIA GPU, 9 minutes, PyTorch 2.11 or later and ART. It uses .venv if it exists, otherwise python3; it installs nothing.
-# Output: gpu_report.md (--out sets another name): GPU, versions, all results. Without a GPU it lists what it would run.
+# Needs: an NVIDIA GPU, 9 minutes, PyTorch 2.11 or later and ART. It uses .venv if it exists,
+# otherwise python3; it installs nothing.
+# Output: gpu_report.md (--out sets another name): GPU, versions, all results. Without a GPU it
+# lists what it would run.
 # With SMOKE=1 every part runs once on the CPU, with small sizes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

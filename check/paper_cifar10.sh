@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# Reproduces the whole paper on CIFAR-10:  bash check/paper_cifar10.sh [further flags that suit every model, e.g. --precision tf32]
-# Trains EP, feed-forward CNNs without and with adversarial training at four eps, and a vision transformer, five seeds each; then runs the
-# attacks of the published tables, audits, corruptions, accuracy over time steps, and the comparison, to which further flags do not apply.
-# Needs: NVIDIA GPUs with 10 GB (GPUS=N, default 1). Predicted by benchmarks/roofline.py for one H100, not measured: EP training 27 hours
-# (6 with --precision tf32), PGD on its models 40; ensembles and audits are not predicted. Repeating the command resumes it.
-# ONLY="train attack" selects stages. DATA=... sets the folder of CIFAR-10, CORRUPTIONS=... the folder of CIFAR-10-C, which is not
-# downloaded; without it the stage corruptions is skipped.
-# Output: results/paper_cifar10 (PAPER=... sets another folder), with one table and figures; published curves are dashed.
+# Reproduces the whole paper on CIFAR-10:
+#     bash check/paper_cifar10.sh [further flags that suit every model, e.g. --precision tf32]
+# Trains EP, feed-forward CNNs without and with adversarial training at four eps, and a vision
+# transformer, five seeds each; then runs the attacks of the published tables, audits, corruptions,
+# accuracy over time steps, and the comparison, to which further flags do not apply.
+# Needs: NVIDIA GPUs with 10 GB (GPUS=N, default 1). Predicted by benchmarks/roofline.py for one
+# H100, not measured: EP training 27 hours (6 with --precision tf32), PGD on its models 40;
+# ensembles and audits are not predicted. Repeating the command resumes it.
+# ONLY="train attack" selects stages. DATA=... sets the folder of CIFAR-10, CORRUPTIONS=... the
+# folder of CIFAR-10-C, which is not downloaded; without it the stage corruptions is skipped.
+# Output: results/paper_cifar10 (PAPER=... sets another folder), with one table and figures;
+# published curves are dashed.
 source "$(dirname "$0")/common.sh" cifar
 GPUS=${GPUS:-1} stages="train attack audit corruptions characteristic compare"
 [[ $GPUS =~ ^[0-9]+$ ]] || complain "GPUS=$GPUS: expected a number"

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# Builds .venv from requirements.txt. Every other script calls this one first and uses .venv/bin/python.
+# Builds .venv from requirements.txt. Every other script calls this one first and uses
+# .venv/bin/python.
 # Needs: some minutes and 6 GB the first time; no time if .venv is up to date.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-works() { # MODULE: whether the interpreter of .venv starts, has the version that .venv was built for, and finds MODULE
+# works MODULE: whether the interpreter of .venv starts, has the version that .venv was built for,
+# and finds MODULE
+works() {
     .venv/bin/python -c 'import importlib.util, os, sys, sysconfig
 sys.exit(not os.path.isdir(sysconfig.get_path("purelib")) or not importlib.util.find_spec(sys.argv[1]))' "$1" 2>/dev/null
 }
@@ -12,15 +15,18 @@ up_to_date && exit 0
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "setup: $python is $("$python" --version 2>&1); Python 3.10 or newer is needed (set PYTHON=...)" >&2; exit 2; }
-if command -v flock >/dev/null; then # of jobs that start together one builds; without locks each builds
-    { exec 9<>requirements.txt; } 2>/dev/null || exec 9<requirements.txt # network file systems lock only files that are opened for writing
+# of jobs that start together one builds; without locks each builds
+if command -v flock >/dev/null; then
+    # network file systems lock only files that are opened for writing
+    { exec 9<>requirements.txt; } 2>/dev/null || exec 9<requirements.txt
     code=0
     flock -n 9 2>/dev/null || code=$?
     [ $code -ne 1 ] || { echo "setup: waiting for another process that builds .venv" >&2; flock 9 || true; }
     up_to_date && exit 0
 fi
 echo "setup: building .venv from requirements.txt (about 6 GB)" >&2
-emptied() { [ ! -e .venv ] || find -H .venv -mindepth 1 -delete; } # an incomplete .venv, or one whose interpreter is gone
+# empties an incomplete .venv, or one without its interpreter
+emptied() { [ ! -e .venv ] || find -H .venv -mindepth 1 -delete; }
 if command -v uv >/dev/null; then
     works sys || { emptied; uv venv --quiet --python "$python" .venv; }
     uv pip install --quiet --python .venv/bin/python -r requirements.txt

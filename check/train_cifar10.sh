@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Trains a published CIFAR-10 recipe:  bash check/train_cifar10.sh ep-symmetric-cel [further flags]
-# Recipes: tied weights (EP one-sided, with random sign, symmetric; BPTT), both losses, dropout, and untied feedback weights.
-# Needs: an NVIDIA GPU with 10 GB (dropout-bptt: more), days per recipe of 40 to 120 epochs. GPUS=N uses N GPUs. DATA=... sets the data
-# folder. Output: a run folder in results/. Without a name it lists the names.
+# Trains a published CIFAR-10 recipe:
+#     bash check/train_cifar10.sh ep-symmetric-cel [further flags]
+# Recipes: tied weights (EP one-sided, with random sign, symmetric; BPTT), both losses, dropout, and
+# untied feedback weights.
+# Needs: an NVIDIA GPU with 10 GB (dropout-bptt: more), days per recipe of 40 to 120 epochs. GPUS=N
+# uses N GPUs. DATA=... sets the data folder. Output: a run folder in results/. Without a name it
+# lists the names.
 names=$(sed -n 's/^        \([a-z-]*\)) .*/\1/p' "$0")
 [ $# -gt 0 ] || [ "${SMOKE:-}" = 1 ] || { echo "$names"; exit 2; }
 source "$(dirname "$0")/common.sh" cifar

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Trains small convolutional models on MNIST: symmetric EP and BPTT, squared error and cross-entropy, tied and untied feedback weights.
-# Needs: a CPU, about 3 minutes per command and epoch on two cores (--train-size 10000: half a minute). DATA=... sets the folder of MNIST.
+# Trains small convolutional models on MNIST: symmetric EP and BPTT, squared error and
+# cross-entropy, tied and untied feedback weights.
+# Needs: a CPU, about 3 minutes per command and epoch on two cores (--train-size 10000: half a
+# minute). DATA=... sets the folder of MNIST.
 # Output: run folders in results/. Further flags apply to every command.
 source "$(dirname "$0")/common.sh" mnist
 common=(--task MNIST --data-dir "$data" --channels 16 32 --kernels 5 5 --strides 1 1 --paddings 0 0 --pools mm --fc 10
