@@ -62,7 +62,7 @@ CRITERIA = {
         at_most=False,
     ),
     "settled": Criterion(
-        lambda m: m["converged"],
+        lambda m: m["settled"],
         _constant(0.9),
         "share of images that the step at T1 changes by less than 5 % in every layer: attacks "
         "assume that the prediction has converged",
@@ -94,13 +94,13 @@ CRITERIA = {
         "other gradients of --attack-grad; a --surrogate",
     ),
     "blind_attacks": Criterion(
-        lambda m: m["misclassified_blind"],
+        lambda m: m["blind_breaks"],
         _few,
         "images that only attacks without gradients of this model misclassified: gradient masking",
         "--budget standard, and a --surrogate",
     ),
     "budget": Criterion(
-        lambda m: m["more_misclassified"],
+        lambda m: m["more_breaks"],
         _more,
         "images that only more restarts and iterations of the strongest attack misclassified: it "
         "has not converged",
@@ -133,7 +133,7 @@ CRITERIA = {
         at_most=False,
     ),
     "attacked_settled": Criterion(
-        lambda m: m["adversarial_converged"],
+        lambda m: m["attacked_settled"],
         _constant(0.75),
         "share of adversarial examples that the step at T1 changes by less than 5 % in every layer",
         "a larger --T1",
@@ -141,7 +141,7 @@ CRITERIA = {
         of_dynamics=True,
     ),
     "attacked_later": Criterion(
-        lambda m: m["recovered"] / max(m["misclassified"], 1),
+        lambda m: m["recovered"] / max(m["fallen"], 1),
         _constant(0.1),
         "share of misclassified adversarial examples that are classified correctly at 2 T1",
         "a larger --T1",
@@ -159,7 +159,7 @@ def evaluate(
     m = {**measurements, "images": images, "steps": max(steps), "T1": T1}
     found = {}
     for name, criterion in CRITERIA.items():
-        if criterion.of_dynamics and not m.get("has_dynamics", True):
+        if criterion.of_dynamics and not m.get("moves", True):
             continue
         value = criterion.value(m)
         limit = criterion.limit(m)

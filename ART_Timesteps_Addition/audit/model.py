@@ -180,9 +180,9 @@ class AuditState:
     def arrays(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(arrays, a record for JSON), as the file of a stage contains them, for `of`."""
         arrays = {"x_adv": self.x_adv, "margin": self.margin}
-        return arrays, {"attacks": self.attacks, "measurements": self.measurements}
+        return arrays, {"attacks": self.attacks, "facts": self.measurements}
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> AuditState:
         """The state that `arrays` returned."""
-        return cls(arrays["x_adv"], arrays["margin"], record["attacks"], record["measurements"])
+        return cls(arrays["x_adv"], arrays["margin"], record["attacks"], record["facts"])

@@ -197,10 +197,10 @@ class Audit:
             "changed_again": int((predicted != again.argmax(1)).sum()),
             "clean_later": float((later == audited.y).mean()),
             "changed_later": int((predicted != later).sum()),
-            "converged": float((change < CONVERGED).mean()),
+            "settled": float((change < CONVERGED).mean()),
             "responds": audited.responds(),
             "layers": len(audited.model.synapses),
-            "has_dynamics": audited.model.has_dynamics,
+            "moves": audited.model.has_dynamics,
         }
 
     # ---- b: projected gradient descent
@@ -223,16 +223,13 @@ class Audit:
                     reached[name] = self.pgd(name, method)
         name = _strongest(reached, self.state)
         method = methods[name]
-        self.state.measurements |= {
-            "strongest": name,
-            "strongest_method": dataclasses.asdict(method),
-        }
+        self.state.measurements |= {"strongest": name, "way": dataclasses.asdict(method)}
         count = self._count()
         restarts = self.budget.restarts
         self.pgd(f"{name} with {restarts} restarts", method, restarts=restarts)
         self.pgd(f"{name} with twice the iterations", method, iters=2 * self.budget.iters)
         self.state.measurements |= {
-            "more_misclassified": count - self._count(),
+            "more_breaks": count - self._count(),
             "masked": self._masked(method),
         }
 
@@ -248,7 +245,7 @@ class Audit:
     @property
     def strongest(self) -> GradientMethod:
         """The gradient method of the strongest PGD of stage b."""
-        fields = self.state.measurements["strongest_method"]
+        fields = self.state.measurements["way"]
         return GradientMethod(**{**fields, "softness": tuple(fields["softness"])})
 
     # ---- c: the standard ensemble (its Square is the first attack of the next stage)
@@ -288,7 +285,7 @@ class Audit:
         self.attempt("random draws", {"draws": budget.draws}, self._random_points)
         if self.surrogate:
             self._transfer(self.surrogate)
-        self.state.measurements["misclassified_blind"] = before - self._count()
+        self.state.measurements["blind_breaks"] = before - self._count()
 
     def _random_points(
         self, x: np.ndarray, y: np.ndarray, seed: Sequence[int]
@@ -417,9 +414,9 @@ class Audit:
         later = audited.logits(x_adv[misclassified], 2 * audited.T1).argmax(1)
         _, change = audited.trajectory(x_adv)
         self.state.measurements |= {
-            "misclassified": len(misclassified),
+            "fallen": len(misclassified),
             "recovered": int((later == audited.y[misclassified]).sum()),
-            "adversarial_converged": float((change < CONVERGED).mean()),
+            "attacked_settled": float((change < CONVERGED).mean()),
         }
 
     def _margins(

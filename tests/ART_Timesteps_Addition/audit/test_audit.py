@@ -283,43 +283,43 @@ def test_wilson():
 GOOD = {
     "changed_again": 0,
     "responds": 1.0,
-    "converged": 1.0,
+    "settled": 1.0,
     "changed_later": 0,
     "layers": 2,
     "masked": 0.0,
-    "misclassified_blind": 0,
-    "more_misclassified": 0,
+    "blind_breaks": 0,
+    "more_breaks": 0,
     "unbounded": 0,
     "rise": 0,
     "iterative": 3,
     "single": 5,
     "loss_rises": 1.0,
-    "adversarial_converged": 1.0,
+    "attacked_settled": 1.0,
     "recovered": 0,
-    "misclassified": 10,
+    "fallen": 10,
 }
 
 
 @pytest.mark.parametrize(
-    "measurement, value, check",
+    "fact, value, check",
     [
         ("changed_again", 1, "deterministic"),
         ("responds", 0.1, "responds"),
-        ("converged", 0.5, "settled"),
+        ("settled", 0.5, "settled"),
         ("changed_later", 9, "time_steps"),
         ("layers", 20, "attack_steps"),
         ("masked", 0.3, "gradients"),
-        ("misclassified_blind", 9, "blind_attacks"),
-        ("more_misclassified", 30, "budget"),
+        ("blind_breaks", 9, "blind_attacks"),
+        ("more_breaks", 30, "budget"),
         ("unbounded", 1, "unbounded"),
         ("rise", 9, "more_eps"),
         ("single", 0, "iterations"),
         ("loss_rises", 0.2, "loss_rises"),
-        ("adversarial_converged", 0.1, "attacked_settled"),
+        ("attacked_settled", 0.1, "attacked_settled"),
         ("recovered", 9, "attacked_later"),
     ],
 )
-def test_every_check_fails_by_its_measurement(measurement, value, check):
+def test_every_check_fails_by_its_fact(fact, value, check):
     assert all(found["passed"] for found in criteria.evaluate(GOOD, 100, [8], 30).values())
-    found = criteria.evaluate({**GOOD, measurement: value}, 100, [8], 30)
+    found = criteria.evaluate({**GOOD, fact: value}, 100, [8], 30)
     assert [name for name, result in found.items() if not result["passed"]] == [check]
