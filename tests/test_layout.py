@@ -1,4 +1,4 @@
-"""The rooms of the code, read with `ast`: what may import what."""
+"""The layers of the code, read with `ast`: what may import what."""
 
 import ast
 import re
