@@ -335,7 +335,7 @@ def test_text_files_are_utf8_whatever_the_locale(tmp_path):
     folder.mkdir()
     program = (
         "import sys, json; sys.path.insert(0, sys.argv[1]); import main; main.TODOS['train'] = lambda job: "
-        "(print(job.args.data_dir), "
+        "(print(job.config.data.data_dir), "
         "main._new_folder(job, {}).release())\nsys.exit(main.main(json.loads(sys.argv[2])))"
     )
     words = json.dumps([*TINY.split(), "--data-dir", "Größe\udcff"])
