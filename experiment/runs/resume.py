@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from data_utils import UserError
 from experiment import command_line
 from experiment.command_line import words_of
-from experiment.config import FLAGS, RESUMED, SESSION, Config, Flag
+from experiment.config import BY_DEST, FLAGS, RESUMED, SESSION, Config, Flag
 from experiment.runs.checkpoint import RESUMABLE, SavedRun, open_saved, read_checkpoint
 from experiment.runs.files import exists, why
 from experiment.runs.folder import RunFolder
@@ -208,7 +208,7 @@ def saved_in_run_dir(path: str, workers: Workers) -> str:
 def saved_elsewhere(job: Job, folder: str, last: int) -> str:
     """As `how_to_resume`, in a worker whose machine does not have the run folder."""
     command = _command_with(job, lambda flag: flag.scope == SESSION)
-    command += ["--run-dir", folder, "--epochs", str(last)]
+    command += [*words_of(BY_DEST["run_dir"], folder), "--epochs", str(last)]
     return (
         f"the epochs are saved in {folder} on {job.workers.hosts[0]}, resume with\n  "
         f"{shlex.join(command)}"
@@ -259,5 +259,5 @@ def how_to_resume(job: Job, folder: str | None, first: int) -> str:
     unsaved = job.saved is not None and done == first
     command = _command_with(job, lambda flag: flag.scope == SESSION or unsaved)
     remaining = job.config.optimizer.epochs - (done - first)
-    command += ["--load-path", folder, "--epochs", str(remaining)]
+    command += [*words_of(BY_DEST["load_path"], folder), "--epochs", str(remaining)]
     return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(command)}"
