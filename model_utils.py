@@ -522,18 +522,20 @@ def cep_updates(
     `experiment.training.gradient_step`. Afterwards p.grad is zero, so that the optimizer's step
     (sgd without momentum) only decays the weights. Without `change` the weights stay unchanged, and
     p.grad is the sum of all shares. `bf16_copy` is not used."""
-    parameters = list(model.parameters())
-    remaining = [torch.zeros_like(p) for p in parameters]
+    collected: list[Tensor] = []
 
     def collect(share: float) -> None:
-        for p, grad in zip(parameters, remaining):
-            grad.add_(p.grad, alpha=share)  # type: ignore[arg-type]
+        shares = [share * p.grad for p in model.parameters() if p.grad is not None]
+        if collected:
+            torch._foreach_add_(collected, shares)
+        else:
+            collected.extend(shares)
 
-    change = change or collect
     beta_1, beta_2 = rule.betas
     chain = model.chain(rule.loss, masks)
-    start = model.phase(chain.input_drive(x), y, beta_1, rule.loss)
-    free = free_phase(chain, start, rule.T1, rule.tol, observer)
+    free = free_phase(
+        chain, model.phase(chain.input_drive(x), y, beta_1, rule.loss), rule.T1, rule.tol, observer
+    )
     betas = (beta_2, -beta_2) if rule.thirdphase else (beta_2,)
     for beta in betas:
         before = free
@@ -553,10 +555,12 @@ def cep_updates(
                     neurons_3=state,
                     masks=masks,
                 )
-                change(1 / len(betas))
+                (change or collect)(1 / len(betas))
             before = state
-    for p, grad in zip(parameters, remaining):
+    for p, grad in zip(model.parameters(), collected):
         p.grad = grad
+    if not collected:
+        model.zero_grad(set_to_none=False)
     return free
 
 

@@ -121,7 +121,7 @@ def main():
     torch.manual_seed(0)
     try:
         if options.load_path:
-            model, args, batches, _ = trained(
+            model, config, batches, _ = trained(
                 options.load_path, options.data_dir, T1, mbs, mbs, device
             )
             if len(model.B_syn):
@@ -129,7 +129,7 @@ def main():
                     f"{options.load_path} has untied feedback weights; the textbook baseline "
                     "supports only tied weights"
                 )
-            betas, loss = tuple(args.betas), args.loss
+            betas, loss = config.rule.betas, config.rule.loss
             x, y = next(iter(batches))
         else:
             model, x, y = (cnn if device.type == "cuda" else attacked_cnn)(device)

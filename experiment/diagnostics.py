@@ -42,17 +42,17 @@ class Diagnostics:
         self.rule = rule
         self.bf16_copy = bf16_copy
         self.precision = precision
-        learning = {
-            id(p) for group in optimizer.param_groups if group["lr"] > 0 for p in group["params"]
-        }
-        weights = {name: p for name, p in model.named_parameters() if p.dim() > 1}
-        self.weights = {name: p for name, p in weights.items() if id(p) in learning} or weights
+        self.optimizer = optimizer
         self.reported: set[str] = set()  # kinds of warnings
         self.begin(1)
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch."""
         self.epoch = epoch
+        groups = [group for group in self.optimizer.param_groups if group["lr"] > 0]
+        learning = {id(p) for group in groups for p in group["params"]}
+        weights = {name: p for name, p in self.model.named_parameters() if p.dim() > 1}
+        self.weights = {name: p for name, p in weights.items() if id(p) in learning} or weights
         self.first_bad: Tensor | None = None  # mini-batch, 0 for none
         self.contrast: Tensor | None = None  # of the nudge, in rounding errors
         self.before = self._checksums()

@@ -5,7 +5,6 @@ loss)."""
 
 import collections
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -226,13 +225,15 @@ def characteristic(
     converged = torch.zeros_like(hits)
     chain = model.chain(rule.loss)
     for x, y in progress(batches, "characteristic"):
-        predicting, measured = itertools.tee(trajectory(model, x, rule))
-        if exact is not None and exact is not model:
-            measured = trajectory(exact, x, rule)
-        window = collections.deque([next(measured)], maxlen=WINDOW + 1)
-        next(predicting)
-        for t, (prediction, neurons) in enumerate(zip(predicting, measured)):
+        measured = trajectory(model if exact is None else exact, x, rule)
+        other = exact is not None and exact is not model
+        predicting = trajectory(model, x, rule) if other else None
+        window: collections.deque[Neurons] = collections.deque(maxlen=WINDOW + 1)
+        for t, neurons in enumerate(measured, -1):  # those before the first step included
             window.append(neurons)
+            prediction = neurons if predicting is None else next(predicting)
+            if t < 0:
+                continue
             hits[t] += correct(chain, prediction, y)
             converged[t] += has_converged(window[0], neurons, eps).sum()
     return [[int(count) / batches.samples for count in counts] for counts in (hits, converged)]

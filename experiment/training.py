@@ -211,8 +211,9 @@ class Trainer:
             neurons = self.learn(
                 self.model, x, y, rule, masks, self.bf16_copy, observer, change=change
             )
-        with observer.part("update"):
-            average()
+        if rule.alg != "CEP":  # which averages before each of its changes
+            with observer.part("update"):
+                average()
         return Learnt(neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local)
 
     def _step_scheduler(self) -> None:

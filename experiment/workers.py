@@ -52,7 +52,7 @@ class _Heartbeat(threading.Thread):
 
     ENDED = 2**40  # added to the count of a worker whose work is complete; beats never reach it
 
-    def __init__(self, store: dist.Store, workers: "Workers", patience: float) -> None:
+    def __init__(self, store: "dist.Store", workers: "Workers", patience: float) -> None:
         """store: see `Workers._store`, used by this thread alone; patience: in seconds."""
         super().__init__(daemon=True)
         self.store = store
@@ -213,7 +213,7 @@ class Workers:
                 yield place, item
                 mine = next(places)
 
-    def _next_places(self, board: dist.Store) -> Iterator[int]:
+    def _next_places(self, board: "dist.Store") -> Iterator[int]:
         """The places of this worker's items in a `deal`, from a counter that the workers share."""
         self._deals += 1
         name = f"deal {self._deals}"
@@ -324,7 +324,7 @@ class Workers:
         except RuntimeError:  # torchrun is gone as well
             return True
 
-    def _store(self, timeout: datetime.timedelta, prefix: str | None = None) -> dist.Store:
+    def _store(self, timeout: datetime.timedelta, prefix: str | None = None) -> "dist.Store":
         """The store that torchrun serves, whichever worker is lost; empty for workers that torchrun
         starts in place of lost ones."""
         address = os.environ["MASTER_ADDR"]

@@ -4,6 +4,8 @@ reports it."""
 import csv
 import pathlib
 import re
+import types
+import weakref
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import model_utils as mu
 from ART_Timesteps_Addition.pgd import Adversary
 from ART_Timesteps_Addition.settings import Attack, GradientMethod
 from data_utils import TASKS, Batches, load_split
+from energy.dynamics import WINDOW
 from experiment import inference
 
 TINY = ZOO["converging"]
@@ -214,6 +217,25 @@ def test_characteristic_counts_by_the_last_five_steps_whatever_tol_is(cli, train
     assert (
         "last min(5, t) steps is below 0.0001" in (trained / "Characteristic_Time.txt").read_text()
     )
+
+
+def test_characteristic_keeps_no_more_states_than_convergence_needs(monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    trajectory = inference.trajectory
+
+    def counted(*args):
+        for neurons in trajectory(*args):
+            alive.update(neurons)
+            most.append(len(alive) / len(neurons))
+            yield neurons
+
+    monkeypatch.setattr(inference, "trajectory", counted)
+    model = mu.P_MLP([20, 8, 5], torch.tanh)
+    x, y = sample(model)
+    data = types.SimpleNamespace(labels=y, samples=len(y))
+    monkeypatch.setattr(inference, "progress", lambda *_: [(x, y)])
+    inference.characteristic(model, data, mu.Rule(T1=60))
+    assert max(most) <= WINDOW + 3
 
 
 @pytest.mark.parametrize(
