@@ -1,12 +1,15 @@
-"""Train energy models by Equilibrium Propagation or BPTT, and measure their robustness.
+r"""Train energy models by Equilibrium Propagation or BPTT, and measure their robustness.
 
 Typical use:
   python main.py --task digits --save            train the default MLP; digits need no download
-  python main.py --model CNN --channels 16 32 --loss cel --softmax ...    train a CNN on MNIST
+  python main.py --model CNN --channels 16 32 --act my_hard_sig --loss cel --softmax --thirdphase \
+      --betas 0 1 --T1 20 --T2 8 --optim adam --lrs 3e-3 3e-3 3e-3 --mbs 50 --save    a CNN on MNIST
   python main.py --todo evaluate --load-path results/EP/mse/2026-01-31/10-11-12_gpu0
 
-With --load-path, every flag that is not given takes its value from the saved run; the architecture
-always does.
+With --load-path, flags that are not given take their values from the saved run, except those of a
+single call, such as --device and --epochs. The run always determines the architecture and, when its
+training resumes, --seed and the flags of the optimizer and of adversarial training. docs/flags.md
+lists this for every flag.
 """
 
 import signal

@@ -1,5 +1,6 @@
-"""main.py with --dropouts: a keep-probability for each connection, masks drawn per image and batch
-and held through all phases."""
+"""main.py with --dropouts: the probability of keeping a neuron, for each connection.
+
+Dropout masks are drawn for each image and mini-batch, and are the same in all phases of it."""
 
 import sys
 

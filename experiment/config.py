@@ -29,8 +29,8 @@ from energy.rule import Rule
 SAVED = ""  # the saved value counts unless the flag is given
 ARCHITECTURE = "architecture"  # the saved value counts, whatever is given
 TRAINING = "training"  # the saved value counts when the training resumes
-RESUMED = "resumed"  # as SAVED when the training resumes; otherwise a run does not remember it
-SESSION = "session"  # of one call: a run does not remember it
+RESUMED = "resumed"  # as SAVED when the training resumes, otherwise as SESSION
+SESSION = "session"  # of one call: never taken from the saved run
 
 TODOS = (
     "train",
@@ -144,7 +144,7 @@ class Session:
     )
     labels: tuple[str, ...] | None = _session(
         None,
-        "a name for each group of runs that differ only in the seed",
+        "one label per group of runs that differ only in --seed",
         todos=("compare",),
         metavar="NAME",
     )
@@ -177,8 +177,8 @@ class Session:
     device: int = _session(0, "index of the GPU; -1 is the CPU", low=-1)
     precision: str = _flag(
         "fp32",
-        "precision of the time steps on a CUDA device; weights, the contrast of EP and "
-        "gradients of attacks stay fp32",
+        "precision of the time steps on a CUDA device; weights, the EP update and gradients of "
+        "attacks stay fp32",
         scope=RESUMED,
         choices=("fp32", "tf32", "bf16"),
         todos=NOT_GDUCHECK,
@@ -502,7 +502,7 @@ class Attack:
     eps_list: tuple[float, ...] | None = _attack(
         None,
         "largest norms of the perturbation, images in [0, 1], also as fractions such as 8/255",
-        shown_default="a grid for the norm",
+        shown_default="11 values, 0.05 to 3 (norm 2), 1e-4 to 0.1 (inf)",
         metavar="EPS",
         **EPS_RANGE,
     )
@@ -518,7 +518,8 @@ class Attack:
         None,
         "predictions for each image, of Square and HopSkipJump",
         name="attack-queries",
-        shown_default="5000; with --attack-iters as many as these, in an ensemble 50 times as many",
+        shown_default="5000, or the value of --attack-iters; in an ensemble 50 times "
+        "--attack-iters",
         scope=SESSION,
         low=1,
     )
@@ -592,7 +593,8 @@ class Audit:
 
     eps: float | None = _audit(
         None,
-        "largest norm of the perturbation, images in [0, 1], also as a fraction such as 8/255",
+        "largest norm of the perturbation (--todo attack: --eps-list), images in [0, 1], also as a "
+        "fraction such as 8/255",
         metavar="EPS",
         **EPS_RANGE,
     )

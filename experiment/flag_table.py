@@ -18,16 +18,18 @@ from experiment.config import (
 SCOPES = {
     ARCHITECTURE: "the saved value counts, whatever is given",
     TRAINING: "the saved value counts when the training resumes",
-    RESUMED: "the saved value counts when the training resumes, unless the flag is given",
-    SESSION: "of one call; a run does not remember it",
+    RESUMED: "the saved value counts when the training resumes, unless the flag is given; "
+    "not taken from the saved run otherwise",
+    SESSION: "not taken from the saved run",
     SAVED: "",
 }
 HEAD = """# Every flag
 
-`python main.py --help` prints the same. Values are converted after parsing: if a flag is given
-twice, the last counts, also with a switch and its negative. With `--load-path`, values that are not
-given come from the saved run. A note names each flag that has no effect on the task. Without
-`--todo`, flags that training does not use are refused.
+`python main.py --help` prints the flags with meaning and default, but not `--dropouts`, which only
+`main_dropout.py` has. If a flag is given twice, the last value counts, also with a switch and its
+negative. With a saved run (`--load-path`, or `--run-dir` if it contains one), a value that is not
+given comes from the run, unless the last column states otherwise. A note names each flag that has
+no effect on the task. Without `--todo`, flags that training does not use are refused.
 This file is made by `python -m experiment.flag_table > docs/flags.md`."""
 COLUMNS = ("flag", "meaning", "values", "default", "has an effect on", "with a saved run")
 

@@ -1,7 +1,7 @@
 """Inference: predictions after free steps, accuracy over a data set, convergence.
 
-`model` is an energy model or a network of `baselines`; a `Rule` says how it predicts (T1, tol,
-loss)."""
+`model` is an energy model or a network of `baselines`; a `Rule` contains the settings of its
+predictions (T1, tol, loss)."""
 
 import collections
 import dataclasses
