@@ -713,7 +713,7 @@ class Config:
         return self.attack.steps or (min(ATTACK_STEP, self.predict_steps),)
 
 
-# Fingerprint in a config: (the split it is of, the flag that says how many images)
+# Fingerprint in a config: (its split, the flag with the number of images)
 FINGERPRINTS = {"train_data": ("training", "train_size"), "test_data": ("test", "test_size")}
 
 
