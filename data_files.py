@@ -289,12 +289,16 @@ class _Parts:
 _Unpickler: Any = pickle._Unpickler  # Python's own, whose methods are not in its stubs
 
 
+class ForbiddenPickle(pickle.UnpicklingError):
+    """A pickle asks for something that could run code."""
+
+
 class RestrictedUnpickler(_Unpickler):
     """Unpickler that runs no code from the file and takes little more memory than the file has.
 
     It knows only OPCODES, and calls only the functions in `names`. A restricted `find_class` of
     Python's fast unpickler would not be enough: a deep tuple as a dict key crashes the interpreter,
-    and ten bytes make it allocate 34 GB. Raises UnpicklingError for a file that asks for other
+    and ten bytes make it allocate 34 GB. Raises ForbiddenPickle for a file that asks for other
     names, any exception for one that is damaged."""
 
     names = ARRAY_NAMES
@@ -312,7 +316,7 @@ class RestrictedUnpickler(_Unpickler):
         """The function that is called, or the value that is used, for a name in the file."""
         name = f"{module}.{name}"
         if name not in self.names:
-            raise pickle.UnpicklingError(self.refusal(name[:100]))
+            raise ForbiddenPickle(self.refusal(name[:100]))
         return self.names[name]
 
     def refusal(self, name: str) -> str:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import pickle
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -139,7 +138,7 @@ def _opened(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         raise
     except Exception as e:  # a damaged file can fail in any way
         reason = one_line(e)[:300]
-        if isinstance(e, pickle.UnpicklingError) or isinstance(e, OSError) and e.errno:
+        if isinstance(e, data_files.ForbiddenPickle) or isinstance(e, OSError) and e.errno:
             raise UserError(f"{path} cannot be read: {reason}") from None
         raise UserError(
             f"{path} is damaged and cannot be read: {reason}; delete it to download it again"

@@ -53,6 +53,7 @@ Masks = Sequence[Tensor | None]
 Change = Callable[[float], None]
 
 EMPTY = "the mini-batch is empty: it has no gradient"
+NO_LABELS = "labels are needed to nudge: y is None but beta is not 0"
 
 # ------------------------------------------------------------------------------------------- models
 
@@ -125,7 +126,7 @@ class EnergyModel(nn.Module):
         if not torch.is_tensor(beta) and beta == 0:
             return Phase(drive)
         if y is None:
-            raise ValueError("labels are needed to nudge: y is None but beta is not 0")
+            raise ValueError(NO_LABELS)
         return Phase(drive, F.one_hot(y, self.nc).to(drive.dtype), beta, loss)
 
     def init_neurons(self, mbs: int, device: torch.device | str) -> Neurons:
@@ -183,7 +184,8 @@ class EnergyModel(nn.Module):
             if backward:
                 phis[n - 1] = phis[n - 1] + backward[0]
         if beta != 0:
-            assert y is not None
+            if y is None:
+                raise ValueError(NO_LABELS)
             phis[-1] = phis[-1] - beta * self.loss(neurons, y, criterion)
         return phis if len(self.B_syn) else functools.reduce(torch.add, phis)
 
@@ -308,6 +310,7 @@ class _MLP(EnergyModel):
         archi: Sequence[int],
         activation: Activation,
         softmax: bool = False,
+        *,
         same_update: bool = False,
         schedule: str = "sync",
     ) -> None:
@@ -817,12 +820,12 @@ def train(
     trainer.fit(train_batches, test_batches, val_batches, last)
 
 
-def evaluate(model: Any, batches: "Batches", rule: Rule, **more: Any) -> float:
-    """The share of images that are classified correctly. more: see
+def evaluate(model: Any, batches: "Batches", rule: Rule, *more: Any, **named: Any) -> float:
+    """The share of images that are classified correctly. more, named: see
     `experiment.inference.evaluate`."""
     from experiment import inference
 
-    return inference.evaluate(model, batches, rule, **more)
+    return inference.evaluate(model, batches, rule, *more, **named)
 
 
 def attack(
@@ -883,7 +886,7 @@ def attack(
     return results
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False, repr=False)
 class Run:
     """A saved run, to use from Python.
 

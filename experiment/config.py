@@ -639,7 +639,9 @@ class Config:
         """The configuration that a namespace, a mapping or a Config describes."""
         if isinstance(args, Config):
             return args
-        return cls.from_flat(args if isinstance(args, Mapping) else vars(args))
+        if isinstance(args, Mapping):
+            return cls.from_flat(args)
+        return cls.from_flat({key: getattr(args, key) for key in _KEYS if hasattr(args, key)})
 
     def flat(self) -> dict[str, Any]:
         """{dest: value} as files contain it: lists instead of tuples, fingerprints where known."""
@@ -722,7 +724,9 @@ def _listed(value: Any) -> Any:
 
 
 def _frozen(flag: Flag, value: Any) -> Any:
-    if isinstance(value, list):
+    if hasattr(value, "tolist"):  # an array of NumPy, or a number
+        value = value.tolist()
+    if isinstance(value, (list, range)):
         return tuple(value)
     # earlier versions saved a single value of some flags that take several now
     is_single = flag.many and flag.dest != "load_path" and not isinstance(value, tuple)

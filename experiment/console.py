@@ -80,11 +80,22 @@ def command_words(argv: Sequence[str] | None, name: str) -> list[str]:
     program = name if argv is not None else sys.argv[0]
     launch = launched()
     if launch.torchrun:
-        return ["torchrun", "--standalone", "--nproc_per_node", str(launch.size), program]
+        return ["torchrun", *_torchrun_flags(), program]
     own = sys.argv[1:]
     before = sys.orig_argv[: len(sys.orig_argv) - len(own)]
     as_typed = argv is None and before[-1:] == [program] and sys.orig_argv[len(before) :] == own
     return before if as_typed else ["python", program]
+
+
+def _torchrun_flags() -> list[str]:
+    """The flags of torchrun that start this many workers on as many machines again."""
+    values = os.environ
+    per_node = ["--nproc_per_node", values.get("LOCAL_WORLD_SIZE", values["WORLD_SIZE"])]
+    nodes = values.get("GROUP_WORLD_SIZE", "1")
+    if nodes == "1":
+        return ["--standalone", *per_node]
+    address = ["--master_addr", values["MASTER_ADDR"], "--master_port", values["MASTER_PORT"]]
+    return ["--nnodes", nodes, *per_node, *address, "--node_rank", values.get("GROUP_RANK", "0")]
 
 
 def memory_limit(root: str | pathlib.Path = "/") -> float:

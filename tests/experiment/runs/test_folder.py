@@ -18,6 +18,7 @@ from shared import MLP, enter, start
 import main
 import model_utils as mu
 from experiment import console, training
+from experiment.launch import launched
 from experiment.runs import checkpoint, legacy
 from experiment.runs.files import WriteFailed, replacing
 from experiment.runs.folder import RunFolder
@@ -367,6 +368,25 @@ def test_writing_to_a_folder_that_is_not_there_fails_in_one_line(tmp_path):
 
 
 # ---- how it was started
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({}, "--standalone --nproc_per_node 4"),
+        (
+            {"GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"},
+            "--nnodes 2 --nproc_per_node 2 --master_addr node0 --master_port 29400 --node_rank 1",
+        ),
+    ],
+)
+def test_the_resume_line_starts_as_many_workers_again(monkeypatch, more, words):
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0"}
+    environment |= {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29400", **more}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(console, "launched", lambda: launched(environment))
+    assert console.command_words(["--save"], "main.py") == ["torchrun", *words.split(), "main.py"]
 
 
 def test_the_resume_line_keeps_how_it_was_started(monkeypatch):
