@@ -215,11 +215,16 @@ class EnergyModel(nn.Module):
 
         `check_thm`: the two states are successive ones of a nudged phase, so that both Phi are
         taken at beta_2, and the update is that step's share of the whole (gducheck). masks: of
-        dropout. Raises ValueError for an empty mini-batch."""
+        dropout. Raises ValueError for an empty mini-batch, for equal betas, and for a loss other
+        than the cross-entropy where `softmax`."""
         if not len(x):
             raise ValueError(EMPTY)
         loss = loss_name(criterion)
+        if self.softmax and loss != "cel":
+            raise ValueError(f"softmax needs loss cel, got {loss}")
         beta_1, beta_2 = betas
+        if beta_1 == beta_2:
+            raise ValueError(f"betas are {(beta_1, beta_2)}, EP needs two different values")
         chain = fast.suited(self.chain(loss, masks), len(x))
         scale = 1.0 / ((beta_1 - beta_2) * len(x))
         x = x.to(chain.dtype)

@@ -10,9 +10,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ALGORITHMS = ("EP", "CEP", "BPTT", "BP")
+LOSSES = ("mse", "cel")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How a model predicts (T1, tol, loss) and learns (all of them).
+    """How a model predicts (T1, tol, loss) and learns (all of them). Raises ValueError.
 
     alg          learning rule: `EP`, `CEP`, `BPTT` or `BP`
     T1           steps of the free phase
@@ -23,6 +27,9 @@ class Rule:
     random_sign  draw the sign of betas[1] anew for every mini-batch
     tol          stop an image once it has converged to this; 0: take all T1 steps
     dropouts     probability of keeping a neuron, for each connection, the read-out's last; or None
+
+    Only `experiment.training.Trainer` applies random_sign and dropouts: the functions of
+    `model_utils.LEARN` take betas as they are, and dropout as masks.
     """
 
     alg: str = "EP"
@@ -34,6 +41,19 @@ class Rule:
     random_sign: bool = False
     tol: float = 0.0
     dropouts: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("alg", self.alg, ALGORITHMS), ("loss", self.loss, LOSSES)):
+            if value not in allowed:
+                expected = f"{', '.join(allowed[:-1])} or {allowed[-1]}"
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
+        for name, steps in (("T1", self.T1), ("T2", self.T2)):
+            if steps < 1:
+                raise ValueError(f"{name} is {steps}, expected at least 1")
+        if len(self.betas) != 2:
+            raise ValueError(
+                f"betas are {self.betas}, expected two: of the free and of the nudged phase"
+            )
 
 
 class Observer:

@@ -23,7 +23,7 @@ from ART_Timesteps_Addition.names import (
 )
 from data_utils import TASKS
 from energy.names import ACTIVATIONS
-from energy.rule import Rule
+from energy.rule import ALGORITHMS, LOSSES, Rule
 
 # Scopes: what a saved run does to a flag.
 SAVED = ""  # the saved value counts unless the flag is given
@@ -315,7 +315,7 @@ class Architecture:
     loss: str = _architecture(
         "mse",
         "the loss that nudges the output: squared error or cross-entropy",
-        choices=("mse", "cel"),
+        choices=LOSSES,
     )
     softmax: bool = _architecture(
         False,
@@ -353,7 +353,7 @@ class Learning:
         "Equilibrium Propagation, its continual form, back-propagation through time, or, for "
         "feed-forward networks, back-propagation",
         shown_default="EP; BP for feed-forward networks",
-        choices=("EP", "CEP", "BPTT", "BP"),
+        choices=ALGORITHMS,
         todos=GRADIENTS_OF_WEIGHTS,
     )
     T1: int = _steps(

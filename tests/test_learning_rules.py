@@ -6,7 +6,7 @@ import functools
 import autodiff
 import pytest
 import torch
-from conftest import criterion_of, grads, masked, only_run, rule, sample, settle
+from conftest import MODELS, criterion_of, grads, masked, only_run, rule, sample, settle
 
 import main
 import main_dropout
@@ -306,3 +306,43 @@ def test_flags_are_defined_once():
     assert len(names) == len(set(names))
     assert set(names) - {flag.name for flag in main.FLAGS} == {"dropouts"}
     assert command_line.resolve({}).learning.dropouts is None
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"loss": "ce"}, "loss is 'ce', expected mse or cel"),
+        ({"loss": "MSE"}, "loss is 'MSE', expected mse or cel"),
+        ({"loss": torch.nn.MSELoss()}, r"loss is MSELoss\(\), expected mse or cel"),
+        ({"alg": "ep"}, "alg is 'ep', expected EP, CEP, BPTT or BP"),
+        ({"T1": 0}, "T1 is 0, expected at least 1"),
+        ({"T2": 0}, "T2 is 0, expected at least 1"),
+        ({"betas": (0.1,)}, r"betas are \(0.1,\), expected two"),
+    ],
+)
+def test_a_rule_refuses_what_no_rule_has(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        mu.Rule(**wrong)
+
+
+@pytest.mark.parametrize(
+    "alg, betas, thirdphase",
+    [
+        ("EP", (0.0, 0.0), False),
+        ("EP", (0.1, 0.1), False),
+        ("EP", (0.1, 0.0), True),
+        ("CEP", (0.0, 0.0), False),
+    ],
+)
+def test_a_contrast_needs_two_values_of_beta(alg, betas, thirdphase):
+    model = MODELS["MLP"](torch.tanh).double()
+    learning = mu.Rule(alg, T1=3, T2=2, betas=betas, thirdphase=thirdphase)
+    with pytest.raises(ValueError, match="betas are .*, EP needs two different values"):
+        mu.LEARN[alg](model, *sample(model), learning)
+
+
+@pytest.mark.parametrize("alg", ["EP", "CEP"])
+def test_a_softmax_read_out_does_not_learn_by_the_squared_error(alg):
+    model = MODELS["MLP softmax"](torch.tanh).double()
+    with pytest.raises(ValueError, match="softmax needs loss cel, got mse"):
+        mu.LEARN[alg](model, *sample(model), mu.Rule(alg, T1=3, T2=2, betas=(0.0, 0.1)))
