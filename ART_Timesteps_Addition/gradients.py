@@ -126,9 +126,27 @@ SMOOTH = {activation: _smooth(activation) for activation in CORNERS}
 RESCALED[SMOOTH[my_sigmoid]] = RESCALED[my_sigmoid]._replace(base=SMOOTH[torch.sigmoid])
 
 
+def _has_corners(chain: Chain) -> bool:
+    """Whether the chain's activation has CORNERS. A chain without activation, as that of a
+    feed-forward network, has none. Raises ValueError for any other activation without corners."""
+    if chain.activation in CORNERS:
+        return True
+    if chain.linear_output and len(chain) == 1:
+        return False
+    name = getattr(chain.activation, "__name__", repr(chain.activation))
+    raise ValueError(
+        f"the gradient methods smooth and soft do not know the activation {name}: add it to "
+        "CORNERS in ART_Timesteps_Addition/gradients.py"
+    )
+
+
 def smoothed(chain: Chain) -> Chain:
-    """The chain with the same states, and with backward slopes that do not vanish (`_Smooth`)."""
-    return dataclasses.replace(chain, activation=SMOOTH.get(chain.activation, chain.activation))
+    """The chain with the same states, and with backward slopes that do not vanish (`_Smooth`).
+
+    Unchanged without activation. Raises ValueError for an activation without CORNERS."""
+    if not _has_corners(chain):
+        return chain
+    return dataclasses.replace(chain, activation=SMOOTH[chain.activation])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +191,7 @@ def softness(chain: Chain, x: Tensor, T: int, rounds: int = 4) -> tuple[float, .
 
     Softening one layer changes the drives of the others: this takes a few rounds."""
     factors = (1.0,) * len(chain)
-    if chain.activation not in CORNERS:
+    if not _has_corners(chain):
         return factors
     low, high, _ = CORNERS[chain.activation]
     phase = Phase(chain.input_drive(x))

@@ -12,7 +12,7 @@ from conftest import MODELS, ROOT, criterion_of, rule, sample
 import model_utils as mu
 from ART_Timesteps_Addition import attacks, gradients
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled
-from ART_Timesteps_Addition.settings import Attack
+from ART_Timesteps_Addition.settings import Attack, GradientMethod
 from data_utils import load_split
 from energy.precision import set_precision
 
@@ -193,8 +193,11 @@ def tf32():
 
 
 @pytest.mark.parametrize("grad", ["bptt", "smooth", "ep"])
-def test_gradients_are_exact_where_predictions_are_not(grad, tf32):
-    model = built("CNN max", _Recording.apply)
+def test_gradients_are_exact_where_predictions_are_not(grad, tf32, monkeypatch):
+    act = _Recording.apply
+    monkeypatch.setitem(gradients.CORNERS, act, gradients.CORNERS[torch.tanh])
+    monkeypatch.setitem(gradients.SMOOTH, act, gradients._smooth(act))
+    model = built("CNN max", act)
     x, y = sample(model)
     x, y = x.numpy(), np.eye(5, dtype=np.float32)[y]
     ours = classifier_of(model, grad, "equilibrium")
@@ -274,3 +277,19 @@ def test_unknown_ways_are_named():
     for wrong in ({"grad": "bptt "}, {"start": "near"}):
         with pytest.raises(ValueError, match="bptt, smooth, ep|zero, equilibrium"):
             Unrolled(built("MLP"), 4, 3, mu.make_criterion("mse"), **wrong)
+
+
+def test_every_activation_has_corners():
+    assert set(gradients.CORNERS) == set(mu.ACTIVATIONS.values())
+
+
+@pytest.mark.parametrize("grad", ["smooth", "soft"])
+def test_an_activation_without_corners_is_refused_by_name(grad):
+    model = built("MLP", torch.relu)
+    x, _ = sample(model)
+    method = GradientMethod(grad, steps=4)
+    with pytest.raises(ValueError, match="relu: add it to CORNERS"):
+        gradients.through_time(model, x, "mse", 6, method)
+    if grad == "soft":
+        with pytest.raises(ValueError, match="relu: add it to CORNERS"):
+            gradients.softness(model.chain(), x, 6)
