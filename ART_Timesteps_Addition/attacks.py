@@ -514,12 +514,16 @@ def summary(parts: Sequence[dict[str, np.ndarray]], x: np.ndarray, norm: str) ->
 
 def worst_of(results: Sequence[dict[str, Any]], x: np.ndarray, norm: str) -> dict[str, Any]:
     """The `summary` of the strongest attack per image: the first that makes it misclassified or,
-    if none does, the one that leaves it the smallest margin."""
+    if none does, the one that leaves it the smallest margin.
+
+    An image counts as masked only if its gradient was masked in every attack: one attack with
+    usable gradients is enough for the number to be no mere upper bound."""
     margin = [np.where(result["correct"], result["margin"], -np.inf) for result in results]
     strongest = np.argmin(margin, axis=0)
     rows = np.arange(len(x))
     worst = {
         key: np.stack([result[key] for result in results])[strongest, rows]
-        for key in ("x_adv", "prediction", "margin", "masked_images")
+        for key in ("x_adv", "prediction", "margin")
     }
+    worst["masked_images"] = np.all([result["masked_images"] for result in results], axis=0)
     return summary([worst], x, norm)

@@ -448,3 +448,24 @@ def test_a_move_that_a_kill_ended_is_finished(ok, trained, tmp_path):
     ok(line)
     assert (run / f"{stem}_1.csv").read_bytes() == table and len(rows(run, f"{stem}_1")) == 2
     assert not (run / f"{stem}.csv").exists()
+
+
+def test_an_image_is_masked_in_the_worst_if_it_is_in_every_attack():
+    """The second image is misclassified without an attack: the first attack decides it."""
+
+    def result(masked, margin):
+        margin = np.array(margin)
+        return {
+            "x_adv": np.zeros((4, 1, 2, 2), dtype=np.float32),
+            "prediction": np.zeros(4, dtype=np.int64),
+            "margin": margin,
+            "masked_images": np.array(masked),
+            "correct": margin > 0,
+        }
+
+    bptt = result([True, True, False, True], [0.1, -1.0, 0.1, 0.3])
+    smooth = result([False, False, False, True], [0.2, -1.0, -0.1, 0.2])
+    x = np.zeros((4, 1, 2, 2), dtype=np.float32)
+    worst = attacks.worst_of([bptt, smooth], x, "2")
+    assert worst["masked_images"].tolist() == [False, False, False, True]
+    assert worst["masked"] == 0.25 and worst["correct"].tolist() == [True, False, False, True]
