@@ -45,6 +45,7 @@ def _more(m: Mapping[str, Any]) -> int:
     return max(2, math.ceil(0.05 * m["images"]))
 
 
+OTHER_GRADIENTS = "a --surrogate or, of a model with time steps, other numbers of --attack-step"
 CRITERIA = {
     "deterministic": Criterion(
         lambda m: m["changed_again"],
@@ -82,7 +83,7 @@ CRITERIA = {
         lambda m: min(m["T1"], 2 * m["layers"]),
         "time steps that the gradients are unrolled through: a gradient must reach the image and "
         "depend on the dynamics",
-        "more and larger --attack-step",
+        "more and larger numbers of --attack-step",
         at_most=False,
         of_dynamics=True,
     ),
@@ -91,7 +92,7 @@ CRITERIA = {
         _constant(0.05),
         "share of images whose gradient is exactly zero or not finite, by the strongest gradient "
         "method",
-        "other gradients of --attack-grad; a --surrogate",
+        OTHER_GRADIENTS,
     ),
     "blind_attacks": Criterion(
         lambda m: m["blind_breaks"],
@@ -104,32 +105,32 @@ CRITERIA = {
         _more,
         "images that only more restarts and iterations of the strongest attack misclassified: it "
         "has not converged",
-        "--budget standard, or more --attack-iters",
+        f"--budget standard, {OTHER_GRADIENTS}",
     ),
     "unbounded": Criterion(
         lambda m: m["unbounded"],
         _constant(0),
         "images still classified correctly although the attack may change them into any other: "
         "gradient masking",
-        "other --attack-step; a --surrogate",
+        OTHER_GRADIENTS,
     ),
     "more_eps": Criterion(
         lambda m: m["rise"],
         _few,
         "images by which accuracy rises with eps: a larger ball contains the smaller one",
-        "other --attack-step; --budget standard",
+        f"--budget standard, {OTHER_GRADIENTS}",
     ),
     "iterations": Criterion(
         lambda m: m["iterative"] - m["single"],
         _constant(1),
         "images by which a single step is stronger than many: gradient masking",
-        "other --attack-step; a --surrogate",
+        OTHER_GRADIENTS,
     ),
     "loss_rises": Criterion(
         lambda m: m["loss_rises"],
         _constant(0.9),
         "share of images whose margin the attack lowers",
-        "other gradients of --attack-grad; a --surrogate",
+        OTHER_GRADIENTS,
         at_most=False,
     ),
     "attacked_settled": Criterion(
@@ -234,14 +235,16 @@ def verdict(result: Mapping[str, Any], norm: str, eps: float) -> list[str]:
             f"{attack['standing']:5} {100 * attack['masked']:5.1f} % {attack['seconds']:7.1f} s"
         )
     curve = ", ".join(f"{eps:.3g}: {100 * share:.0f} %" for eps, share in result["curve"])
-    early = result["early"]
     seconds = ", ".join(f"{stage} {count:.1f} s" for stage, count in result["seconds"].items())
-    return [
-        *lines,
+    lines += [
         "",
         f"accuracy over eps (PGD by the strongest gradient alone, first {result['sample']} "
         f"correctly classified images): {curve}",
-        f"read out early, at t = {early['t']}: {100 * early['robust']:.1f} % of the adversarial "
-        "examples classified correctly",
-        f"time by stage: {seconds}",
     ]
+    if any(CRITERIA[name].of_dynamics for name in result["checks"]):
+        early = result["early"]
+        lines.append(
+            f"read out early, at t = {early['t']}: {100 * early['robust']:.1f} % of the "
+            "adversarial examples classified correctly"
+        )
+    return [*lines, f"time by stage: {seconds}"]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ import main
 import metrics
 from ART_Timesteps_Addition.audit import criteria, stages
 from data_utils import load_split
-from experiment.config import Config
+from experiment.config import FLAGS, Config
 from experiment.results.audit import AuditFiles
 from experiment.results.read import read_run
 from experiment.runs.folder import RunFolder
@@ -323,3 +324,9 @@ def test_every_check_fails_by_its_fact(fact, value, check):
     assert all(found["passed"] for found in criteria.evaluate(GOOD, 100, [8], 30).values())
     found = criteria.evaluate({**GOOD, fact: value}, 100, [8], 30)
     assert [name for name, result in found.items() if not result["passed"]] == [check]
+
+
+def test_advice_names_only_flags_that_an_audit_uses():
+    used = {f"--{flag.name}" for flag in FLAGS if not flag.todos or "audit" in flag.todos}
+    for criterion in criteria.CRITERIA.values():
+        assert set(re.findall(r"--[\w-]+", criterion.advice)) <= used, criterion.advice
