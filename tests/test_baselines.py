@@ -4,6 +4,7 @@ PyTorch."""
 import concurrent.futures
 import csv
 import json
+import re
 import threading
 
 import numpy as np
@@ -105,12 +106,15 @@ def test_every_command_works_with_a_network(ok, tmp_path, network):
 
 
 def test_a_network_is_audited_without_the_checks_of_time_steps(ok, tmp_path):
-    ok(TINY, NETWORKS["FFMLP"])
+    out = ok(TINY, NETWORKS["FFMLP"])
+    assert "BP " in re.search("time: .*", out)[0] and "BPTT" not in out
     run = only_run(tmp_path)
-    ok(
+    out = ok(
         "--todo audit --budget quick --eps 0.5 --attack-norm 2 --test-size 8 --device -1 --load-path",
         run,
     )
+    assert "results go to" in out and "accuracy over eps" in out
+    assert "predictions after" not in out and "read out early" not in out
     result = json.loads((run / "Audit_2_0.5.json").read_text())
     assert "settled" not in result["checks"] and "blind_attacks" in result["checks"]
     assert not any(

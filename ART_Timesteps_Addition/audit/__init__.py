@@ -26,12 +26,13 @@ def audit(
     budget: of `stages.BUDGETS`; surrogate: a model whose adversarial examples are tried too."""
     eps = audited.attack.eps
     norm = audited.attack.norm
-    print(
-        f"audit, {norm}-norm, eps {eps:g}, {len(audited.y)} images, budget {budget}, predictions "
-        f"after {audited.T1} steps, gradients through {' '.join(map(str, audited.steps))}; "
-        f"results go to {files.text}",
-        flush=True,
-    )
+    line = f"audit, {norm}-norm, eps {eps:g}, {len(audited.y)} images, budget {budget}"
+    if audited.model.has_dynamics:
+        line += (
+            f", predictions after {audited.T1} steps, gradients through "
+            f"{' '.join(map(str, audited.steps))}"
+        )
+    print(f"{line}; results go to {files.text}", flush=True)
     report = functools.partial(print, flush=True)
     state = stages.Audit(audited, stages.BUDGETS[budget], surrogate, report).run(files)
     result = result_of(state, audited, files.settings, files.source)

@@ -52,7 +52,7 @@ def accuracy(
     that changed before it}; chance: accuracy of guessing, in %."""
     resumed = sorted((resumptions or {}).items())
     labelled = resumed[-LABELLED_RESUMPTIONS:]
-    figure = new_figure("Accuracy of the free phase", height=3.8 + 0.16 * len(labelled))
+    figure = new_figure("Accuracy over the epochs", height=3.8 + 0.16 * len(labelled))
     axes = figure.add_subplot(xlabel="epoch", ylabel=ACCURACY)
     epochs = [row["epoch"] for row in rows]
     recorded = {column for row in rows for column in row}
@@ -101,14 +101,17 @@ def activity(
     neurons: Sequence[torch.Tensor],
     ends: tuple[float, float] | None = None,
     linear_output: bool = False,
+    has_dynamics: bool = True,
 ) -> Figure:
-    """Histogram of each layer's neurons at the end of a free phase, with the saturated shares.
+    """Histogram of each layer's neurons after the last training batch, with the saturated shares.
 
     neurons: one tensor (mbs, ...) per layer; ends: of the activation's range, None if it has none;
-    linear_output: whether the last layer has no activation."""
+    linear_output: whether the last layer has no activation; has_dynamics: whether the neurons are
+    those at the end of a free phase."""
     columns = min(len(neurons), 4)
     rows = -(-len(neurons) // 4)
-    title = "Neurons at the end of the free phase, last training batch"
+    phase = " at the end of the free phase" if has_dynamics else ""
+    title = f"Neurons{phase}, last training batch"
     figure = new_figure(title, 2.6 * columns + 0.4, 0.9 + 2.5 * rows)
     panels = grid(figure, len(neurons), columns)
     for n, (axes, state) in enumerate(zip(panels, neurons), 1):

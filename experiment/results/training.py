@@ -100,4 +100,6 @@ def draw_training(
     )
     ends = RANGES.get(model.activation)
     linear_output = model.chain(loss).linear_output
-    run.save_figure("neural_activity.png", plots.activity, neurons, ends, linear_output)
+    run.save_figure(
+        "neural_activity.png", plots.activity, neurons, ends, linear_output, model.has_dynamics
+    )
