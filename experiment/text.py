@@ -2,6 +2,7 @@
 
 import os
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -29,6 +30,12 @@ def describe(value: Any) -> str:
 def count(n: int, noun: str) -> str:
     """Count a noun: `1 image`, `2 images`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names for a sentence: `A, B and C`."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def name_path(path: str | os.PathLike) -> str:

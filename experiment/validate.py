@@ -19,7 +19,7 @@ from experiment.config import (
     Config,
     Flag,
 )
-from experiment.text import format_value
+from experiment.text import count, format_value, listed
 
 
 def validate(config: Config) -> None:
@@ -275,7 +275,7 @@ def validate_held_out(config: Config, saved: Mapping[str, Any]) -> None:
 
 
 def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
-    """Notes on flags of `given`, {dest: value}, that have no effect."""
+    """Notes on flags of `given`, {dest: value}, that have no effect or hardly the intended one."""
     todo = config.session.todo
     model = config.model.kind
     learning = config.learning
@@ -287,7 +287,7 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         if flag.todos and todo not in flag.todos:
             yield f"{name} has no effect on {todo}"
         elif flag.models and model not in flag.models:
-            yield f"{name} has no effect on {model}, only on {' and '.join(flag.models)}"
+            yield f"{name} has no effect on {model}, only on {listed(flag.models)}"
     if given.get("data_aug") and trains and not TASKS[config.data.task].augments:
         yield (
             f"--data-aug has no effect on {config.data.task}: flips and shifts would change the "
@@ -328,5 +328,22 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
                     f"--{name.replace('_', '-')} has no effect on {config.attack.name}, which uses "
                     "no gradient"
                 )
+    if "attack_step" in given and _unrolls_attacks(config):
+        for steps in config.attack_steps:
+            if steps > config.predict_steps:
+                yield (
+                    f"--attack-step {steps} exceeds the {count(config.predict_steps, 'step')} of a "
+                    "prediction: the gradient is of another state"
+                )
     if todo == "gducheck" and learning.schedule == "async":
         yield "with --schedule async EP and BPTT agree in their sums over time, not step by step"
+
+
+def _unrolls_attacks(config: Config) -> bool:
+    """Whether gradients of an attack or audit are unrolled through the steps of --attack-step."""
+    if not config.model.has_dynamics:
+        return False
+    if config.session.todo == "audit":
+        return True
+    unrolled = config.attack.uses_gradient and set(config.attack.grads) != {"ep"}
+    return config.session.todo == "attack" and unrolled
