@@ -232,7 +232,7 @@ def _allowed(flag: Flag, low: float | None, high: float | None, text: str) -> st
     if flag.choices:
         return "one of " + ", ".join(flag.choices)
     if flag.least:
-        return f"0, or a number from {flag.least:g} to {high:g}"
+        return f"0, or a number from {flag.least:g} to {high:g} (or a fraction such as 8/255)"
     names = {int: "a whole number", float: "a number", str: "a text without control characters"}
     allowed = names[flag.kind]
     if low is not None:

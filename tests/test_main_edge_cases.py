@@ -104,6 +104,7 @@ def test_no_attack_has_a_bound_that_is_no_number_of_float32(ok, cli, tmp_path, e
         code, _, err = cli(words, eps, "--load-path nowhere")
         assert code == 2 and err.count("\n") == 1
         assert f"got '{eps}', expected 0, or a number from 1e-09 to 1e+09" in err
+        assert "(or a fraction such as 8/255)" in err
 
 
 def test_audits_with_another_surrogate_or_end_are_other_audits(tmp_path):
