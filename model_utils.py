@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,11 @@ class EnergyModel(nn.Module):
         pools: Iterable[nn.Module] = (),
         schedule: str = "sync",
     ) -> None:
-        """connections: the read-out's last, where `softmax`."""
+        """connections: the read-out's last, where `softmax`. Raises ValueError."""
+        if not callable(activation):
+            raise ValueError(
+                f"activation: expected a function such as ACTIVATIONS['mysig'], got {activation!r}"
+            )
         super().__init__()
         self.synapses = nn.ModuleList(synapses)
         self.B_syn = nn.ModuleList(B_syn)
@@ -376,6 +381,8 @@ class _CNN(EnergyModel):
         same_update: bool = False,
         schedule: str = "sync",
     ) -> None:
+        if isinstance(pools, str):
+            raise ValueError(f"pools: use make_pools({pools!r})")
         count = len(channels) - 1
         lists = (kernels, strides, pools, paddings)
         if count < 1 or any(len(values) != count for values in lists) or not fc:
@@ -972,11 +979,13 @@ class Run:
 def load_run(path: Any, device: torch.device | str | None = None) -> Run:
     """The `Run` in a run folder, its best model, or in one of its files. device: the GPU where
     there is one, if None. Raises UserError where nothing can be loaded."""
-    from data_utils import TASKS
+    from data_utils import TASKS, UserError
     from experiment.command_line import resolve
     from experiment.runs.checkpoint import load_weights, open_saved
     from experiment.validate import validate
 
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"path is {path!r}, expected a run folder or a file in one")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     saved = open_saved(path, "evaluate")
     config = resolve({"todo": "evaluate"}, saved.args)

@@ -11,7 +11,7 @@ from conftest import ROOT, ZOO, only_run
 
 import main
 import model_utils as mu
-from data_utils import load_split
+from data_utils import UserError, load_split
 from experiment import command_line, timing, validate
 from experiment.config import FLAGS as ALL
 from experiment.config import TODOS
@@ -372,3 +372,57 @@ def test_a_model_asks_for_its_number_of_steps(trained):
 def test_slips_are_answered_before_any_work(cli, words, said):
     code, _, err = cli(words)
     assert code == 2 and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize(
+    "words, exceeding",
+    [
+        ("--todo attack --attack-step 10 40 --T1 20", ["--attack-step 40 exceeds the 20 steps"]),
+        (
+            "--todo attack --attack-step 40 --predict-step 1",
+            ["--attack-step 40 exceeds the 1 step"],
+        ),
+        ("--todo audit --attack-step 40", ["--attack-step 40 exceeds the 20 steps"]),
+        ("--todo attack --attack-step 20 --T1 20", []),
+        ("--todo attack --T1 4", []),
+        ("--todo attack --attack-step 40 --attack square", []),
+        ("--todo attack --attack-step 40 --attack-grad ep", []),
+        ("--todo attack --attack-step 40 --model FFMLP", []),
+        ("--todo evaluate --attack-step 40", []),
+    ],
+)
+def test_more_attack_steps_than_a_prediction_takes_are_noted(words, exceeding):
+    values = command_line.parse(words.split(), main.FLAGS)
+    notes = validate.notes(command_line.resolve(values), values)
+    found = [note for note in notes if "of a prediction" in note]
+    assert [note.partition(" of a prediction")[0] for note in found] == exceeding
+
+
+def test_models_of_a_note_are_listed_as_in_a_sentence():
+    values = command_line.parse("--task digits --model FFMLP --T1 3".split(), main.FLAGS)
+    (note,) = validate.notes(command_line.resolve(values), values)
+    assert note == "--T1 has no effect on FFMLP, only on MLP, VFMLP, CNN and VFCNN"
+
+
+def test_what_is_no_run_is_refused_from_python():
+    for path in (None, 3):
+        with pytest.raises(UserError, match=f"path is {path}, expected a run folder"):
+            mu.load_run(path)
+
+
+def test_a_folder_of_runs_names_them(cli, tmp_path):
+    message = "runs has no model.pt or checkpoint.tar"
+    runs = tmp_path / "runs"
+    (runs / "empty").mkdir(parents=True)
+    code, _, err = cli("--todo evaluate --load-path runs")
+    assert code == 2 and err.rstrip().endswith(message)
+    for name in ("ff", "ep"):
+        (runs / name).mkdir()
+        (runs / name / "model.pt").touch()
+    code, _, err = cli("--todo evaluate --load-path runs")
+    assert code == 2 and err.rstrip().endswith(f"{message}; it contains the runs ep, ff")
+    for name in "abcd":
+        (runs / name).mkdir()
+        (runs / name / "checkpoint.tar").touch()
+    code, _, err = cli("--todo evaluate --load-path runs")
+    assert code == 2 and err.rstrip().endswith("the runs a, b, c, d, ep ...")

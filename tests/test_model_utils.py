@@ -292,3 +292,10 @@ def test_a_random_sign_of_beta_is_drawn_for_each_mini_batch(monkeypatch):
         trainer.gradients(torch.randn(2, 20), torch.tensor([0, 1]))
     assert set(betas) == {(0.1, 0.5), (0.1, -0.5)}
     assert 10 < sum(beta < 0 for _, beta in betas) < 30
+
+
+def test_names_instead_of_functions_are_refused():
+    with pytest.raises(ValueError, match=r"activation: .* ACTIVATIONS\['mysig'\], got 'mysig'"):
+        mu.P_MLP([4, 3], "mysig")
+    with pytest.raises(ValueError, match=r"pools: use make_pools\('mm'\)"):
+        mu.P_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], "mm", [1, 0], torch.tanh)

@@ -157,10 +157,28 @@ def find_saved(path: str | os.PathLike, todo: str) -> pathlib.Path:
     paths = [pathlib.Path(path, name) for name in names]
     found = next(filter(_mode, paths), None)
     if found is None:
-        raise UserError(f"argument --load-path: {name_path(path)} has no {' or '.join(names)}")
+        runs = _runs_inside(path, names)
+        contained = f"; it contains the runs {runs}" if runs else ""
+        raise UserError(
+            f"argument --load-path: {name_path(path)} has no {' or '.join(names)}{contained}"
+        )
     if not stat.S_ISREG(_mode(found)):
         raise UserError(f"argument --load-path: {name_path(found)} is no file")
     return found
+
+
+def _runs_inside(path: str | os.PathLike, names: list[str], most: int = 5) -> str:
+    """The folders in a folder that have one of the files, at most so many names; or ''."""
+    try:
+        folders = sorted(child for child in pathlib.Path(path).iterdir() if child.is_dir())
+    except OSError:
+        return ""
+    runs = [
+        printable(folder.name)
+        for folder in folders
+        if any(os.path.isfile(folder / name) for name in names)
+    ]
+    return ", ".join(runs[:most]) + (" ..." if len(runs) > most else "")
 
 
 def _mode(path: str | os.PathLike) -> int:
