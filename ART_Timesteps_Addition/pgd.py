@@ -3,7 +3,7 @@
 All of it stays on the model's device. The slope of the cross-entropy is explicit, so that the
 gradient by Equilibrium Propagation needs no automatic differentiation.
 
-`--attack pgd` is ART's: the published results depend on its random starts and its loss."""
+`--attack pgd` is ART's: the published results depend on its rounding and its loss."""
 
 from __future__ import annotations
 
