@@ -961,3 +961,11 @@ def test_runs_whose_downloads_fail_leave_nothing(runs, tmp_path):
         "CIFAR10 are missing" in line and "no route to host" in line for line in lines
     )
     assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_pickle_is_to_be_downloaded_again(cifar, tmp_path):
+    root = pathlib.Path(shutil.copytree(cifar, tmp_path / "data"))
+    (batch,) = root.rglob("test_batch")
+    batch.write_bytes(b"hello world")
+    with pytest.raises(UserError, match="is damaged .*; delete it to download it again"):
+        load_split("CIFAR10", str(root), False)

@@ -310,6 +310,11 @@ def test_a_training_on_digits_without_save_loads_no_figures(tmp_path):
 # ---- from Python
 
 
+def test_runs_can_be_kept_in_a_set(trained):
+    run = mu.load_run(trained, "cpu")
+    assert run in {run}
+
+
 def test_a_run_predicts_from_python(ok, trained):
     run = mu.load_run(trained, "cpu")
     images, labels = load_split("digits", "", False, 20)

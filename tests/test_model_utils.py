@@ -299,3 +299,10 @@ def test_names_instead_of_functions_are_refused():
         mu.P_MLP([4, 3], "mysig")
     with pytest.raises(ValueError, match=r"pools: use make_pools\('mm'\)"):
         mu.P_CNN(13, [2, 4, 5], [3, 3], [1, 1], [5], "mm", [1, 0], torch.tanh)
+
+
+def test_the_schedule_of_an_mlp_is_named():
+    """By position it would be taken for another argument."""
+    assert mu.P_MLP([20, 5], torch.tanh, schedule="async").schedule == "async"
+    with pytest.raises(TypeError):
+        mu.P_MLP([20, 5], torch.tanh, False, "async")
