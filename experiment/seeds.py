@@ -64,8 +64,8 @@ class Runs(Protocol):
         """A block in which no other process with --seeds trains with this seed; gives False if
         another process does. Raises UserError."""
 
-    def command(self, seed: int) -> Command | None:
-        """The command that trains or resumes; None if the run is complete."""
+    def command(self, seed: int) -> Command | TrainedRun:
+        """The command that trains or resumes; the run itself if nothing is left to train."""
 
     def result(self, seed: int) -> TrainedRun | None:
         """The run after the training; None if it is gone."""
@@ -99,11 +99,14 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
             if not claimed:
                 continue  # it may have any number of epochs at this moment
             command = runs.command(seed)
-            if command:
+            run: TrainedRun | None
+            if isinstance(command, Command):
                 code = start(command.given, command.words)
                 if code:
                     return code
-            run = runs.result(seed)
+                run = runs.result(seed)
+            else:
+                run = command
         if run is None:
             continue
         if run.epochs != runs.wanted:
@@ -112,7 +115,7 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
                 "out of the mean"
             )
             continue
-        if not command:
+        if run is command:
             print(f"seed {seed}: {run.epochs} epochs are in {run.folder} already")
         done.append(run.folder)
     _print_mean(done, len(seeds))
@@ -206,13 +209,13 @@ class _SearchedRuns:
             if lock:
                 lock.release()
 
-    def command(self, seed: int) -> Command | None:
+    def command(self, seed: int) -> Command | TrainedRun:
         run = self._find(seed)
         if run is None:
             return Command({**self.shared, "seed": seed}, [*self.words, "--seed", str(seed)])
         remaining = self.wanted - run.epochs
         if remaining <= 0:
-            return None
+            return run
         flags = [f for f in OF_THIS_CALL if f.dest in self.shared and f.dest != "epochs"]
         kept = {flag.dest: self.shared[flag.dest] for flag in flags}
         words = ["--load-path", str(run.folder), "--epochs", str(remaining)]

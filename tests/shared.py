@@ -10,6 +10,7 @@ import torch
 from conftest import ZOO, context
 
 import main
+import model_utils as mu
 from ART_Timesteps_Addition.audit import stages
 from experiment.workers import Workers
 
@@ -94,3 +95,24 @@ def write_mnist(root, name="MNIST", shape=(28, 28), n=20):
         values = rng.integers(0, 256, (n, *shape)) if "images" in file else rng.integers(0, 10, n)
         (folder / file).write_bytes(idx(values.astype(np.uint8)))
     return folder
+
+
+def convolutional(gain):
+    """A network whose weights are `gain` times the initial ones: at 12, nine of ten neurons are
+    saturated."""
+    torch.manual_seed(0)
+    model = mu.P_CNN(
+        28,
+        [1, 6, 8],
+        [5, 5],
+        [1, 1],
+        [10],
+        mu.make_pools("mm"),
+        [0, 0],
+        mu.my_hard_sig,
+        softmax=True,
+    )
+    with torch.no_grad():
+        for synapse in model.synapses[:2]:
+            synapse.weight.mul_(gain), synapse.bias.mul_(gain)
+    return model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import only_run
-from shared import SEED_LINES, SMALL, start
+from shared import SEED_LINES, SMALL, convolutional, start
 
 import metrics
 import model_utils as mu
@@ -112,21 +112,7 @@ def test_a_sweep_goes_on_and_keeps_what_other_settings_gave(ok, trained, tmp_pat
 def saturated():
     """A network, and images, whose neurons sit deep in the flat parts of their activation, with
     labels it predicts."""
-    torch.manual_seed(0)
-    model = mu.P_CNN(
-        28,
-        [1, 6, 8],
-        [5, 5],
-        [1, 1],
-        [10],
-        mu.make_pools("mm"),
-        [0, 0],
-        mu.my_hard_sig,
-        softmax=True,
-    )
-    with torch.no_grad():
-        for synapse in model.synapses[:2]:
-            synapse.weight.mul_(40), synapse.bias.mul_(40)
+    model = convolutional(40)
     images = load_split("digits", "", False, 40)[0]
     labels = model.readout(
         model(images.float() / 255, None, None, 20, criterion=mu.make_criterion("cel"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODELS, ROOT, criterion_of, rule, sample
+from shared import convolutional
 
 import model_utils as mu
 from ART_Timesteps_Addition import attacks, gradients
@@ -116,27 +117,6 @@ def test_training_through_art_is_refused(name):
 
 
 # ---- precision
-
-
-def convolutional(gain):
-    """A network whose weights are `gain` times the initial ones: at 12, nine of ten neurons are
-    saturated."""
-    torch.manual_seed(0)
-    model = mu.P_CNN(
-        28,
-        [1, 6, 8],
-        [5, 5],
-        [1, 1],
-        [10],
-        mu.make_pools("mm"),
-        [0, 0],
-        mu.my_hard_sig,
-        softmax=True,
-    )
-    with torch.no_grad():
-        for synapse in model.synapses[:2]:
-            synapse.weight.mul_(gain), synapse.bias.mul_(gain)
-    return model
 
 
 def cosines(model, exact, x, y, grad, start):
