@@ -67,8 +67,8 @@ LARGEST = 10**9  # of whole numbers: beyond anything that could run
 class Flag:
     """One flag, as its field states it.
 
-    kind: bool (a switch), int, float or str; many: whether it takes several values; default: as
-    config.json has it (a list where many).
+    kind: bool (a switch), int, float or str; many: whether it takes several values, or_one: and a
+    single one stays one; default: as config.json has it (a list where many).
     low, high: range of numbers; least: the smallest number other than 0; choices: allowed words.
     scope: see above. todos, models: where it has an effect, everywhere if None.
     identifies: the kinds of results that depend on it (see `Config.identity`).
@@ -82,6 +82,7 @@ class Flag:
     field: str
     kind: type
     many: bool
+    or_one: bool
     default: Any
     help: str
     metavar: str
@@ -729,7 +730,7 @@ def _frozen(flag: Flag, value: Any) -> Any:
     if isinstance(value, (list, range)):
         return tuple(value)
     # earlier versions saved a single value of some flags that take several now
-    is_single = flag.many and flag.dest != "load_path" and not isinstance(value, tuple)
+    is_single = flag.many and not flag.or_one and not isinstance(value, tuple)
     return (value,) if is_single and value is not None else value
 
 
@@ -750,6 +751,7 @@ def _flags_of(name: str, section: type) -> Iterable[Flag]:
             field=field.name,
             kind=kind,
             many=bool(tuples),
+            or_one=bool(tuples) and kind in alternatives,
             default=_listed(field.default),
             metavar=options.pop("metavar", metavar),
             **options,

@@ -203,7 +203,11 @@ class Trainer:
         def average() -> None:
             self.workers.average_gradients(self.model, n_local, n)
 
+        changed = False
+
         def change(part: float) -> None:
+            nonlocal changed
+            changed = True
             average()
             gradient_step(self.optimizer, part)
 
@@ -211,7 +215,7 @@ class Trainer:
             neurons = self.learn(
                 self.model, x, y, rule, masks, self.bf16_copy, observer, change=change
             )
-        if rule.alg != "CEP":  # which averages before each of its changes
+        if not changed:  # a rule that changes weights has averaged before each change
             with observer.part("update"):
                 average()
         return Learnt(neurons, correct(self.model.chain(rule.loss, masks), neurons, y), n_local)
