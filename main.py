@@ -152,13 +152,38 @@ class Job:
         self.folders.append(run)
         return run
 
-    def settings(self, kind: str, **more: Any) -> dict[str, Any]:
-        """The settings that identify a result of this kind: flags, weights and data."""
+    @functools.cached_property
+    def weights(self) -> str:
+        """The fingerprint of the loaded weights."""
         from experiment.runs.folder import fingerprint
 
         assert self.saved is not None
-        weights = fingerprint(self.saved.weights)
-        return {**self.config.identity(kind), "weights": weights, **more}
+        return fingerprint(self.saved.weights)
+
+    def settings(self, kind: str, **more: Any) -> dict[str, Any]:
+        """The settings that identify a result of this kind: flags, weights and data."""
+        return {**self.config.identity(kind), "weights": self.weights, **more}
+
+    def measured_model(self, convergence: "Convergence | None" = None) -> dict[str, Any]:
+        """The loaded model, as records of its measurements contain it. convergence: of its
+        predictions."""
+        from experiment.runs.history import chosen_by
+
+        saved = self.saved
+        assert saved is not None
+        return {
+            "weights": self.weights,
+            "file": saved.path.name,
+            "epoch": len(saved.history.epochs),
+            "chosen_on": chosen_by(saved.path.name, saved.args),
+            "converged": None if convergence is None else convergence.percent / 100,
+        }
+
+    def measured_data(self, split: str, images: int) -> dict[str, Any]:
+        """The images of a split, as records of measurements on them contain them."""
+        fingerprint = self.fingerprints["test_data" if split == "test" else "train_data"]
+        task = self.config.data.task
+        return {"task": task, "split": split, "images": images, "fingerprint": fingerprint}
 
 
 # -------------------------------------------------------------------------------------------- train
@@ -432,17 +457,13 @@ def corruptions(job: Job) -> None:
 
 
 def attack(job: Job) -> None:
-    """Accuracy under attack for every eps, a row of a sweep each."""
+    """Accuracy under attack for every eps and gradient method, a record each."""
     import model_utils
     from ART_Timesteps_Addition import attacks
     from experiment import inference
-    from experiment.results.attacks import (
-        Sweep,
-        default_eps,
-        describe_result,
-        describe_sweep,
-        sweep_settings,
-    )
+    from experiment.results import settings
+    from experiment.results.attacks import Sweep, default_eps, describe_result, describe_sweep
+    from experiment.results.store import Record, Store, pack
     from experiment.timing import write
 
     config = job.config
@@ -455,43 +476,53 @@ def attack(job: Job) -> None:
     rule = dataclasses.replace(config.rule, T1=steps)
     classes = inference.predictions(job.model, data, rule, job.workers, convergence)
     clean = classes == labels
+    eps_list = sorted(set(config.attack.eps_list or default_eps(config.attack.norm)))
     sweep = None
-    missing = None
-    results = None
     if run:
-        smooth = attacks.describe_smooth(config.model.loss)
-        identity = job.settings(
-            "attack",
-            predict_step=steps,
-            images=len(labels),
-            data=job.fingerprints["test_data"],
+        store = Store(run.folder)
+        model = job.measured_model(convergence)
+        own_data = job.measured_data("test", len(labels))
+        accuracy = clean.double().mean().item()
+        value = {"accuracy": accuracy, "outcomes": pack(clean.numpy())}
+        store.add(
+            Record.now("evaluate", model, own_data, settings.prediction(config, steps), value)
         )
-        settings = sweep_settings(identity, config, smooth)
-        sweep = Sweep(run, settings, clean.double().mean().item(), job.source)
+        smooth = attacks.describe_smooth(config.model.loss)
+        own_data["clean"] = accuracy
+        sweep = Sweep(run, store, config, model, own_data, job.source, smooth)
         job.interruption.advice = lambda: (
-            f"{len(sweep.rows)} rows are saved in {sweep.text}; the same command resumes"
+            f"{len(sweep.rows)} rows are saved in {store.path}; the same command resumes"
         )
         if convergence is not None:
             _warn(convergence, "predict-step" if config.attack.predict_steps else "T1")
         description = describe_sweep(config, len(labels), convergence)
         print(
-            f"{job.source}: {description}; clean accuracy {100 * sweep.clean:.2f} %\n"
+            f"{job.source}: {description}; clean accuracy {100 * accuracy:.2f} %\n"
             f"results go to {sweep.text}",
             flush=True,
         )
-        eps_list = sorted(set(config.attack.eps_list or default_eps(config.attack.norm)))
-        missing = [eps for eps in eps_list if not sweep.has(eps)]
-    for eps in job.workers.broadcast(missing):
+    saved_images = None
+    for eps in eps_list:
+        known = None
+        if sweep:
+            store.refresh()  # another process may have measured it meanwhile
+            known = sweep.results(eps)
+            for label, record in (known or {}).items():
+                write(describe_result(config.attack.name, eps, label, record.value))
+        if job.workers.broadcast(known is not None):
+            continue
         results = model_utils.attack(
             job.model, images, labels, config, eps, f"eps {eps:g}", job.workers
         )
         if sweep:
             sweep.add(eps, results)
             for grad, result in results.items():
-                write(describe_result(config.attack.name, eps, grad, result))
-    if sweep and config.session.save and results:
-        sweep.save_images(images, labels, clean, eps, list(results.values())[-1])
+                write(describe_result(config.attack.name, eps, grad, sweep.value(result)))
+            saved_images = eps, list(results.values())[-1]
     if sweep:
+        sweep.write()
+        if config.session.save and saved_images:
+            sweep.save_images(images, labels, clean, *saved_images)
         sweep.plot()
 
 

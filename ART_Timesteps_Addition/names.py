@@ -24,3 +24,6 @@ GRADIENTS = ("bptt", "smooth", "ep", "soft")
 STARTS = ("zero", "equilibrium")
 STATES = ("last", "all")
 BUDGETS = ("standard", "quick")  # of an audit
+
+# Recorded with every result of an attack. Raise it when the same settings give other numbers.
+ATTACK_VERSION = 1

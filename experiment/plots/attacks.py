@@ -31,19 +31,18 @@ if TYPE_CHECKING:
 @style()
 def sweep(
     rows: Sequence[Mapping[str, Any]],
-    settings: Mapping[str, Any],
+    attack: str,
+    norm: str,
+    images: int,
     clean: float,
     chance: float | None = None,
 ) -> Figure:
     """Accuracy under attack over eps, one curve per gradient method, with 95 % intervals (Wilson).
 
-    rows, settings: of a `results.attacks.Sweep`; clean, chance: clean accuracy and accuracy of
-    guessing, as shares."""
-    norm = settings["attack_norm"]
-    images = settings["images"]
+    rows: of a `results.attacks.Sweep`; clean, chance: clean accuracy and accuracy of guessing, as
+    shares."""
     figure = new_figure(
-        f"Accuracy under attack: {settings['attack']}, {norm_name(norm)} norm, "
-        f"{count(images, 'image')}"
+        f"Accuracy under attack: {attack}, {norm_name(norm)} norm, {count(images, 'image')}"
     )
     axes = figure.add_subplot(
         xlabel=f"{norm_name(norm)} {IMAGE_EPS}", ylabel=ACCURACY, xscale="log", ylim=(-2, 102)

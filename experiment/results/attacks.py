@@ -1,24 +1,26 @@
 """Results of `--todo attack`: Adversarial_Accuracy in .csv and .txt, figures, messages."""
 
 import itertools
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ART_Timesteps_Addition.names import WITHOUT_GRADIENT
-from data_utils import TASKS, UserError
-from experiment.config import MOST_EPS, Config
-from experiment.devices import computed_on
+from data_utils import TASKS
+from experiment.config import Config
 from experiment.inference import Convergence
 from experiment.plots import attacks as plots
 from experiment.plots.style import norm_name
-from experiment.results.tables import header, read_eps, read_settings, read_share, same_settings
-from experiment.runs.files import number, replacing
+from experiment.results import settings
+from experiment.results.store import Record, Store, pack
+from experiment.results.tables import read_eps
+from experiment.runs.files import replacing
 from experiment.runs.folder import RunFolder
-from experiment.text import count, describe, format_value
+from experiment.text import count, format_value
 
 MASKED = 0.01  # share of masked images above which an accuracy is only an upper bound
 
@@ -28,31 +30,6 @@ def default_eps(norm: str) -> list[float]:
     if norm == "2":
         return [*(round(float(eps), 4) for eps in np.geomspace(0.05, 3, 10)), 1.0]
     return [*(float(f"{eps:.4g}") for eps in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]
-
-
-def sweep_settings(identity: Mapping[str, Any], config: Config, smooth: str) -> dict[str, Any]:
-    """The settings that a sweep's rows depend on, as its table records them.
-
-    identity: flags, weights and data; smooth: how the gradient method `smooth` works, as text."""
-    attack = config.attack.at(1.0)
-    settings = dict(identity)
-    if len(settings["attack_step"]) == 1:
-        (settings["attack_step"],) = settings["attack_step"]
-    settings["attack_iters"] = attack.iters
-    if attack.queries:
-        settings["attack_queries"] = attack.queries
-    if attack.restarts:
-        settings["attack_restarts"] = attack.restarts
-    if attack.name != "pgd":
-        settings["budget"] = attack.describe()
-    if "smooth" in config.attack.grads:
-        settings["smooth"] = smooth
-    if config.learning.tol:
-        settings["tol"] = config.learning.tol
-    if config.session.precision != "fp32":
-        settings["precision"] = config.session.precision
-        settings["gradient_precision"] = "fp32"
-    return settings
 
 
 def describe_sweep(config: Config, images: int, convergence: Convergence | None) -> str:
@@ -74,122 +51,173 @@ def describe_sweep(config: Config, images: int, convergence: Convergence | None)
     return text
 
 
-def describe_result(attack: str, eps: float, grad: str, result: Mapping[str, Any]) -> str:
-    """A row of a sweep, for the log. result: see `ART_Timesteps_Addition.attacks.summary`."""
+def describe_result(attack: str, eps: float, grad: str, value: Mapping[str, Any]) -> str:
+    """A measurement, for the log. value: of its record."""
     gradient = "" if grad == attack else f"{grad}: "
     text = (
-        f"eps {eps:g}, {gradient}adversarial accuracy {100 * result['correct'].mean():.2f} %, "
-        f"mean norm {result['mean_norm']:.3g}"
+        f"eps {eps:g}, {gradient}adversarial accuracy {100 * value['adversarial']:.2f} %, "
+        f"mean norm {value['mean_norm']:.3g}"
     )
-    if result["masked"] > MASKED and attack not in WITHOUT_GRADIENT:
+    if value["masked"] > MASKED and attack not in WITHOUT_GRADIENT:
         text += (
-            f"\n  warning: the gradient of {100 * result['masked']:.1f} % of the images was "
+            f"\n  warning: the gradient of {100 * value['masked']:.1f} % of the images was "
             "exactly zero or not finite: this number is only an upper bound of the robust "
             "accuracy; try --attack-grad smooth ep, --attack-start equilibrium, --attack square"
         )
     return text
 
 
+# Columns of Adversarial_Accuracy.csv behind those of `columns`: the settings of each row
+SETTINGS_COLUMNS = (
+    "steps", "start", "predict_step", "iters", "queries", "restarts", "clip", "mbs", "seed", "tol",
+    "precision", "compile",
+)  # fmt: skip
+
+
+def columns(record: Record, label: str = "") -> dict[str, str]:
+    """A record as a row of Adversarial_Accuracy.csv. label: of its gradient method."""
+    value = record.value
+    own = record.settings
+    grad = own["attack"] if own["gradient"] == settings.NO_GRADIENT else own["gradient"]
+    steps = own.get("steps", 0)
+    if isinstance(steps, int) and steps:
+        grad = f"{grad}@{steps}"
+    described = {name: format_value(own.get(name, "")) for name in SETTINGS_COLUMNS}
+    return {
+        "eps": repr(own["eps"]),
+        "grad": label or grad,
+        "clean": _share(record.data.get("clean")),
+        "adversarial": _share(value.get("adversarial")),
+        "masked": _share(value.get("masked")),
+        "unmoved": _share(value.get("unmoved")),
+        "mean_norm": f"{value.get('mean_norm', 0):.6g}",
+        "computed_on": record.computed_on,
+        "images": str(record.data.get("images", "")),
+        "weights": str(record.model.get("weights") or ""),
+        **described,
+        "when": record.when,
+    }
+
+
+def _share(value: Any) -> str:
+    return f"{value:.6f}" if isinstance(value, (int, float)) else ""
+
+
 class Sweep:
-    """The table of one attack over eps in a run folder: Adversarial_Accuracy.csv, with .txt and
-    .png made from its rows. Names of other attacks than PGD in the 2-norm end in _ATTACK_NORM.
+    """An attack on one model over eps: its records, and the tables made of them in a run folder.
 
-    A table with the same settings is continued, whatever eps it has. A table with other settings is
-    moved aside, to NAME_1 and so on, before the sweep starts.
+    Adversarial_Accuracy.txt, and .png, show the measurements with the settings of the latest
+    command, whatever eps they have; Adversarial_Accuracy.csv contains those of this attack and norm
+    with any settings. Names of other attacks than PGD in the 2-norm end in _ATTACK_NORM.
 
-    source: the attacked model, as text; clean: clean accuracy; rows: of the .csv, sorted by eps;
-    text: path of the .txt."""
-
-    # the .txt, which records the settings, moves last
-    ENDS = (".csv", ".png", ".pdf", "_images.png", "_images.pdf", "_images.npz", ".txt")
+    model, data: of the records (`results.store.Record`); source: the attacked model, as text;
+    smooth: how the gradient method `smooth` works, as text."""
 
     def __init__(
-        self, run: RunFolder, settings: Mapping[str, Any], clean: float, source: str
+        self,
+        run: RunFolder,
+        store: Store,
+        config: Config,
+        model: Mapping[str, Any],
+        data: Mapping[str, Any],
+        source: str,
+        smooth: str,
     ) -> None:
-        """Raises UserError if another process writes this table, or if it is damaged."""
         self.run = run
-        self.settings = settings
-        self.clean = clean
+        self.store = store
+        self.config = config
+        self.model = model
+        self.data = data
         self.source = source
-        self.rows: list[dict[str, str]] = []
-        name = "Adversarial_Accuracy"
-        if (settings["attack"], settings["attack_norm"]) != ("pgd", "2"):
-            name += f"_{settings['attack']}_{settings['attack_norm']}"
-        run.lock(name)
-        run.finish_move(name, self.ENDS)
-        recorded = self._find_recorded(name)
-        self.stem = recorded or name
-        if recorded:
-            self.rows = run.read_csv(f"{self.stem}.csv")
-            self._validate_rows()
-        elif self.text.exists():
-            run.move_aside(name, self.ENDS)
-        self.write()
+        self.smooth = smooth
+        attack = config.attack
+        self.stem = "Adversarial_Accuracy"
+        if (attack.name, attack.norm) != ("pgd", "2"):
+            self.stem += f"_{attack.name}_{attack.norm}"
 
     @property
     def text(self) -> pathlib.Path:
         return self.run.folder / f"{self.stem}.txt"
 
-    def _find_recorded(self, name: str) -> str | None:
-        """The name of the table with these settings, or else with those of them that it records."""
-        matching = None
-        for stem in (name, *(f"{name}_{n}" for n in range(1, self.run.next_number(name)))):
-            recorded = read_settings(self.run.folder / f"{stem}.txt") or {}
-            recorded.pop("eps_list", None)  # of an earlier version
-            if recorded == self.settings:
-                return stem
-            if matching is None and same_settings(recorded, self.settings):
-                matching = stem
-        return matching
+    def _wanted(self, eps: float) -> dict[str, Record]:
+        """{label: a record without a value} of the measurements at one eps."""
+        found = settings.attack(self.config, eps, self.smooth)
+        return {
+            label: Record("attack", self.model, self.data, own, {}) for label, own in found.items()
+        }
 
-    def _validate_rows(self) -> None:
-        for row in self.rows:
-            names = ("clean", "adversarial", "masked", "unmoved")
-            values = [read_share(row.get(name)) for name in names]
-            values += [read_eps(row.get("eps")), number(row.get("mean_norm"), 0, MOST_EPS**2)]
-            if not row.get("grad") or None in values:
-                raise UserError(
-                    f"{self.run.folder / self.stem}.csv is damaged, with the row {describe(row)}; "
-                    "move the file away to start again"
-                )
-
-    def has(self, eps: float) -> bool:
-        return any(float(row["eps"]) == eps for row in self.rows)
+    def results(self, eps: float) -> dict[str, Record] | None:
+        """{label: record} of all gradient methods at one eps; None if one is missing."""
+        found = {label: self.store.find(record) for label, record in self._wanted(eps).items()}
+        complete = {label: record for label, record in found.items() if record is not None}
+        return complete if len(complete) == len(found) else None
 
     def add(self, eps: float, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add the rows of one eps. results: {gradient method: result}, of `model_utils.attack`."""
-        for grad, result in results.items():
-            self.rows.append(
-                {
-                    "eps": repr(eps),
-                    "grad": grad,
-                    "clean": f"{self.clean:.6f}",
-                    "adversarial": f"{result['correct'].mean():.6f}",
-                    "masked": f"{result['masked']:.6f}",
-                    "unmoved": f"{result['unmoved']:.6f}",
-                    "mean_norm": f"{result['mean_norm']:.6g}",
-                    "computed_on": computed_on(),
-                }
-            )
-        self.rows.sort(key=lambda row: float(row["eps"]))
-        self.run.write_csv(f"{self.stem}.csv", self.rows)
+        """Add the records of one eps and write the tables. results: {gradient method: result}, of
+        `model_utils.attack`."""
+        wanted = self._wanted(eps)
+        records = []
+        for label, result in results.items():
+            own = wanted[label].settings
+            value = self.value(result)
+            records.append(Record.now("attack", self.model, self.data, own, value))
+        self.store.add(*records)
         self.write()
 
+    @staticmethod
+    def value(result: Mapping[str, Any]) -> dict[str, Any]:
+        """The value of a record. result: see `ART_Timesteps_Addition.attacks.summary`."""
+        return {
+            "adversarial": float(result["correct"].mean()),
+            "masked": result["masked"],
+            "unmoved": result["unmoved"],
+            "mean_norm": result["mean_norm"],
+            "outcomes": pack(result["correct"]),
+            "masked_outcomes": pack(result["masked_images"]),
+        }
+
+    def _measured(self) -> list[tuple[str, Record]]:
+        """(label, record) of the measurements with these settings, sorted by eps."""
+        all_eps = {
+            eps
+            for record in self.store.records
+            if record.kind == "attack"
+            and (eps := read_eps(record.settings.get("eps"))) is not None
+            and record.settings.get("attack") == self.config.attack.name
+        }
+        found = [(eps, self.results(eps)) for eps in sorted(all_eps)]
+        return [pair for _, results in found if results for pair in results.items()]
+
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """The measurements with these settings, sorted by eps, see `columns`."""
+        return [columns(record, label) for label, record in self._measured()]
+
     def write(self) -> None:
-        """Write the .txt."""
+        """Write the .txt and the .csv, from all records that any process has added."""
+        with self.store.locked():
+            self.store.refresh()
+            rows = self.rows
+            self._write_text(rows)
+            self._write_csv()
+
+    def _write_text(self, rows: Sequence[Mapping[str, str]]) -> None:
+        described = {"weights": self.model["weights"], **self.data}
+        (own, *_) = settings.attack(self.config, 0.0, self.smooth).values()
+        described |= {name: value for name, value in own.items() if name not in ("eps", "gradient")}
+        machines = dict.fromkeys(row["computed_on"] for row in rows if row["computed_on"])
         source = f"# examined: {self.source}"
-        machines = dict.fromkeys(row["computed_on"] for row in self.rows if row.get("computed_on"))
         if machines:
             source += f"; computed on: {'; '.join(machines)}"
         lines = [
-            header(self.settings),
+            f"# measured with: {json.dumps(described, sort_keys=True)}",
             source,
             "# masked: share of images whose gradient was exactly zero or not finite at some "
             "iteration; unmoved: whose perturbation is zero",
             "# eps, clean accuracy, adversarial accuracy (of the strongest gradient, per image)",
         ]
-        for _, rows in itertools.groupby(self.rows, key=lambda row: row["eps"]):
-            for row in rows:
+        for _, same_eps in itertools.groupby(rows, key=lambda row: row["eps"]):
+            for row in same_eps:
                 masked = float(row["masked"]) > MASKED
                 lines.append(
                     f"# {row['grad']}: adversarial {row['adversarial']}, masked {row['masked']}, "
@@ -199,11 +227,34 @@ class Sweep:
             lines.append(f"{float(row['eps']):g} {row['clean']} {row['adversarial']}")
         self.run.write_lines(self.text.name, lines)
 
+    def _write_csv(self) -> None:
+        """Write the measurements of the .txt, then those with other settings."""
+        attack = self.config.attack
+        measured = self._measured()
+        others = [
+            record
+            for record in self.store.records
+            if record.kind == "attack"
+            and record.settings.get("attack") == attack.name
+            and record.settings.get("norm") == attack.norm
+            and all(record is not shown for _, shown in measured)
+        ]
+        rows = [columns(record, label) for label, record in measured]
+        self.run.write_csv(f"{self.stem}.csv", rows + [columns(record) for record in others])
+
     def plot(self) -> None:
         """Draw accuracy over eps."""
-        chance = 1 / TASKS[self.settings["task"]].classes
+        chance = 1 / TASKS[self.config.data.task].classes
+        attack = self.config.attack
         self.run.save_figure(
-            f"{self.stem}.png", plots.sweep, self.rows, self.settings, self.clean, chance
+            f"{self.stem}.png",
+            plots.sweep,
+            self.rows,
+            attack.name,
+            attack.norm,
+            self.data["images"],
+            self.data["clean"],
+            chance,
         )
 
     def save_images(
@@ -225,8 +276,8 @@ class Sweep:
                 prediction=result["prediction"],
                 eps=eps,
             )
-        norm = norm_name(self.settings["attack_norm"])
-        title = f"Adversarial examples: {self.settings['attack']}, {norm} norm, eps = {eps:g}"
+        norm = norm_name(self.config.attack.norm)
+        title = f"Adversarial examples: {self.config.attack.name}, {norm} norm, eps = {eps:g}"
         pixels = (images.float() / 255).numpy()
         self.run.save_figure(
             f"{self.stem}_images.png",

@@ -29,6 +29,14 @@ def chosen_on(args: dict) -> str:
     return f"{args['val_size']} validation images" if args.get("val_size") else "the test images"
 
 
+def chosen_by(name: str, args: dict) -> str:
+    """How the model in a checkpoint file of this name was chosen among the epochs: `test` or
+    `validation`, the images that it is the best on, or `last`. args: {dest: value}."""
+    if name != "model.pt":
+        return "last"
+    return "validation" if args.get("val_size") else "test"
+
+
 def other_images(before: dict, now: dict) -> bool:
     """Whether the best model is chosen on other images than before. before, now: {dest: value}."""
     split = "train" if now["val_size"] else "test"
