@@ -42,3 +42,13 @@ def name_path(path: str | os.PathLike) -> str:
     """Format a path for an error message: a long or unprintable one is shortened."""
     text = str(path)
     return text if len(text) <= 300 and text.isprintable() else describe(text)
+
+
+def format_eps(eps: float) -> str:
+    """Format an eps as papers write it: `8/255` if it is k of the 255 grey values and not shorter
+    as a decimal number, such as 0.2."""
+    text = f"{eps:.6g}"
+    grey_values = round(255 * eps)
+    if len(text) > 4 and 1 <= grey_values <= 255 and float(eps) == grey_values / 255:
+        return f"{grey_values}/255"
+    return text
