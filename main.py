@@ -32,14 +32,16 @@ from experiment.command_line import MAIN_FLAGS
 from experiment.config import Config, Flag
 from experiment.launch import launched, note_on_separate_processes, validate_parallel
 from experiment.runs.files import exists
-from experiment.text import format_value
+from experiment.text import format_eps, format_value
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from data_utils import Batches
     from experiment.console import Interruption
     from experiment.inference import Convergence
+    from experiment.results.attacks import Sweep
     from experiment.runs.checkpoint import SavedRun
     from experiment.runs.folder import RunFolder, Setup
     from experiment.workers import Workers
@@ -459,71 +461,74 @@ def corruptions(job: Job) -> None:
 def attack(job: Job) -> None:
     """Accuracy under attack for every eps and gradient method, a record each."""
     import model_utils
-    from ART_Timesteps_Addition import attacks
     from experiment import inference
-    from experiment.results import settings
-    from experiment.results.attacks import Sweep, default_eps, describe_result, describe_sweep
-    from experiment.results.store import Record, Store, pack
+    from experiment.results.attacks import default_eps, describe_result
     from experiment.timing import write
 
     config = job.config
-    steps = config.predict_steps
     data = job.batches("test")
     images = data.images.cpu()
     labels = data.labels.cpu()
-    run = job.run_folder() if job.workers.rank == 0 else None  # only rank 0 reads and writes it
-    convergence = job.convergence(steps)
-    rule = dataclasses.replace(config.rule, T1=steps)
+    convergence = job.convergence(config.predict_steps)
+    rule = dataclasses.replace(config.rule, T1=config.predict_steps)
     classes = inference.predictions(job.model, data, rule, job.workers, convergence)
     clean = classes == labels
-    eps_list = sorted(set(config.attack.eps_list or default_eps(config.attack.norm)))
-    sweep = None
-    if run:
-        store = Store(run.folder)
-        model = job.measured_model(convergence)
-        own_data = job.measured_data("test", len(labels))
-        accuracy = clean.double().mean().item()
-        value = {"accuracy": accuracy, "outcomes": pack(clean.numpy())}
-        store.add(
-            Record.now("evaluate", model, own_data, settings.prediction(config, steps), value)
+    # only rank 0 reads and writes the run
+    sweep = _open_sweep(job, clean.numpy(), convergence) if job.workers.rank == 0 else None
+    all_eps = sorted(set(config.attack.eps_list or default_eps(config.attack.norm)))
+    for eps in all_eps:
+        saves_images = config.session.save and eps == all_eps[-1]
+        is_missing = sweep is not None and (
+            sweep.results(eps) is None or saves_images and not sweep.has_images(eps)
         )
-        smooth = attacks.describe_smooth(config.model.loss)
-        own_data["clean"] = accuracy
-        sweep = Sweep(run, store, config, model, own_data, job.source, smooth)
-        job.interruption.advice = lambda: (
-            f"{len(sweep.rows)} rows are saved in {store.path}; the same command resumes"
-        )
-        if convergence is not None:
-            _warn(convergence, "predict-step" if config.attack.predict_steps else "T1")
-        description = describe_sweep(config, len(labels), convergence)
-        print(
-            f"{job.source}: {description}; clean accuracy {100 * accuracy:.2f} %\n"
-            f"results go to {sweep.text}",
-            flush=True,
-        )
-    saved_images = None
-    for eps in eps_list:
-        known = None
+        if job.workers.broadcast(is_missing):
+            results = model_utils.attack(
+                job.model, images, labels, config, eps, f"eps {format_eps(eps)}", job.workers
+            )
+            if sweep:
+                sweep.add(eps, results)
+                if saves_images:
+                    strongest = list(results.values())[-1]
+                    sweep.save_images(images, labels, clean, eps, strongest)
         if sweep:
-            store.refresh()  # another process may have measured it meanwhile
-            known = sweep.results(eps)
-            for label, record in (known or {}).items():
-                write(describe_result(config.attack.name, eps, label, record.value))
-        if job.workers.broadcast(known is not None):
-            continue
-        results = model_utils.attack(
-            job.model, images, labels, config, eps, f"eps {eps:g}", job.workers
-        )
-        if sweep:
-            sweep.add(eps, results)
-            for grad, result in results.items():
-                write(describe_result(config.attack.name, eps, grad, sweep.value(result)))
-            saved_images = eps, list(results.values())[-1]
+            for label, record in (sweep.results(eps) or {}).items():
+                write(describe_result(config, eps, label, record.value))
     if sweep:
         sweep.write()
-        if config.session.save and saved_images:
-            sweep.save_images(images, labels, clean, *saved_images)
         sweep.plot()
+
+
+def _open_sweep(job: Job, clean: "np.ndarray", convergence: "Convergence | None") -> "Sweep":
+    """The Sweep of the loaded run, with the record of its predictions. clean: (n,) bool, whether
+    each image is classified correctly."""
+    from ART_Timesteps_Addition import attacks
+    from experiment.results import settings
+    from experiment.results.attacks import Sweep, describe_sweep
+    from experiment.results.record import Record, pack
+    from experiment.results.store import Store
+
+    config = job.config
+    run = job.run_folder()
+    store = Store(run.folder)
+    model = job.measured_model(convergence)
+    data = job.measured_data("test", len(clean))
+    accuracy = float(clean.mean())
+    value = {"accuracy": accuracy, "outcomes": pack(clean)}
+    predicted = settings.prediction(config, config.predict_steps)
+    store.add(Record.now("evaluate", model, data, predicted, value))
+    smooth = attacks.describe_smooth(config.model.loss)
+    sweep = Sweep(run, store, config, model, {**data, "clean": accuracy}, job.source, smooth)
+    job.interruption.advice = lambda: (
+        f"{len(sweep.rows)} rows are saved in {store.path}; the same command resumes"
+    )
+    if convergence is not None:
+        _warn(convergence, "predict-step" if config.attack.predict_steps else "T1")
+    print(
+        f"{job.source}: {describe_sweep(config, len(clean), convergence)}; clean accuracy "
+        f"{100 * accuracy:.2f} %\nresults go to {sweep.text}",
+        flush=True,
+    )
+    return sweep
 
 
 def audit(job: Job) -> None:

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ART_Timesteps_Addition.names import WITHOUT_GRADIENT
 from data_utils import TASKS
 from experiment.config import Config
 from experiment.inference import Convergence
 from experiment.plots import attacks as plots
 from experiment.plots.style import norm_name
 from experiment.results import settings
-from experiment.results.store import Record, Store, pack
+from experiment.results.record import Record, pack
+from experiment.results.store import Store
 from experiment.results.tables import read_eps
-from experiment.runs.files import replacing
+from experiment.runs.files import read_arrays, replacing
 from experiment.runs.folder import RunFolder
-from experiment.text import count, format_value
+from experiment.text import count, format_eps, format_value
 
 MASKED = 0.01  # share of masked images above which an accuracy is only an upper bound
 
@@ -51,18 +51,21 @@ def describe_sweep(config: Config, images: int, convergence: Convergence | None)
     return text
 
 
-def describe_result(attack: str, eps: float, grad: str, value: Mapping[str, Any]) -> str:
-    """A measurement, for the log. value: of its record."""
-    gradient = "" if grad == attack else f"{grad}: "
+def describe_result(config: Config, eps: float, label: str, value: Mapping[str, Any]) -> str:
+    """A measurement, for the log. label: of the gradient method; value: of the record."""
+    gradient = "" if label == config.attack.name else f"{label}: "
     text = (
-        f"eps {eps:g}, {gradient}adversarial accuracy {100 * value['adversarial']:.2f} %, "
-        f"mean norm {value['mean_norm']:.3g}"
+        f"eps {format_eps(eps)}, {gradient}adversarial accuracy {100 * value['adversarial']:.2f} %"
+        f", mean norm {value['mean_norm']:.3g}"
     )
-    if value["masked"] > MASKED and attack not in WITHOUT_GRADIENT:
+    if value["masked"] > MASKED and config.attack.uses_gradient:
+        others = "--attack square"
+        if config.model.has_dynamics:
+            others = "--attack-grad smooth ep, --attack-start equilibrium, --attack square"
         text += (
             f"\n  warning: the gradient of {100 * value['masked']:.1f} % of the images was "
             "exactly zero or not finite: this number is only an upper bound of the robust "
-            "accuracy; try --attack-grad smooth ep, --attack-start equilibrium, --attack square"
+            f"accuracy; try {others}"
         )
     return text
 
@@ -110,7 +113,7 @@ class Sweep:
     command, whatever eps they have; Adversarial_Accuracy.csv contains those of this attack and norm
     with any settings. Names of other attacks than PGD in the 2-norm end in _ATTACK_NORM.
 
-    model, data: of the records (`results.store.Record`); source: the attacked model, as text;
+    model, data: of the records (`results.record.Record`); source: the attacked model, as text;
     smooth: how the gradient method `smooth` works, as text."""
 
     def __init__(
@@ -147,34 +150,31 @@ class Sweep:
         }
 
     def results(self, eps: float) -> dict[str, Record] | None:
-        """{label: record} of all gradient methods at one eps; None if one is missing."""
+        """{label: record} of all gradient methods at one eps, of any process; None if one is
+        missing."""
+        self.store.refresh()
         found = {label: self.store.find(record) for label, record in self._wanted(eps).items()}
         complete = {label: record for label, record in found.items() if record is not None}
         return complete if len(complete) == len(found) else None
 
     def add(self, eps: float, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Add the records of one eps and write the tables. results: {gradient method: result}, of
-        `model_utils.attack`."""
+        """Add the records of one eps and write the tables. results: {gradient method: result}, see
+        `ART_Timesteps_Addition.attacks.summary`."""
         wanted = self._wanted(eps)
         records = []
         for label, result in results.items():
+            value = {
+                "adversarial": float(result["correct"].mean()),
+                "masked": result["masked"],
+                "unmoved": result["unmoved"],
+                "mean_norm": result["mean_norm"],
+                "outcomes": pack(result["correct"]),
+                "masked_outcomes": pack(result["masked_images"]),
+            }
             own = wanted[label].settings
-            value = self.value(result)
             records.append(Record.now("attack", self.model, self.data, own, value))
         self.store.add(*records)
         self.write()
-
-    @staticmethod
-    def value(result: Mapping[str, Any]) -> dict[str, Any]:
-        """The value of a record. result: see `ART_Timesteps_Addition.attacks.summary`."""
-        return {
-            "adversarial": float(result["correct"].mean()),
-            "masked": result["masked"],
-            "unmoved": result["unmoved"],
-            "mean_norm": result["mean_norm"],
-            "outcomes": pack(result["correct"]),
-            "masked_outcomes": pack(result["masked_images"]),
-        }
 
     def _measured(self) -> list[tuple[str, Record]]:
         """(label, record) of the measurements with these settings, sorted by eps."""
@@ -257,6 +257,21 @@ class Sweep:
             chance,
         )
 
+    @property
+    def _images(self) -> pathlib.Path:
+        return self.run.folder / f"{self.stem}_images.npz"
+
+    def has_images(self, eps: float) -> bool:
+        """Whether the saved adversarial examples are those of this eps and these settings."""
+        try:
+            saved = str(read_arrays(self._images)["identity"])
+        except (ValueError, KeyError):
+            return False
+        return saved == self._identity(eps)
+
+    def _identity(self, eps: float) -> str:
+        return "\n".join(record.identity for record in self._wanted(eps).values())
+
     def save_images(
         self,
         images: torch.Tensor,
@@ -266,15 +281,15 @@ class Sweep:
         result: Mapping[str, Any],
     ) -> None:
         """Write all adversarial examples of one eps to .npz, and draw some. images: uint8; clean:
-        whether each image is classified correctly."""
-        path = self.run.folder / f"{self.stem}_images.npz"
-        with replacing(path) as beside, open(beside, "wb") as file:
+        (n,) bool, whether each image is classified correctly; result: of `model_utils.attack`."""
+        with replacing(self._images) as beside, open(beside, "wb") as file:
             np.savez_compressed(
                 file,
                 x_adv=result["x_adv"],
                 labels=labels.numpy(),
                 prediction=result["prediction"],
                 eps=eps,
+                identity=self._identity(eps),
             )
         norm = norm_name(self.config.attack.norm)
         title = f"Adversarial examples: {self.config.attack.name}, {norm} norm, eps = {eps:g}"

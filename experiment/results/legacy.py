@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
-from experiment.results.store import Record
+from experiment.results.record import Record
 
 
 def read_tables(folder: pathlib.Path) -> list[Record]:

@@ -1,5 +1,5 @@
 """What identifies a measurement besides the weights and the data: the settings of each kind of
-record, see `results.store`. Records with the same settings are one measurement."""
+record, see `results.record`. Records with the same settings are one measurement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ART_Timesteps_Addition.names import ATTACK_VERSION
 from experiment.config import Config
-from experiment.results.store import attack_libraries
+from experiment.results.record import attack_libraries
 
 WORST = (
     "worst"  # the gradient of a record of the strongest attack per image, over several gradients

@@ -6,132 +6,21 @@ may add records at once; a kill leaves whole records only."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import dataclasses
-import datetime
-import functools
-import importlib.metadata
-import json
-import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterator
 
 from data_files import open_regular, refusing_links
 from data_utils import UserError, one_line
-from experiment.devices import computed_on
-from experiment.runs.files import TEXT, Busy, Lock, WriteFailed, number, parse_json, why
-from experiment.runs.folder import versions
+from experiment.results.legacy import read_tables
+from experiment.results.record import Record
+from experiment.runs.files import TEXT, Busy, Lock, WriteFailed, why
 
 FILE = "results.jsonl"
-KINDS = ("evaluate", "attack", "audit", "corruption", "characteristic", "gducheck")
 LONGEST_WAIT = 60.0  # seconds for other processes to write their records
-PARTS = ("model", "data", "settings", "value", "versions")
-ATTACK_LIBRARIES = ("adversarial-robustness-toolbox", "torchattacks")
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One measurement.
-
-    kind      one of KINDS
-    model     weights (fingerprint), file, epoch, chosen_on, converged (share of images, or None)
-    data      task, split, images (number), fingerprint, clean (accuracy without perturbation)
-    settings  everything else that the value depends on, {name: value}. None, in tables of earlier
-              versions, is a setting that they did not record
-    value     what was measured
-    when, computed_on, versions   time, machine and libraries; they do not identify it
-    """
-
-    kind: str
-    model: Mapping[str, Any]
-    data: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    value: Mapping[str, Any]
-    when: str = ""
-    computed_on: str = ""
-    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def now(
-        cls,
-        kind: str,
-        model: Mapping[str, Any],
-        data: Mapping[str, Any],
-        settings: Mapping[str, Any],
-        value: Mapping[str, Any],
-    ) -> Record:
-        """A record of a measurement that has just been made."""
-        when = datetime.datetime.now().isoformat(" ", "seconds")
-        return cls(kind, model, data, settings, value, when, computed_on(), _versions())
-
-    @classmethod
-    def from_json(cls, line: str) -> Record:
-        """The record in a line of results.jsonl. Raises ValueError."""
-        content = parse_json(line)
-        if not isinstance(content, dict) or content.get("kind") not in KINDS:
-            raise ValueError("it is no record of this version")
-        parts = {name: content.get(name, {}) for name in PARTS}
-        record = cls(
-            content["kind"],
-            **parts,
-            when=str(content.get("when", "")),
-            computed_on=str(content.get("computed_on", "")),
-        )
-        if not all(isinstance(part, dict) for part in parts.values()) or not record._is_valid():
-            raise ValueError("it is no record of this version")
-        return record
-
-    def _is_valid(self) -> bool:
-        """Whether the values that every reader relies on are there and in range."""
-        texts = []
-        numbers = [self.data.get("images")]
-        if self.kind in ("attack", "audit"):
-            texts.append(self.settings.get("norm"))
-            numbers.append(self.settings.get("eps"))
-        if self.kind == "attack":
-            texts += [self.settings.get("attack"), self.settings.get("gradient")]
-            numbers += [self.value.get("adversarial"), self.value.get("masked")]
-        return all(isinstance(text, str) and len(text) < 100 for text in texts) and all(
-            number(value, 0, 1e9) is not None for value in numbers
-        )
-
-    def to_json(self) -> str:
-        """One line, without its end."""
-        return json.dumps(_plain(dataclasses.asdict(self)), allow_nan=False)
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """Everything that identifies the measurement, as text: equal for equal measurements."""
-        return json.dumps(self._identifying, sort_keys=True)
-
-    @property
-    def _identifying(self) -> dict[str, Any]:
-        data = {name: self.data.get(name) for name in ("task", "split", "images", "fingerprint")}
-        return {
-            "kind": self.kind,
-            "weights": self.model.get("weights"),
-            **{f"data {name}": value for name, value in data.items()},
-            **{f"settings {name}": value for name, value in self.settings.items()},
-        }
-
-    def answers(self, wanted: Record) -> bool:
-        """Whether this is the measurement `wanted`. A value that this record, of an earlier
-        version, contains as None matches any."""
-        if self.identity == wanted.identity:
-            return True
-        own = self._identifying
-        others = json.loads(wanted.identity)
-        return own.keys() == others.keys() and all(
-            value is None or json.loads(json.dumps(value)) == others[name]
-            for name, value in own.items()
-        )
 
 
 class Store:
@@ -160,7 +49,7 @@ class Store:
         except FileNotFoundError:
             if self._end or not self.records:
                 self._forget()
-                for record in self._of_earlier_versions():
+                for record in read_tables(self.path.parent):
                     self._take(record)
             return
         except OSError as e:
@@ -250,46 +139,3 @@ class Store:
         unknown = record.data.get("fingerprint") is None or None in record.settings.values()
         if unknown or record.model.get("weights") is None:
             self._incomplete.append(record)
-
-    def _of_earlier_versions(self) -> list[Record]:
-        from experiment.results.legacy import read_tables
-
-        return read_tables(self.path.parent)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: None instead of nan and infinities."""
-    if isinstance(value, dict):
-        return {str(name): _plain(own) for name, own in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(own) for own in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---- outcomes of single images
-
-
-def pack(outcomes: np.ndarray) -> str:
-    """Booleans, (n,), as text: their bits in base64, the first image in the highest bit."""
-    return base64.b64encode(np.packbits(np.asarray(outcomes, dtype=bool)).tobytes()).decode()
-
-
-def unpack(text: Any, n: int) -> np.ndarray | None:
-    """The booleans of `pack`, (n,); None for anything else."""
-    try:
-        bits = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
-    except (TypeError, ValueError):
-        return None
-    return np.unpackbits(bits, count=n).astype(bool) if len(bits) == -(-n // 8) else None
-
-
-def attack_libraries() -> dict[str, str]:
-    """{name: version} of the libraries whose attacks a result depends on."""
-    return {name: importlib.metadata.version(name) for name in ATTACK_LIBRARIES}
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    return {**versions(), **attack_libraries()}
