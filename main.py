@@ -32,6 +32,7 @@ from experiment.command_line import MAIN_FLAGS
 from experiment.config import Config, Flag
 from experiment.launch import launched, note_on_separate_processes, validate_parallel
 from experiment.runs.files import exists
+from experiment.runs.find import LATEST, find_runs, means_latest
 from experiment.text import format_eps, format_value
 
 if TYPE_CHECKING:
@@ -724,16 +725,23 @@ def prepare(
     )
 
 
-def _take_one_run(given: dict[str, Any]) -> None:
-    """Make the path of --load-path the only one. Raises UserError."""
+def _find_runs(given: dict[str, Any]) -> None:
+    """Replace the paths of --load-path by the one run to train, or by the list of the runs to
+    examine. Raises UserError."""
     paths = given.get("load_path")
     if paths is None:
         return
+    if _task(given) != "train":
+        given["load_path"] = [str(run) for run in find_runs(paths)]
+        return
     if len(paths) != 1:
+        raise UserError(f"argument --load-path: got {len(paths)} runs, training resumes one")
+    (given["load_path"],) = paths
+    if means_latest(given["load_path"]):
         raise UserError(
-            f"argument --load-path: got {len(paths)} runs, only --todo compare takes several"
+            f"argument --load-path: {LATEST} is not for training, which changes the run; name its "
+            "folder"
         )
-    given["load_path"] = paths[0]
 
 
 def work(given: dict[str, Any], program: list[str], argv: Sequence[str], name: str) -> int:
@@ -789,6 +797,7 @@ def main(
             words = sys.argv[1:] if argv is None else argv
             given = command_line.parse(words, flags, __doc__)
             _validate_given(given)
+            _refuse_to_share_runs(given, launch.size)
             if "seeds" in given and _task(given) == "train":
                 from experiment.seeds import train_each
 
@@ -800,7 +809,34 @@ def main(
             if launch is None or launch.rank == 0:
                 print(f"{name}: error: {e}", file=sys.stderr)
             return e.code
-        return work(given, program, words, name)
+        if not isinstance(given.get("load_path"), list) or _task(given) == "compare":
+            return work(given, program, words, name)
+        return _work_on_each(given, program, words, name)
+
+
+def _refuse_to_share_runs(given: dict[str, Any], size: int) -> None:
+    """Refuse several runs for several workers. Raises UserError."""
+    runs = given.get("load_path")
+    if size > 1 and isinstance(runs, list) and len(runs) > 1:
+        raise UserError(
+            f"argument --load-path: got {len(runs)} runs, torchrun shares the work of one; name "
+            "one, or start with python instead"
+        )
+
+
+def _work_on_each(given: dict[str, Any], program: list[str], argv: Sequence[str], name: str) -> int:
+    """Do the task for each run of --load-path, one after another, and return the exit code of the
+    first failure. A signal ends all."""
+    failure = 0
+    runs = given["load_path"]
+    for n, run in enumerate(runs, 1):
+        if len(runs) > 1:
+            print(f"run {n} of {len(runs)}: {run}", flush=True)
+        code = work({**given, "load_path": run}, program, argv, name)
+        if code > 128:
+            return code
+        failure = failure or code
+    return failure
 
 
 def _validate_given(given: dict[str, Any]) -> None:
@@ -809,8 +845,7 @@ def _validate_given(given: dict[str, Any]) -> None:
     validate.validate_todo(given)
     todo = _task(given)
     compares = todo == "compare"
-    if not compares:
-        _take_one_run(given)
+    _find_runs(given)
     if _trains_in_run_dir(given):
         validate.validate_run_dir(given)
         given["save"] = True

@@ -140,7 +140,8 @@ class Session:
     todo: str = _session("train", "the task to run", choices=TODOS)
     load_path: str | tuple[str, ...] | None = _session(
         None,
-        "the run folder, or a file in one, to resume or to examine; several for compare",
+        "the run folder, or a file in one, to resume or to examine; all tasks but train also take "
+        "several, a folder of runs, and latest: the newest run below results",
         metavar="RUN",
     )
     labels: tuple[str, ...] | None = _session(

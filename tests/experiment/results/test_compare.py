@@ -291,8 +291,6 @@ def test_the_published_tables_are_read():
     [
         ("--todo compare", "needs runs"),
         ("--todo compare --load-path nowhere", "is no folder"),
-        ("--todo evaluate --load-path a b", "only --todo compare takes several"),
-        ("--load-path a b", "only --todo compare takes several"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_a_line(cli, words, message):
