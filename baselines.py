@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from energy import activations
 from energy.connections import Connection, Shape
 from energy.dynamics import Chain, Neurons
 
@@ -116,9 +117,23 @@ def _joined(layers: Layers, task: "Task") -> FeedForward:
     return FeedForward(net, layers, (task.channels, task.size, task.size), task.classes)
 
 
-def _dense(sizes: Sequence[int]) -> Layers:
-    """Linear layers with ReLU between them."""
-    layers: Layers = [[nn.Linear(a, b), nn.ReLU()] for a, b in zip(sizes, sizes[1:])]
+class Activation(nn.Module):
+    """An activation of energy models as a module. function: one of `energy.activations`."""
+
+    def __init__(self, function: activations.Activation) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, drive: Tensor) -> Tensor:
+        return self.function(drive)
+
+    def extra_repr(self) -> str:
+        return self.function.__name__
+
+
+def _dense(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> Layers:
+    """Linear layers with activations between them."""
+    layers: Layers = [[nn.Linear(a, b), activation()] for a, b in zip(sizes, sizes[1:])]
     layers[-1].pop()
     return layers
 
@@ -134,7 +149,13 @@ POOLINGS = {"m": nn.MaxPool2d, "a": nn.AvgPool2d}
 
 def ff_cnn(model: "Architecture", task: "Task") -> FeedForward:
     """Convolutions, each with batch normalisation, ReLU and pooling, then linear layers with ReLU
-    between them. Raises ValueError, naming the layer, if nothing is left of a map."""
+    between them. With model.no_norm the layers of `model_utils.P_CNN` instead: convolutions, each
+    with pooling and the activation model.act, which is also between the linear layers. Raises
+    ValueError, naming the layer, if nothing is left of a map."""
+
+    def activation() -> nn.Module:
+        return Activation(activations.ACTIVATIONS[model.act]) if model.no_norm else nn.ReLU()
+
     layers: Layers = []
     channels = task.channels
     size = task.size
@@ -146,9 +167,12 @@ def ff_cnn(model: "Architecture", task: "Task") -> FeedForward:
         if size < 1:
             raise ValueError(f"layer {n}: nothing is left of the map")
         conv = nn.Conv2d(channels, out, kernel, stride, padding)
-        layers.append([conv, BatchNorm(out), nn.ReLU(), *pooling])
+        if model.no_norm:
+            layers.append([conv, *pooling, activation()])
+        else:
+            layers.append([conv, BatchNorm(out), activation(), *pooling])
         channels = out
-    first, *rest = _dense([channels * size * size, *model.fc])
+    first, *rest = _dense([channels * size * size, *model.fc], activation)
     return _joined([*layers, [nn.Flatten(), *first], *rest], task)
 
 

@@ -378,7 +378,7 @@ def _note_guesses(config: Config, known: Mapping[str, Any]) -> None:
         for flag in FLAGS
         if flag.dest not in known
         and flag.scope == ARCHITECTURE
-        and flag.dest != "schedule"  # the original code knew `sync` alone
+        and not flag.recorded_later
         and (flag.models is None or config.model.kind in flag.models)
     ]
     if guessed:

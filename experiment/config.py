@@ -74,6 +74,7 @@ class Flag:
     identifies: the kinds of results that depend on it (see `Config.identity`).
     place: whether it names a folder of data. repeats: whether runs that differ only in it are
     repetitions of one experiment.
+    recorded_later: whether models of versions without the flag are those of its default.
     shown_default: the default as text, if it depends on other flags.
     """
 
@@ -96,6 +97,7 @@ class Flag:
     identifies: tuple[str, ...] = ()
     place: bool = False
     repeats: bool = False
+    recorded_later: bool = False
     shown_default: str | None = None
 
     @property
@@ -273,8 +275,8 @@ class Architecture:
     kind: str = _architecture(
         "MLP",
         "energy models: dense or convolutional, with tied or (VF) untied feedback weights; "
-        "feed-forward networks for comparison: FFMLP, FFCNN (batch normalisation and ReLU) and "
-        "a vision transformer",
+        "feed-forward networks for comparison: FFMLP, FFCNN (batch normalisation and ReLU, but "
+        "see --no-norm) and a vision transformer",
         name="model",
         choices=(*ENERGY_MODELS, *FEED_FORWARD),
     )
@@ -312,7 +314,18 @@ class Architecture:
         256, "ViT: hidden size of the dense part of a layer", metavar="SIZE"
     )
     act: str = _architecture(
-        "mysig", "activation of the neurons", choices=ACTIVATIONS, models=ENERGY_MODELS
+        "mysig",
+        "activation of the neurons; of FFCNN with --no-norm alone, all other feed-forward networks "
+        "have ReLU",
+        choices=ACTIVATIONS,
+        models=(*ENERGY_MODELS, "FFCNN"),
+    )
+    no_norm: bool = _architecture(
+        False,
+        "FFCNN with the layers of a CNN of the same flags: without batch normalisation, with the "
+        "activation --act",
+        models=("FFCNN",),
+        recorded_later=True,
     )
     loss: str = _architecture(
         "mse",
@@ -382,6 +395,7 @@ class Learning:
         "arithmetic for the same progress, possibly to another fixed point",
         scope=ARCHITECTURE,
         choices=("sync", "async"),
+        recorded_later=True,
     )
     tol: float = _steps(
         0.0,

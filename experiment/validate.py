@@ -319,6 +319,8 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
                 yield f"--{name.replace('_', '-')} has no effect without --adv-train"
     if given.get("mmt") and trains and config.optimizer.optim != "sgd":
         yield f"--mmt has no effect with --optim {config.optimizer.optim}"
+    if "act" in given and model == "FFCNN" and not config.model.no_norm:
+        yield "--act has no effect on FFCNN without --no-norm: it has ReLU"
     if "scale" in given and "load_path" in given:
         yield "--scale has no effect on a saved run: it scales initial weights"
     if not config.attack.uses_gradient and todo == "attack":

@@ -87,6 +87,75 @@ def test_a_convolutional_network_is_a_plain_module_bit_by_bit():
     assert torch.equal(inference.predicting_neurons(model, x, args.rule)[-1], plain(x))
 
 
+GEOMETRY = (
+    "--channels 3 4 5 --kernels 5 3 2 --strides 1 2 1 --paddings 0 1 0 --pools mai --fc 9 10 "
+    "--act my_hard_sig --loss cel"
+)
+MATCHED = f"--model FFCNN --no-norm {GEOMETRY}"
+
+
+@pytest.mark.parametrize("task", ["digits", "CIFAR10"])
+def test_a_matched_control_has_the_layers_of_the_energy_model(task):
+    energy = mu.build(args_of(f"--task {task} --model CNN {GEOMETRY}"))
+    network = mu.build(args_of(f"--task {task} {MATCHED}"))
+    x = torch.rand(2, *energy.connections[0].pre_shape)
+    shapes = [tuple(state.shape[1:]) for state in energy(x, T=1)]
+    assert len(shapes) == len(energy.synapses) == len(network.synapses) == 5
+    for ours, theirs in zip(network.synapses, energy.synapses):
+        assert repr(ours) == repr(theirs) and ours.weight.shape == theirs.weight.shape
+    found = []
+    for modules in network._layers:
+        for module in modules:
+            x = module(x)
+        found.append(tuple(x.shape[1:]))
+    assert found == shapes
+    modules = [type(module).__name__ for module in network.net]
+    assert modules == [
+        *("Conv2d", "MaxPool2d", "Activation"),
+        *("Conv2d", "AvgPool2d", "Activation"),
+        *("Conv2d", "Activation"),
+        *("Flatten", "Linear", "Activation", "Linear"),
+    ]
+
+
+def test_a_matched_control_computes_what_the_energy_model_drives_up():
+    """A layer of it is the activation of the bottom-up drive alone."""
+    energy = mu.build(args_of(f"--task digits --model CNN {GEOMETRY}"))
+    network = mu.build(args_of(f"--task digits {MATCHED}"))
+    for ours, theirs in zip(network.synapses, energy.synapses):
+        ours.load_state_dict(theirs.state_dict())
+    x = drive = torch.rand(2, 1, 28, 28)
+    for n, connection in enumerate(energy.connections):
+        drive = connection.up(drive if n == 0 else mu.my_hard_sig(drive))[0]
+    torch.testing.assert_close(network(x)[0], drive)
+
+
+def test_activations_count_for_a_matched_control_alone(ok, cli, tmp_path):
+    """Saved feed-forward models have ReLU, whatever --act their config.json has."""
+    line = f"{TINY} {NETWORKS['FFCNN']}"
+    assert "--act has no effect on FFCNN without --no-norm" in cli(line, "--act tanh")[2]
+    run = only_run(tmp_path)
+    for name in ("model.pt", "checkpoint.tar"):
+        state = torch.load(run / name, weights_only=True)
+        del state["config"]["no_norm"]  # as an earlier version saved it
+        torch.save(state, run / name)
+    model = mu.load_run(run).model
+    assert [type(m) for m in model.net[1:3]] == [baselines.BatchNorm, torch.nn.ReLU]
+    code, _, err = cli("--todo evaluate --device -1 --load-path", run)
+    assert code == 0 and not err
+    code, _, err = cli("--task digits --device -1 --train-size 20 --test-size 10 --no-norm --T1 2")
+    assert code == 0 and "--no-norm has no effect on MLP, only on FFCNN" in err
+
+
+def test_a_matched_control_is_saved_and_loaded(ok, tmp_path):
+    ok(TINY, MATCHED, "--lrs 0.1 0.1 0.1 0.1 0.1")
+    run = mu.load_run(only_run(tmp_path), "cpu")
+    assert run.args.no_norm and not any("norm" in type(m).__name__.lower() for m in run.model.net)
+    assert [m.function for m in run.model.net if isinstance(m, baselines.Activation)] == (
+        [mu.my_hard_sig] * 4
+    )
+
+
 def test_every_command_works_with_a_network(ok, tmp_path, network):
     out = ok(network, "--epochs 2")
     assert "converged" not in out and "warning" not in out
