@@ -18,6 +18,7 @@ from torch import Tensor
 from energy import activations
 from energy.connections import Connection, Shape
 from energy.dynamics import Chain, Neurons
+from energy.poolings import POOLS
 
 if TYPE_CHECKING:
     from data_utils import Task
@@ -144,9 +145,6 @@ def ff_mlp(model: "Architecture", task: "Task") -> FeedForward:
     return _joined([[nn.Flatten(), *first], *layers], task)
 
 
-POOLINGS = {"m": nn.MaxPool2d, "a": nn.AvgPool2d}
-
-
 def ff_cnn(model: "Architecture", task: "Task") -> FeedForward:
     """Convolutions, each with batch normalisation, ReLU and pooling, then linear layers with ReLU
     between them. With model.no_norm the layers of `model_utils.P_CNN` instead: convolutions, each
@@ -161,7 +159,7 @@ def ff_cnn(model: "Architecture", task: "Task") -> FeedForward:
     size = task.size
     geometries = zip(model.channels, model.kernels, model.strides, model.paddings, model.pools)
     for n, (out, kernel, stride, padding, pool) in enumerate(geometries, 1):
-        pooling = [POOLINGS[pool](2)] if pool in POOLINGS else []
+        pooling = [] if pool == "i" else [POOLS[pool]()]
         size = (size + 2 * padding - kernel) // stride + 1
         size = size // 2 if pooling else size
         if size < 1:

@@ -18,14 +18,7 @@ from torch import Tensor
 from ART_Timesteps_Addition.scaling import Pullback, normalized
 from ART_Timesteps_Addition.settings import GradientMethod
 from energy import dynamics, fast
-from energy.activations import (
-    RESCALED,
-    Activation,
-    ctrd_hard_sig,
-    hard_sigmoid,
-    my_hard_sig,
-    my_sigmoid,
-)
+from energy.activations import CURVES, RESCALED, Activation, my_sigmoid
 from energy.dynamics import Chain, Neurons, Phase
 
 # ---------------------------------------------------------------------- other weights, other slopes
@@ -78,18 +71,6 @@ def published_layout(parameters: Parameters) -> Parameters:
     return {name: p.contiguous() if p.device.type == "cpu" else p for name, p in parameters.items()}
 
 
-# The interval around an activation's steepest point in which the tangent there stays within its
-# range, and that slope.
-CORNERS: dict[Activation, tuple[float, float, float]] = {
-    hard_sigmoid: (0.0, 1.0, 1.0),
-    my_hard_sig: (0.0, 2.0, 0.5),
-    ctrd_hard_sig: (-0.5, 0.5, 1.0),
-    my_sigmoid: (0.0, 1.0, 1.0),
-    torch.sigmoid: (-2.0, 2.0, 0.25),
-    torch.tanh: (-1.0, 1.0, 1.0),
-}
-
-
 class _Smooth(torch.autograd.Function):
     """An activation whose backward slope never vanishes.
 
@@ -103,9 +84,10 @@ class _Smooth(torch.autograd.Function):
             leaf = drive.detach().requires_grad_()
             out = activation(leaf)
             (slope,) = torch.autograd.grad(out.sum(), leaf)
-        low, high, steepest = CORNERS[activation]
+        curve = CURVES[activation]
+        low, high = curve.corners
         outside = torch.maximum(low - drive, drive - high).clamp(min=0)
-        tail = steepest / (1 + (16 * outside / (high - low)) ** 2)
+        tail = curve.slope / (1 + (16 * outside / (high - low)) ** 2)
         ctx.save_for_backward(
             torch.where((outside > 0) | (slope == 0), torch.maximum(slope, tail), slope)
         )
@@ -117,36 +99,41 @@ class _Smooth(torch.autograd.Function):
         return grad * slope, None
 
 
-def _smooth(activation: Activation) -> Activation:
-    return lambda drive: _Smooth.apply(drive, activation)
+@dataclasses.dataclass(frozen=True)
+class Smooth:
+    """An activation with the backward slope of `_Smooth`."""
+
+    activation: Activation
+
+    def __call__(self, drive: Tensor) -> Tensor:
+        return _Smooth.apply(drive, self.activation)
 
 
-SMOOTH = {activation: _smooth(activation) for activation in CORNERS}
 # folded into the weights whenever the original is, so that both round alike
-RESCALED[SMOOTH[my_sigmoid]] = RESCALED[my_sigmoid]._replace(base=SMOOTH[torch.sigmoid])
+RESCALED[Smooth(my_sigmoid)] = RESCALED[my_sigmoid]._replace(base=Smooth(torch.sigmoid))
 
 
-def _has_corners(chain: Chain) -> bool:
-    """Whether the chain's activation has CORNERS. A chain without activation, as that of a
-    feed-forward network, has none. Raises ValueError for any other activation without corners."""
-    if chain.activation in CORNERS:
+def _has_curve(chain: Chain) -> bool:
+    """Whether the chain's activation is registered. A chain without activation, as that of a
+    feed-forward network, has none. Raises ValueError for any other activation."""
+    if chain.activation in CURVES:
         return True
     if chain.linear_output and len(chain) == 1:
         return False
     name = getattr(chain.activation, "__name__", repr(chain.activation))
     raise ValueError(
-        f"the gradient methods smooth and soft do not know the activation {name}: add it to "
-        "CORNERS in ART_Timesteps_Addition/gradients.py"
+        f"the gradient methods smooth and soft do not know the activation {name}: register it, see "
+        "energy.activations.register"
     )
 
 
 def smoothed(chain: Chain) -> Chain:
     """The chain with the same states, and with backward slopes that do not vanish (`_Smooth`).
 
-    Unchanged without activation. Raises ValueError for an activation without CORNERS."""
-    if not _has_corners(chain):
+    Unchanged without activation. Raises ValueError for one that is not registered."""
+    if not _has_curve(chain):
         return chain
-    return dataclasses.replace(chain, activation=SMOOTH[chain.activation])
+    return dataclasses.replace(chain, activation=Smooth(chain.activation))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,15 +147,15 @@ class SoftChain(Chain):
     def activate(self, n: int, drive: Tensor) -> Tensor:
         factor = self.factors[n - len(self)]
         if factor < 1 and not (self.linear_output and n == len(self) - 1):
-            drive = factor * drive + (1 - factor) * MIDDLE[self.activation]
+            drive = factor * drive + (1 - factor) * _centre(self.activation)
         return super().activate(n, drive)
 
 
-MIDDLE = {
-    function: sum(CORNERS[activation][:2]) / 2
-    for activation, smooth in SMOOTH.items()
-    for function in (activation, smooth)
-}
+def _centre(activation: Activation) -> float:
+    original = activation.activation if isinstance(activation, Smooth) else activation
+    return CURVES[original].centre
+
+
 # Root mean square of a soft chain's drives, relative to the middle of the activation, in units of
 # half its width.
 TARGET_DRIVE = 1.0
@@ -191,16 +178,17 @@ def softness(chain: Chain, x: Tensor, T: int, rounds: int = 4) -> tuple[float, .
 
     Softening one layer changes the drives of the others: this takes a few rounds."""
     factors = (1.0,) * len(chain)
-    if not _has_corners(chain):
+    if not _has_curve(chain):
         return factors
-    low, high, _ = CORNERS[chain.activation]
+    curve = CURVES[chain.activation]
+    low, high = curve.corners
     phase = Phase(chain.input_drive(x))
     for _ in range(rounds):
         neurons = fast.relax(softened(chain, factors), phase, None, T)
         identity = dataclasses.replace(chain, activation=lambda drive: drive)
         drives = []
         for drive in dynamics.step(identity, phase, neurons):
-            deviation = (drive - (low + high) / 2).double().square().mean().sqrt().item()
+            deviation = (drive - curve.centre).double().square().mean().sqrt().item()
             drives.append(deviation / ((high - low) / 2))
         factors = tuple(min(1.0, TARGET_DRIVE / max(drive, 1e-30)) for drive in drives)
     return factors

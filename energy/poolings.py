@@ -91,7 +91,7 @@ class MaxPool(nn.MaxPool2d):
     def adjoint(self, post: Tensor, route: Any, size: Size) -> Tensor:
         if route.dtype == torch.bool:
             spread = torch.where(route, _spread(post), self._zero(post))  # (mbs, h, 2, w, 2, C)
-            return _padded(spread.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2), size)
+            return padded(spread.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2), size)
         if torch.are_deterministic_algorithms_enabled():
             return self._scattered(post, route, size)
         u = F.max_unpool2d(post, route, [2, 2], [2, 2], output_size=list(size))  # (mbs, C, H, W)
@@ -125,50 +125,50 @@ def _spread(post: Tensor) -> Tensor:
     return post.permute(0, 2, 3, 1).unsqueeze(3).unsqueeze(2)
 
 
-def _padded(u: Tensor, size: Size) -> Tensor:
+def padded(u: Tensor, size: Size) -> Tensor:
     """The map with zeros behind its last row and column, up to `size`: an odd one was in no
     window."""
     rows, columns = size[0] - u.size(2), size[1] - u.size(3)
     return F.pad(u, (0, columns, 0, rows)) if rows or columns else u
 
 
-class _Linear:
-    """A pooling whose linear map does not depend on what it pools."""
+class Fixed:
+    """Base of a pooling whose linear map does not depend on what it pools: an nn.Module with
+    `forward` and `adjoint`."""
 
     routed = False
 
     def prepare(self, size: Size) -> None:
         """Nothing to allocate."""
 
-
-class AvgPool(_Linear, nn.AvgPool2d):
-    """The mean of each 2x2 window."""
-
-    def pool(self, u: Tensor) -> tuple[Tensor, None]:
+    def pool(self: Any, u: Tensor) -> tuple[Tensor, None]:
+        """(the pooled map, no route)."""
         return self(u), None
 
-    def follow(self, u: Tensor, route: Any) -> Tensor:
+    def follow(self: Any, u: Tensor, route: None) -> Tensor:
+        """The linear map, which is the pooling itself."""
         return self(u)
+
+
+class AvgPool(Fixed, nn.AvgPool2d):
+    """The mean of each 2x2 window."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
 
     def adjoint(self, post: Tensor, route: Any, size: Size) -> Tensor:
         u = F.interpolate(post, scale_factor=2, mode="nearest") * 0.25
-        return _padded(u, size)
+        return padded(u, size)
 
 
-class NoPool(_Linear, nn.Identity):
+class NoPool(Fixed, nn.Identity):
     """The map as it is."""
-
-    def pool(self, u: Tensor) -> tuple[Tensor, None]:
-        return u, None
-
-    def follow(self, u: Tensor, route: Any) -> Tensor:
-        return u
 
     def adjoint(self, post: Tensor, route: Any, size: Size) -> Tensor:
         return post
 
 
-POOLS: dict[str, Callable[[], nn.Module]] = {"m": MaxPool, "a": lambda: AvgPool(2, 2), "i": NoPool}
+POOLS: dict[str, Callable[[], nn.Module]] = {"m": MaxPool, "a": AvgPool, "i": NoPool}
 
 
 def make_pools(letters: str) -> nn.ModuleList:
@@ -176,5 +176,5 @@ def make_pools(letters: str) -> nn.ModuleList:
     Raises ValueError for other letters."""
     unknown = sorted(set(letters) - set(POOLS))
     if unknown:
-        raise ValueError(f"unknown pooling {' '.join(unknown)}: use m (max), a (average), i (none)")
+        raise ValueError(f"unknown pooling {' '.join(unknown)}: use one of {' '.join(POOLS)}")
     return nn.ModuleList([POOLS[letter]() for letter in letters])

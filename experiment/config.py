@@ -22,7 +22,7 @@ from ART_Timesteps_Addition.names import (
     WITHOUT_GRADIENT,
 )
 from data_utils import TASKS
-from energy.names import ACTIVATIONS
+from energy.names import ACTIVATIONS, POOLINGS
 from energy.rule import ALGORITHMS, LOSSES, Rule
 
 # Scopes: what a saved run does to a flag.
@@ -296,7 +296,9 @@ class Architecture:
     paddings: tuple[int, ...] = _convolution((0, 0), "CNN: paddings", low=0)
     pools: str = _convolution(
         "mm",
-        "CNN: a letter per convolution: m max, a average (both 2x2, stride 2), i none",
+        "CNN: a letter per convolution: "
+        + ", ".join(f"{letter} {meaning}" for letter, meaning in POOLINGS.items())
+        + " (2x2, stride 2)",
         metavar="LETTERS",
     )
     fc: tuple[int, ...] = _convolution(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_utils import Batches, RunFailed
 from energy import fast
-from energy.activations import RANGES
+from energy.activations import CURVES
 from energy.dynamics import Neurons
 from energy.gdu import cosine, gdu_report
 from energy.precision import exactly, set_precision
@@ -193,10 +193,12 @@ class Diagnostics:
 
     def _is_saturated(self, state: Tensor) -> bool:
         """Whether every neuron of a layer is within a ten-thousandth of its activation's range from
-        an end."""
-        low, high = RANGES[self.model.activation]
-        margin = 1e-4 * (high - low)
-        return bool(((state <= low + margin) | (state >= high - margin)).all())
+        an end. An activation that is not registered has no known range."""
+        curve = CURVES.get(self.model.activation)
+        if curve is None:
+            return False
+        margin = 1e-4 * (curve.high - curve.low)
+        return bool(((state <= curve.low + margin) | (state >= curve.high - margin)).all())
 
 
 def log_theorem(

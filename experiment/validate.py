@@ -113,7 +113,7 @@ def _validate_model(config: Config) -> int:
                 raise _wrong_length(name, values, len(model.channels), what)
         if set(model.pools) - set(POOLINGS):
             raise UserError(
-                f"argument --pools: got {model.pools!r}, expected the letters m, a and i"
+                f"argument --pools: got {model.pools!r}, expected the letters {', '.join(POOLINGS)}"
             )
         layers = len(model.channels) + len(model.fc)
         last_flag = "fc"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data_utils import TASKS
-from energy.activations import RANGES
+from energy.activations import CURVES
 from experiment.inference import Convergence
 from experiment.plots import training as plots
 from experiment.runs.files import WriteFailed, why
@@ -98,7 +98,8 @@ def draw_training(
         history.resumptions,
         chance,
     )
-    ends = RANGES.get(model.activation)
+    curve = CURVES.get(model.activation)
+    ends = curve and (curve.low, curve.high)
     linear_output = model.chain(loss).linear_output
     run.save_figure(
         "neural_activity.png", plots.activity, neurons, ends, linear_output, model.has_dynamics

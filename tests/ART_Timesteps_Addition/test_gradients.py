@@ -15,6 +15,7 @@ from ART_Timesteps_Addition import attacks, gradients
 from ART_Timesteps_Addition.pytorch import PyTorchClassifier, Unrolled
 from ART_Timesteps_Addition.settings import Attack, GradientMethod
 from data_utils import load_split
+from energy.activations import CURVES
 from energy.precision import set_precision
 
 WAYS = [(grad, start) for grad in ("bptt", "smooth", "ep") for start in ("zero", "equilibrium")]
@@ -175,8 +176,7 @@ def tf32():
 @pytest.mark.parametrize("grad", ["bptt", "smooth", "ep"])
 def test_gradients_are_exact_where_predictions_are_not(grad, tf32, monkeypatch):
     act = _Recording.apply
-    monkeypatch.setitem(gradients.CORNERS, act, gradients.CORNERS[torch.tanh])
-    monkeypatch.setitem(gradients.SMOOTH, act, gradients._smooth(act))
+    monkeypatch.setitem(CURVES, act, CURVES[torch.tanh])
     model = built("CNN max", act)
     x, y = sample(model)
     x, y = x.numpy(), np.eye(5, dtype=np.float32)[y]
@@ -259,17 +259,13 @@ def test_unknown_ways_are_named():
             Unrolled(built("MLP"), 4, 3, mu.make_criterion("mse"), **wrong)
 
 
-def test_every_activation_has_corners():
-    assert set(gradients.CORNERS) == set(mu.ACTIVATIONS.values())
-
-
 @pytest.mark.parametrize("grad", ["smooth", "soft"])
-def test_an_activation_without_corners_is_refused_by_name(grad):
+def test_an_activation_that_is_not_registered_is_refused_by_name(grad):
     model = built("MLP", torch.relu)
     x, _ = sample(model)
     method = GradientMethod(grad, steps=4)
-    with pytest.raises(ValueError, match="relu: add it to CORNERS"):
+    with pytest.raises(ValueError, match="relu: register it"):
         gradients.through_time(model, x, "mse", 6, method)
     if grad == "soft":
-        with pytest.raises(ValueError, match="relu: add it to CORNERS"):
+        with pytest.raises(ValueError, match="relu: register it"):
             gradients.softness(model.chain(), x, 6)
