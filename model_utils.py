@@ -443,6 +443,9 @@ class VF_CNN(_CNN):
     untied = True
 
 
+MODELS: dict[str, Any] = {"MLP": P_MLP, "VFMLP": VF_MLP, "CNN": P_CNN, "VFCNN": VF_CNN}
+
+
 # ----------------------------------------------------------------------------------- learning rules
 # (model, x, y, rule, masks, bf16_copy, observer, change) -> neurons of the free phase
 #
@@ -669,10 +672,8 @@ def _make_energy_model(config: "Config", task: "Task") -> EnergyModel:
         "schedule": config.learning.schedule,
     }
     if model.is_dense:
-        mlp = {"MLP": P_MLP, "VFMLP": VF_MLP}[model.kind]
-        return mlp(model.archi, activation, **options)
-    cnn = {"CNN": P_CNN, "VFCNN": VF_CNN}[model.kind]
-    return cnn(
+        return MODELS[model.kind](model.archi, activation, **options)
+    return MODELS[model.kind](
         task.size,
         [task.channels, *model.channels],
         model.kernels,

@@ -9,11 +9,12 @@ import sys
 import pytest
 from conftest import ROOT
 
+import model_utils
 from ART_Timesteps_Addition import attacks, gradients
 from ART_Timesteps_Addition import names as attack_names
 from ART_Timesteps_Addition.audit import stages
-from energy import activations, names, poolings
-from experiment import command_line, flag_table, validate
+from energy import activations, names, poolings, rule
+from experiment import command_line, config, flag_table, validate
 from experiment.config import FLAGS as ALL
 
 # The layer of each module or package; single files may be below their package. A module imports
@@ -142,6 +143,11 @@ def test_names_are_those_of_the_implementations():
     assert names.ACTIVATIONS == tuple(activations.ACTIVATIONS)
     assert set(activations.CURVES) == set(activations.ACTIVATIONS.values())
     assert tuple(names.POOLINGS) == tuple(poolings.POOLS)
+
+
+def test_names_of_models_and_rules_are_those_of_the_implementations():
+    assert config.ENERGY_MODELS == tuple(model_utils.MODELS)
+    assert rule.ALGORITHMS == tuple(model_utils.LEARN)
 
 
 def test_names_of_attacks_are_those_of_the_implementations():
