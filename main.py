@@ -33,7 +33,7 @@ from experiment.config import Config, Flag
 from experiment.launch import launched, note_on_separate_processes, validate_parallel
 from experiment.runs.files import exists
 from experiment.runs.find import LATEST, find_runs, means_latest
-from experiment.text import format_eps, format_value
+from experiment.text import format_eps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 
     from data_utils import Batches
     from experiment.console import Interruption
-    from experiment.inference import Convergence
+    from experiment.inference import Convergence, Predictions
     from experiment.results.attacks import Sweep
+    from experiment.results.record import Record
+    from experiment.results.store import Store
     from experiment.runs.checkpoint import SavedRun
     from experiment.runs.folder import RunFolder, Setup
     from experiment.workers import Workers
@@ -162,10 +164,6 @@ class Job:
 
         assert self.saved is not None
         return fingerprint(self.saved.weights)
-
-    def settings(self, kind: str, **more: Any) -> dict[str, Any]:
-        """The settings that identify a result of this kind: flags, weights and data."""
-        return {**self.config.identity(kind), "weights": self.weights, **more}
 
     def measured_model(self, convergence: "Convergence | None" = None) -> dict[str, Any]:
         """The loaded model, as records of its measurements contain it. convergence: of its
@@ -327,35 +325,32 @@ def _new_folder(job: Job, checkpoint: dict[str, Any]) -> "RunFolder":
 # ------------------------------------------------------------------------------------ examine a run
 
 
+SPLITS = {"train": "train", "val": "validation", "test": "test"}  # of `Job.batches`, in records
+
+
 def evaluate(job: Job) -> None:
     """Accuracy on the training and test images, printed and appended to hyperparameters.txt; with
     --save also the prediction for every test image."""
-    from experiment import inference
-    from experiment.results.evaluation import describe_predictions, write_predictions
-    from experiment.runs.folder import fingerprint
-    from experiment.timing import Stopwatch
+    from experiment.results.evaluation import (
+        convergence_of,
+        describe_accuracy,
+        describe_predictions,
+        write_predictions,
+    )
+    from experiment.results.store import Store
 
     config = job.config
-    assert job.saved is not None
+    T1 = config.learning.T1
     run = job.run_folder() if job.workers.rank == 0 else None
-    predictions = None
+    store = Store(run.folder) if run else None
     parts = []
-    splits = {"train": "train", "val": "validation", "test": "test"}
-    for split, name in splits.items():
+    for split, name in SPLITS.items():
         if split == "val" and not config.data.val_size:
             continue
-        data = job.batches(split)
-        stopwatch = Stopwatch()
-        convergence = job.convergence(config.learning.T1) if split == "test" else None
-        inputs = (job.model, data, config.rule, f"evaluating, {split}", stopwatch, job.workers)
-        if config.session.save and split == "test":
-            predictions = inference.predict(*inputs, convergence)
-            accuracy = predictions.accuracy
-        else:
-            accuracy = inference.evaluate(*inputs, convergence)
-        stopwatch.steps.gather(job.workers)
-        steps = f", {stopwatch.steps}" if config.learning.tol else ""
-        parts.append(f"{name} accuracy {100 * accuracy:.2f} % ({data.samples} images{steps})")
+        saves = config.session.save and split == "test"
+        record, predictions = _evaluate(job, store, split, T1, anew=saves)
+        parts.append(f"{name} {describe_accuracy(record)}")
+    convergence = convergence_of(record)  # of the test images
     if convergence is not None:
         parts.append(f"{convergence.percent:.2f} % of {convergence.images} test images converged")
         _warn(convergence)
@@ -363,11 +358,55 @@ def evaluate(job: Job) -> None:
     print(line, flush=True)
     if run:
         run.append_hyperparameters(line)
-        if predictions:
-            epochs = len(job.saved.history.epochs)
-            model = f"{job.saved.path.name}@{epochs}:{fingerprint(job.saved.weights)}"
-            write_predictions(run, predictions, job.task.classes, model)
+        if saves and predictions is not None:
+            model = record.model
+            name = f"{model['file']}@{model['epoch']}:{model['weights']}"
+            write_predictions(run, predictions, job.task.classes, name)
             print(describe_predictions(run, config.model.loss))
+
+
+def _evaluate(
+    job: Job, store: "Store | None", split: str, steps: int, anew: bool = False
+) -> "tuple[Record, Predictions | None]":
+    """(the record of the accuracy on a split of SPLITS after `steps` time steps, the predictions
+    for the test images if they were computed).
+
+    store: of the run, None in workers that do not write; anew: compute although there is a
+    record."""
+    from experiment import inference
+    from experiment.results import settings
+    from experiment.results.record import Record, pack
+    from experiment.timing import Stopwatch
+
+    config = job.config
+    batches = job.batches(split)
+    data = job.measured_data(SPLITS[split], batches.samples)
+    own = settings.prediction(config, steps)
+    wanted = Record("evaluate", job.measured_model(), data, own, {})
+    known = job.workers.broadcast(store.find(wanted) if store else None)
+    if known is not None and not anew:
+        return known, None
+    is_test = split == "test"
+    rule = dataclasses.replace(config.rule, T1=steps)
+    stopwatch = Stopwatch()
+    convergence = job.convergence(steps) if is_test else None
+    inputs = (job.model, batches, rule, f"evaluating, {split}", stopwatch, job.workers)
+    value: dict[str, Any] = {}
+    predictions = None
+    if is_test:
+        predictions = inference.predict(*inputs, convergence)
+        value["accuracy"] = predictions.accuracy
+        value["outcomes"] = pack((predictions.labels == predictions.classes).numpy())
+    else:
+        value["accuracy"] = inference.evaluate(*inputs)
+    if convergence is not None:
+        value["convergence_images"] = convergence.images
+    stopwatch.steps.gather(job.workers)
+    value |= stopwatch.steps.columns()
+    record = Record.now("evaluate", job.measured_model(convergence), data, own, value)
+    if store:
+        store.add(record)
+    return record, predictions
 
 
 def _warn(convergence: "Convergence", flag: str = "T1") -> None:
@@ -379,79 +418,101 @@ def _warn(convergence: "Convergence", flag: str = "T1") -> None:
 
 def characteristic(job: Job) -> None:
     """Test accuracy after every number of free steps up to T1."""
-    from experiment import inference
     from experiment.results.evaluation import (
-        Characteristic,
+        describe_characteristic,
         draw_characteristic,
         write_characteristic,
     )
+    from experiment.results.store import Store
+
+    run = job.run_folder()
+    store = Store(run.folder)
+    record = _characteristic(job, store)
+    write_characteristic(run, store, job.source, record)
+    print(describe_characteristic(run, job.source, record), flush=True)
+    assert job.saved is not None
+    draw_characteristic(run, record, job.saved.args.get("task"), job.saved.args.get("T1"))
+
+
+def _characteristic(job: Job, store: "Store") -> "Record":
+    """The record of the accuracy after every number of free steps."""
+    from experiment import inference
+    from experiment.results import settings
+    from experiment.results.record import Record
 
     config = job.config
-    T1 = config.learning.T1
-    run = job.run_folder()
-    data = job.batches("test")
-    convergence = job.convergence(T1)
+    batches = job.batches("test")
+    model = job.measured_model()
+    data = job.measured_data("test", batches.samples)
+    own = settings.characteristic(config)
+    known = store.find(Record("characteristic", model, data, own, {}))
+    if known is not None:
+        return known
+    convergence = job.convergence(config.learning.T1)
     accuracy, converged = inference.characteristic(
-        job.model, data, config.rule, exact=convergence and convergence.model
+        job.model, batches, config.rule, exact=convergence and convergence.model
     )
-    # 1e-9: the accuracies are rounded
-    away = [t for t, share in enumerate(accuracy, 1) if abs(share - accuracy[-1]) > 0.001 + 1e-9]
-    x, _ = next(iter(data))
+    x, _ = next(iter(batches))
     residual, energy = inference.relaxation(job.model, x, config.rule)
-    results = Characteristic(accuracy, converged, residual, energy, len(x))
-    settings = job.settings(
-        "characteristic", images=data.samples, data=job.fingerprints["test_data"]
-    )
-    write_characteristic(run, job.source, results, settings)
-    print(
-        f"{job.source} after T1 = {T1} steps: test accuracy {100 * accuracy[-1]:.2f} % "
-        f"({data.samples} images), within 0.1 points of it from step {max(away, default=0) + 1} "
-        f"on; {100 * converged[-1]:.2f} % converged\n"
-        f"results are in {run.folder / 'Characteristic_Time.txt'}",
-        flush=True,
-    )
-    assert job.saved is not None
-    draw_characteristic(run, results, job.saved.args.get("task"), job.saved.args.get("T1"))
+    value = {
+        "accuracy": accuracy,
+        "converged": converged,
+        "residual": residual,
+        "energy": energy,
+        "relaxed_images": len(x),
+    }
+    model["converged"] = converged[-1]
+    record = Record.now("characteristic", model, data, own, value)
+    store.add(record)
+    return record
 
 
 def corruptions(job: Job) -> None:
-    """Accuracy under the corruptions of CIFAR-10-C, a row of a table each."""
+    """Accuracy under the corruptions of CIFAR-10-C, a record each."""
     import data_utils
     from experiment import inference
     from experiment.results.corruptions import CorruptionTable
+    from experiment.results.store import Store
     from experiment.timing import progress
 
-    data = job.config.data
+    config = job.config
+    data = config.data
     default = pathlib.Path(data.data_dir, data.task.replace("CIFAR", "CIFAR-") + "-C")
     folder = pathlib.Path(data.corruptions_dir or default)
     corrupted = data_utils.open_corruptions(folder, job.task, data.test_size)
     run = job.run_folder()
     images = corrupted.labels.size(1)
-    settings = job.settings(
-        "corruptions",
-        folder=str(folder.resolve()),
-        images=images,
-        data={name: corrupted.fingerprint(name) for name in progress(corrupted.names, "reading")},
-    )
+    measured = {
+        name: {
+            "task": data.task,
+            "split": "test",
+            "images": images,
+            "fingerprint": corrupted.fingerprint(name),
+        }
+        for name in progress(corrupted.names, "reading")
+    }
     for note in corrupted.notes:
         print(f"note: {note}", file=sys.stderr)
-    table = CorruptionTable(run, settings, corrupted.names, job.source)
+    store = Store(run.folder)
+    table = CorruptionTable(run, store, config, job.measured_model(), measured, job.source)
     job.interruption.advice = lambda: (
-        f"{len(table.rows)} corruptions are saved in {table.text}; the same command resumes"
+        f"{len(table.measured())} corruptions are saved in {store.path}; the same command resumes"
     )
     print(
         f"{job.source}, {images} images of each severity{job.steps}; results go to {table.text}",
         flush=True,
     )
-    for name in (name for name in corrupted.names if name not in table.rows):
-        accuracies = []
-        for severity, (x, y) in enumerate(corrupted.severities(name), 1):
-            batches = data_utils.Batches(x, y, data.mbs, job.task, job.device)
-            description = f"{name}, severity {severity}"
-            accuracies.append(inference.evaluate(job.model, batches, job.config.rule, description))
-        table.add(name, accuracies)
-        percent = ", ".join(f"{100 * accuracy:.2f}" for accuracy in accuracies)
-        print(f"{name}: {percent} %", flush=True)
+    for name in corrupted.names:
+        if name not in table.measured():
+            outcomes = []
+            for severity, (x, y) in enumerate(corrupted.severities(name), 1):
+                batches = data_utils.Batches(x, y, data.mbs, job.task, job.device)
+                description = f"{name}, severity {severity}"
+                found = inference.predict(job.model, batches, config.rule, description)
+                outcomes.append(found.labels == found.classes)
+            table.add(name, outcomes)
+        print(table.describe(name), flush=True)
+    table.write()
     print(table.describe_means(), flush=True)
     table.plot()
 
@@ -537,7 +598,10 @@ def audit(job: Job) -> None:
     import model_utils
     from ART_Timesteps_Addition.audit import audit as audit_model
     from ART_Timesteps_Addition.audit.model import ENDS_EARLY, AuditedModel
-    from experiment.results.audit import AuditFiles, open_surrogate
+    from experiment.results import settings
+    from experiment.results.audit import AuditFiles, open_surrogate, surrogate_identity
+    from experiment.results.record import Record
+    from experiment.results.store import Store
 
     config = job.config
     data = job.batches("test")
@@ -563,10 +627,17 @@ def audit(job: Job) -> None:
         )
 
     surrogate = None
+    identity = None
     if config.audit.surrogate:
         surrogate = open_surrogate(config, model_utils.build, job.given.get("attack_step"))
-    settings = job.settings("audit", ends_early=fast_tol, data=job.fingerprints["test_data"])
-    files = AuditFiles(job.run_folder(), config, settings, job.source, surrogate)
+        identity = surrogate_identity(*surrogate)
+    run = job.run_folder()
+    store = Store(run.folder)
+    clean, _ = _evaluate(job, store, "test", config.predict_steps)
+    model = {**job.measured_model(), "converged": clean.model.get("converged")}
+    measured = {**job.measured_data("test", len(y)), "clean": clean.value["accuracy"]}
+    own = settings.audit(config, fast_tol, identity)
+    files = AuditFiles(run, store, Record("audit", model, measured, own, {}), job.source)
     job.interruption.advice = files.advice
     audit_model(
         audited(job.model, config, fast_tol),
@@ -580,35 +651,47 @@ def audit(job: Job) -> None:
 
 
 def gducheck(job: Job) -> None:
-    """Compare EP with BPTT on one mini-batch: a table, a verdict and, with --save, plots and raw
-    data."""
+    """Compare EP with BPTT on one mini-batch: a table, a verdict and, with --save, a record, plots
+    and raw data."""
     import data_utils
     from energy import gdu
-    from experiment.results.gdu import format_table, save_gdu
-    from experiment.runs.checkpoint import snapshot
+    from experiment.results import settings
+    from experiment.results.gdu import describe, save_gdu, value_of
+    from experiment.results.record import Record
+    from experiment.results.store import Store
+    from experiment.runs import checkpoint
     from experiment.runs.history import History
 
     config = job.config
     data = config.data
     rule = config.rule
-    run = job.run_folder() if config.session.save and job.saved else None
+    saves = config.session.save
+    run = job.run_folder() if saves and job.saved else None
     images, labels = data_utils.load_split(data.task, data.data_dir, True, data.train_size)
     mbs = min(20, len(labels))
+    images = images[:mbs]
+    labels = labels[:mbs]
+    job.fingerprints["train_data"] = data_utils.fingerprint((images, labels))
+    measured = job.measured_data("train", mbs)
+    own = settings.gducheck(config)
+    record = None
+    if job.saved:
+        wanted = Record("gducheck", job.measured_model(), measured, own, {})
+        record = Store(job.saved.path.parent).find(wanted)
+    if record is not None and not saves:  # plots and raw data are not in a record
+        print(describe(record, rule, job.source))
+        return
     x, y = next(iter(data_utils.Batches(images, labels, mbs, job.task, job.device)))
     comparison = gdu.gdu_report(job.model, x, y, rule, images=True)
-    print(
-        f"{job.source}: EP against BPTT on {len(y)} images, T1 = {rule.T1}, T2 = {rule.T2}, beta = "
-        f"{format_value(rule.betas)}; {int(comparison.converged.sum())} of them have converged "
-        "after T1\n"
-        "compared: for parameters, the EP update per nudged step with the BPTT gradient per step; "
-        "for the read-out, the total updates;\n"
-        "for neurons, their changes with the gradients times the slope of the activation"
-    )
-    print(format_table(comparison.rows))
-    print(gdu.verdict(comparison, rule))
-    if config.session.save:
-        run = run or _new_folder(job, snapshot(job.model, config.flat(), History()))
+    record = Record.now("gducheck", {}, measured, own, value_of(comparison, rule))
+    print(describe(record, rule, job.source))
+    if saves:
+        if not job.saved:
+            run = _new_folder(job, checkpoint.snapshot(job.model, config.flat(), History()))
+            job.saved = checkpoint.open_saved(str(run.folder / "checkpoint.tar"), "gducheck")
+        assert run is not None
         save_gdu(run, comparison)
+        Store(run.folder).add(dataclasses.replace(record, model=job.measured_model()))
         print(f"plots and data are in {run.folder}")
 
 

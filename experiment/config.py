@@ -71,7 +71,6 @@ class Flag:
     single one stays one; default: as config.json has it (a list where many).
     low, high: range of numbers; least: the smallest number other than 0; choices: allowed words.
     scope: see above. todos, models: where it has an effect, everywhere if None.
-    identifies: the kinds of results that depend on it (see `Config.identity`).
     place: whether it names a folder of data. repeats: whether runs that differ only in it are
     repetitions of one experiment.
     recorded_later: whether models of versions without the flag are those of its default.
@@ -94,7 +93,6 @@ class Flag:
     least: float = 0.0
     todos: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
-    identifies: tuple[str, ...] = ()
     place: bool = False
     repeats: bool = False
     recorded_later: bool = False
@@ -129,7 +127,7 @@ _steps = functools.partial(_flag, models=ENERGY_MODELS)
 _training = functools.partial(_flag, scope=TRAINING, todos=("train",))
 _robustness = functools.partial(_flag, todos=ROBUSTNESS)
 _attack = functools.partial(_flag, todos=("attack",))
-_audit = functools.partial(_flag, scope=SESSION, todos=("audit",), identifies=("audit",))
+_audit = functools.partial(_flag, scope=SESSION, todos=("audit",))
 EPS_RANGE: dict[str, Any] = {"low": 0, "high": MOST_EPS, "least": LEAST_EPS}
 
 
@@ -186,7 +184,6 @@ class Session:
         scope=RESUMED,
         choices=("fp32", "tf32", "bf16"),
         todos=NOT_GDUCHECK,
-        identifies=("audit", "characteristic", "corruptions"),
     )
     compile: bool = _flag(
         False,
@@ -194,7 +191,6 @@ class Session:
         scope=RESUMED,
         todos=NOT_GDUCHECK,
         models=ENERGY_MODELS,
-        identifies=("attack", "audit", "characteristic", "corruptions"),
     )
     seed: int | None = _flag(
         None,
@@ -204,7 +200,6 @@ class Session:
         low=0,
         high=2**63 - 1,
         todos=("train", "attack", "gducheck", "audit"),
-        identifies=("attack", "audit"),
         repeats=True,
     )
     seeds: tuple[int, ...] | None = _session(
@@ -232,7 +227,6 @@ class Data:
         "MNIST",
         "the data set; digits needs no download",
         choices=tuple(TASKS),
-        identifies=("attack", "audit"),
     )
     data_dir: str = _flag(
         "./data", "where the data sets are, or are downloaded to", metavar="DIR", place=True
@@ -258,12 +252,8 @@ class Data:
         low=1,
         todos=("train",),
     )
-    test_size: int | None = _flag(
-        None, "use the first N test images", low=1, todos=NOT_GDUCHECK, identifies=("audit",)
-    )
-    mbs: int = _flag(
-        20, "images in a mini-batch", low=1, todos=NOT_GDUCHECK, identifies=("attack", "audit")
-    )
+    test_size: int | None = _flag(None, "use the first N test images", low=1, todos=NOT_GDUCHECK)
+    mbs: int = _flag(20, "images in a mini-batch", low=1, todos=NOT_GDUCHECK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,7 +367,6 @@ class Learning:
         20,
         "time steps of the free phase",
         low=1,
-        identifies=("audit", "characteristic", "corruptions"),
     )
     T2: int = _steps(
         4,
@@ -405,7 +394,6 @@ class Learning:
         "than this share of its norm; 0: always take T1 steps",
         low=0,
         todos=tuple(todo for todo in NOT_GDUCHECK if todo != "characteristic"),
-        identifies=("audit", "corruptions"),
     )
     random_sign: bool = _steps(
         False, "EP: draw the sign of the second beta anew for each mini-batch", todos=("train",)
@@ -509,13 +497,12 @@ class Attack:
 
     title = "attack"
 
-    name: str = _attack("pgd", "the attack", name="attack", choices=ATTACKS, identifies=("attack",))
+    name: str = _attack("pgd", "the attack", name="attack", choices=ATTACKS)
     norm: str = _robustness(
         "2",
         "norm of the perturbation",
         name="attack-norm",
         choices=NORMS,
-        identifies=("attack", "audit"),
     )
     eps_list: tuple[float, ...] | None = _attack(
         None,
@@ -557,7 +544,6 @@ class Attack:
         scope=SESSION,
         low=1,
         models=ENERGY_MODELS,
-        identifies=("attack", "audit"),
     )
     predict_steps: int | None = _robustness(
         None,
@@ -566,7 +552,6 @@ class Attack:
         shown_default="T1",
         low=1,
         models=ENERGY_MODELS,
-        identifies=("audit",),
     )
     grads: tuple[str, ...] = _attack(
         ("bptt",),
@@ -575,7 +560,6 @@ class Attack:
         "neurons do not saturate (soft); with several, the strongest attack per image counts",
         name="attack-grad",
         choices=GRADIENTS,
-        identifies=("attack",),
     )
     start: str = _attack(
         "zero",
@@ -583,12 +567,10 @@ class Attack:
         name="attack-start",
         choices=STARTS,
         models=ENERGY_MODELS,
-        identifies=("attack",),
     )
     no_clip: bool = _robustness(
         False,
         "let adversarial examples leave [0, 1], as those of the published tables did",
-        identifies=("attack", "audit"),
     )
 
     @property
@@ -686,12 +668,6 @@ class Config:
             for name, fields in changes.items()
         }
         return dataclasses.replace(self, **sections, **own)
-
-    def identity(self, kind: str) -> dict[str, Any]:
-        """{dest: value} of the settings that identify a result of this kind, one of `attack`,
-        `audit`, `characteristic` and `corruptions`. Results of the same settings are continued."""
-        flat = self.flat()
-        return {flag.dest: flat[flag.dest] for flag in FLAGS if kind in flag.identifies}
 
     @property
     def rule(self) -> Rule:

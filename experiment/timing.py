@@ -5,8 +5,8 @@ import dataclasses
 import io
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import IO, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -169,7 +169,10 @@ class StepCount:
         }
 
     def __str__(self) -> str:
-        text = (
-            "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % above --tol"
-        )
-        return text.format(**self.columns())
+        return describe_steps(self.columns())
+
+
+def describe_steps(columns: Mapping[str, Any]) -> str:
+    """The columns of `StepCount` as text."""
+    text = "{steps_mean:.1f} steps on average, {steps_max} at most, {unsettled:.2f} % above --tol"
+    return text.format(**columns)

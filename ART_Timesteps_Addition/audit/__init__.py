@@ -20,25 +20,28 @@ def audit(
     budget: str = "standard",
     surrogate: AuditedModel | None = None,
 ) -> dict[str, Any]:
-    """Audit a model, write the result and print the verdict; returns `criteria.result_of`.
+    """Audit a model, unless its result is known, write the result and print the verdict.
 
-    files: the store of `stages.Audit.run`, and source, settings, computed_on, text, write and plot;
-    budget: of `stages.BUDGETS`; surrogate: a model whose adversarial examples are tried too."""
-    eps = audited.attack.eps
+    files: `experiment.results.audit.AuditFiles`; budget: of `stages.BUDGETS`; surrogate: a model
+    whose adversarial examples are tried too. Returns the result, see `criteria.result_of`, with its
+    settings."""
+    eps = files.eps
     norm = audited.attack.norm
-    line = f"audit, {norm}-norm, eps {eps:g}, {len(audited.y)} images, budget {budget}"
+    line = f"audit, {norm}-norm, eps {eps}, {len(audited.y)} images, budget {budget}"
     if audited.model.has_dynamics:
         line += (
             f", predictions after {audited.T1} steps, gradients through "
             f"{' '.join(map(str, audited.steps))}"
         )
     print(f"{line}; results go to {files.text}", flush=True)
-    report = functools.partial(print, flush=True)
-    state = stages.Audit(audited, stages.BUDGETS[budget], surrogate, report).run(files)
-    result = result_of(state, audited, files.settings, files.source)
-    result["computed_on"] = files.computed_on
+    result = files.result()
+    if result is None:
+        report = functools.partial(print, flush=True)
+        state = stages.Audit(audited, stages.BUDGETS[budget], surrogate, report).run(files)
+        value = result_of(state, audited, files.source)
+        result = files.add(value, state.robust, state.x_adv, audited.y)
     lines = verdict(result, norm, eps)
-    files.write(result, lines, state.x_adv, audited.y)
+    files.write(result, lines)
     print("\n".join(lines), flush=True)
     files.plot(result)
     return result

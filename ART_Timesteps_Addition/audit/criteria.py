@@ -31,6 +31,9 @@ class Criterion:
     of_dynamics: bool = False
 
 
+FEW_IMAGES = 50  # with so many, the 95 % interval of an accuracy of 50 % is 37 to 63 %
+
+
 def _constant(limit: float) -> Measure:
     return lambda m: limit
 
@@ -173,11 +176,12 @@ def evaluate(
     return found
 
 
-def result_of(
-    state: AuditState, audited: AuditedModel, settings: Mapping[str, Any], source: str = ""
-) -> dict[str, Any]:
-    """The result of an audit, for JSON. state: the last of `stages.Audit`; settings: what it
-    depends on; source: the audited checkpoint, one line."""
+def result_of(state: AuditState, audited: AuditedModel, source: str = "") -> dict[str, Any]:
+    """The result of an audit, for JSON. state: the last of `stages.Audit`; source: the audited
+    checkpoint, one line.
+
+    strongest: the gradient method whose PGD reached the smallest mean margin; curve: accuracy over
+    eps of PGD by it alone, on the first `sample` correctly classified images."""
     n = len(audited.y)
     m = state.measurements
     checks = evaluate(m, n, audited.steps, audited.T1)
@@ -195,30 +199,38 @@ def result_of(
         "sample": m["sample"],
         "early": m["early"],
         "seconds": m["seconds"],
-        "settings": settings,
         "model": source,
     }
 
 
-def verdict(result: Mapping[str, Any], norm: str, eps: float) -> list[str]:
-    """The result as text, a list of lines."""
+def verdict(result: Mapping[str, Any], norm: str, eps: str) -> list[str]:
+    """The result as text, a list of lines. eps: as text."""
     low, high = (100 * share for share in result["interval"])
     robust = 100 * result["robust"]
     failed = [name for name, check in result["checks"].items() if not check["passed"]]
     if failed:
         first = (
             f"NOT TRUSTED: {robust:.1f} % is only an upper bound of the robust accuracy; failed: "
-            f"{', '.join(failed)}; try {CRITERIA[failed[0]].advice}"
+            f"{', '.join(failed)}"
         )
+        if failed[0] in CRITERIA:
+            first += f"; try {CRITERIA[failed[0]].advice}"
     else:
         first = (
             f"TRUSTED: robust accuracy {robust:.1f} % ({low:.1f} to {high:.1f} % with 95 % "
             "confidence)"
         )
+    images = result["images"]
+    few = (
+        f"warning: {images} images prove little: the 95 % interval of the accuracy under these "
+        f"attacks is {low:.1f} to {high:.1f} %; increase --test-size"
+    )
     lines = [
         first,
-        f"{'L-infinity' if norm == 'inf' else 'L2'} eps {eps:g}, {result['images']} images; clean "
-        f"accuracy {100 * result['clean']:.1f} %, strongest gradient {result['strongest']}",
+        *([few] if images < FEW_IMAGES else ()),
+        f"{'L-infinity' if norm == 'inf' else 'L2'} eps {eps}, {images} images; clean "
+        f"accuracy {100 * result['clean']:.1f} %",
+        f"strongest gradient: {result['strongest']} (its PGD reached the smallest mean margin)",
         f"model: {result['model']}",
         *(f"computed on: {place}" for place in result.get("computed_on", ())),
         "",
@@ -241,7 +253,8 @@ def verdict(result: Mapping[str, Any], norm: str, eps: float) -> list[str]:
         f"accuracy over eps (PGD by the strongest gradient alone, first {result['sample']} "
         f"correctly classified images): {curve}",
     ]
-    if any(CRITERIA[name].of_dynamics for name in result["checks"]):
+    known = [CRITERIA[name] for name in result["checks"] if name in CRITERIA]
+    if any(criterion.of_dynamics for criterion in known):
         early = result["early"]
         lines.append(
             f"read out early, at t = {early['t']}: {100 * early['robust']:.1f} % of the "

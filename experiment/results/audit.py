@@ -1,7 +1,8 @@
-"""The files of an audit in a run folder: one per finished stage, and the result."""
+"""Results of `--todo audit`: its record, a file per finished stage, and the files of the result."""
 
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,57 +13,47 @@ from experiment.command_line import resolve
 from experiment.config import Config
 from experiment.devices import computed_on
 from experiment.plots import attacks
-from experiment.results.tables import same_settings
+from experiment.results.record import Record, pack
+from experiment.results.store import FILE, Store
 from experiment.runs import checkpoint
 from experiment.runs.files import (
     parse_json,
     printable,
     read_arrays,
-    read_text,
     replacing,
     write_text,
 )
 from experiment.runs.folder import RunFolder, fingerprint
+from experiment.text import format_eps
 from experiment.validate import validate
 
 
 class AuditFiles:
-    """The files of one audit in a run folder: its stages and its result.
+    """The record and the files of one audit in a run folder.
 
-    The result is Audit_<norm>_<eps>.json, .txt, .png and .npz. Each finished stage is
-    Audit_<norm>_<eps>_<stage>.npz, from which a stopped audit resumes. Stages of other settings are
-    replaced, results of other settings renamed.
+    Audit_<norm>_<eps>.json, .txt, .png and .npz are those of the latest command with this norm and
+    eps. Each finished stage is Audit_<norm>_<eps>_<stage>.npz, from which a stopped audit resumes;
+    stages of other settings are replaced.
 
-    settings     settings that identify the result, for JSON
+    wanted       the record without its value
     source       the audited checkpoint, one line
+    eps          as text
     computed_on  the machines that computed the stages
     """
 
-    ENDS = (".json", ".png", ".pdf", ".npz", ".txt")  # in the order in which they are renamed
-
-    def __init__(
-        self,
-        run: RunFolder,
-        config: Config,
-        settings: dict[str, Any],
-        source: str,
-        surrogate: tuple[Any, Config] | None = None,
-    ) -> None:
-        """surrogate: of `open_surrogate`. Raises UserError if another process writes this audit."""
+    def __init__(self, run: RunFolder, store: Store, wanted: Record, source: str) -> None:
+        """Raises UserError if another process computes an audit with this norm and eps."""
         self.run = run
-        self.source = source
-        self.settings = settings
+        self.store = store
+        self.wanted = wanted
+        self.source = printable(source)
         self.computed_on: list[str] = []
-        norm = config.attack.norm
-        eps = f"{config.audit.eps:g}"
-        self.stem = f"Audit_{norm}_{eps}"
-        self.title = f"Audit, {norm}-norm, eps {eps}, {config.audit.budget}"
-        if surrogate:
-            model, own = surrogate
-            identity = [fingerprint(model.state_dict()), own.learning.T1, own.model.loss]
-            self.settings = {**settings, "surrogate": identity}
-        run.lock(self.stem)
-        run.finish_move(self.stem, self.ENDS)
+        own = wanted.settings
+        self.eps = format_eps(own["eps"])
+        self.stem = f"Audit_{own['norm']}_{own['eps']:g}"
+        self.title = f"Audit, {own['norm']}-norm, eps {self.eps}, {own['budget']}"
+        if self.result() is None:
+            run.lock(self.stem)
 
     @property
     def text(self) -> pathlib.Path:
@@ -72,6 +63,8 @@ class AuditFiles:
         """How to resume after an interruption."""
         return f"finished stages are in {self.run.folder}; the same command resumes after them"
 
+    # ---- stages
+
     def _stage(self, name: str) -> pathlib.Path:
         return self.run.folder / f"{self.stem}_{name}.npz"
 
@@ -79,7 +72,7 @@ class AuditFiles:
         """(arrays, record) of a stage as passed to `save`; None without one of these settings."""
         try:
             arrays = read_arrays(self._stage(name))
-            if not same_settings(parse_json(str(arrays.pop("settings"))), self.settings):
+            if str(arrays.pop("identity")) != self.wanted.identity:
                 return None
             self._note_place(printable(arrays.pop("computed_on", "")))
             return arrays, parse_json(str(arrays.pop("record")))
@@ -92,13 +85,8 @@ class AuditFiles:
             if path.name > self._stage(name).name:
                 path.unlink(missing_ok=True)
         self._note_place(computed_on())
-        self._write(
-            self._stage(name),
-            **arrays,
-            record=json.dumps(record),
-            settings=json.dumps(self.settings),
-            computed_on=computed_on(),
-        )
+        place = computed_on()
+        self._write(self._stage(name), **arrays, record=json.dumps(record), computed_on=place)
 
     def _note_place(self, place: str) -> None:
         if place and place not in self.computed_on:
@@ -106,35 +94,77 @@ class AuditFiles:
 
     def _write(self, path: pathlib.Path, **arrays: Any) -> None:
         with replacing(path) as beside, open(beside, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays, identity=self.wanted.identity)
 
-    def write(
+    # ---- the result
+
+    def result(self) -> dict[str, Any] | None:
+        """The result in the record, for JSON; None if this has not been measured."""
+        self.store.refresh()
+        record = self.store.find(self.wanted)
+        return None if record is None else self._with_settings(record.value, record.settings)
+
+    def _with_settings(
+        self, value: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        own = {name: part for name, part in value.items() if name != "outcomes"}
+        described = {
+            **settings,
+            "attack_norm": settings["norm"],
+            "weights": self.wanted.model["weights"],
+            "data": self.wanted.data["fingerprint"],
+        }
+        return {**own, "settings": described}
+
+    def add(
         self,
-        result: Mapping[str, Any],
-        lines: Sequence[str],
+        value: Mapping[str, Any],
+        robust: np.ndarray,
         x_adv: np.ndarray,
         labels: np.ndarray,
-    ) -> None:
-        """Write the result, its text, and the strongest adversarial examples with their labels.
+    ) -> dict[str, Any]:
+        """Write the strongest adversarial examples with their labels, add the record, and return
+        the result, for JSON. robust: (n,) bool."""
+        wanted = self.wanted
+        value = {**value, "computed_on": self.computed_on, "outcomes": pack(robust)}
+        if self._examples.exists() and self._examples_of() != wanted.identity:
+            _note(
+                f"{self._examples.name} contained the adversarial examples of an audit with other "
+                f"settings, which are replaced; its result is kept in {FILE}"
+            )
+        self._write(self._examples, x_adv=x_adv, labels=labels)
+        self.store.add(Record.now("audit", wanted.model, wanted.data, wanted.settings, value))
+        return self._with_settings(value, wanted.settings)
 
-        The result of another audit with this norm and eps is renamed, with a number at its end."""
-        before = self._settings_of_result()
-        if before is not None and not same_settings(before, self.settings):
-            self.run.move_aside(self.stem, self.ENDS)
-        self._write(self.run.folder / f"{self.stem}.npz", x_adv=x_adv, labels=labels)
-        self.run.write_lines(self.text.name, lines)
-        write_text(self.run.folder / f"{self.stem}.json", json.dumps(result, indent=1) + "\n")
+    @property
+    def _examples(self) -> pathlib.Path:
+        return self.run.folder / f"{self.stem}.npz"
+
+    def _examples_of(self) -> str | None:
+        """The identity of the audit whose adversarial examples are saved; None if unknown."""
+        try:
+            return str(read_arrays(self._examples)["identity"])
+        except (ValueError, KeyError):
+            return None
+
+    def write(self, result: Mapping[str, Any], lines: Sequence[str]) -> None:
+        """Write the result and its text."""
+        if self._examples_of() not in (None, self.wanted.identity):
+            _note(
+                f"{self._examples.name} contains the adversarial examples of an audit with other "
+                "settings"
+            )
+        with self.store.locked():
+            self.run.write_lines(self.text.name, lines)
+            write_text(self.text.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
 
     def plot(self, result: Mapping[str, Any]) -> None:
         """Draw the result."""
         self.run.save_figure(f"{self.stem}.png", attacks.audit, result, self.title)
 
-    def _settings_of_result(self) -> Any:
-        """Those of the result in the folder; None without one."""
-        try:
-            return parse_json(read_text(self.run.folder / f"{self.stem}.json"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def open_surrogate(
@@ -162,3 +192,8 @@ def open_surrogate(
     model = build(own)
     checkpoint.load_weights(model, saved)
     return model, own
+
+
+def surrogate_identity(model: Any, config: Config) -> list[Any]:
+    """What identifies a surrogate and its predictions. model, config: of `open_surrogate`."""
+    return [fingerprint(model.state_dict()), config.learning.T1, config.model.loss]

@@ -1,92 +1,108 @@
 """Results of `--todo corruptions`: Corruption_Accuracy.txt and its figure."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES
-from experiment.devices import computed_on
+from data_utils import CORRUPTIONS, PUBLISHED
+from experiment.config import Config
 from experiment.plots import attacks as plots
-from experiment.results.tables import header, read_rows, read_settings, read_share, same_settings
-from experiment.runs.files import read_text
+from experiment.results import settings
+from experiment.results.record import Record, pack
+from experiment.results.store import Store
+from experiment.results.tables import measured_with
 from experiment.runs.folder import RunFolder
-
-COMPUTED_ON = "; computed on: "
 
 
 class CorruptionTable:
-    """Corruption_Accuracy.txt of a run folder: one row per corruption with the accuracy at each
-    severity. A table with the same settings is continued, as after a kill; a table with other
-    settings is moved aside, to Corruption_Accuracy_1.txt and so on.
+    """The accuracies of one model under corruptions: a record each, and Corruption_Accuracy.txt,
+    one row per corruption with the accuracy at each severity, of the latest command.
 
-    settings: what the rows depend on, with `data`: {corruption: fingerprint}; names: the available
-    corruptions, in order; source: the evaluated model, as text; text: path of the table; rows:
-    {corruption: accuracies as written, one per severity}; machines: where they were computed."""
+    model: of the records (`results.record.Record`); data: {corruption: its images}, the available
+    ones, in order; source: the evaluated model, as text; text: path of the table."""
 
     def __init__(
-        self, run: RunFolder, settings: Mapping[str, Any], names: Collection[str], source: str
+        self,
+        run: RunFolder,
+        store: Store,
+        config: Config,
+        model: Mapping[str, Any],
+        data: Mapping[str, Mapping[str, Any]],
+        source: str,
     ) -> None:
-        """Raises UserError if another process writes this table."""
         self.run = run
-        self.settings = settings
+        self.store = store
         self.source = source
         self.text = run.folder / "Corruption_Accuracy.txt"
-        self.rows: dict[str, list[str]] = {}
-        self.machines: list[str] = []
-        run.lock("Corruption_Accuracy")
-        recorded = read_settings(self.text)
-        if recorded is not None and same_settings(recorded, settings):
-            self._read(recorded)
-        elif self.text.exists():
-            run.move_aside("Corruption_Accuracy", (".png", ".pdf", ".txt"))
-        self.names = [name for name in CORRUPTIONS if name in names or name in self.rows]
+        self._wanted = {
+            name: Record("corruption", model, images, settings.corruption(config, name), {})
+            for name, images in data.items()
+        }
 
-    def _read(self, recorded: Mapping[str, Any]) -> None:
-        fingerprints = recorded.get("data")
-        if isinstance(fingerprints, dict):
-            self.settings = {**self.settings, "data": {**fingerprints, **self.settings["data"]}}
-        for name, *shares in read_rows(self.text):
-            valid = len(shares) == SEVERITIES and None not in map(read_share, shares)
-            if name in CORRUPTIONS and valid:
-                self.rows[name] = shares
-        for line in read_text(self.text).splitlines()[:2]:
-            self.machines += filter(None, line.partition(COMPUTED_ON)[2].split("; "))
+    def measured(self) -> dict[str, Record]:
+        """{corruption: record}, of any process."""
+        self.store.refresh()
+        found = {name: self.store.find(record) for name, record in self._wanted.items()}
+        return {name: record for name, record in found.items() if record is not None}
 
-    def add(self, name: str, accuracies: Sequence[float]) -> None:
-        """Add the row of one corruption. accuracies: shares, one per severity."""
-        self.rows[name] = [f"{accuracy:.6f}" for accuracy in accuracies]
-        self.machines = list(dict.fromkeys([*self.machines, computed_on()]))
+    def add(self, name: str, outcomes: Sequence[torch.Tensor]) -> None:
+        """Add the record of one corruption. outcomes: for each severity whether each image is
+        classified correctly, (n,) bool."""
+        wanted = self._wanted[name]
+        value = {
+            "accuracy": [correct.double().mean().item() for correct in outcomes],
+            "outcomes": [pack(correct.numpy()) for correct in outcomes],
+        }
+        self.store.add(Record.now("corruption", wanted.model, wanted.data, wanted.settings, value))
         self.write()
 
-    def _mean(self, names: Sequence[str]) -> float:
-        return float(np.mean(np.array([self.rows[name] for name in names], dtype=float)))
+    def _means(self, records: Mapping[str, Record]) -> tuple[float | None, float]:
+        """Mean accuracies: over all corruptions, None if some are missing, and over the first 15,
+        as published means are."""
 
-    def means(self) -> tuple[float | None, float]:
-        """Mean accuracies of a complete table: over all corruptions, None if some are missing, and
-        over the first 15, as published means are."""
-        has_all = set(CORRUPTIONS) <= set(self.rows)
-        return self._mean(CORRUPTIONS) if has_all else None, self._mean(PUBLISHED)
+        def mean(names: Sequence[str]) -> float:
+            return float(np.mean([records[name].value["accuracy"] for name in names]))
+
+        has_all = set(CORRUPTIONS) <= set(records)
+        return mean(CORRUPTIONS) if has_all else None, mean(PUBLISHED)
 
     def write(self) -> None:
         """Write the table, with the means once it is complete."""
+        with self.store.locked():
+            records = self.measured()
+            if records:
+                self.run.write_lines(self.text.name, self._lines(records))
+
+    def _lines(self, records: Mapping[str, Record]) -> list[str]:
+        machines = dict.fromkeys(record.computed_on for record in records.values())
+        (wanted, *_) = self._wanted.values()
+        fingerprints = {name: record.data["fingerprint"] for name, record in self._wanted.items()}
         lines = [
-            header(self.settings),
-            f"# corruption, accuracy at severity 1 to 5, of {self.source}"
-            f"{COMPUTED_ON}{'; '.join(self.machines)}",
-            *(f"{name} {' '.join(self.rows[name])}" for name in self.names if name in self.rows),
+            measured_with(wanted, without=("corruption",), fingerprint=fingerprints),
+            f"# corruption, accuracy at severity 1 to 5, of {self.source}; computed on: "
+            f"{'; '.join(filter(None, machines))}",
         ]
-        if len(self.rows) == len(self.names):
-            over_all, over_first = self.means()
+        for name, record in records.items():
+            shares = " ".join(f"{share:.6f}" for share in record.value["accuracy"])
+            lines.append(f"{name} {shares}")
+        if len(records) == len(self._wanted):
+            over_all, over_first = self._means(records)
             means = f"over the first {len(PUBLISHED)}: {over_first:.6f}"
             if over_all is not None:
                 means = f"over all {len(CORRUPTIONS)}: {over_all:.6f}, {means}"
             lines.append(f"# mean {means}")
-        self.run.write_lines(self.text.name, lines)
+        return lines
+
+    def describe(self, name: str) -> str:
+        """The accuracies under one corruption that is measured, for the log."""
+        accuracies = self.measured()[name].value["accuracy"]
+        return f"{name}: {', '.join(f'{100 * accuracy:.2f}' for accuracy in accuracies)} %"
 
     def describe_means(self) -> str:
         """The mean accuracies of a complete table, for the log."""
-        over_all, over_first = self.means()
+        over_all, over_first = self._means(self.measured())
         text = "mean accuracy "
         if over_all is not None:
             text += f"{100 * over_all:.2f} %, "
@@ -94,12 +110,14 @@ class CorruptionTable:
 
     def plot(self) -> None:
         """Draw a heat map of a complete table."""
-        shares = np.array([self.rows[name] for name in self.names], dtype=float)
+        records = self.measured()
+        shares = np.array([record.value["accuracy"] for record in records.values()])
+        (wanted, *_) = self._wanted.values()
         self.run.save_figure(
             "Corruption_Accuracy.png",
             plots.corruptions,
             100 * shares,
-            self.names,
-            self.means(),
-            self.settings["images"],
+            list(records),
+            self._means(records),
+            wanted.data["images"],
         )

@@ -1,22 +1,23 @@
 """Results of `--todo evaluate` and `characteristic`: tables and figures of a trained model."""
 
-import dataclasses
-import datetime
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterable
 
 import torch
 
 from data_utils import TASKS
 from energy.dynamics import CONVERGED, WINDOW
-from experiment.devices import computed_on
-from experiment.inference import Predictions
+from experiment.inference import Convergence, Predictions
 from experiment.plots import training as plots
-from experiment.results.tables import header, read_settings, same_settings
+from experiment.results.record import Record
+from experiment.results.store import Store
+from experiment.results.tables import measured_with
 from experiment.runs.folder import RunFolder
 from experiment.text import count
+from experiment.timing import describe_steps
 
 PREDICTIONS = "predictions.csv"
+CHARACTERISTIC = "Characteristic_Time.txt"
 
 
 def write_predictions(run: RunFolder, predictions: Predictions, classes: int, model: str) -> None:
@@ -50,73 +51,95 @@ def describe_predictions(run: RunFolder, loss: str) -> str:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Characteristic:
-    """Results after 1, 2, ..., T1 free steps, one list entry each.
-
-    accuracy, converged: shares of the test images; residual, energy: means over one mini-batch of
-    `relaxed_images` images; energy: None for vector-field models."""
-
-    accuracy: list[float]
-    converged: list[float]
-    residual: list[float]
-    energy: list[float] | None
-    relaxed_images: int
+def describe_accuracy(record: Record) -> str:
+    """An `evaluate` record, for the log: `accuracy 97.20 % (1000 images)`."""
+    value = record.value
+    details = count(record.data["images"], "image")
+    if {"steps_mean", "steps_max", "unsettled"} <= value.keys():
+        details += f", {describe_steps(value)}"
+    return f"accuracy {100 * value['accuracy']:.2f} % ({details})"
 
 
-def write_characteristic(
-    run: RunFolder, source: str, results: Characteristic, settings: Mapping[str, Any]
-) -> None:
-    """Write Characteristic_Time.txt; a table with other settings is moved aside.
+def convergence_of(record: Record) -> Convergence | None:
+    """The number of converged images in an `evaluate` record; None of models without time steps."""
+    share = record.model.get("converged")
+    if share is None:
+        return None
+    images = record.value.get("convergence_images") or record.data["images"]
+    return Convergence(None, record.settings["predict_step"], images, round(share * images))
 
-    source: the evaluated model, as text; settings: what the results depend on, with `images`."""
-    recorded = read_settings(run.folder / "Characteristic_Time.txt")
-    if recorded and not same_settings(recorded, settings):
-        run.move_aside("Characteristic_Time", (".png", ".pdf", ".txt"), ["Characteristic_Energy"])
+
+# ---- characteristic
+
+
+def write_characteristic(run: RunFolder, store: Store, source: str, record: Record) -> None:
+    """Write Characteristic_Time.txt. source: the evaluated model, as text."""
+    value = record.value
     columns = [
-        ("accuracy", results.accuracy, ".6f"),
-        ("settled", results.converged, ".6f"),
-        ("residual", results.residual, ".6e"),
+        ("accuracy", value["accuracy"], ".6f"),
+        ("settled", value["converged"], ".6f"),
+        ("residual", _floats(value["residual"]), ".6e"),
     ]
     means = "residual, the relative change in the step"
-    if results.energy is not None:
-        columns.append(("energy", results.energy, ".6e"))
+    energy = value.get("energy")
+    if energy:
+        columns.append(("energy", _floats(energy), ".6e"))
         means += "; energy, Phi"
-    T1 = len(results.accuracy)
+    T1 = len(value["accuracy"])
     rows = [
         [str(t), *(format(values[t - 1], digits) for _, values, digits in columns)]
         for t in range(1, T1 + 1)
     ]
     lines = [
-        f"# {source}, T1 = {T1}, {count(settings['images'], 'test image')}, "
-        f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}, settled: share of images that have "
-        f"converged, whose relative change over the last min({WINDOW}, t) steps is below "
-        f"{CONVERGED:g} in every layer; computed on: {computed_on()}",
-        header(settings),
-        f"# of the first {results.relaxed_images} of them, means: {means}",
+        f"# {source}, T1 = {T1}, {count(record.data['images'], 'test image')}, {record.when}, "
+        f"settled: share of images that have converged, whose relative change over the last "
+        f"min({WINDOW}, t) steps is below {CONVERGED:g} in every layer; computed on: "
+        f"{record.computed_on}",
+        measured_with(record),
+        f"# of the first {value['relaxed_images']} of them, means: {means}",
         "# t " + " ".join(name for name, *_ in columns),
         *(" ".join(row) for row in rows),
     ]
-    run.write_lines("Characteristic_Time.txt", lines)
+    with store.locked():
+        run.write_lines(CHARACTERISTIC, lines)
+
+
+def _floats(values: Iterable[float | None]) -> list[float]:
+    """The numbers of a record, in which None is one that is not finite."""
+    return [math.nan if value is None else value for value in values]
+
+
+def describe_characteristic(run: RunFolder, source: str, record: Record) -> str:
+    """A `characteristic` record, for the log. source: the evaluated model, as text."""
+    accuracy = record.value["accuracy"]
+    # 1e-9: the accuracies are rounded
+    away = [t for t, share in enumerate(accuracy, 1) if abs(share - accuracy[-1]) > 0.001 + 1e-9]
+    return (
+        f"{source} after T1 = {len(accuracy)} steps: test accuracy {100 * accuracy[-1]:.2f} % "
+        f"({record.data['images']} images), within 0.1 points of it from step "
+        f"{max(away, default=0) + 1} on; {100 * record.value['converged'][-1]:.2f} % converged\n"
+        f"results are in {run.folder / CHARACTERISTIC}"
+    )
 
 
 def draw_characteristic(
-    run: RunFolder, results: Characteristic, task: str | None, trained_T1: int | None
+    run: RunFolder, record: Record, task: str | None, trained_T1: int | None
 ) -> None:
     """Draw the results over the free steps. trained_T1: T1 of the training."""
+    value = record.value
     chance = 100 / TASKS[task].classes if task else None
     run.save_figure(
         "Characteristic_Time.png",
         plots.characteristic,
-        results.accuracy,
-        results.converged,
+        value["accuracy"],
+        value["converged"],
         trained_T1,
         chance,
     )
     run.save_figure(
         "Characteristic_Energy.png",
         plots.relaxation,
-        results.residual,
-        results.energy,
+        _floats(value["residual"]),
+        _floats(value.get("energy") or ()) or None,
         trained_T1,
     )

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from experiment.devices import computed_on
-from experiment.runs.files import number, parse_json
+from experiment.results.forms import FORMS, has_form
+from experiment.runs.files import parse_json
 from experiment.runs.folder import versions
 
-KINDS = ("evaluate", "attack", "audit", "corruption", "characteristic", "gducheck")
 PARTS = ("model", "data", "settings", "value", "versions")
 ATTACK_LIBRARIES = ("adversarial-robustness-toolbox", "torchattacks")
 
@@ -27,7 +27,7 @@ ATTACK_LIBRARIES = ("adversarial-robustness-toolbox", "torchattacks")
 class Record:
     """One measurement.
 
-    kind      one of KINDS
+    kind      one of FORMS
     model     weights (fingerprint), file, epoch, chosen_on, converged (share of images, or None)
     data      task, split, images (number), fingerprint, clean (accuracy without perturbation)
     settings  everything else that the value depends on, {name: value}. None, in tables of earlier
@@ -62,32 +62,24 @@ class Record:
     def from_json(cls, line: str) -> Record:
         """The record in a line of results.jsonl. Raises ValueError."""
         content = parse_json(line)
-        if not isinstance(content, dict) or content.get("kind") not in KINDS:
-            raise ValueError("it is no record of this version")
-        parts = {name: content.get(name, {}) for name in PARTS}
+        if not isinstance(content, dict):
+            raise ValueError("it is no record")
         record = cls(
-            content["kind"],
-            **parts,
+            str(content.get("kind")),
+            **{name: content.get(name, {}) for name in PARTS},
             when=str(content.get("when", "")),
             computed_on=str(content.get("computed_on", "")),
         )
-        if not all(isinstance(part, dict) for part in parts.values()) or not record._is_valid():
+        if not record.is_valid:
             raise ValueError("it is no record of this version")
         return record
 
-    def _is_valid(self) -> bool:
+    @property
+    def is_valid(self) -> bool:
         """Whether the values that every reader relies on are there and in range."""
-        texts = []
-        numbers = [self.data.get("images")]
-        if self.kind in ("attack", "audit"):
-            texts.append(self.settings.get("norm"))
-            numbers.append(self.settings.get("eps"))
-        if self.kind == "attack":
-            texts += [self.settings.get("attack"), self.settings.get("gradient")]
-            numbers += [self.value.get("adversarial"), self.value.get("masked")]
-        return all(isinstance(text, str) and len(text) < 100 for text in texts) and all(
-            number(value, 0, 1e9) is not None for value in numbers
-        )
+        form = FORMS.get(self.kind)
+        parts = {name: getattr(self, name) for name in PARTS}
+        return form is not None and has_form(parts, form)
 
     def to_json(self) -> str:
         """One line, without its end."""

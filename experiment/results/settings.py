@@ -3,6 +3,7 @@ record, see `results.record`. Records with the same settings are one measurement
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ART_Timesteps_Addition.names import ATTACK_VERSION
@@ -68,3 +69,52 @@ def attack(config: Config, eps: float, smooth: str) -> dict[str, dict[str, Any]]
         if "smooth" in (settings["gradient"], *settings.get("gradients", ())):
             settings["smooth"] = smooth
     return found
+
+
+def audit(
+    config: Config, ends_early: float, surrogate: Sequence[Any] | None = None
+) -> dict[str, Any]:
+    """The settings of an audit.
+
+    ends_early: tolerance of the predictions within its attacks; surrogate: what identifies the
+    surrogate and its predictions, None without one."""
+    attack = config.audit_attack
+    settings = {
+        "norm": attack.norm,
+        "eps": float(attack.eps),
+        "budget": config.audit.budget,
+        "clip": attack.clip,
+        "seed": config.session.seed or 0,
+        **prediction(config, config.predict_steps),
+        **code(),
+    }
+    if config.model.has_dynamics:
+        settings |= {"steps": sorted(set(config.attack_steps)), "ends_early": ends_early}
+    if surrogate:
+        settings["surrogate"] = list(surrogate)
+    return settings
+
+
+def corruption(config: Config, name: str) -> dict[str, Any]:
+    """The settings of the accuracies under one corruption."""
+    return {"corruption": name, **prediction(config, config.learning.T1)}
+
+
+def characteristic(config: Config) -> dict[str, Any]:
+    """The settings of a measurement after each of T1 free steps."""
+    settings = prediction(config, config.learning.T1)
+    return {"T1": settings.pop("predict_step"), **settings}
+
+
+def gducheck(config: Config) -> dict[str, Any]:
+    """The settings of a comparison of EP with BPTT, which computes in fp32."""
+    rule = config.rule
+    return {
+        "alg": rule.alg,
+        "T1": rule.T1,
+        "T2": rule.T2,
+        "betas": list(rule.betas),
+        "thirdphase": rule.thirdphase,
+        "precision": "fp32",
+        "compile": config.session.compile,
+    }

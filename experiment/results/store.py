@@ -50,7 +50,8 @@ class Store:
             if self._end or not self.records:
                 self._forget()
                 for record in read_tables(self.path.parent):
-                    self._take(record)
+                    if record.is_valid:
+                        self._take(record)
             return
         except OSError as e:
             raise UserError(f"{self.path} cannot be read: {why(e)}") from None

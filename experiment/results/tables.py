@@ -2,20 +2,22 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from experiment.config import LEAST_EPS, MOST_EPS
+from experiment.results.record import Record
 from experiment.runs.files import number, parse_json, read_text
 
 HEADER = "# settings: "
-# Settings that earlier versions did not record: a missing one matches any value.
-NOT_ALWAYS_RECORDED = ("data", "compile")
 
 
-def header(settings: Mapping[str, Any]) -> str:
-    """The line of a table that records the settings of its rows."""
-    return HEADER + json.dumps(settings, sort_keys=True)
+def measured_with(record: Record, without: Collection[str] = (), **more: Any) -> str:
+    """The line of a table with what identifies the measurements in it. without: names of settings
+    in which its rows differ; more: {name: value} instead of those of the record."""
+    settings = {name: value for name, value in record.settings.items() if name not in without}
+    described = {"weights": record.model.get("weights"), **record.data, **settings, **more}
+    return f"# measured with: {json.dumps(described, sort_keys=True)}"
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any] | None:
@@ -40,30 +42,6 @@ def _lines(path: pathlib.Path) -> list[str]:
         return read_text(path).splitlines()
     except (OSError, ValueError):
         return []
-
-
-def same_settings(recorded: Any, settings: Mapping[str, Any]) -> bool:
-    """Whether a table with the settings `recorded` (of a file: any value) is continued by a command
-    with these `settings`. Of `data`, a fingerprint or {name: fingerprint}, the entries that both
-    have are compared."""
-    if not isinstance(recorded, dict):
-        return False
-    recorded = _flatten(recorded)
-    settings = _flatten(json.loads(json.dumps(settings)))
-    both = recorded.keys() & settings.keys()
-    return all(recorded[name] == settings[name] for name in both) and all(
-        name.split(" ")[0] in NOT_ALWAYS_RECORDED for name in recorded.keys() ^ settings.keys()
-    )
-
-
-def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with one entry per fingerprint of `data`."""
-    flat = dict(settings)
-    data = settings.get("data")
-    if isinstance(data, dict) or data is None:
-        flat.pop("data", None)
-        flat.update({f"data {name}": value for name, value in (data or {}).items()})
-    return flat
 
 
 def read_share(text: Any) -> float | None:

@@ -288,25 +288,6 @@ class RunFolder:
                 reason = one_line(e).removeprefix(f"cannot write {path}: ")[:300]
                 print(f"warning: {path} was not drawn: {reason}", file=sys.stderr, flush=True)
 
-    def next_number(self, stem: str) -> int:
-        """The first number at which there is no STEM_number.txt yet."""
-        return next(n for n in itertools.count(1) if not (self.folder / f"{stem}_{n}.txt").exists())
-
-    def move_aside(self, stem: str, ends: Sequence[str], also: Sequence[str] = ()) -> None:
-        """Rename the files STEM + end that exist to STEM_N + end, N of `next_number`.
-
-        also: further stems, whose files get the same number."""
-        number = self.next_number(stem)
-        for name, end in itertools.product((*also, stem), ends):
-            old = self.folder / (name + end)
-            if old.exists():
-                os.replace(old, self.folder / f"{name}_{number}{end}")
-
-    def finish_move(self, stem: str, ends: Sequence[str]) -> None:
-        """Finish a `move_aside` that was killed: it leaves files of a number without their .txt."""
-        if any((self.folder / f"{stem}_{self.next_number(stem)}{end}").exists() for end in ends):
-            self.move_aside(stem, ends)
-
 
 def remove_half_made(folder: pathlib.Path) -> None:
     """Remove the hidden folders below results/ALG/LOSS that killed processes left: runs without an
