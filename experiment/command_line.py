@@ -12,7 +12,7 @@ import re
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from data_utils import TASKS, UserError
@@ -29,7 +29,7 @@ from experiment.config import (
     Config,
     Flag,
 )
-from experiment.text import describe, format_value, name_path
+from experiment.text import describe, format_value, listed, name_path
 
 # Flags of main_dropout.py alone; main.py takes them from a saved run.
 DROPOUTS = BY_DEST["dropouts"]
@@ -60,18 +60,65 @@ WITHOUT_DYNAMICS: dict[str, Any] = {
 # ---------------------------------------------------------------------------------- parse and help
 
 
+# Names that other programs give to flags and values of flags: {other name: ours}
+SYNONYMS = {
+    "activation": "act",
+    "architecture": "archi",
+    "batch-size": "mbs",
+    "checkpoint": "load-path",
+    "dataset": "task",
+    "epsilon": "eps-list",
+    "gpu": "device",
+    "hidden": "archi",
+    "layers": "archi",
+    "learning-rate": "lrs",
+    "lr": "lrs",
+    "momentum": "mmt",
+    "num-epochs": "epochs",
+    "optimizer": "optim",
+    "output": "run-dir",
+    "output-dir": "run-dir",
+    "resume": "load-path",
+    "save-dir": "run-dir",
+    "wd": "wds",
+    "weight-decay": "wds",
+}
+VALUE_SYNONYMS = {
+    "adamw": "adam",
+    "backprop": "BP",
+    "ce": "cel",
+    "cross-entropy": "cel",
+    "l2": "2",
+    "linf": "inf",
+    "resnet": "FFCNN",
+    "test": "evaluate",
+}
+
+
+def _did_you_mean(word: str, known: Collection[str], synonyms: Mapping[str, str]) -> str | None:
+    """The one of the `known` names that a user may mean by a word; None if none is like it."""
+    meant = {other: name for other, name in synonyms.items() if name in known}
+    meant |= {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(word.lower().replace("_", "-"), meant, 1)
+    return meant[nearest[0]] if nearest else None
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         message = " ".join(message.split())
-        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        if unknown:
-            known = [word for word in self._option_string_actions if word.startswith("--")]
-            nearest = difflib.get_close_matches(unknown[1], known, 1)
-            if any(f"--{flag.name}" == unknown[1] for flag in FLAGS):
-                message += " (a flag of main_dropout.py)"
-            elif nearest:
-                message += f" (nearest: {nearest[0]})"
+        if message.startswith("unrecognized arguments: "):
+            message += self._advice(re.findall(r"(?<= )--?([A-Za-z][\w-]*)", message))
         raise UserError(message)
+
+    def _advice(self, unknown: Sequence[str]) -> str:
+        """What to do about unknown flags, given without dashes."""
+        of_dropout = [name for name in unknown if name == DROPOUTS.name]
+        if of_dropout:
+            return f"; --{DROPOUTS.name} is a flag of main_dropout.py"
+        known = [word[2:] for word in self._option_string_actions if word.startswith("--")]
+        meant = [_did_you_mean(name, known, SYNONYMS) for name in unknown]
+        flags = [f"--{name}" for name in dict.fromkeys(meant) if name]
+        return f"; did you mean {listed(flags)}?" if flags else ""
 
 
 def parse(
@@ -222,24 +269,27 @@ def convert(flag: Flag, text: str) -> Any:
         valid = False
     if not valid:
         given = repr(text) if len(text) <= 200 else f"{text[:40]!r}..., {len(text)} characters"
-        allowed = _allowed(flag, low, high, text)
-        raise UserError(f"argument --{flag.name}: got {given}, expected {allowed}")
+        expected = allowed(flag)
+        if flag.high is None and high is not None and _exceeds(text, high):
+            expected += f" and at most {high}"
+        meant = _did_you_mean(text, flag.choices or (), VALUE_SYNONYMS)
+        advice = f"; did you mean {meant}?" if meant else ""
+        raise UserError(f"argument --{flag.name}: got {given}, expected {expected}{advice}")
     return value
 
 
-def _allowed(flag: Flag, low: float | None, high: float | None, text: str) -> str:
-    """The allowed values of a flag, for an error about `text`."""
+def allowed(flag: Flag) -> str:
+    """The values that a flag takes, in words: `a whole number of at least 1`."""
     if flag.choices:
         return "one of " + ", ".join(flag.choices)
     if flag.least:
-        return f"0, or a number from {flag.least:g} to {high:g} (or a fraction such as 8/255)"
-    names = {int: "a whole number", float: "a number", str: "a text without control characters"}
-    allowed = names[flag.kind]
-    if low is not None:
-        allowed += f" of at least {low}"
-    if high is not None and (flag.high is not None or _exceeds(text, high)):
-        allowed += f"{' and' if low is not None else ' of'} at most {high}"
-    return allowed
+        return f"0, or a number from {flag.least:g} to {flag.high:g} (or a fraction such as 8/255)"
+    text = {int: "a whole number", float: "a number", str: "a text without control characters"}[
+        flag.kind
+    ]
+    bounds = [f"at least {flag.low}"] if flag.low is not None else []
+    bounds += [f"at most {flag.high}"] if flag.high is not None else []
+    return f"{text} of {' and '.join(bounds)}" if bounds else text
 
 
 def _fraction(text: str) -> float:

@@ -1,12 +1,11 @@
 """docs/flags.md, the table of all flags:
 python -m experiment.flag_table > docs/flags.md"""
 
-from experiment.command_line import DROPOUTS, default_text, has_negative
+from experiment.command_line import DROPOUTS, allowed, default_text, has_negative
 from experiment.config import (
     ARCHITECTURE,
     ENERGY_MODELS,
     FLAGS,
-    LARGEST,
     RESUMED,
     SAVED,
     SECTIONS,
@@ -41,11 +40,7 @@ def allowed_values(flag: Flag) -> str:
     if flag.choices:
         text = ", ".join(f"`{choice}`" for choice in flag.choices)
     else:
-        text = {int: "whole number", float: "number", str: "text"}[flag.kind]
-        if flag.low is not None:
-            text += f" of at least {flag.low:g}"
-        if flag.high is not None and flag.high <= LARGEST:
-            text += f"{' and' if flag.low is not None else ' of'} at most {flag.high:g}"
+        text = allowed(flag).removeprefix("a ")
     return text + (", one or several" if flag.many else "")
 
 

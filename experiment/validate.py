@@ -11,6 +11,7 @@ from data_utils import TASKS, UserError
 from energy.names import POOLINGS
 from experiment.command_line import words_of
 from experiment.config import (
+    BY_DEST,
     ENERGY_MODELS,
     FEED_FORWARD,
     FLAGS,
@@ -19,21 +20,22 @@ from experiment.config import (
     Config,
     Flag,
 )
-from experiment.text import count, format_value, listed
+from experiment.text import count, format_eps, format_value, listed
 
 
 def validate(config: Config) -> None:
     """Validate the arguments of one call against each other."""
     todo = config.session.todo
     layers = _validate_model(config)
+    names = ", ".join(layers) if len(layers) > 1 else "one for all layers"
     per_layer = {
         "lrs": config.optimizer.lrs,
         "wds": config.optimizer.wds,
         "dropouts": config.learning.dropouts,
     }
     for name, values in per_layer.items():
-        if values is not None and len(values) != layers:
-            raise _wrong_length(name, values, layers, "one per layer")
+        if values is not None and len(values) != len(layers):
+            raise _wrong_length(name, values, len(layers), names)
     dropouts = config.learning.dropouts
     if dropouts and 0 in dropouts:
         raise UserError(
@@ -66,7 +68,7 @@ def validate(config: Config) -> None:
 
 
 def _wrong_length(name: str, values: tuple, expected: object, what: str) -> UserError:
-    got = f"got {len(values)} ({format_value(values)})"
+    got = f"got {count(len(values), 'value')} ({format_value(values)})"
     return UserError(f"argument --{name}: {got}, expected {expected}: {what}")
 
 
@@ -84,8 +86,8 @@ def _validate_lr_step(config: Config) -> None:
 # ------------------------------------------------------------------------------------------- model
 
 
-def _validate_model(config: Config) -> int:
-    """Validate the architecture and return the number of its layers."""
+def _validate_model(config: Config) -> list[str]:
+    """Validate the architecture and return the names of its layers, in the order of their rates."""
     task = TASKS[config.data.task]
     model = config.model
     if model.softmax and model.loss != "cel":
@@ -102,7 +104,8 @@ def _validate_model(config: Config) -> int:
                 f"argument --archi: its first entry is {model.archi[0]}, an image of "
                 f"{config.data.task} has {task.inputs} values"
             )
-        layers = len(model.archi) - 1
+        convolutions = 0
+        dense = len(model.archi) - 1
         last_flag = "archi"
         last_size = model.archi[-1]
     else:
@@ -115,7 +118,8 @@ def _validate_model(config: Config) -> int:
             raise UserError(
                 f"argument --pools: got {model.pools!r}, expected the letters {', '.join(POOLINGS)}"
             )
-        layers = len(model.channels) + len(model.fc)
+        convolutions = len(model.channels)
+        dense = len(model.fc)
         last_flag = "fc"
         last_size = model.fc[-1]
     if last_size != task.classes:
@@ -123,10 +127,13 @@ def _validate_model(config: Config) -> int:
             f"argument --{last_flag}: its last entry is {last_size}, {config.data.task} has "
             f"{task.classes} classes"
         )
-    return layers
+    return [
+        *(f"conv {n}" for n in range(1, convolutions + 1)),
+        *(f"dense {n}" for n in range(1, dense + 1)),
+    ]
 
 
-def _validate_transformer(config: Config) -> int:
+def _validate_transformer(config: Config) -> list[str]:
     model = config.model
     size = TASKS[config.data.task].size
     if size % model.patch:
@@ -138,7 +145,7 @@ def _validate_transformer(config: Config) -> int:
         raise UserError(
             f"argument --width: got {model.width}, expected a multiple of --heads {model.heads}"
         )
-    return 1
+    return ["transformer"]
 
 
 def _validate_feed_forward(config: Config) -> None:
@@ -153,9 +160,7 @@ def _validate_feed_forward(config: Config) -> None:
             f"argument --alg: got {alg}, {model} is trained by BP; {alg} is for {names}"
         )
     if config.adversarial.eps and grad in GRADIENTS_OF_STEPS:
-        raise UserError(
-            f"argument --adv-grad: {grad} is only for {names}; use bptt or smooth with {model}"
-        )
+        raise UserError(f"argument --adv-grad: {grad} is only for {names}; use bptt with {model}")
     if todo in ("gducheck", "characteristic"):
         raise UserError(f"--todo {todo}: needs a model with time steps, {model} has none")
     if config.learning.dropouts:
@@ -236,16 +241,34 @@ def _name_as_given(flag: Flag, given: Mapping[str, Any]) -> str:
 
 
 def validate_eps(given: Mapping[str, Any]) -> None:
-    """Refuse the eps flag of the other --todo, and an audit without eps. given: {dest: value}."""
+    """Refuse the eps flag of the other --todo, an audit without eps, and an eps that is meant in
+    grey values. given: {dest: value}."""
     todo = given.get("todo")
     if todo == "attack" and "eps" in given and "eps_list" not in given:
-        value = format_value(given["eps"])
+        value = format_eps(given["eps"])
         raise UserError(f"argument --eps: not used by --todo attack; use --eps-list {value}")
     if todo == "audit" and "eps_list" in given and "eps" not in given:
-        value = format_value(given["eps_list"][:1])
+        value = format_eps(given["eps_list"][0])
         raise UserError(f"argument --eps-list: not used by --todo audit; use --eps {value}")
     if todo == "audit" and not given.get("eps"):
         raise UserError("--todo audit needs an eps above 0: --eps 8/255, for example")
+    norm_of = {"eps_list": "attack_norm", "eps": "attack_norm", "adv_train": "adv_norm"}
+    for name, norm in norm_of.items():
+        if name in given and given.get(norm) == "inf":
+            _validate_inf_eps(BY_DEST[name], BY_DEST[norm], given[name])
+
+
+def _validate_inf_eps(flag: Flag, norm: Flag, value: Any) -> None:
+    """Refuse an eps above 1 in the inf norm: it allows any image."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    if max(values, default=0) <= 1:
+        return
+    meant = [f"{eps:g}/255" if 1 <= eps <= 255 else format_eps(eps) for eps in values]
+    advice = f"; did you mean --{flag.name} {' '.join(meant)}?" if max(values) <= 255 else ""
+    raise UserError(
+        f"argument --{flag.name}: got {' '.join(map(format_eps, values))}, expected at most 1 with "
+        f"--{norm.name} inf: images are in [0, 1]{advice}"
+    )
 
 
 def validate_run_dir(given: Mapping[str, Any]) -> None:
@@ -306,6 +329,12 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     if unused_grads and not config.model.has_dynamics:
         grads = format_value(unused_grads)
         yield f"--attack-grad {grads} has no effect on {model}, which has no time steps"
+    grad = {"attack": "attack_grad", "train": "adv_grad"}.get(todo, "")
+    if "smooth" in given.get(grad, ()) and not config.model.has_dynamics:
+        yield (
+            f"--{grad.replace('_', '-')} smooth differs from bptt in its loss alone on {model}: it "
+            "replaces the slopes of saturated neurons, which energy models have"
+        )
     if trains and config.model.has_dynamics and learning.alg != "EP":
         for name in ("random_sign", "thirdphase", "check_thm"):
             used_by_cep = learning.alg == "CEP" and name != "check_thm"

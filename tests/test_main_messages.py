@@ -49,13 +49,12 @@ def test_the_best_model_is_chosen_on_images_held_out(ok, cli, tmp_path):
 
 def test_images_held_out_are_the_last_ones_and_not_trained_on(ok, monkeypatch):
     found = {}
-    monkeypatch.setattr(
-        mu,
-        "train",
-        lambda model, optimizer, train, test, args, val_batches, **_: found.update(
-            train=train, val=val_batches
-        ),
-    )
+
+    def train(model, optimizer, train, test, args, val_batches, history, **_):
+        found.update(train=train, val=val_batches)
+        history.epochs.append({"epoch": 1, "test_acc": 0.0, "val_acc": 0.0})
+
+    monkeypatch.setattr(mu, "train", train)
     ok(TINY, "--val-size 10")
     images = load_split("digits", "", True, 60)[0]
     assert torch.equal(found["train"].images, images[:50]) and torch.equal(
@@ -211,12 +210,110 @@ def test_no_flag_that_has_an_effect_is_said_to_have_none():
                 ], (todo, flag.name)
 
 
-def test_an_unknown_flag_names_the_nearest(cli):
-    code, _, err = cli("--learning-rates 1 --epoch 3")
-    assert code == 2 and "unrecognized" in err
-    code, _, err = cli("--epoch 3")
-    assert code == 2 and "nearest: --epochs" in err
-    assert "nearest" not in cli("--zzzzzz")[2]
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        ("--epoch 3", "--epochs"),
+        ("--learning-rate 0.1", "--lrs"),
+        ("-lr 0.1", "--lrs"),
+        ("--learning_rates 1 --epoch 3", "--lrs and --epochs"),
+        ("--batch-size 20", "--mbs"),
+        ("--momentum 0.9", "--mmt"),
+        ("--weight_decay 0", "--wds"),
+        ("--epsilon 8/255", "--eps-list"),
+        ("--output-dir runs", "--run-dir"),
+        ("--t1 20", "--T1"),
+        ("--load_path run", "--load-path"),
+        ("--nosave", "--no-save"),
+    ],
+)
+def test_an_unknown_flag_names_the_one_that_is_meant(cli, words, meant):
+    code, _, err = cli(words)
+    assert code == 2 and err.endswith(f"unrecognized arguments: {words}; did you mean {meant}?\n")
+
+
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        ("--model cnn", "CNN"),
+        ("--model VF-CNN", "VFCNN"),
+        ("--task cifar-10", "CIFAR10"),
+        ("--task fashion_mnist", "FashionMNIST"),
+        ("--todo atack", "attack"),
+        ("--todo test", "evaluate"),
+        ("--attack PGD", "pgd"),
+        ("--attack-norm linf", "inf"),
+        ("--loss cross_entropy", "cel"),
+        ("--alg bp", "BP"),
+    ],
+)
+def test_an_unknown_value_names_the_one_that_is_meant(cli, words, meant):
+    code, _, err = cli(words)
+    assert code == 2 and "expected one of " in err and err.endswith(f"; did you mean {meant}?\n")
+
+
+def test_nothing_is_suggested_for_what_is_like_no_flag(cli):
+    for words in ("--zzzzzz", "--task zzzzzz"):
+        code, _, err = cli(words)
+        assert code == 2 and "did you mean" not in err
+
+
+def test_every_synonym_is_of_a_flag_or_a_value():
+    assert set(command_line.SYNONYMS.values()) <= {flag.name for flag in ALL}
+    choices = {choice for flag in ALL for choice in flag.choices or ()}
+    assert set(command_line.VALUE_SYNONYMS.values()) <= choices
+    assert not choices & command_line.VALUE_SYNONYMS.keys()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            "--model CNN --lrs 0.1 0.2",
+            "--lrs: got 2 values (0.1 0.2), expected 3: conv 1, conv 2, dense 1",
+        ),
+        (
+            "--model VFCNN --fc 20 10 --wds 0 --loss cel --softmax",
+            "--wds: got 1 value (0.0), expected 4: conv 1, conv 2, dense 1, dense 2",
+        ),
+        ("--lrs 0.1", "--lrs: got 1 value (0.1), expected 2: dense 1, dense 2"),
+        ("--model ViT --lrs 1 2", "--lrs: got 2 values (1.0 2.0), expected 1: one for all layers"),
+    ],
+)
+def test_a_list_of_the_wrong_length_names_the_layer_of_each_number(cli, words, said):
+    code, _, err = cli("--task digits --alg BP" if "ViT" in words else "--task digits", words)
+    assert code == 2 and err.endswith(f"argument {said}\n")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--todo attack --attack-norm inf --eps-list 8", "--eps-list 8/255?"),
+        ("--todo attack --attack-norm inf --eps-list 0 0.01 2 8", "--eps-list 0 0.01 2/255 8/255?"),
+        ("--todo audit --attack-norm inf --eps 8", "--eps 8/255?"),
+        ("--todo train --adv-norm inf --adv-train 4.5", "--adv-train 4.5/255?"),
+    ],
+)
+def test_an_eps_of_grey_values_asks_for_the_fraction(cli, words, said):
+    code, _, err = cli("--load-path nowhere", words)
+    assert code == 2 and "expected at most 1 with --" in err
+    assert err.endswith(f"norm inf: images are in [0, 1]; did you mean {said}\n")
+
+
+def test_a_large_eps_of_the_2_norm_is_accepted(cli):
+    assert "expected at most" not in cli("--todo attack --load-path nowhere --eps-list 8")[2]
+    err = cli("--todo attack --load-path nowhere --attack-norm inf --eps-list 1 1000")[2]
+    assert "expected at most 1" in err and "did you mean" not in err
+    assert "no folder" in cli("--todo attack --load-path x --attack-norm inf --eps-list 1")[2]
+
+
+@pytest.mark.parametrize("words", ["--todo attack --attack-grad smooth", "--adv-grad smooth"])
+def test_smooth_is_noted_as_bptt_on_a_network_without_saturation(words):
+    for model in ("FFMLP", "MLP"):
+        values = command_line.parse([*words.split(), "--model", model], main.FLAGS)
+        notes = list(validate.notes(command_line.resolve(values), values))
+        noted = [note for note in notes if "differs from bptt in its loss alone" in note]
+        assert len(noted) == (model == "FFMLP")
 
 
 @pytest.mark.parametrize("text, value", [("8/255", 8 / 255), ("1/2", 0.5), ("0.25", 0.25)])
@@ -364,7 +461,7 @@ def test_a_model_asks_for_its_number_of_steps(trained):
     [
         (
             "--todo attack --load-path x --eps 8/255",
-            "--eps: not used by --todo attack; use --eps-list 0.0313",
+            "--eps: not used by --todo attack; use --eps-list 8/255",
         ),
         (
             "--todo audit --load-path x --eps-list 0.5 1",
@@ -421,13 +518,17 @@ def test_a_folder_of_runs_names_them(cli, tmp_path):
     (runs / "empty").mkdir(parents=True)
     code, _, err = cli("--todo evaluate --load-path runs")
     assert code == 2 and err.rstrip().endswith(message)
-    for name in ("ff", "ep"):
-        (runs / name).mkdir()
+    for name in ("ff", "EP/mse/day"):
+        (runs / name).mkdir(parents=True)
         (runs / name / "model.pt").touch()
     code, _, err = cli("--todo evaluate --load-path runs")
-    assert code == 2 and err.rstrip().endswith(f"{message}; it contains the runs ep, ff")
+    named = "; name one of the runs below it: "
+    assert code == 2 and err.rstrip().endswith(f"{message}{named}EP/mse/day, ff")
+    assert "below" not in cli("--load-path runs")[2]  # no checkpoint.tar to train on
     for name in "abcd":
         (runs / name).mkdir()
         (runs / name / "checkpoint.tar").touch()
     code, _, err = cli("--todo evaluate --load-path runs")
-    assert code == 2 and err.rstrip().endswith("the runs a, b, c, d, ep ...")
+    assert code == 2 and err.rstrip().endswith(f"{message}{named}EP/mse/day, a, b, c, d ...")
+    code, _, err = cli("--load-path runs")
+    assert code == 2 and err.rstrip().endswith(f"runs has no checkpoint.tar{named}a, b, c, d")

@@ -4,6 +4,7 @@ A file can come from anywhere: `open_saved` returns only what `contents` has val
 `restore` loads only what `training_state` has compared with the run."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import stat
@@ -22,6 +23,7 @@ from experiment.text import name_path
 
 # Files of a run folder that are no checkpoints
 OTHER_FILES = (".csv", ".txt", ".json", ".jsonl", ".png", ".pdf", ".npz")
+MOST_FOLDERS = 10_000  # to look into for the runs below a folder
 
 
 # ---- the format: written
@@ -157,8 +159,8 @@ def find_saved(path: str | os.PathLike, todo: str) -> pathlib.Path:
     paths = [pathlib.Path(path, name) for name in names]
     found = next(filter(_mode, paths), None)
     if found is None:
-        runs = _runs_inside(path, names)
-        contained = f"; it contains the runs {runs}" if runs else ""
+        runs = _runs_below(path, names)
+        contained = f"; name one of the runs below it: {runs}" if runs else ""
         raise UserError(
             f"argument --load-path: {name_path(path)} has no {' or '.join(names)}{contained}"
         )
@@ -167,17 +169,16 @@ def find_saved(path: str | os.PathLike, todo: str) -> pathlib.Path:
     return found
 
 
-def _runs_inside(path: str | os.PathLike, names: list[str], most: int = 5) -> str:
-    """The folders in a folder that have one of the files, at most so many names; or ''."""
-    try:
-        folders = sorted(child for child in pathlib.Path(path).iterdir() if child.is_dir())
-    except OSError:
-        return ""
-    runs = [
-        printable(folder.name)
-        for folder in folders
-        if any(os.path.isfile(folder / name) for name in names)
-    ]
+def _runs_below(path: str | os.PathLike, names: list[str], most: int = 5) -> str:
+    """The folders below a folder that have one of the files, at most so many; or ''."""
+    runs = []
+    for folder, below, files in itertools.islice(os.walk(os.fspath(path)), MOST_FOLDERS):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if any(name in files for name in names):
+            runs.append(printable(os.path.relpath(folder, path)))
+            below.clear()
+        if len(runs) > most:
+            break
     return ", ".join(runs[:most]) + (" ..." if len(runs) > most else "")
 
 
