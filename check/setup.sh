@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds .venv from requirements.txt. Every other script calls this one first and uses
 # .venv/bin/python.
-# Needs: some minutes and 6 GB the first time; no time if .venv is up to date.
+# Needs: 5 to 20 minutes and 6 GB the first time, and prints its progress; no time and no output if
+# .venv is up to date.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # works MODULE: whether the interpreter of .venv starts, has the version that .venv was built for,
@@ -24,14 +25,23 @@ if command -v flock >/dev/null; then
     [ $code -ne 1 ] || { echo "setup: waiting for another process that builds .venv" >&2; flock 9 || true; }
     up_to_date && exit 0
 fi
-echo "setup: building .venv from requirements.txt (about 6 GB)" >&2
+say() { echo "setup: $*" >&2; }
+say "building .venv from requirements.txt: 5 to 20 minutes, most of them downloads, and 6 GB"
 # empties an incomplete .venv, or one without its interpreter
-emptied() { [ ! -e .venv ] || find -H .venv -mindepth 1 -delete; }
+begin() {
+    say "step 1 of 2: creating .venv with $("$python" --version 2>&1)"
+    [ ! -e .venv ] || find -H .venv -mindepth 1 -delete
+}
+install() {
+    say "step 2 of 2: installing the packages with $1"
+    "${@:2}" -r requirements.txt >&2
+}
 if command -v uv >/dev/null; then
-    works sys || { emptied; uv venv --quiet --python "$python" .venv; }
-    uv pip install --quiet --python .venv/bin/python -r requirements.txt
+    works sys || { begin; uv venv --quiet --python "$python" .venv; }
+    install uv uv pip install --python .venv/bin/python
 else
-    works pip || { emptied; "$python" -m venv .venv; }
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    works pip || { begin; "$python" -m venv .venv; }
+    install pip .venv/bin/python -m pip install --disable-pip-version-check
 fi
 cp requirements.txt .venv/.requirements # only now is the environment complete
+say "done after $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -383,7 +383,7 @@ def test_the_paper_refuses_what_would_spoil_it(tmp_path, environment, words, sai
 INTERPRETER = """#!/bin/bash
 case "$1 $2" in
     "-m venv") echo venv >>"$LOG"; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
-    "-m pip") echo install >>"$LOG"; sleep 0.3 ;;
+    "-m pip") echo install >>"$LOG"; case " $* " in *quiet*) ;; *) echo Collecting torch ;; esac; sleep 0.3 ;;
     *) exec "$REAL" "$@" ;;
 esac
 """
@@ -430,6 +430,11 @@ def test_set_ups_that_start_together_build_once(setup, tmp_path):
     assert [process.returncode for process in started] == [0, 0, 0], said
     assert (tmp_path / "log").read_text().split() == ["venv", "install"]
     assert sum("waiting for another process" in text for text in said) == 2
+    steps = ["building .venv", "step 1 of 2: creating .venv", "step 2 of 2: installing", "done"]
+    (builder,) = [text for text in said if "waiting" not in text]
+    lines = [line for line in builder.splitlines() if line.startswith("setup: ")]
+    assert [line.startswith(f"setup: {step}") for line, step in zip(lines, steps, strict=True)]
+    assert "Collecting" in builder  # pip's own progress
     again = setup()
     assert again.communicate(timeout=60)[1] == "" and again.returncode == 0
     assert sorted(os.listdir(tmp_path / "copy")) == [".venv", "check", "requirements.txt"]
