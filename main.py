@@ -33,7 +33,7 @@ from experiment.config import Config, Flag
 from experiment.launch import launched, note_on_separate_processes, validate_parallel
 from experiment.runs.files import exists
 from experiment.runs.find import LATEST, find_runs, means_latest
-from experiment.text import format_eps
+from experiment.text import count, format_eps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from experiment.results.store import Store
     from experiment.runs.checkpoint import SavedRun
     from experiment.runs.folder import RunFolder, Setup
+    from experiment.runs.history import History
     from experiment.workers import Workers
 
 FLAGS = MAIN_FLAGS
@@ -254,6 +255,18 @@ def train(job: Job) -> None:
         workers=job.workers,
         last=last,
     )
+    _end(job, history, folder)
+
+
+def _end(job: Job, history: "History", folder: str | None) -> None:
+    """Print what came out of a training, and the command that attacks its best model."""
+    from experiment.console import next_line
+    from experiment.results.training import describe_best
+
+    print(describe_best(history, job.config.flat(), folder), flush=True)
+    if folder:
+        attack = ("attack", folder, "--attack-norm", "inf", "--eps-list", "8/255")
+        print(next_line(job.program, job.given, *attack), flush=True)
 
 
 def _complete(job: Job, first: int, last: int) -> None:
@@ -274,7 +287,9 @@ def _complete(job: Job, first: int, last: int) -> None:
             loss = job.config.model.loss
             history = job.saved.history
             draw_training(run, job.model, job.config.data.task, loss, history, neurons)
-    print(f"nothing to train: {job.config.session.run_dir} has {first} epochs, --epochs is {last}")
+    run_dir = job.config.session.run_dir
+    print(f"nothing to train: {run_dir} has {count(first, 'epoch')}, --epochs is {last}")
+    _end(job, job.saved.history, run_dir)
 
 
 def _advice(job: Job, folder: str | None, first: int, last: int) -> str:

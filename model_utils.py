@@ -605,7 +605,7 @@ def bptt_gradients(
             start = Phase(chain.input_drive(x))
         before = rule.T1 - rule.T2
         neurons = free_phase(chain, start, before, rule.tol, observer, output_in=rule.T2)
-    with observer.part("BPTT" if model.has_dynamics else "BP"):
+    with observer.part("BPTT" if model.has_dynamics else "backward"):
         neurons = fast.relax(chain, Phase(chain.input_drive(x)), neurons, rule.T2, output_in=0)
         stepping.zero_grad()
         readout_loss(chain.read(neurons), y, rule.loss).mean().backward()

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -13,7 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_utils import RunFailed, one_line
-from experiment.launch import launched
+from experiment.command_line import words_of
+from experiment.config import BY_DEST
+from experiment.launch import PARALLEL, launched
 from experiment.text import format_value
 
 if TYPE_CHECKING:
@@ -96,6 +99,21 @@ def _torchrun_flags() -> list[str]:
         return ["--standalone", *per_node]
     address = ["--master_addr", values["MASTER_ADDR"], "--master_port", values["MASTER_PORT"]]
     return ["--nnodes", nodes, *per_node, *address, "--node_rank", values.get("GROUP_RANK", "0")]
+
+
+def next_line(
+    program: Sequence[str], given: Mapping[str, Any], todo: str, runs: str, *words: str
+) -> str:
+    """The last line of an output: the command that examines a run next.
+
+    program: of `command_words`; given: the flags of the command line, whose --device it keeps;
+    runs: the value of --load-path; words: further ones of the command."""
+    if launched().torchrun and todo not in PARALLEL:
+        program = ["python", program[-1]]
+    command = [*program, "--todo", todo, *words_of(BY_DEST["load_path"], runs), *words]
+    if "device" in given:
+        command += words_of(BY_DEST["device"], given["device"])
+    return f"next: {shlex.join(command)}"
 
 
 def memory_limit(root: str | pathlib.Path = "/") -> float:

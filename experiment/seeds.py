@@ -22,6 +22,7 @@ from experiment.runs import checkpoint, resume
 from experiment.runs.files import Busy, Lock, WriteFailed, parse_json, read_text, why
 from experiment.runs.folder import remove_half_made
 from experiment.runs.history import other_data
+from experiment.text import count
 from experiment.validate import validate
 from experiment.workers import Workers
 
@@ -111,12 +112,12 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
             continue
         if run.epochs != runs.wanted:
             print(
-                f"seed {seed}: {run.folder} has {run.epochs} epochs, not {runs.wanted}; it is left "
-                "out of the mean"
+                f"seed {seed}: {run.folder} has {count(run.epochs, 'epoch')}, not {runs.wanted}; "
+                "it is left out of the mean"
             )
             continue
         if run is command:
-            print(f"seed {seed}: {run.epochs} epochs are in {run.folder} already")
+            print(f"seed {seed}: {run.folder} has {count(run.epochs, 'epoch')} already")
         done.append(run.folder)
     _print_mean(done, len(seeds))
     return 0

@@ -2,6 +2,7 @@
 start-up, and a run used from Python."""
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -12,9 +13,11 @@ from conftest import ROOT, ZOO, only_run
 import main
 import model_utils as mu
 from data_utils import UserError, load_split
-from experiment import command_line, timing, validate
+from experiment import command_line, console, launch, timing, validate
 from experiment.config import FLAGS as ALL
 from experiment.config import TODOS
+from experiment.results.training import describe_best
+from experiment.runs.history import History
 
 TINY = ZOO["tiny"]
 
@@ -117,6 +120,55 @@ def test_accuracies_on_other_images_do_not_replace_the_best_model(ok, tmp_path, 
 
 def test_without_save_a_line_says_that_nothing_is_kept(ok):
     assert "this run is not saved (use --save)" in ok(TINY.replace("--save", ""))
+
+
+# ---- the end of a command
+
+
+def test_a_training_ends_with_its_best_model_and_the_next_command(ok, tmp_path):
+    out = ok(TINY, "--epochs 3")
+    run = only_run(tmp_path)
+    *_, time, best, following = out.splitlines()
+    saved = torch.load(run / "model.pt", weights_only=True)
+    row = saved["history"][-1]
+    assert time.startswith("time: ")
+    assert best == (
+        f"best model: epoch {saved['epoch']} of 3, chosen on the test images: test accuracy "
+        f"{row['test_acc']:.2f} %, {row['converged']:.2f} % converged; "
+        f"{run.relative_to(tmp_path)}/model.pt"
+    )
+    words = shlex.split(following.removeprefix("next: "))
+    assert words[:2] == ["python", "main.py"] and words[-2:] == ["--device", "-1"]
+    assert "eps 8/255" in ok(*words[2:], "--attack-iters 1 --attack-step 2 --test-size 4")
+
+
+def test_the_best_model_of_a_training_is_described_as_it_was_chosen():
+    rows = [
+        {"epoch": 1, "test_acc": 80.0, "val_acc": 90.0, "converged": 99.5},
+        {"epoch": 2, "test_acc": 85.0, "val_acc": 90.0, "converged": ""},
+    ]
+    assert describe_best(History(rows, best_accuracy=90.0), {"val_size": 10}, None) == (
+        "best model: epoch 1 of 2, chosen on 10 validation images: validation accuracy 90.00 %, "
+        "test accuracy 80.00 %, 99.50 % converged; this run is not saved (use --save)"
+    )
+    # on the test images of a resumption it has another accuracy than on those of its epoch
+    resumed = History(rows, best={"history": rows[:1]}, best_accuracy=70.0)
+    assert describe_best(resumed, {"val_size": None}, "run") == (
+        "best model: epoch 1 of 2, chosen on the test images: test accuracy 70.00 %, 99.50 % "
+        "converged; run/model.pt"
+    )
+
+
+def test_the_next_command_is_started_as_its_task_needs(monkeypatch):
+    program = ["torchrun", "--standalone", "--nproc_per_node", "2", "main.py"]
+    environment = dict.fromkeys(launch.TORCHRUN, "1") | {"WORLD_SIZE": "2"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    started = "torchrun --standalone --nproc_per_node 2 main.py"
+    found = console.next_line(program, {}, "attack", "a run", "--eps-list", "8/255")
+    assert found == f"next: {started} --todo attack --load-path 'a run' --eps-list 8/255"
+    found = console.next_line(program, {"device": -1}, "characteristic", "-run")
+    assert found == "next: python main.py --todo characteristic --load-path=-run --device -1"
 
 
 # ---- flags that do nothing

@@ -13,7 +13,7 @@ from energy.activations import CURVES
 from experiment.inference import Convergence
 from experiment.plots import training as plots
 from experiment.runs.files import WriteFailed, why
-from experiment.runs.history import History
+from experiment.runs.history import History, chosen_on
 from experiment.timing import StepCount
 
 if TYPE_CHECKING:
@@ -61,6 +61,26 @@ def epoch_line(row: Mapping[str, Any], rate: float, step_count: StepCount) -> st
     if angles:
         parts.append(f"angles {' '.join(angles)}")
     return ", ".join(parts)
+
+
+def describe_best(history: History, args: dict, folder: str | None) -> str:
+    """The best model of a training with its accuracies, how it was chosen and where it is, one line
+    of the log. args: {dest: value}; folder: of the run, None without --save."""
+
+    def accuracy(row: dict) -> float:
+        return row.get("val_acc", row["test_acc"])
+
+    own = history.best["history"][-1:] if history.best else []
+    row = max(own or history.epochs, key=accuracy)
+    chosen = f"validation accuracy {history.best_accuracy:.2f} %, " if args["val_size"] else ""
+    test = row["test_acc"] if args["val_size"] else history.best_accuracy
+    converged = row.get("converged", "")
+    share = "" if converged == "" else f", {converged:.2f} % converged"
+    where = f"{folder}/model.pt" if folder else "this run is not saved (use --save)"
+    return (
+        f"best model: epoch {row['epoch']} of {len(history.epochs)}, chosen on {chosen_on(args)}: "
+        f"{chosen}test accuracy {test:.2f} %{share}; {where}"
+    )
 
 
 def write_scalars(

@@ -14,7 +14,7 @@ from experiment.config import BY_DEST, FLAGS, RESUMED, SESSION, Config, Flag
 from experiment.runs.checkpoint import RESUMABLE, SavedRun, open_saved, read_checkpoint
 from experiment.runs.files import exists, why
 from experiment.runs.folder import RunFolder
-from experiment.text import format_value, name_path
+from experiment.text import count, format_value, name_path
 from experiment.workers import Workers
 
 # Files of a training besides its checkpoint.tar
@@ -110,7 +110,7 @@ def refuse_run_elsewhere(path: str, workers: Workers) -> None:
     epochs = workers.gather(_saved_epochs(checkpoint))
     if max(epochs) > epochs[0]:
         owner = workers.hosts[epochs.index(max(epochs))]
-        more = "" if epochs[0] < 0 else f" with {max(epochs)} epochs, not {epochs[0]}"
+        more = "" if epochs[0] < 0 else f" with {count(max(epochs), 'epoch')}, not {epochs[0]}"
         raise UserError(
             f"argument --run-dir: {path}/checkpoint.tar is on {owner}{more}, but "
             f"{workers.hosts[0]} reads and writes the run folder; give {owner} the "
@@ -199,7 +199,7 @@ def saved_in_run_dir(path: str, workers: Workers) -> str:
     checkpoint = pathlib.Path(path, "checkpoint.tar")
     if exists(checkpoint):
         epochs = len(open_saved(checkpoint, "train").history.epochs)
-        return f"{epochs} epochs are saved in {path}; the same command resumes"
+        return f"{_are_saved(epochs)} in {path}; the same command resumes"
     if workers.elsewhere:
         return f"the epochs are saved in {path} on {workers.hosts[0]}; the same command resumes"
     return f"nothing is saved in {path} yet; the same command starts again"
@@ -235,8 +235,8 @@ def refuse_to_undo(saved: SavedRun) -> None:
         latest_epochs = len(open_saved(latest, "train").history.epochs)
         if epochs != latest_epochs:
             raise UserError(
-                f"{saved.path} has {epochs} epochs, {latest} has {latest_epochs}, which would be "
-                "overwritten: copy the file to a folder of its own"
+                f"{saved.path} has {count(epochs, 'epoch')}, {latest} has {latest_epochs}, "
+                "which would be overwritten: copy the file to a folder of its own"
             )
 
 
@@ -254,10 +254,14 @@ def how_to_resume(job: Job, folder: str | None, first: int) -> str:
         return f"nothing is left to resume in {folder}"
     done = len(open_saved(folder, "train").history.epochs)  # an epoch may just be written
     if done - first >= job.config.optimizer.epochs:
-        return f"all {done} epochs are saved in {folder}"
+        return f"{_are_saved(done)} in {folder}, as many as requested"
     # changes of this session are saved only with its first epoch
     unsaved = job.saved is not None and done == first
     command = _command_with(job, lambda flag: flag.scope == SESSION or unsaved)
     remaining = job.config.optimizer.epochs - (done - first)
     command += [*words_of(BY_DEST["load_path"], folder), "--epochs", str(remaining)]
-    return f"{done} epochs are saved in {folder}, resume with\n  {shlex.join(command)}"
+    return f"{_are_saved(done)} in {folder}, resume with\n  {shlex.join(command)}"
+
+
+def _are_saved(epochs: int) -> str:
+    return f"{count(epochs, 'epoch')} {'is' if epochs == 1 else 'are'} saved"

@@ -103,7 +103,7 @@ def test_signals_of_batch_systems_end_a_run_in_order(tmp_path, number):
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number
-    assert "epochs are saved in" in (tmp_path / "err").read_text()
+    assert re.search("epochs? (is|are) saved in", (tmp_path / "err").read_text())
 
 
 def test_signals_that_were_ignored_at_the_start_stay_ignored(tmp_path):
@@ -171,7 +171,10 @@ def test_the_same_command_resumes_and_then_trains_nothing(ok, tmp_path, whole):
     assert_same(run, whole)
     before = contents(run)
     out = ok(RUN, "--epochs 6")
-    assert out == "nothing to train: d has 6 epochs, --epochs is 6\n"
+    nothing, best, following = out.splitlines()
+    assert nothing == "nothing to train: d has 6 epochs, --epochs is 6"
+    assert re.fullmatch(r"best model: epoch \d of 6, .*; d/model.pt", best)
+    assert following.startswith("next: python main.py --todo attack --load-path d ")
     assert contents(run) == before and before["slurm-1.out"] == b"a log"
     assert "nothing to train" in ok("--run-dir d --device -1")
 
@@ -369,7 +372,8 @@ def test_an_interrupted_run_reports_that_the_same_command_resumes(tmp_path):
     process.join(60)
     done, err = len(rows(tmp_path / "d")), (tmp_path / "err").read_text()
     assert process.exitcode == 138
-    assert f"{done} epochs are saved in d; the same command resumes\n" in err
+    saved = "1 epoch is saved" if done == 1 else f"{done} epochs are saved"
+    assert f"{saved} in d; the same command resumes\n" in err
 
 
 def test_each_seed_has_a_folder_of_its_own(ok, tmp_path, monkeypatch):
