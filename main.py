@@ -64,6 +64,7 @@ class Job:
     run           the RunFolder of --run-dir, for rank 0
     folders       the RunFolders that were opened, whose locks `work` releases
     fingerprints  of the images and labels that `batches` has read, see `config.FINGERPRINTS`
+    is_part       whether the command goes on after this task, as with --seeds
     """
 
     config: Config
@@ -78,6 +79,7 @@ class Job:
     run: "RunFolder | None" = None
     folders: "list[RunFolder]" = dataclasses.field(default_factory=list)
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
+    is_part: bool = False
 
     @property
     def task(self) -> Task:
@@ -259,12 +261,12 @@ def train(job: Job) -> None:
 
 
 def _end(job: Job, history: "History", folder: str | None) -> None:
-    """Print what came out of a training, and the command that attacks its best model."""
+    """Print the result of a training, and the command that attacks its best model."""
     from experiment.console import next_line
     from experiment.results.training import describe_best
 
     print(describe_best(history, job.config.flat(), folder), flush=True)
-    if folder:
+    if folder and not job.is_part:
         attack = ("attack", folder, "--attack-norm", "inf", "--eps-list", "8/255")
         print(next_line(job.program, job.given, *attack), flush=True)
 
@@ -842,8 +844,14 @@ def _find_runs(given: dict[str, Any]) -> None:
         )
 
 
-def work(given: dict[str, Any], program: list[str], argv: Sequence[str], name: str) -> int:
-    """Do what the command line asks for, and return the exit code."""
+def work(
+    given: dict[str, Any],
+    program: list[str],
+    argv: Sequence[str],
+    name: str,
+    is_part: bool = False,
+) -> int:
+    """Do what the command line asks for, and return the exit code. is_part: see `Job`."""
     from experiment.console import Interruption, out_of_memory
     from experiment.workers import LostWorker, Workers
 
@@ -858,6 +866,7 @@ def work(given: dict[str, Any], program: list[str], argv: Sequence[str], name: s
                 else:
                     try:
                         job = prepare(given, program, argv, interruption, workers, folders)
+                        job.is_part = is_part
                         TODOS[job.config.session.todo](job)
                     finally:
                         for run in folders:
@@ -899,7 +908,10 @@ def main(
             if "seeds" in given and _task(given) == "train":
                 from experiment.seeds import train_each
 
-                return train_each(given, words, lambda one, argv: work(one, program, argv, name))
+                def train_one(one: dict[str, Any], argv: Sequence[str]) -> int:
+                    return work(one, program, argv, name, is_part=True)
+
+                return train_each(given, words, train_one)
             note = note_on_separate_processes(_task(given))
             if note:
                 print(f"note: {note}", file=sys.stderr)

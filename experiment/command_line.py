@@ -25,6 +25,7 @@ from experiment.config import (
     RESUMED,
     SECTIONS,
     SESSION,
+    TODOS,
     TRAINING,
     Config,
     Flag,
@@ -84,13 +85,13 @@ SYNONYMS = {
     "weight-decay": "wds",
 }
 VALUE_SYNONYMS = {
+    "aa": "autoattack",
     "adamw": "adam",
     "backprop": "BP",
     "ce": "cel",
     "cross-entropy": "cel",
     "l2": "2",
     "linf": "inf",
-    "resnet": "FFCNN",
     "test": "evaluate",
 }
 
@@ -106,14 +107,17 @@ def _did_you_mean(word: str, known: Collection[str], synonyms: Mapping[str, str]
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         message = " ".join(message.split())
-        if message.startswith("unrecognized arguments: "):
-            message += self._advice(re.findall(r"(?<= )--?([A-Za-z][\w-]*)", message))
+        name, _, words = message.partition(": ")
+        if name == "unrecognized arguments":
+            message += self._advice(words.split())
         raise UserError(message)
 
-    def _advice(self, unknown: Sequence[str]) -> str:
-        """What to do about unknown flags, given without dashes."""
-        of_dropout = [name for name in unknown if name == DROPOUTS.name]
-        if of_dropout:
+    def _advice(self, words: Sequence[str]) -> str:
+        """What to do about unknown words of the command line."""
+        if words[0] in TODOS:
+            return f"; did you mean --todo {words[0]}?"
+        unknown = [word.lstrip("-") for word in words if re.match("--?[A-Za-z]", word)]
+        if DROPOUTS.name in unknown:
             return f"; --{DROPOUTS.name} is a flag of main_dropout.py"
         known = [word[2:] for word in self._option_string_actions if word.startswith("--")]
         meant = [_did_you_mean(name, known, SYNONYMS) for name in unknown]

@@ -144,7 +144,7 @@ def test_it_makes_robust(ok, tmp_path, monkeypatch):
     [
         ("--adv-train 0", "argument --adv-train"),
         ("--adv-train 2 --adv-grad soft", "argument --adv-grad"),
-        ("--adv-train 2 --model FFMLP --adv-grad ep", "use bptt or smooth with FFMLP"),
+        ("--adv-train 2 --model FFMLP --adv-grad ep", "use bptt with FFMLP"),
     ],
 )
 def test_what_makes_no_sense_is_refused(cli, line, message):

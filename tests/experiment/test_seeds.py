@@ -35,7 +35,9 @@ def test_each_seed_is_trained_once_and_pooled(ok):
         max(row["test_acc"] for row in state["history"]) for _, state in sorted(states().items())
     ]
     last = out.splitlines()[-1]
-    assert "2 of 2 seeds are done" in last
+    assert (
+        "2 of 2 seeds are done" in last and out.count("best model: ") == 2 and "next: " not in out
+    )
     assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (2) %" in last
     text = (folders()[0] / "hyperparameters.txt").read_text()
     assert "--seeds" not in text.splitlines()[0] and "--seed " in text.splitlines()[0]
