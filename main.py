@@ -262,13 +262,20 @@ def train(job: Job) -> None:
 
 def _end(job: Job, history: "History", folder: str | None) -> None:
     """Print the result of a training, and the command that attacks its best model."""
-    from experiment.console import next_line
     from experiment.results.training import describe_best
 
     print(describe_best(history, job.config.flat(), folder), flush=True)
-    if folder and not job.is_part:
-        attack = ("attack", folder, "--attack-norm", "inf", "--eps-list", "8/255")
-        print(next_line(job.program, job.given, *attack), flush=True)
+    if folder:
+        _propose(job, folder, "attack", "--attack-norm", "inf", "--eps-list", "8/255")
+
+
+def _propose(job: Job, run: str, todo: str, *words: str) -> None:
+    """Print the command that examines a run next, unless this command itself goes on. words: of
+    that command, after --load-path."""
+    from experiment.console import next_line
+
+    if not job.is_part:
+        print(next_line(job.program, job.given, todo, run, *words), flush=True)
 
 
 def _complete(job: Job, first: int, last: int) -> None:

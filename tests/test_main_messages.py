@@ -572,19 +572,24 @@ def test_a_folder_of_runs_names_them(cli, tmp_path):
     message = "runs has no model.pt or checkpoint.tar"
     runs = tmp_path / "runs"
     (runs / "empty").mkdir(parents=True)
+    (runs / "empty/model.pt").symlink_to("nowhere")
     code, _, err = cli("--todo evaluate --load-path runs")
     assert code == 2 and err.rstrip().endswith(message)
     for name in ("ff", "EP/mse/day"):
         (runs / name).mkdir(parents=True)
         (runs / name / "model.pt").touch()
     code, _, err = cli("--todo evaluate --load-path runs")
-    named = "; name one of the runs below it: "
-    assert code == 2 and err.rstrip().endswith(f"{message}{named}EP/mse/day, ff")
-    assert "below" not in cli("--load-path runs")[2]  # no checkpoint.tar to train on
+    named = "; name one of its runs: "
+    assert code == 2 and err.rstrip().endswith(f"{message}{named}runs/EP/mse/day, runs/ff")
+    assert "one of" not in cli("--load-path runs")[2]  # no checkpoint.tar to train on
     for name in "abcd":
         (runs / name).mkdir()
         (runs / name / "checkpoint.tar").touch()
     code, _, err = cli("--todo evaluate --load-path runs")
-    assert code == 2 and err.rstrip().endswith(f"{message}{named}EP/mse/day, a, b, c, d ...")
+    assert code == 2 and err.rstrip().endswith(
+        f"{message}{named}runs/EP/mse/day, runs/a, runs/b, runs/c, runs/d ..."
+    )
     code, _, err = cli("--load-path runs")
-    assert code == 2 and err.rstrip().endswith(f"runs has no checkpoint.tar{named}a, b, c, d")
+    assert code == 2 and err.rstrip().endswith(
+        f"runs has no checkpoint.tar{named}runs/a, runs/b, runs/c, runs/d"
+    )

@@ -160,7 +160,7 @@ def find_saved(path: str | os.PathLike, todo: str) -> pathlib.Path:
     found = next(filter(_mode, paths), None)
     if found is None:
         runs = _runs_below(path, names)
-        contained = f"; name one of the runs below it: {runs}" if runs else ""
+        contained = f"; name one of its runs: {runs}" if runs else ""
         raise UserError(
             f"argument --load-path: {name_path(path)} has no {' or '.join(names)}{contained}"
         )
@@ -172,10 +172,10 @@ def find_saved(path: str | os.PathLike, todo: str) -> pathlib.Path:
 def _runs_below(path: str | os.PathLike, names: list[str], most: int = 5) -> str:
     """The folders below a folder that have one of the files, at most so many; or ''."""
     runs = []
-    for folder, below, files in itertools.islice(os.walk(os.fspath(path)), MOST_FOLDERS):
+    for folder, below, _ in itertools.islice(os.walk(os.fspath(path)), MOST_FOLDERS):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        if any(name in files for name in names):
-            runs.append(printable(os.path.relpath(folder, path)))
+        if any(os.path.isfile(os.path.join(folder, name)) for name in names):
+            runs.append(printable(folder))
             below.clear()
         if len(runs) > most:
             break
