@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -44,6 +45,20 @@ class TrainedRun:
 
     folder: pathlib.Path
     epochs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What became of the training with one seed.
+
+    run   the run with all its epochs; None without one
+    code  the exit code of the command that trained, 0 if nothing was left to train
+    busy  whether another process trains
+    """
+
+    run: TrainedRun | None = None
+    code: int = 0
+    busy: bool = False
 
 
 # Flags that a resumed run takes from the command line: data, for example, may have moved.
@@ -93,34 +108,43 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
     shared = {name: value for name, value in given.items() if name != "seeds"}
     words = _without(words, "--seeds")
     in_run_dir = "run_dir" in given
-    runs: Runs = _RunsBelow(shared, words) if in_run_dir else _SearchedRuns(shared, words, root)
+    runs: Runs = _RunsBelow(shared, words) if in_run_dir else SearchedRuns(shared, words, root)
     done = []
     for seed in seeds:
-        with runs.claimed(seed) as claimed:
-            if not claimed:
-                continue  # it may have any number of epochs at this moment
-            command = runs.command(seed)
-            run: TrainedRun | None
-            if isinstance(command, Command):
-                code = start(command.given, command.words)
-                if code:
-                    return code
-                run = runs.result(seed)
-            else:
-                run = command
-        if run is None:
-            continue
-        if run.epochs != runs.wanted:
-            print(
-                f"seed {seed}: {run.folder} has {count(run.epochs, 'epoch')}, not {runs.wanted}; "
-                "it is left out of the mean"
-            )
-            continue
-        if run is command:
-            print(f"seed {seed}: {run.folder} has {count(run.epochs, 'epoch')} already")
-        done.append(run.folder)
+        training = train_seed(runs, seed, start)
+        if training.code:
+            return training.code
+        if training.run:
+            done.append(training.run.folder)
     _print_mean(done, len(seeds))
     return 0
+
+
+def train_seed(runs: Runs, seed: int, start: Start) -> Training:
+    """Train with one seed what is left to train. start: see `train_each`. Raises UserError."""
+    with runs.claimed(seed) as claimed:
+        if not claimed:
+            return Training(busy=True)  # it may have any number of epochs at this moment
+        command = runs.command(seed)
+        run: TrainedRun | None
+        if isinstance(command, Command):
+            code = start(command.given, command.words)
+            if code:
+                return Training(code=code)
+            run = runs.result(seed)
+        else:
+            run = command
+    if run is None:
+        return Training()
+    if run.epochs != runs.wanted:
+        print(
+            f"seed {seed}: {run.folder} has {count(run.epochs, 'epoch')}, not {runs.wanted}; it is "
+            "left out"
+        )
+        return Training()
+    if run is command:
+        print(f"seed {seed}: {run.folder} has {count(run.epochs, 'epoch')} already")
+    return Training(run)
 
 
 # -------------------------------------------------------------------------------- below --run-dir
@@ -167,7 +191,7 @@ class _RunsBelow:
 # ------------------------------------------------------------------------------ searched in results
 
 
-class _SearchedRuns:
+class SearchedRuns:
     """Runs below root/ALG/LOSS, found by their config.json."""
 
     def __init__(self, shared: Given, words: Sequence[str], root: str) -> None:
@@ -297,7 +321,8 @@ def _without(words: Sequence[str], name: str) -> list[str]:
 
 
 def _print_mean(folders: Sequence[pathlib.Path], wanted: int) -> None:
-    """Print mean and standard deviation of the test accuracies of finished runs."""
+    """Print mean and standard deviation of the test accuracies of finished runs, and their folders
+    in words for the next command."""
     accuracies = []
     for folder in folders:
         try:
@@ -313,3 +338,6 @@ def _print_mean(folders: Sequence[pathlib.Path], wanted: int) -> None:
             f"{len(accuracies)} of {wanted} seeds are done: test accuracy "
             f"{Statistics.of(accuracies)} %, of the best model of each run: {values}"
         )
+    if folders:
+        words = shlex.join(["--load-path", *map(str, folders)])
+        print(f"to evaluate, attack, audit or compare them: {words}")

@@ -34,15 +34,17 @@ def test_each_seed_is_trained_once_and_pooled(ok):
     values = [
         max(row["test_acc"] for row in state["history"]) for _, state in sorted(states().items())
     ]
-    last = out.splitlines()[-1]
-    assert (
-        "2 of 2 seeds are done" in last and out.count("best model: ") == 2 and "next: " not in out
-    )
-    assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (2) %" in last
+    mean, next_words = out.splitlines()[-2:]
+    assert "2 of 2 seeds are done" in mean and out.count("best model: ") == 2
+    assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (2) %" in mean
+    words = next_words.partition(": ")[2]
+    assert words.startswith("--load-path ") and words.split()[1:] == list(map(str, folders()))
+    assert ok("--todo evaluate --device -1", words).count("evaluated model.pt") == 2
     text = (folders()[0] / "hyperparameters.txt").read_text()
     assert "--seeds" not in text.splitlines()[0] and "--seed " in text.splitlines()[0]
     again = ok(TINY, "--seeds 3 4 --epochs 2")
-    assert again.splitlines()[-1] == last and again.count("already") == 2 and len(folders()) == 2
+    assert again.splitlines()[-2:] == [mean, next_words]
+    assert again.count("already") == 2 and len(folders()) == 2
     ok(TINY, "--seeds 3 4 5 --epochs 2 --T1 5")
     assert len(folders()) == 5, "other arguments are other runs"
     assert not list(pathlib.Path("results").rglob(".seed*"))
@@ -129,7 +131,8 @@ def test_only_trainings_of_exactly_these_epochs_are_averaged(ok):
     ok(TINY, "--seeds 3 --epochs 3")
     (longer,) = folders()
     out = ok(TINY, "--seeds 3 4 --epochs 2")
-    assert f"seed 3: {longer} has 3 epochs, not 2; it is left out of the mean" in out
+    assert f"seed 3: {longer} has 3 epochs, not 2; it is left out" in out
+    assert str(longer) not in out.splitlines()[-1]
     assert "1 of 2 seeds are done" in out and len(folders()) == 2
     shutil.rmtree(longer)
     ok(TINY, "--seeds 3 --epochs 1")
@@ -176,6 +179,11 @@ def test_a_run_that_cannot_be_read_is_named(cli):
 def test_what_makes_no_sense_is_refused(cli, words, message):
     code, _, err = cli(words)
     assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_folders_are_typed_for_a_shell(ok):
+    out = ok(TINY, "--seeds 3 --run-dir", pathlib.Path("two words"))
+    assert out.splitlines()[-1].endswith("--load-path 'two words/seed_3'")
 
 
 def test_a_failure_ends_the_series(cli):
