@@ -1,5 +1,6 @@
 """What tests of several modules share besides the fixtures of conftest."""
 
+import json
 import os
 import pathlib
 import struct
@@ -12,6 +13,7 @@ from conftest import ZOO, context
 import main
 import model_utils as mu
 from ART_Timesteps_Addition.audit import stages
+from experiment.results.store import Store
 from experiment.workers import Workers
 
 SEED_LINES = (pathlib.Path(__file__).parent / "seed_commands.txt").read_text().splitlines()
@@ -36,6 +38,18 @@ def start(folder, line):
     process = context.Process(target=enter, args=(str(folder), line.split()))
     process.start()
     return process
+
+
+def records(run, kind):
+    """The records of one kind in a run folder."""
+    return [record for record in Store(run).records if record.kind == kind]
+
+
+def forget(run, kind):
+    """Takes the records of one kind out of results.jsonl."""
+    path = run / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if json.loads(line)["kind"] != kind))
 
 
 def final_weights(run):

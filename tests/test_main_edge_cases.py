@@ -1,6 +1,7 @@
 """What an enemy's reading found: resumed sessions, tables that two processes write, files that are
 not what they say."""
 
+import itertools
 import pathlib
 import shutil
 import types
@@ -14,7 +15,8 @@ from data_utils import UserError
 from experiment.config import Config
 from experiment.plots import style, training
 from experiment.results.attacks import Sweep
-from experiment.results.audit import AuditFiles
+from experiment.results.audit import surrogate_identity
+from experiment.results.settings import audit
 from experiment.runs import resume
 from experiment.runs.folder import RunFolder
 
@@ -107,18 +109,15 @@ def test_no_attack_has_a_bound_that_is_no_number_of_float32(ok, cli, tmp_path, e
         assert "(or a fraction such as 8/255)" in err
 
 
-def test_audits_with_another_surrogate_or_end_are_other_audits(tmp_path):
+def test_audits_with_another_surrogate_or_end_are_other_audits():
     config = Config().replace(eps=0.1)
     models = [torch.nn.Linear(2, 2) for _ in range(2)]
-    settings = []
-    for surrogate, ends_early in ((None, 1e-3), (None, 0.0), (models[0], 1e-3), (models[1], 1e-3)):
-        run = RunFolder(tmp_path)
-        other = surrogate and (surrogate, Config().replace(T1=3))
-        identity = {**config.identity("audit"), "ends_early": ends_early}
-        files = AuditFiles(run, config, identity, "model.pt", other)
-        assert files.settings not in settings
-        settings.append(files.settings)
-        run.release()
+    surrogates = [surrogate_identity(model, config.replace(T1=3)) for model in models]
+    surrogates.append(surrogate_identity(models[0], config.replace(T1=4)))
+    found = [audit(config, 1e-3, surrogate) for surrogate in (None, *surrogates)]
+    found.append(audit(config, 0.0))
+    assert all(one != other for one, other in itertools.combinations(found, 2))
+    assert None not in [value for one in found for value in one.values()]
 
 
 def test_what_a_run_held_out_stays_held_out(ok, cli, zoo, tmp_path):

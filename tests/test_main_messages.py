@@ -209,7 +209,7 @@ def test_a_flag_without_effect_changes_nothing_and_says_so(cli, trained, todo):
         "audit": "--eps 0.5 --budget quick --test-size 2 --attack-step 2 --seed 1",
     }.get(todo, "")
     plain = cli(start, small)
-    for file in [*trained.glob("Adversarial_Accuracy.*"), *trained.glob("Audit_*")]:
+    for file in [*trained.glob("results.jsonl"), *trained.glob("Audit_*")]:
         file.unlink()
     code, out, err = cli(start, small, *map(given, idle))
     assert code == plain[0] == 0, err

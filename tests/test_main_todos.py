@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import only_run, tiers
 from make_cifar import write_cifar, write_corruptions
-from shared import start
+from shared import records, start
 
 import data_utils
 import main
@@ -22,8 +22,8 @@ import model_utils as mu
 from data_utils import CORRUPTIONS
 from energy.dynamics import relative_change
 from experiment import inference
-from experiment.results.read import read_run
-from experiment.results.values import Key
+from experiment.results.record import unpack
+from experiment.results.store import Store
 
 # --------------------------------------------------------------------------------------------------
 # characteristic
@@ -161,7 +161,7 @@ def test_corruptions_are_counted_right(ok, corrupted):
     out = ok(line(run))
     lines = (run / "Corruption_Accuracy.txt").read_text().splitlines()
     assert (
-        lines[0].startswith("# settings")
+        lines[0].startswith("# measured with: {")
         and lines[1].startswith("#")
         and lines[-1].startswith("# mean over all 19: ")
     )
@@ -176,13 +176,21 @@ def test_corruptions_are_counted_right(ok, corrupted):
     )
     assert (run / "Corruption_Accuracy.png").stat().st_size > 20000
 
-    ok(line(run, "--test-size 2"))  # the first of every severity; the other table is moved aside
-    assert (run / "Corruption_Accuracy_1.txt").read_text().splitlines() == lines and (
-        run / "Corruption_Accuracy_1.png"
-    ).exists()
+    found = next(r for r in records(run, "corruption") if r.settings["corruption"] == "fog")
+    assert found.value["accuracy"] == pytest.approx(right.mean(1).tolist())
+    assert (np.array([unpack(bits, 8) for bits in found.value["outcomes"]]) == right).all()
+    assert found.data["split"] == "test" and found.data["images"] == 8
+
+    ok(line(run, "--test-size 2"))  # the first of every severity
     assert entries(run / "Corruption_Accuracy.txt")["fog"] == right[:, :2].mean(1).tolist()
     ok(line(run, "--T1 2"))
-    assert (run / "Corruption_Accuracy_2.txt").exists()
+    assert settings(run)["predict_step"] == 2 and len(records(run, "corruption")) == 3 * 19
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "predict", lambda *_: pytest.fail("it was computed again"))
+        again = ok(line(run))
+    assert again == out
+    assert (run / "Corruption_Accuracy.txt").read_text().splitlines() == lines
+    assert not list(run.glob("Corruption_Accuracy_*"))
 
 
 def test_corruptions_are_counted_where_no_figure_can_be_drawn(cli, corrupted, monkeypatch):
@@ -205,34 +213,30 @@ def test_corruptions_are_counted_where_no_figure_can_be_drawn(cli, corrupted, mo
 def test_a_killed_run_goes_on_at_the_first_missing_corruption(ok, corrupted, monkeypatch):
     run, _ = corrupted
     ok(line(run))
-    text, evaluate, seen = run / "Corruption_Accuracy.txt", inference.evaluate, []
+    text, predict, seen = run / "Corruption_Accuracy.txt", inference.predict, []
     whole = text.read_text()
-    text.write_text("".join(whole.splitlines(keepends=True)[:-4]))
-    monkeypatch.setattr(
-        inference, "evaluate", lambda *args: seen.append(args[3]) or evaluate(*args)
-    )
+    path = run / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3])[:-40])
+    monkeypatch.setattr(inference, "predict", lambda *args: seen.append(args[3]) or predict(*args))
     ok(line(run))
-    assert text.read_text() == whole and len(seen) == 15 and seen[0] == "gaussian_blur, severity 1"
+    assert text.read_text() == whole and len(seen) == 20 and seen[0] == "speckle_noise, severity 1"
+    text.unlink()  # as after a kill between the last record and its table
     ok(line(run))
-    assert (
-        text.read_text() == whole
-        and len(seen) == 15
-        and not (run / "Corruption_Accuracy_1.txt").exists()
-    )
+    assert text.read_text() == whole and len(seen) == 20 and len(records(run, "corruption")) == 19
 
 
 def test_rows_are_there_as_soon_as_they_are_known(corrupted, cli, monkeypatch):
     run, _ = corrupted
-    evaluate, seen = inference.evaluate, []
+    predict, seen = inference.predict, []
 
     def interrupted(*args):
         if len(seen) == 12:  # in the middle of the third corruption
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         seen.append(1)
-        return evaluate(*args)
+        return predict(*args)
 
-    monkeypatch.setattr(inference, "evaluate", interrupted)
+    monkeypatch.setattr(inference, "predict", interrupted)
     code, _, err = cli(line(run))
     assert code == 143 and "2 corruptions are saved in" in err
     assert list(entries(run / "Corruption_Accuracy.txt")) == list(CORRUPTIONS[:2])
@@ -253,6 +257,33 @@ def test_a_process_killed_at_any_moment_goes_on(ok, corrupted, tmp_path):
     assert list(after) == list(CORRUPTIONS) and all(
         after[name] == shares for name, shares in first.items()
     )
+    assert len(records(run, "corruption")) == 19
+
+
+def test_two_processes_add_records_at_once(ok, corrupted, tmp_path):
+    run, _ = corrupted
+    words = [line(run), line(run, "--T1 2"), f"--todo evaluate --device -1 --load-path {run}"]
+    processes = [start(tmp_path, text) for text in [words[0], *words]]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    found = Store(run).records
+    assert len({record.identity for record in found}) == len(found) == 2 * 19 + 2
+    ok(words[0])
+    assert len(entries(run / "Corruption_Accuracy.txt")) == 19 and len(Store(run).records) == 40
+
+
+def test_further_training_leaves_the_records_of_the_earlier_weights(ok, corrupted):
+    run, _ = corrupted
+    ok(line(run, "--test-size 2"))
+    before = settings(run)["weights"]
+    state = torch.load(run / "model.pt", weights_only=True)
+    state["model_state_dict"]["synapses.0.bias"] += 1
+    torch.save(state, run / "model.pt")
+    ok(line(run, "--test-size 2"))
+    assert settings(run)["weights"] != before
+    weights = [record.model["weights"] for record in records(run, "corruption")]
+    assert weights == [before] * 19 + [settings(run)["weights"]] * 19
 
 
 def damage(folder, what):
@@ -370,11 +401,10 @@ def test_other_forms_of_the_same_folder_give_the_same_table(cli, corrupted):
         code, _, err = cli(line(run))
         assert code == 0 and note in err and err.count("note:") == bool(note), err
         tables.append((run / "Corruption_Accuracy.txt").read_text())
-        assert not (
-            run / "Corruption_Accuracy_1.txt"
-        ).exists()  # the same data, and the same fingerprints
+        # the same data, and the same fingerprints
+        assert len(records(run, "corruption")) == 19
         if note:  # evaluated anew
-            (run / "Corruption_Accuracy.txt").unlink()
+            (run / "results.jsonl").unlink()
     assert all(table == tables[0] for table in tables)
 
 
@@ -383,20 +413,19 @@ def test_images_between_the_whole_numbers_are_not_rounded(ok, corrupted):
     for name in CORRUPTIONS:
         np.save(folder / f"{name}.npy", np.load(folder / f"{name}.npy") / np.float32(300))
     ok(line(run, "--test-size 2"))
-    before = settings(run)["data"]
+    before = settings(run)["fingerprint"]
     np.save(folder / "fog.npy", np.rint(255 * np.load(folder / "fog.npy")).astype(np.uint8))
     ok(line(run, "--test-size 2"))
-    assert (run / "Corruption_Accuracy_1.txt").exists()
-    assert [name for name, value in settings(run)["data"].items() if before[name] != value] == [
-        "fog"
-    ]
+    after = settings(run)["fingerprint"]
+    assert [name for name, value in after.items() if before[name] != value] == ["fog"]
+    assert len(records(run, "corruption")) == 20
 
 
 def settings(run, name="Corruption_Accuracy.txt"):
-    text = next(
-        text for text in (run / name).read_text().splitlines() if text.startswith("# settings: ")
-    )
-    return json.loads(text.removeprefix("# settings: "))
+    """What the table says that it was measured with."""
+    prefix = "# measured with: "
+    lines = (run / name).read_text().splitlines()
+    return json.loads(next(text for text in lines if text.startswith(prefix))[len(prefix) :])
 
 
 def test_the_15_corruptions_of_the_published_means_are_enough(cli, ok, corrupted):
@@ -417,27 +446,17 @@ def test_the_15_corruptions_of_the_published_means_are_enough(cli, ok, corrupted
     assert text.read_text().splitlines()[-1] == f"# mean over the first 15: {mean:.6f}"
     assert out.splitlines()[-1] == f"mean accuracy over the first 15 corruptions {100 * mean:.2f} %"
     assert (run / "Corruption_Accuracy.png").exists()
-    found = {
-        key: value for key, value in read_run(run).values.items() if key.measure == "corruptions"
-    }
-    assert found[Key("corruptions", detail="first 15 corruptions")] == pytest.approx(100 * mean)
-    assert len(found) == 6
 
     for name, array in extra.items():
         np.save(folder / f"{name}.npy", array)
     ok(line(run))  # the others are added
     after = entries(text)
     assert list(after) == list(CORRUPTIONS) and all(after[name] == first[name] for name in first)
-    assert (
-        "mean over all 19: " in text.read_text()
-        and not (run / "Corruption_Accuracy_1.txt").exists()
-    )
-    found = {
-        key: value for key, value in read_run(run).values.items() if key.measure == "corruptions"
-    }
-    assert found[Key("corruptions", detail="first 15 corruptions")] == pytest.approx(100 * mean)
     everything = np.mean(list(after.values()))
-    assert found[Key("corruptions", detail="all 19 corruptions")] == pytest.approx(100 * everything)
+    assert text.read_text().splitlines()[-1] == (
+        f"# mean over all 19: {everything:.6f}, over the first 15: {mean:.6f}"
+    )
+    assert len(records(run, "corruption")) == 19
 
 
 def test_constant_labels_are_five_severities(ok, corrupted):
@@ -446,52 +465,42 @@ def test_constant_labels_are_five_severities(ok, corrupted):
     ok(line(run))
 
 
-def test_a_table_of_other_corrupted_images_is_moved_aside(ok, corrupted):
+def test_other_corrupted_images_are_measured_anew(ok, corrupted, monkeypatch):
     run, folder = corrupted
     ok(line(run))
     before = (run / "Corruption_Accuracy.txt").read_text()
-    np.save(folder / "fog.npy", 255 - np.load(folder / "fog.npy"))
+    fog = np.load(folder / "fog.npy")
+    predict, seen = inference.predict, []
+    monkeypatch.setattr(inference, "predict", lambda *args: seen.append(args[3]) or predict(*args))
+    np.save(folder / "fog.npy", 255 - fog)
     ok(line(run))
-    assert (run / "Corruption_Accuracy_1.txt").read_text() == before
-    # one of an earlier version, which did not record the images, is continued
-    text = run / "Corruption_Accuracy.txt"
-    known = {
-        name: value for name, value in settings(run).items() if name not in ("data", "compile")
-    }
-    rows = [row for row in text.read_text().splitlines() if row[0] != "#"][:-2]
-    text.write_text(
-        "\n".join(
-            [
-                "# settings: " + json.dumps(known, sort_keys=True),
-                "# corruption, accuracy at severity 1 to 5, of model.pt (epoch 1)",
-                *rows,
-            ]
-        )
-        + "\n"
-    )
+    assert seen == [f"fog, severity {n}" for n in range(1, 6)]
+    assert len(records(run, "corruption")) == 20
+    np.save(folder / "fog.npy", fog)
     ok(line(run))
-    assert text.read_text().splitlines()[2:-3] == rows and len(entries(text)) == 19
-    assert not (run / "Corruption_Accuracy_2.txt").exists() and "fog" in settings(run)["data"]
+    assert len(seen) == 5 and (run / "Corruption_Accuracy.txt").read_text() == before
 
 
-def test_a_characteristic_of_other_data_is_moved_aside(ok, corrupted, tmp_path):
+def test_a_characteristic_of_other_data_is_another_record(ok, corrupted, tmp_path):
     run, _ = corrupted
     words = f"--todo characteristic --device -1 --load-path {run} --T1 3"
-    ok(words)
-    before = (run / "Characteristic_Time.txt").read_text()
+    first = ok(words)
+    table = run / "Characteristic_Time.txt"
+    before = table.read_text()
     assert (
         len(settings(run, "Characteristic_Time.txt")["weights"]) == 16 and "computed on: " in before
     )
-    ok(words)
-    assert not (run / "Characteristic_Time_1.txt").exists()
     path = tmp_path / "data/cifar-10-batches-py/test_batch"
-    entry = pickle.loads(path.read_bytes())
+    original = path.read_bytes()
+    entry = pickle.loads(original)
     path.write_bytes(pickle.dumps({**entry, "labels": entry["labels"][::-1]}))
     ok(words)
-    kept = (run / "Characteristic_Time_1.txt").read_text()
-    assert [text for text in kept.splitlines() if text[0] != "#"] == [
-        text for text in before.splitlines() if text[0] != "#"
-    ] and (run / "Characteristic_Energy_1.png").exists()
+    assert table.read_text() != before and len(records(run, "characteristic")) == 2
+    path.write_bytes(original)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "characteristic", lambda *_: pytest.fail("computed again"))
+        assert ok(words) == first
+    assert table.read_text() == before and not list(run.glob("Characteristic_*_1.*"))
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,18 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import context
-from shared import AUDIT_BUDGET
+from shared import AUDIT_BUDGET, forget, records
 
 import main
 import metrics
 from ART_Timesteps_Addition.audit import criteria, stages
 from data_utils import load_split
+from experiment import inference
 from experiment.config import FLAGS, Config
+from experiment.results import settings
 from experiment.results.audit import AuditFiles
-from experiment.results.read import read_run
+from experiment.results.record import Record, unpack
+from experiment.results.store import Store
 from experiment.runs.folder import RunFolder
 
 LINE = "--todo audit --device -1 --test-size 6 --eps 1 --budget quick --attack-step 8"
@@ -95,6 +98,7 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
     assert standing[-1] == round(6 * result["robust"])
     text = (run / f"{stem}.txt").read_text()
     assert text.startswith("TRUSTED" if result["trusted"] else "NOT TRUSTED") and text in out
+    assert f"strongest gradient: {result['strongest']} (its PGD reached the smallest" in text
     with np.load(run / f"{stem}.npz") as file:
         x_adv = file["x_adv"]
     x = (load_split("digits", "", False, 6)[0].float() / 255).numpy()
@@ -106,12 +110,103 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
     assert (run / f"{stem}.png").stat().st_size
 
 
-def test_nothing_is_computed_twice(ok, tiny, audited, tmp_path, monkeypatch):
+@pytest.fixture
+def idle(monkeypatch):
+    """Makes every attack and every prediction of a data set fail the test."""
+    monkeypatch.setattr(stages.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
+    monkeypatch.setattr(inference, "predict", lambda *_: pytest.fail("it predicted again"))
+
+
+def test_a_repeated_audit_prints_its_record(ok, idle, audited, tmp_path):
     run = shutil.copytree(audited, tmp_path / "run")
-    first = (run / "Audit_2_1.json").read_text()
+    before = {name: (run / name).read_text() for name in ("Audit_2_1.json", "Audit_2_1.txt")}
+    for path in run.glob("Audit_2_1*"):
+        path.unlink()
+    out = ok(LINE, f"--load-path {run}")
+    assert {name: (run / name).read_text() for name in before} == before
+    assert before["Audit_2_1.txt"] in out and (run / "Audit_2_1.png").exists()
+    assert len(records(run, "audit")) == 1 and not (run / ".Audit_2_1.lock").exists()
+
+
+WRITTEN = ["Audit_2_1.npz", "results.jsonl", "Audit_2_1.txt", "Audit_2_1.json", "Audit_2_1.png"]
+
+
+@pytest.mark.parametrize("n", range(len(WRITTEN)))
+def test_a_kill_between_two_writes_loses_nothing(ok, audited, tmp_path, monkeypatch, n):
+    run = shutil.copytree(audited, tmp_path / "run")
+    for name in WRITTEN[n:]:
+        if name == "results.jsonl":
+            forget(run, "audit")
+        else:
+            (run / name).unlink()
     monkeypatch.setattr(stages.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
     ok(LINE, f"--load-path {run}")
-    assert (run / "Audit_2_1.json").read_text() == first
+    assert all((run / name).exists() for name in WRITTEN)
+    assert result_of(run) == result_of(audited)
+    (before,) = records(audited, "audit")
+    (after,) = records(run, "audit")
+    assert before.identity == after.identity and before.value == after.value
+
+
+def test_outcomes_are_paired_with_the_clean_predictions(audited):
+    (record,) = records(audited, "audit")
+    (clean,) = records(audited, "evaluate")
+    robust = unpack(record.value["outcomes"], 6)
+    correct = unpack(clean.value["outcomes"], 6)
+    assert robust.mean() == record.value["robust"] and not (robust & ~correct).any()
+    assert correct.mean() == clean.value["accuracy"] == record.value["clean"]
+    assert record.data["clean"] == clean.value["accuracy"]
+    assert {name: record.data[name] for name in clean.data} == clean.data
+    assert record.model == clean.model and 0 <= record.model["converged"] <= 1
+    with np.load(audited / "Audit_2_1.npz") as file:
+        assert str(file["identity"]) == record.identity
+
+
+def test_the_json_has_the_keys_that_scripts_know(audited):
+    result = json.loads((audited / "Audit_2_1.json").read_text())
+    assert {"clean", "robust", "interval", "images", "trusted", "checks", "attacks"} <= set(result)
+    assert "outcomes" not in result
+    own = result["settings"]
+    assert own["attack_norm"] == own["norm"] == "2" and own["eps"] == 1 and own["steps"] == [8]
+    assert own["budget"] == "quick" and len(own["weights"]) == len(own["data"]) == 16
+
+
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        (("value", "interval"), [0.1]),
+        (("value", "robust"), "high"),
+        (("value", "checks"), {"settled": {"passed": True}}),
+        (("value", "attacks"), [{"name": "\x1b[2J"}]),
+        (("value", "curve"), [[1, 2, 3]]),
+        (("settings", "eps"), "many"),
+    ],
+)
+def test_a_damaged_record_is_a_note(cli, tiny, audited, tmp_path, place, value):
+    run = shutil.copytree(audited, tmp_path / "run")
+    path = run / "results.jsonl"
+    *others, last = map(json.loads, path.read_text().splitlines())
+    part, name = place
+    last[part][name] = value
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*others, last]))
+    code, out, err = cli(LINE, f"--load-path {run}")
+    assert code == 0 and "1 damaged lines" in err and "TRUSTED" in out
+    assert result_of(run) == result_of(audited)
+
+
+def test_a_check_of_another_version_is_printed(audited):
+    result = json.loads((audited / "Audit_2_1.json").read_text())
+    check = {"passed": False, "value": 1, "limit": 2, "why": "a check that was removed"}
+    lines = criteria.verdict({**result, "checks": {"removed": check}}, "2", "1")
+    assert lines[0].startswith("NOT TRUSTED") and lines[0].endswith("failed: removed")
+    assert any("a check that was removed" in line for line in lines)
+
+
+def test_few_images_are_warned_of(audited):
+    result = json.loads((audited / "Audit_2_1.json").read_text())
+    assert "warning: 6 images prove little" in criteria.verdict(result, "2", "1")[1]
+    many = criteria.verdict({**result, "images": 50}, "2", "1")
+    assert not any("warning" in line for line in many)
 
 
 def killed_in(folder, words, stage):
@@ -149,8 +244,9 @@ def test_stages_of_other_settings_are_not_taken(audited, tmp_path):
 
     def files(**changes):
         run.release()
-        config = Config().replace(eps=1.0, **changes)
-        return AuditFiles(run, config, config.identity("audit"), "model.pt")
+        own = settings.audit(Config().replace(eps=1.0, **changes), 1e-3)
+        wanted = Record("audit", {"weights": "0"}, {"fingerprint": "1"}, own, {})
+        return AuditFiles(run, Store(run.folder), wanted, "model.pt")
 
     assert files().load("a") is None
     files().save("a", {"x": np.ones(3)}, {"facts": [1]})
@@ -216,34 +312,24 @@ DAMAGE = {
 def test_a_damaged_stage_is_computed_again(ok, tiny, audited, tmp_path, damage):
     run = shutil.copytree(audited, tmp_path / "run")
     DAMAGE[damage](run / "Audit_2_1_f.npz")
+    forget(run, "audit")
     out = ok(LINE, f"--load-path {run}")
     assert out.count("images still classified correctly,") == 1 and "stage f" in out
     assert result_of(run) == result_of(audited)
 
 
-def test_the_result_of_other_settings_is_moved_aside(ok, audited, tmp_path):
+def test_another_audit_replaces_the_files_and_keeps_the_record(cli, audited, tmp_path):
     run = shutil.copytree(audited, tmp_path / "run")
-    before = result_of(run)
-    ok(LINE, f"--load-path {run}")
-    assert not list(run.glob("Audit_2_1_1.*"))  # the same again
-    ok(LINE, f"--load-path {run} --test-size 4")
-    assert result_of(run, "Audit_2_1_1") == before and result_of(run)["images"] == 4
-    assert {path.suffix for path in run.glob("Audit_2_1_1.*")} == {".json", ".txt", ".png", ".npz"}
-    keys = [key for key in read_run(run).values if key.measure == "audit"]
-    assert [key.detail for key in keys] == ["quick, 4 images"]
-
-
-def test_a_kill_while_a_result_moves_aside_leaves_no_half(audited, tmp_path):
-    run = RunFolder(shutil.copytree(audited, tmp_path / "run"))
-    (run.folder / "Audit_2_1.json").rename(run.folder / "Audit_2_1_1.json")
-    AuditFiles(run, Config().replace(eps=1.0), {}, "model.pt")
-    assert not [path for path in run.folder.glob("Audit_2_1.*") if path.suffix != ".lock"]
-    assert {path.suffix for path in run.folder.glob("Audit_2_1_1.*")} == {
-        ".json",
-        ".txt",
-        ".png",
-        ".npz",
-    }
+    before = (run / "Audit_2_1.json").read_text()
+    code, _, err = cli(LINE, f"--load-path {run} --test-size 4")
+    assert code == 0 and "note: Audit_2_1.npz contained the adversarial examples" in err
+    assert result_of(run)["images"] == 4 and not list(run.glob("Audit_2_1_1.*"))
+    assert [record.data["images"] for record in records(run, "audit")] == [6, 4]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
+        code, _, err = cli(LINE, f"--load-path {run}")
+    assert code == 0 and "note: Audit_2_1.npz contains the adversarial examples of an audit" in err
+    assert (run / "Audit_2_1.json").read_text() == before and len(records(run, "audit")) == 2
 
 
 def test_an_audit_says_what_was_examined(audited):

@@ -1,9 +1,10 @@
-"""What a run leaves behind besides its models: config.json, predictions.csv, relaxations,
-TensorBoard."""
+"""What a run leaves behind besides its models: config.json, predictions.csv, relaxations, their
+records, TensorBoard."""
 
 import csv
 import importlib.util
 import json
+import math
 import re
 import sys
 import types
@@ -11,10 +12,14 @@ import types
 import pytest
 import torch
 from conftest import only_run
+from shared import records
 
 import model_utils as mu
+from energy import gdu
 from experiment import inference
 from experiment.plots.training import accuracy
+from experiment.results.record import unpack
+from experiment.results.store import Store
 from experiment.runs.folder import RunFolder, fingerprint
 
 DIGITS = "--task digits --device -1 --train-size 120 --mbs 30 --seed 3 "
@@ -105,6 +110,116 @@ def test_without_save_evaluate_keeps_no_predictions(ok, trained):
     (trained / "predictions.csv").unlink(missing_ok=True)
     ok(f"--todo evaluate --device -1 --load-path {trained} --test-size 20")
     assert not (trained / "predictions.csv").exists()
+
+
+# ---- records
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Makes every computation of these commands fail the test."""
+    for name in ("evaluate", "predict", "characteristic", "relaxation"):
+        monkeypatch.setattr(inference, name, lambda *_: pytest.fail("it was computed again"))
+    monkeypatch.setattr(gdu, "gdu_report", lambda *_, **__: pytest.fail("it was computed again"))
+
+
+@pytest.mark.parametrize("more", ["", "--tol 0.001", "--T1 5"])
+def test_evaluate_prints_again_what_it_measured(ok, request, zoo, tmp_path, more):
+    run = zoo.copy("recorded MLP", tmp_path)
+    words = f"--todo evaluate --device -1 --load-path {run} --test-size 90 {more}"
+    first = ok(words)
+    request.getfixturevalue("idle")
+    assert ok(words) == first and len(records(run, "evaluate")) == 2
+    assert (run / "hyperparameters.txt").read_text().count("evaluated model.pt") == 2
+
+
+def test_evaluate_has_a_record_for_each_split(ok, tmp_path):
+    ok(MLP, "--save --val-size 30")
+    run = only_run(tmp_path)
+    words = f"--todo evaluate --device -1 --load-path {run} --test-size 90"
+    out = ok(words)
+    found = {record.data["split"]: record for record in records(run, "evaluate")}
+    assert {name: record.data["images"] for name, record in found.items()} == {
+        "train": 90,
+        "validation": 30,
+        "test": 90,
+    }
+    for name, record in found.items():
+        assert f"{name} accuracy {100 * record.value['accuracy']:.2f} %" in out
+        assert record.model["chosen_on"] == "validation" and record.model["epoch"] == 1
+    test = found["test"]
+    assert unpack(test.value["outcomes"], 90).mean() == pytest.approx(test.value["accuracy"])
+    assert f"{100 * test.model['converged']:.2f} % of 90 test images converged" in out
+    ok(words, "--tol 0.01 --T1 7")
+    *_, last = records(run, "evaluate")
+    assert last.settings["tol"] == 0.01 and last.settings["predict_step"] == 7
+    assert 1 <= last.value["steps_mean"] <= last.value["steps_max"] <= 7
+    assert len(records(run, "evaluate")) == 6
+
+
+def test_further_training_leaves_the_records_of_the_earlier_weights(ok, zoo, tmp_path):
+    run = zoo.copy("recorded MLP", tmp_path)
+    words = f"--device -1 --load-path {run / 'checkpoint.tar'} --test-size 40"
+    for todo in ("evaluate", "characteristic", "gducheck --save"):
+        ok(f"--todo {todo} {words}")
+    before = Store(run).records
+    ok(f"--device -1 --load-path {run}")
+    for todo in ("evaluate", "characteristic", "gducheck --save"):
+        ok(f"--todo {todo} {words}")
+    after = Store(run).records
+    assert after[: len(before)] == before and len(after) == 2 * len(before) == 8
+    assert [record.model["epoch"] for record in after] == [2] * 4 + [3] * 4
+    assert len({record.model["weights"] for record in after}) == 2
+
+
+@pytest.mark.parametrize("name", ["recorded MLP", "recorded VFMLP"])
+def test_characteristic_prints_again_what_it_measured(ok, request, zoo, tmp_path, name):
+    run = zoo.copy(name, tmp_path)
+    words = f"--todo characteristic --device -1 --load-path {run} --test-size 40"
+    first = ok(words)
+    table = (run / "Characteristic_Time.txt").read_text()
+    ok(words, "--T1 5")
+    assert (run / "Characteristic_Time.txt").read_text() != table
+    (record, other) = records(run, "characteristic")
+    assert record.settings["T1"] == 12 and other.settings["T1"] == 5
+    assert record.model["converged"] == record.value["converged"][-1]
+    assert (record.value["energy"] is None) == ("VF" in name)
+    request.getfixturevalue("idle")
+    assert ok(words) == first and (run / "Characteristic_Time.txt").read_text() == table
+
+
+def test_values_that_are_not_finite_are_printed_again(ok, zoo, tmp_path, monkeypatch):
+    run = zoo.copy("recorded MLP", tmp_path)
+    words = f"--todo characteristic --device -1 --load-path {run} --test-size 40 --T1 2"
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "relaxation", lambda *_: ([math.inf, 0.5], [math.nan, 1.0]))
+        first = ok(words)
+    assert ok(words) == first
+    assert columns(run / "Characteristic_Time.txt")["energy"][1] == 1
+
+
+def test_gducheck_prints_again_what_it_measured(ok, request, zoo, tmp_path):
+    run = zoo.copy("recorded MLP", tmp_path)
+    words = f"--todo gducheck --device -1 --load-path {run} --thirdphase"
+    without = ok(words)
+    assert not records(run, "gducheck") and not (run / "gducheck.csv").exists()
+    first = ok(words, "--save")
+    assert without in first
+    rows = (run / "gducheck.csv").read_text()
+    assert ok(words, "--save") == first and (run / "gducheck.csv").read_text() == rows
+    ok(words, "--save --betas 0 0.3")
+    record, other = records(run, "gducheck")
+    assert record.settings["betas"] == [0, 0.5] and other.settings["betas"] == [0, 0.3]
+    assert record.data["images"] == 20 and record.value["verdict"] in first
+    assert len(list(csv.DictReader(open(run / "gducheck.csv")))) == 2 * len(record.value["rows"])
+    request.getfixturevalue("idle")
+    assert ok(words) == without
+
+
+def test_gducheck_of_a_new_model_has_a_record(ok, tmp_path):
+    ok("--todo gducheck --save", MLP)
+    (record,) = records(only_run(tmp_path), "gducheck")
+    assert record.model["epoch"] == 0 and record.model["file"] == "checkpoint.tar"
 
 
 @pytest.mark.usefixtures("full_figures")

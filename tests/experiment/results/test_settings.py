@@ -7,17 +7,17 @@ import shutil
 import socket
 import types
 
-import numpy as np
 import pytest
 import torch
 from conftest import only_run
 from shared import AUDIT_BUDGET as BUDGET
-from shared import final_weights, write_mnist
+from shared import final_weights, forget, records, write_mnist
 
 from ART_Timesteps_Addition.audit import stages
 from data_utils import UserError
 from experiment.config import Config
 from experiment.devices import validate_device
+from experiment.results import settings
 from experiment.results.compare import group_runs
 from experiment.results.read import read_run
 
@@ -165,6 +165,7 @@ def test_a_run_and_its_results_have_host_and_threads(ok, zoo, tmp_path, monkeypa
     assert (run / "Adversarial_Accuracy.txt").read_text() == before
     path = run / "Audit_2_1_f.npz"
     path.unlink()
+    forget(run, "audit")
     ok(audited)
     result = json.loads((run / "Audit_2_1.json").read_text())
     assert [place.removesuffix("s") for place in result["computed_on"]] == [there, here]
@@ -267,91 +268,101 @@ def test_seeds_take_no_run_of_other_data_as_done(ok, data):
     assert len(group_runs([read_run(run) for run in folders()])) == 1
 
 
-def test_a_sweep_of_other_data_is_moved_aside(ok, tmp_path, data):
+def test_a_sweep_of_other_data_is_another_record(ok, tmp_path, data):
     ok(MNIST, f"--data-dir {data[0]}")
     run = only_run(tmp_path)
     line = f"{ATTACK} --load-path {run} --attack fgsm --attack-restarts 2"
+    text = run / "Adversarial_Accuracy_fgsm_2.txt"
     ok(line, f"--eps-list 1 --data-dir {data[0]}")
-    before = (run / "Adversarial_Accuracy_fgsm_2.txt").read_text()
+    before = text.read_text()
     ok(line, f"--eps-list 1 2 --data-dir {data[1]}")
-    assert (run / "Adversarial_Accuracy_fgsm_2_1.txt").read_text() == before
-    ok(line, f"--eps-list 1 2 --data-dir {data[0]}")  # is found again
-    assert len(list(csv.DictReader(open(run / "Adversarial_Accuracy_fgsm_2_1.csv")))) == 2
-    assert not (run / "Adversarial_Accuracy_fgsm_2_2.txt").exists()
+    assert len(records(run, "attack")) == 3 and text.read_text() != before
+    ok(line, f"--eps-list 1 --data-dir {data[0]}")  # is found again
+    assert len(records(run, "attack")) == 3 and text.read_text() == before
+    rows = list(csv.DictReader(open(text.with_suffix(".csv"))))
+    assert [row["eps"] for row in rows] == ["1.0", "1.0", "2.0"]
+    assert not list(run.glob("Adversarial_Accuracy*_1.*"))
 
 
-def told(path, *without):
-    """The settings of a table, and its text with settings that lack some, as it once was."""
-    lines = path.read_text().splitlines()
-    place = next(n for n, text in enumerate(lines) if text.startswith("# settings: "))
-    settings = json.loads(lines[place].removeprefix("# settings: "))
-    lines[place] = "# settings: " + json.dumps(
-        {k: v for k, v in settings.items() if k not in without}, sort_keys=True
-    )
-    return settings, "\n".join(lines) + "\n"
-
-
-@pytest.mark.parametrize(
-    "attack", ["pgd --attack-iters 2", "pgd --attack-iters 2 --attack-restarts 1", "fgsm"]
-)
-def test_a_sweep_of_an_earlier_version_is_continued(ok, zoo, tmp_path, attack):
-    run = zoo.copy("tiny seed 3", tmp_path)
-    line = f"{ATTACK} --load-path {run} --test-size 8 --attack {attack}"
-    ok(line, "--eps-list 1")
-    (text,) = run.glob("Adversarial_Accuracy*.txt")
-    settings, old = told(text, "data", "compile")
-    assert len(settings["data"]) == 16 and settings["compile"] is False
-    text.write_text(old)
-    table = text.with_suffix(".csv")
-    table.write_text(
-        "\n".join(
-            row.rpartition(',"')[0] if '"' in row else row.removesuffix(",computed_on")
-            for row in table.read_text().splitlines()
-        )
-        + "\n"
-    )
-    ok(line, "--eps-list 1 2")
-    rows = list(csv.DictReader(open(table)))
-    assert [row["eps"] for row in rows] == ["1.0", "2.0"] and told(text)[0] == settings
-    assert [bool(row["computed_on"]) for row in rows] == [False, True]
-    assert len(list(run.glob("Adversarial_Accuracy*.txt"))) == 1
-    ok(line, "--eps-list 1 2 --tol 0.01")
-    assert len(list(run.glob("Adversarial_Accuracy*.txt"))) == 2
-
-
-def test_an_audit_of_other_data_is_another_audit(ok, tmp_path, data, monkeypatch):
+def test_an_audit_of_other_data_is_another_audit(cli, ok, tmp_path, data, monkeypatch):
     monkeypatch.setitem(stages.BUDGETS, "quick", BUDGET)
     ok(MNIST, f"--data-dir {data[0]}")
     run = only_run(tmp_path)
     line = f"{AUDIT} --load-path {run}"
     ok(line, f"--data-dir {data[0]}")
-    old = (run / "Audit_2_1.json").read_text()
-    for path in [
-        *run.glob("Audit_2_1_?.npz"),
-        run / "Audit_2_1.json",
-    ]:  # as an earlier version wrote it
-        if path.suffix == ".json":
-            result = json.loads(path.read_text())
-            del result["settings"]["data"], result["settings"]["compile"], result["computed_on"]
-            path.write_text(json.dumps(result))
-            continue
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files if name != "computed_on"}
-        settings = json.loads(str(arrays["settings"]))
-        del settings["data"], settings["compile"]
-        np.savez(path, **{**arrays, "settings": json.dumps(settings)})
-    with monkeypatch.context() as patch:
-        patch.setattr(stages.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
-        ok(line, f"--data-dir {data[0]}")
-    assert not (run / "Audit_2_1_1.json").exists()
+    old = json.loads((run / "Audit_2_1.json").read_text())
+    code, _, err = cli(line, f"--data-dir {data[1]}")
+    assert code == 0 and "Audit_2_1.npz contained the adversarial examples of an audit" in err
     new = json.loads((run / "Audit_2_1.json").read_text())
-    assert new == {**json.loads(old), "computed_on": []}
-    ok(line, f"--data-dir {data[1]}")
-    assert json.loads((run / "Audit_2_1_1.json").read_text()) == new
+    assert new["settings"]["data"] != old["settings"]["data"]
+    first, second = records(run, "audit")
     assert (
-        json.loads((run / "Audit_2_1.json").read_text())["settings"]["data"]
-        != new["settings"]["data"]
+        first.data["fingerprint"] == old["settings"]["data"]
+        and first.value["robust"] == old["robust"]
     )
+    assert second.data["fingerprint"] == new["settings"]["data"]
+
+
+# ---- what identifies a measurement
+
+
+SETTINGS = {
+    "evaluate": lambda config: settings.prediction(config, config.learning.T1),
+    "audit": lambda config: settings.audit(config.replace(eps=0.5), 1e-3),
+    "corruption": lambda config: settings.corruption(config, "fog"),
+    "characteristic": settings.characteristic,
+    "gducheck": settings.gducheck,
+}
+CHANGES = {
+    "evaluate": ("mbs", "precision", "T1", "tol", "compile"),
+    "audit": (
+        "attack_norm", "no_clip", "budget", "seed", "mbs", "precision", "T1", "predict_step",
+        "attack_step", "tol", "compile",
+    ),
+    "corruption": ("mbs", "precision", "T1", "tol", "compile"),
+    "characteristic": ("mbs", "precision", "T1", "tol", "compile"),
+    "gducheck": ("T1", "T2", "betas", "thirdphase", "alg", "compile"),
+}  # fmt: skip
+OTHER = {
+    "mbs": 7,
+    "precision": "bf16",
+    "T1": 9,
+    "T2": 3,
+    "tol": 0.1,
+    "compile": True,
+    "attack_norm": "inf",
+    "no_clip": True,
+    "budget": "quick",
+    "seed": 4,
+    "predict_step": 3,
+    "attack_step": [2],
+    "betas": [0.0, 0.3],
+    "thirdphase": True,
+    "alg": "BPTT",
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_everything_that_changes_a_number_identifies_it(kind):
+    of = SETTINGS[kind]
+    plain = of(Config())
+    for name in CHANGES[kind]:
+        assert of(Config().replace(**{name: OTHER[name]})) != plain, name
+    assert None not in plain.values()  # which would match any value
+    assert plain == of(Config().replace(data_dir="elsewhere", device=3, figures="pdf"))
+    assert json.loads(json.dumps(plain)) == plain
+
+
+def test_an_audit_has_the_version_of_the_attacks(monkeypatch):
+    own = SETTINGS["audit"](Config())
+    assert own["libraries"].keys() == {"adversarial-robustness-toolbox", "torchattacks"}
+    monkeypatch.setattr(settings, "ATTACK_VERSION", own["version"] + 1)
+    assert SETTINGS["audit"](Config()) != own
+
+
+def test_a_feed_forward_network_has_no_steps():
+    own = SETTINGS["audit"](Config().replace(model="FFCNN", alg="BP"))
+    assert not {"predict_step", "steps", "tol", "ends_early"} & own.keys()
 
 
 # ---- how an attack was made

@@ -152,7 +152,7 @@ def test_no_lock_follows_a_link(cli, zoo, tmp_path, kind):
     for name, words in [
         (".lock", "--epochs 1"),
         (".Audit_2_0.5.lock", "--todo audit --eps 0.5"),
-        (".Adversarial_Accuracy.lock", "--todo attack --eps-list 0.5 --attack-step 2"),
+        (".results.lock", "--todo attack --eps-list 0.5 --attack-step 2"),
     ]:
         plant(run / name, victim, kind)
         code, _, err = cli(f"{words} --device -1 --load-path {run}")
