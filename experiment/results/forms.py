@@ -86,7 +86,12 @@ _VALUES: dict[str, Form] = {
         "unsettled": _optional(_number),
         "convergence_images": _optional(_count),
     },
-    "attack": {"adversarial": _share, "masked": _share, "mean_norm": _optional(_number)},
+    "attack": {
+        "adversarial": _share,
+        "masked": _share,
+        "unmoved": _share,
+        "mean_norm": lambda value: _number(value) and value >= 0,
+    },
     "audit": {
         "clean": _share,
         "robust": _share,
@@ -134,8 +139,8 @@ _SETTINGS: dict[str, Form] = {
 }
 FORMS: dict[str, Form] = {
     kind: {
-        "model": {"converged": _optional(_share)},
-        "data": {"images": _count},
+        "model": {"weights": _optional(_name), "converged": _optional(_share)},
+        "data": {"images": _count, "fingerprint": _optional(_name)},
         "settings": _SETTINGS[kind],
         "value": _VALUES[kind],
         "versions": {},

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiment.devices import computed_on
 from experiment.results.forms import FORMS, has_form
-from experiment.runs.files import parse_json
+from experiment.runs.files import parse_json, printable
 from experiment.runs.folder import versions
 
 PARTS = ("model", "data", "settings", "value", "versions")
@@ -67,8 +67,8 @@ class Record:
         record = cls(
             str(content.get("kind")),
             **{name: content.get(name, {}) for name in PARTS},
-            when=str(content.get("when", "")),
-            computed_on=str(content.get("computed_on", "")),
+            when=printable(content.get("when", "")),
+            computed_on=printable(content.get("computed_on", "")),
         )
         if not record.is_valid:
             raise ValueError("it is no record of this version")

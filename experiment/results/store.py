@@ -20,6 +20,7 @@ from experiment.results.record import Record
 from experiment.runs.files import TEXT, Busy, Lock, WriteFailed, why
 
 FILE = "results.jsonl"
+LARGEST = 2**30  # bytes of a file that is read
 LONGEST_WAIT = 60.0  # seconds for other processes to write their records
 
 
@@ -36,33 +37,22 @@ class Store:
         self._identities: dict[str, Record] = {}
         self._incomplete: list[Record] = []  # with settings that were not recorded
         self._end = 0  # of the lines that have been read, in bytes
+        self._last = b""  # of these lines
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the records that were added since. Damaged lines are left out, with a note."""
-        try:
-            with open_regular(self.path) as file:
-                if os.fstat(file.fileno()).st_size < self._end:  # another file of that name
-                    self._forget()
-                file.seek(self._end)
-                lines = file.read()
-        except FileNotFoundError:
-            if self._end or not self.records:
-                self._forget()
+        """Read the records that were added since. Damaged lines are left out, with a note. Raises
+        UserError if the file cannot be read."""
+        lines = self._new_lines()
+        if not self._end and (lines or not self.records):
+            self._forget()
+            if not lines:
                 for record in read_tables(self.path.parent):
-                    if record.is_valid:
-                        self._take(record)
-            return
-        except OSError as e:
-            raise UserError(f"{self.path} cannot be read: {why(e)}") from None
-        except ValueError as e:
-            raise UserError(f"{self.path} cannot be read: {one_line(e)}") from None
-        if lines and not self._end:
-            self._forget()  # the tables of earlier versions are among the lines
-        whole = lines[: lines.rfind(b"\n") + 1]
-        self._end += len(whole)
+                    self._take(record)
         damaged = 0
-        for line in whole.splitlines():
+        for line in lines:
+            self._end += len(line)
+            self._last = line
             try:
                 self._take(Record.from_json(line.decode(**TEXT)))
             except (ValueError, TypeError):
@@ -78,18 +68,19 @@ class Store:
         """The record of the same measurement; None without one."""
         found = self._identities.get(wanted.identity)
         if found is None:
-            found = next((record for record in self._incomplete if record.answers(wanted)), None)
+            latest_first = reversed(self._incomplete)
+            found = next((record for record in latest_first if record.answers(wanted)), None)
         return found
 
     def add(self, *records: Record) -> None:
         """Append those records that are not in the file yet, in one write. Raises WriteFailed."""
         with self.locked():
             self.refresh()
-            new = [record for record in records if self.find(record) is None]
-            if not self.path.exists():
-                new = [*self.records, *new]  # those of earlier versions first
+            new = {record.identity: record for record in records if self.find(record) is None}
             if new:
-                self._append("".join(record.to_json() + "\n" for record in new))
+                of_earlier_versions = [] if self._end else self.records
+                added = [*of_earlier_versions, *new.values()]
+                self._append("".join(record.to_json() + "\n" for record in added))
                 self.refresh()
 
     @contextlib.contextmanager
@@ -112,15 +103,39 @@ class Store:
 
     # ---- inside
 
+    def _new_lines(self) -> list[bytes]:
+        """The whole lines behind those that have been read; all lines of a file that does not
+        contain these any more, because another process has replaced it."""
+        try:
+            with open_regular(self.path) as file:
+                if os.fstat(file.fileno()).st_size > LARGEST:
+                    raise ValueError(f"it has more than {LARGEST:,} bytes")
+                file.seek(self._end - len(self._last))
+                text = file.read()
+                if not text.startswith(self._last):
+                    self._forget()
+                    file.seek(0)
+                    text = file.read()
+        except FileNotFoundError:
+            if self._end:
+                self._forget()
+            return []
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be read: {why(e)}") from None
+        except ValueError as e:
+            raise UserError(f"{self.path} cannot be read: {one_line(e)}") from None
+        return [line + b"\n" for line in text[len(self._last) :].split(b"\n")[:-1]]
+
     def _append(self, text: str) -> None:
         """Append lines. A line without an end is what a full disk or a crash of the machine left of
-        a record: it is removed."""
+        a record: it is removed. So is what a failed write leaves."""
+        unwritten = text.encode(**TEXT)
         try:
-            with open(self.path, "ab", opener=refusing_links) as file:
+            with open(self.path, "ab", buffering=0, opener=refusing_links) as file:
                 file.truncate(self._end)
                 try:
-                    file.write(text.encode(**TEXT))
-                    file.flush()
+                    while unwritten:
+                        unwritten = unwritten[file.write(unwritten) :]
                 except BaseException:
                     with contextlib.suppress(OSError):
                         file.truncate(self._end)
@@ -133,6 +148,7 @@ class Store:
         self._identities = {}
         self._incomplete = []
         self._end = 0
+        self._last = b""
 
     def _take(self, record: Record) -> None:
         self.records.append(record)
