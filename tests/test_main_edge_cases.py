@@ -14,20 +14,12 @@ import model_utils as mu
 from data_utils import UserError
 from experiment.config import Config
 from experiment.plots import style, training
-from experiment.results.attacks import Sweep
 from experiment.results.audit import surrogate_identity
 from experiment.results.settings import audit
 from experiment.runs import resume
 from experiment.runs.folder import RunFolder
 
 TINY = ZOO["tiny"]
-SETTINGS = {"attack": "pgd", "attack_norm": "2", "images": 20, "task": "digits"}
-
-
-def result(share=0.5):
-    import numpy as np
-
-    return {"bptt": {"correct": np.array([share]), "masked": 0.0, "unmoved": 0.0, "mean_norm": 1.0}}
 
 
 def test_the_resume_line_has_what_no_epoch_has_yet(zoo, tmp_path):
@@ -55,49 +47,6 @@ def test_a_resumption_without_an_epoch_leaves_no_trace(ok, cli, zoo, tmp_path, m
     ok(f"--device -1 --load-path {run} --T1 9")
     assert "T1: 9  # before: 8" in (run / "hyperparameters.txt").read_text()
     assert '"T1": 9' in (run / "config.json").read_text()
-
-
-def test_two_sweeps_do_not_write_one_table(tmp_path):
-    first = RunFolder(tmp_path)
-    sweep = Sweep(first, SETTINGS, 0.9, "model.pt")
-    sweep.add(0.1, result())
-    for settings in (SETTINGS, {**SETTINGS, "images": 10}):
-        with pytest.raises(UserError, match="Adversarial_Accuracy in .* is being written already"):
-            Sweep(RunFolder(tmp_path), settings, 0.9, "model.pt")
-    other = RunFolder(tmp_path)
-    Sweep(other, {**SETTINGS, "attack": "fgsm"}, 0.9, "model.pt")
-    other.release(), first.release()
-    again = RunFolder(tmp_path)
-    assert len(Sweep(again, SETTINGS, 0.9, "model.pt").rows) == 1 and not list(
-        tmp_path.glob(".*2.lock")
-    )
-    again.release()
-
-
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("0.1,bptt", "0.1x,bptt"),
-        ("adversarial", "other"),
-        ("0.500000", "nan"),
-        ("0.1,bptt", "1e-320,bptt"),
-        ("0.1,bptt", "1e300,bptt"),
-        ("0.1,bptt", "-0.1,bptt"),
-        ("0.500000", "1.5"),
-        ("0.1,bptt", "0.1,"),
-    ],
-)
-def test_a_damaged_table_is_one_line(tmp_path, old, new):
-    run = RunFolder(tmp_path)
-    Sweep(run, SETTINGS, 0.9, "model.pt").add(0.1, result())
-    run.release()
-    table = tmp_path / "Adversarial_Accuracy.csv"
-    table.write_text(table.read_text().replace(old, new))
-    kept = table.read_bytes()
-    with pytest.raises(UserError, match="is damaged"):
-        Sweep(run, SETTINGS, 0.9, "model.pt")
-    run.release()
-    assert table.read_bytes() == kept
 
 
 @pytest.mark.parametrize("eps", ["1e-320", "1e-30", "1e300", "1e-300/3", "-1"])

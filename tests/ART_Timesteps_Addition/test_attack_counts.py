@@ -46,8 +46,9 @@ def changed(run, folder, weights=None, config=None):
 
 def table(run, stem="Adversarial_Accuracy"):
     """(settings, rows) of a sweep."""
-    settings = (run / f"{stem}.txt").read_text().splitlines()[0].removeprefix("# settings: ")
-    return json.loads(settings), list(csv.DictReader(open(run / f"{stem}.csv")))
+    header = (run / f"{stem}.txt").read_text().splitlines()[0]
+    settings = json.loads(header.removeprefix("# measured with: "))
+    return settings, list(csv.DictReader(open(run / f"{stem}.csv")))
 
 
 def digits(n):
@@ -346,20 +347,24 @@ def test_the_default_of_attack_step(ok, trained, tmp_path, words, steps):
     for saved in [[29], [15]] if not words else [[29]]:
         run = changed(trained("mse"), tmp_path / str(saved), config={"attack_step": saved})
         ok(f"{ATTACK} --load-path {run} --attack-iters 1 --test-size 2 --eps-list 0 {words}")
-        assert table(run)[0]["attack_step"] == steps
+        settings, (row,) = table(run)
+        assert settings["steps"] == steps and row["steps"] == str(steps)
 
 
-def test_a_table_of_29_steps_is_not_continued_with_another_number(ok, trained, tmp_path):
+def test_a_sweep_of_29_steps_is_not_continued_with_another_number(ok, trained, tmp_path):
     run = changed(trained("mse"), tmp_path / "run", config={"attack_step": [29]})
     line = f"{ATTACK} --load-path {run} --attack-iters 1 --test-size 4"
     ok(line, "--attack-step 29 --eps-list 0.5")
-    before = (run / "Adversarial_Accuracy.txt").read_text()
+    _, (before,) = table(run)
     ok(line, "--eps-list 0.5 1")
-    assert (run / "Adversarial_Accuracy_1.txt").read_text() == before
     settings, rows = table(run)
-    assert settings["attack_step"] == T1 and [float(row["eps"]) for row in rows] == [0.5, 1]
+    assert settings["steps"] == T1 and rows[2] == {**before, "grad": "bptt@29"}
+    assert [(row["steps"], float(row["eps"])) for row in rows[:2]] == [("12", 0.5), ("12", 1)]
     ok(line, "--attack-step 29 --eps-list 1")
-    assert len(table(run, "Adversarial_Accuracy_1")[1]) == 2 and table(run) == (settings, rows)
+    settings, others = table(run)
+    assert settings["steps"] == 29 and others[0] == before
+    assert [(row["steps"], float(row["eps"])) for row in others[:2]] == [("29", 0.5), ("29", 1)]
+    assert [{**row, "grad": "bptt"} for row in others[2:]] == rows[:2]
 
 
 def test_a_loaded_run_gives_a_classifier_of_as_many_steps(trained, tmp_path):

@@ -103,10 +103,15 @@ def test_a_sweep_goes_on_and_keeps_what_other_settings_gave(ok, trained, tmp_pat
     process.join()
     ok(line, f"--load-path {twice}/")
     assert (twice / f"{name}.txt").read_text() == (once / f"{name}.txt").read_text()
-    assert rows(twice, name) == rows(once, name)
+    assert [{**row, "when": ""} for row in rows(twice, name)] == [
+        {**row, "when": ""} for row in rows(once, name)
+    ]
     before = (once / f"{name}.txt").read_text()
     ok(line, f"--load-path {once} --attack-iters 3")
-    assert (once / f"{name}_1.txt").read_text() == before != (once / f"{name}.txt").read_text()
+    assert (once / f"{name}.txt").read_text() != before
+    assert [row["iters"] for row in rows(once, name)] == ["3"] * 3 + ["4"] * 3
+    ok(line, f"--load-path {once}")
+    assert (once / f"{name}.txt").read_text() == before
 
 
 def saturated():
@@ -384,26 +389,30 @@ def listing(run):
 def test_a_sweep_is_found_again_by_its_settings(ok, trained, tmp_path, monkeypatch):
     run, stem = fresh(trained, tmp_path), "Adversarial_Accuracy_fgsm_2"
     line = f"{COMMON} --load-path {run} --attack fgsm"
+    texts = {}
     for more in ("--no-clip", "", "--attack-start equilibrium"):
         ok(line, more, "--eps-list 0.5 1")
+        texts[more] = (run / f"{stem}.txt").read_text()
+    assert len(set(texts.values())) == 3
     before, attack, eps_seen = listing(run), mu.attack, []
-    assert {f"{stem}{n}.{end}" for n in ("", "_1", "_2") for end in ("txt", "csv", "png")} <= set(
-        before
-    )
+    assert not [name for name in before if name.startswith(f"{stem}_")]
     monkeypatch.setattr(mu, "attack", lambda *args: eps_seen.append(args[4]) or attack(*args))
     for more in ("", "--no-clip", "--attack-start equilibrium"):
         ok(line, more, "--eps-list 1 0.5 0.5")
+        assert (run / f"{stem}.txt").read_text() == texts[more]
     after = listing(run)
     assert not eps_seen and {n: c for n, c in after.items() if n[-3:] != "png"} == {
         n: c for n, c in before.items() if n[-3:] != "png"
     }
     ok(line, "--no-clip --eps-list 2 0.5 2")
     assert eps_seen == [2.0]
-    assert [float(row["eps"]) for row in rows(run, f"{stem}_1")] == [0.5, 1, 2]
+    table = [(row["clip"], row["start"], float(row["eps"])) for row in rows(run, stem)]
+    assert table[:3] == [("False", "zero", eps) for eps in (0.5, 1, 2)]
+    assert sorted(table[3:]) == [
+        ("True", start, eps) for start in ("equilibrium", "zero") for eps in (0.5, 1)
+    ]
     assert [
-        text.split()[0]
-        for text in (run / f"{stem}_1.txt").read_text().splitlines()
-        if text[0] != "#"
+        text.split()[0] for text in (run / f"{stem}.txt").read_text().splitlines() if text[0] != "#"
     ] == ["0.5", "1", "2"]
 
 
@@ -423,17 +432,17 @@ def test_a_row_that_a_kill_kept_from_the_text_is_in_it_when_the_sweep_goes_on(
         assert (run / f"{stem}.txt").read_text() == whole and len(rows(run, stem)) == 2
 
 
-def test_a_move_that_a_kill_ended_is_finished(ok, trained, tmp_path):
+def test_tables_are_written_again_from_the_records(ok, trained, tmp_path, monkeypatch):
     run, stem = fresh(trained, tmp_path), "Adversarial_Accuracy_fgsm_2"
     line = f"{COMMON} --load-path {run} --attack fgsm --eps-list 0.5 1"
     ok(line)
-    (run / f"{stem}.csv").rename(
-        run / f"{stem}_1.csv"
-    )  # the first of the files that are moved aside
-    table = (run / f"{stem}_1.csv").read_bytes()
-    ok(line)
-    assert (run / f"{stem}_1.csv").read_bytes() == table and len(rows(run, f"{stem}_1")) == 2
-    assert not (run / f"{stem}.csv").exists()
+    written = {path: path.read_bytes() for path in run.glob(f"{stem}.*") if path.suffix != ".png"}
+    monkeypatch.setattr(mu, "attack", lambda *_: pytest.fail("an attack ran again"))
+    for path in written:
+        path.unlink()
+        ok(line)
+        assert {path: path.read_bytes() for path in written} == written
+    assert len(written) == 2
 
 
 def test_an_image_is_masked_in_the_worst_if_it_is_in_every_attack():

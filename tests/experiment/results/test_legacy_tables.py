@@ -37,13 +37,13 @@ def write_sweep(run, rows, stem="Adversarial_Accuracy", without=(), **own):
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         for eps, grad, accuracy in rows:
-            values = [repr(eps), grad, "0.250000", f"{accuracy:.6f}", "0.000000", "0.000000", "0.5"]
+            values = [eps, grad, "0.250000", f"{accuracy:.6f}", "0.000000", "0.000000", "0.5"]
             writer.writerow(dict(zip(COLUMNS, [*values, "old, 4 threads"])))
     lines = [
         f"# settings: {json.dumps(recorded, sort_keys=True)}",
         "# examined: model.pt (epoch 1, the best on the test images); computed on: old, 4 threads",
         "# eps, clean accuracy, adversarial accuracy (of the strongest gradient, per image)",
-        *(f"{eps:g} 0.250000 {accuracy:.6f}" for eps, _, accuracy in rows),
+        *(f"{eps} 0.250000 {accuracy:.6f}" for eps, _, accuracy in rows),
     ]
     (run / f"{stem}.txt").write_text("\n".join(lines) + "\n")
 
@@ -258,6 +258,12 @@ def test_what_is_no_table_of_an_earlier_version_gives_nothing(run, measured, cap
         ({}, [(1.0, "bptt", 1.5)], ()),
         ({}, [(float("nan"), "bptt", 0.5)], ()),
         ({}, [(-1.0, "bptt", 0.5)], ()),
+        ({}, [("0.1x", "bptt", 0.5)], ()),
+        ({}, [(1e-320, "bptt", 0.5)], ()),
+        ({}, [(1e300, "bptt", 0.5)], ()),
+        ({}, [(1.0, "", 0.5)], ()),
+        ({}, [(1.0, "bptt", float("nan"))], ()),
+        ({}, [(1.0, "bptt", 0.5)], ("adversarial",)),
         ({}, [(1.0, "bptt", 0.5)], ("mean_norm",)),
         ({"x": "x" * 10_000}, [], ()),
     ],
