@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from data_files import open_regular, refusing_links
 from data_utils import UserError, one_line
@@ -27,8 +27,8 @@ LONGEST_WAIT = 60.0  # seconds for other processes to write their records
 class Store:
     """The records of one run folder, in the order in which they were added.
 
-    New ones of other processes are read by `refresh`. The tables of earlier versions are read once:
-    when a folder without results.jsonl gets its first record."""
+    New ones of other processes are read by `refresh`. In a folder without results.jsonl they are
+    those of the tables of earlier versions; the first block of `locked` writes them to the file."""
 
     def __init__(self, folder: str | os.PathLike) -> None:
         """Raises UserError if the file cannot be read."""
@@ -75,18 +75,16 @@ class Store:
     def add(self, *records: Record) -> None:
         """Append those records that are not in the file yet, in one write. Raises WriteFailed."""
         with self.locked():
-            self.refresh()
             new = {record.identity: record for record in records if self.find(record) is None}
-            if new:
-                of_earlier_versions = [] if self._end else self.records
-                added = [*of_earlier_versions, *new.values()]
-                self._append("".join(record.to_json() + "\n" for record in added))
-                self.refresh()
+            self._append(new.values())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """A block in which no other process writes records, or files made from them. Waits for the
-        others. Raises Busy after a minute."""
+        others. Raises Busy after a minute.
+
+        It begins with all records of other processes. Those of earlier versions are in the file
+        then, because their tables may be replaced in the block. Raises WriteFailed."""
         lock = None
         start = time.monotonic()
         while lock is None:
@@ -97,6 +95,9 @@ class Store:
                     raise
                 time.sleep(0.02)
         try:
+            self.refresh()
+            if not self._end:
+                self._append(self.records)
             yield
         finally:
             lock.release()
@@ -126,10 +127,12 @@ class Store:
             raise UserError(f"{self.path} cannot be read: {one_line(e)}") from None
         return [line + b"\n" for line in text[len(self._last) :].split(b"\n")[:-1]]
 
-    def _append(self, text: str) -> None:
-        """Append lines. A line without an end is what a full disk or a crash of the machine left of
-        a record: it is removed. So is what a failed write leaves."""
-        unwritten = text.encode(**TEXT)
+    def _append(self, records: Collection[Record]) -> None:
+        """Append records and read them. A line without an end is what a full disk or a crash of the
+        machine left of a record: it is removed. So is what a failed write leaves."""
+        unwritten = "".join(record.to_json() + "\n" for record in records).encode(**TEXT)
+        if not unwritten:
+            return
         try:
             with open(self.path, "ab", buffering=0, opener=refusing_links) as file:
                 file.truncate(self._end)
@@ -142,6 +145,7 @@ class Store:
                     raise
         except OSError as e:
             raise WriteFailed(f"cannot write {self.path}: {why(e)}") from None
+        self.refresh()
 
     def _forget(self) -> None:
         self.records = []

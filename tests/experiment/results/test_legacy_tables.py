@@ -1,6 +1,7 @@
 """Tables of earlier versions, made by hand as these versions wrote them."""
 
 import csv
+import dataclasses
 import json
 import types
 
@@ -8,7 +9,9 @@ import pytest
 
 import data_utils
 import model_utils
-from experiment.results import legacy
+from ART_Timesteps_Addition.audit import stages
+from experiment.config import Config
+from experiment.results import legacy, settings
 from experiment.results.legacy import read_tables
 from experiment.results.record import Record
 from experiment.results.store import Store
@@ -217,7 +220,7 @@ def test_tables_are_read_only_without_records(run, measured, capsys):
     write_sweep(run, [(1.0, "bptt", 0.125)], **measured)
     store = Store(run)
     assert len(store.records) == 1
-    new = Record("evaluate", {"weights": "a"}, {"images": 8}, {}, {})
+    new = Record("evaluate", {"weights": "a"}, {"images": 8}, {}, {"accuracy": 0.5})
     store.add(new)
     write_sweep(run, [(1.0, "bptt", 0.5), (2.0, "bptt", 0.5)], **measured)
     assert [r.kind for r in store.records] == [r.kind for r in Store(run).records]
@@ -292,3 +295,173 @@ def test_a_csv_with_many_columns_and_rows_takes_little_memory(run, measured):
     more = ",".join(map(str, range(10**5)))
     table.write_text(f"{names},{more}\n" + f"{row}\n" * 20_000)
     assert len(read_tables(run)) == legacy.MOST_ROWS
+
+
+# ---- audits, corruptions, accuracy over the time steps
+
+CHECK = {"passed": False, "value": 2, "limit": 4, "why": "time steps"}
+AUDIT = {
+    "clean": 0.25, "robust": 0.125, "interval": [0.0, 0.5], "images": 8, "trusted": False,
+    "checks": {"attack_steps": CHECK},
+    "attacks": [
+        {"stage": "b", "name": "pgd bptt@2 from zero", "broken": 1, "standing": 1, "masked": 0.0,
+         "seconds": 0.1, "settings": {}},
+    ],
+    "strongest": "pgd bptt@2 from zero", "curve": [[0.0, 1.0], [1.0, 0.5]], "sample": 2,
+    "early": {"t": 1, "robust": 0.25, "over_time": [0.25, 0.0]}, "seconds": {"a": 0.0},
+    "model": "model.pt (epoch 1, the best on the test images)", "computed_on": ["old, 4 threads"],
+}  # fmt: skip
+AUDITED = {
+    "precision": "fp32", "compile": False, "seed": 3, "task": "digits", "test_size": 8, "mbs": 20,
+    "T1": 4, "tol": 0.0, "attack_norm": "2", "attack_step": [2], "predict_step": None,
+    "no_clip": False, "eps": 1.0, "budget": "quick", "surrogate": None, "ends_early": 0.001,
+}  # fmt: skip
+
+
+def write_audit(run, stem="Audit_2_1", without=(), result=AUDIT, **own):
+    recorded = {name: value for name, value in {**AUDITED, **own}.items() if name not in without}
+    result = {name: value for name, value in result.items() if name not in without}
+    (run / f"{stem}.json").write_text(json.dumps({**result, "settings": recorded}, indent=1))
+
+
+@pytest.mark.parametrize("without", [(), ("data", "compile", "computed_on")])
+def test_an_audit_of_an_earlier_version_is_found(ok, run, measured, monkeypatch, without):
+    monkeypatch.setattr(stages.Audit, "run", lambda *_: pytest.fail("the audit ran again"))
+    write_audit(run, without=without, **measured)
+    ok(f"--todo audit --device -1 --load-path {run} --test-size 8 --eps 1 --budget quick "
+       "--attack-step 2")  # fmt: skip
+    (record,) = [record for record in Store(run).records if record.kind == "audit"]
+    assert record.value == {name: part for name, part in AUDIT.items() if name not in without}
+    result = json.loads((run / "Audit_2_1.json").read_text())
+    assert result["robust"] == 0.125 and result["settings"]["weights"] == measured["weights"]
+    assert "NOT TRUSTED: 12.5 %" in (run / "Audit_2_1.txt").read_text()
+    (run / "results.jsonl").unlink()
+    assert read_tables(run) == []  # the result is one of this version now
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"data": "0" * 16}, {"weights": "0" * 16}, {"tol": 0.01}, {"precision": "tf32"},
+        {"compile": True}, {"no_clip": True}, {"predict_step": 3}, {"attack_step": [2, 3]},
+        {"seed": 4}, {"mbs": 19}, {"budget": "standard"}, {"eps": 1.5}, {"attack_norm": "inf"},
+        {"surrogate": ["a", 4, "mse"]}, {"ends_early": 0.0}, {"T1": 5},
+    ],
+)  # fmt: skip
+def test_an_audit_with_another_setting_is_not_found(run, measured, own):
+    write_audit(run, "Audit_2_1_1", **measured)
+    write_audit(run, "Audit_2_1", **{**measured, **own})
+    before, after = read_tables(run)
+    assert not before.answers(after) and not after.answers(before)
+    assert before.answers(dataclasses.replace(before, value={}))
+
+
+def test_an_audit_of_all_attack_steps_and_predictions_is_found(run, measured):
+    write_audit(run, predict_step=3, attack_step=[3, 2], **measured)
+    (record,) = read_tables(run)
+    config = Config().replace(
+        model="MLP", seed=3, predict_step=3, attack_step=[2, 3], eps=1.0, budget="quick"
+    )
+    wanted = settings.audit(config, 0.001)
+    assert record.answers(dataclasses.replace(record, settings=wanted))
+
+
+def write_corruptions(run, rows, stem="Corruption_Accuracy", **own):
+    recorded = {
+        "T1": 4, "compile": False, "images": 8, "precision": "fp32", "tol": 0.0, "weights": "w",
+        "data": {"gaussian_noise": "a", "fog": "b"}, **own,
+    }  # fmt: skip
+    lines = [
+        f"# settings: {json.dumps(recorded, sort_keys=True)}",
+        "# corruption, accuracy at severity 1 to 5, of model.pt (epoch 1, the best on the test "
+        "images); computed on: old, 4 threads",
+        *rows,
+        "# mean over the first 15: 0.5",
+    ]
+    (run / f"{stem}.txt").write_text("\n".join(lines) + "\n")
+
+
+ROWS = ["gaussian_noise 0.5 0.4 0.3 0.2 0.1", "fog 0.5 0.5 0.5 0.5 0.5"]
+
+
+def test_corruptions_of_an_earlier_version_are_records(run):
+    write_corruptions(run, ROWS[1:], "Corruption_Accuracy_1", data={}, tol=0.01)
+    write_corruptions(run, ROWS)
+    old, noise, fog = read_tables(run)
+    assert noise.value == {"accuracy": [0.5, 0.4, 0.3, 0.2, 0.1]}
+    assert (noise.data["fingerprint"], fog.data["fingerprint"]) == ("a", "b")
+    assert (noise.data["images"], noise.data["task"], noise.model["epoch"]) == (8, "digits", 1)
+    assert noise.computed_on == "old, 4 threads"
+    wanted = settings.corruption(Config().replace(model="MLP", T1=4, mbs=7), "fog")
+    wanted = dataclasses.replace(fog, settings=wanted)
+    assert fog.answers(wanted) and not noise.answers(wanted) and not old.answers(wanted)
+    assert old.data["fingerprint"] is None and old.settings["tol"] == 0.01
+
+
+def write_characteristic(run, rows, settled="relative change over the last min(5, t) steps", **own):
+    recorded = {"T1": 4, "compile": False, "images": 8, "precision": "fp32", **own}
+    lines = [
+        "# model.pt (epoch 1, the best on the test images), T1 = 4, 8 test images, settled: share "
+        f"of images that have converged, whose {settled} is below 0.0001; computed on: old",
+        f"# settings: {json.dumps(recorded, sort_keys=True)}",
+        "# of the first 5 of them, means: residual, the relative change in the step; energy, Phi",
+        "# t accuracy settled residual energy",
+        *rows,
+    ]
+    (run / "Characteristic_Time.txt").write_text("\n".join(lines) + "\n")
+
+
+STEPS = [f"{t} 0.{t} 0.0{t} 1e-{t} {'nan' if t == 3 else -t}" for t in range(1, 5)]
+
+
+def test_accuracies_over_time_steps_of_an_earlier_version_are_found(ok, run, measured, monkeypatch):
+    again = "experiment.inference.characteristic"
+    monkeypatch.setattr(again, lambda *_, **__: pytest.fail("it was computed again"))
+    write_characteristic(run, STEPS, **measured)
+    out = ok(f"--todo characteristic --device -1 --load-path {run} --test-size 8")
+    assert "test accuracy 40.00 %" in out and "4.00 % converged" in out
+    (record,) = [record for record in Store(run).records if record.kind == "characteristic"]
+    assert record.value == {
+        "accuracy": [0.1, 0.2, 0.3, 0.4], "converged": [0.01, 0.02, 0.03, 0.04],
+        "residual": [0.1, 0.01, 0.001, 0.0001], "energy": [-1, -2, None, -4], "relaxed_images": 5,
+    }  # fmt: skip
+    assert record.computed_on == "old" and record.model["converged"] == 0.04
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda run: write_audit(run, without=("robust",), weights="w"),
+        lambda run: write_audit(run, weights="w", eps=0),
+        lambda run: write_audit(run, weights="w", surrogate="x"),
+        lambda run: write_audit(run, weights="w", result={**AUDIT, "checks": {"a": None}}),
+        lambda run: write_audit(run, weights="w", result={**AUDIT, "clean": "0.5"}),
+        lambda run: write_audit(run, weights="w", result={**AUDIT, "images": 10**400}),
+        lambda run: write_audit(run, weights="w", result={**AUDIT, "attacks": [{}]}),
+        lambda run: (run / "Audit_2_1.json").write_text("{"),
+        lambda run: (run / "Audit_2_1.json").write_text("[]"),
+        lambda run: (run / "Audit_2_1.json").write_text(" " * (legacy.LONGEST_TABLE + 1)),
+        lambda run: (run / "Audit_2_1.json").mkdir(),
+        lambda run: write_corruptions(run, ["fog 0.5 0.5 0.5 0.5"]),
+        lambda run: write_corruptions(run, ["fog 0.5 0.5 0.5 0.5 1.5"]),
+        lambda run: write_corruptions(run, ["unknown 0.5 0.5 0.5 0.5 0.5"]),
+        lambda run: write_corruptions(run, ROWS, data=["a"]),
+        lambda run: write_corruptions(run, ROWS, T1="4"),
+        lambda run: write_characteristic(run, STEPS[:3], weights="w"),
+        lambda run: write_characteristic(run, ["1 0.1 0.1 0.1"] * 4, weights="w"),
+        lambda run: write_characteristic(run, ["1 x 0.1 0.1 1"] * 4, weights="w"),
+        lambda run: write_characteristic(run, STEPS, "step is small", weights="w"),
+    ],
+)
+def test_another_damaged_table_is_left_out_with_a_note(run, capsys, write):
+    write(run)
+    assert read_tables(run) == []
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: {run}") and "is left out: " in err and err.count("\n") == 1
+
+
+def test_a_folder_without_a_model_gives_nothing(tmp_path, capsys):
+    write_corruptions(tmp_path, ROWS)
+    assert read_tables(tmp_path) == []
+    err = capsys.readouterr().err
+    assert "has no model.pt or checkpoint.tar" in err and err.count("\n") == 1
