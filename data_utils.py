@@ -59,7 +59,8 @@ class Task:
 
     read: (data_dir, train) -> the parts of a split
     mean, std: of the normalisation (image / 255 - mean) / std, per channel
-    augments: whether flips and shifts keep the meaning of the images"""
+    augments: whether flips and shifts keep the meaning of the images
+    class_names: one per class; none if the classes are digits"""
 
     read: Callable[[str, bool], list[Part]]
     channels: int
@@ -68,6 +69,12 @@ class Task:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     augments: bool = False
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return self.class_names or tuple(map(str, range(self.classes)))
 
     @property
     def inputs(self) -> int:
@@ -215,15 +222,47 @@ def _read_cifar(dataset: Any, data_dir: pathlib.Path, train: bool) -> list[Part]
     return [parts[name] for name in batches]
 
 
+FASHION_MNIST = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
+CIFAR10 = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+CIFAR100 = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
+    crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
+    lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+    oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+    possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+    spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
+    train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 TASKS = {
     "digits": Task(_read_digits, 1, 28, 10),
     "MNIST": Task(_torchvision("MNIST", _read_mnist), 1, 28, 10),
-    "FashionMNIST": Task(_torchvision("FashionMNIST", _read_mnist), 1, 28, 10),
+    "FashionMNIST": Task(
+        _torchvision("FashionMNIST", _read_mnist), 1, 28, 10, class_names=FASHION_MNIST
+    ),
     "CIFAR10": Task(
-        _torchvision("CIFAR10", _read_cifar), 3, 32, 10, CIFAR_MEAN, CIFAR_STD, augments=True
+        _torchvision("CIFAR10", _read_cifar),
+        3,
+        32,
+        10,
+        CIFAR_MEAN,
+        CIFAR_STD,
+        augments=True,
+        class_names=CIFAR10,
     ),
     "CIFAR100": Task(
-        _torchvision("CIFAR100", _read_cifar), 3, 32, 100, CIFAR_MEAN, CIFAR_STD, augments=True
+        _torchvision("CIFAR100", _read_cifar),
+        3,
+        32,
+        100,
+        CIFAR_MEAN,
+        CIFAR_STD,
+        augments=True,
+        class_names=tuple(name.replace("_", " ") for name in CIFAR100.split()),
     ),
 }
 

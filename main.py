@@ -385,7 +385,7 @@ def evaluate(job: Job) -> None:
         if saves and predictions is not None:
             model = record.model
             name = f"{model['file']}@{model['epoch']}:{model['weights']}"
-            write_predictions(run, predictions, job.task.classes, name)
+            write_predictions(run, predictions, job.task, name)
             print(describe_predictions(run, config.model.loss))
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MASKED = 0.01  # share of masked images above which an accuracy is only an upper bound
+
 # ------------------------------------------------------------------------------------------- NumPy
 
 

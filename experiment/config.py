@@ -170,7 +170,7 @@ class Session:
         todos=("train",),
         metavar="DIR",
     )
-    figures: str = _session("png", "file format of figures", choices=("png", "pdf"))
+    figures: str = _session("png", "file format of figures", choices=("png", "pdf", "svg"))
     tensorboard: bool = _session(
         False,
         "write the scalars of every epoch to RUN/tensorboard (needs the package tensorboard)",
@@ -688,7 +688,7 @@ class Config:
 
     @property
     def about(self) -> str:
-        """Model and task, for titles of figures."""
+        """Model and task, for the captions of figures."""
         return f"{self.model.kind} on {self.data.task}"
 
     @property

@@ -2,7 +2,6 @@
 not what they say."""
 
 import itertools
-import pathlib
 import shutil
 import types
 
@@ -13,11 +12,10 @@ from conftest import ZOO, only_run
 import model_utils as mu
 from data_utils import UserError
 from experiment.config import Config
-from experiment.plots import style, training
+from experiment.plots import attacks, style
 from experiment.results.audit import surrogate_identity
 from experiment.results.settings import audit
 from experiment.runs import resume
-from experiment.runs.folder import RunFolder
 
 TINY = ZOO["tiny"]
 
@@ -120,9 +118,7 @@ def test_a_crafted_run_is_refused_from_python(zoo, tmp_path):
 
 
 def test_no_text_from_outside_is_a_formula(tmp_path):
-    rows = [{"epoch": 1, "train_acc": 1.0, "test_acc": 1.0}]
-    figure = training.accuracy(rows, 1, {1: "--data-dir $\\foo$ (until now ./data)"})
+    row = {"eps": "0.1", "grad": "$\\foo$", "adversarial": "0.5", "masked": "0"}
+    figure = attacks.sweep([row], "pgd", "2", 10, 0.9)
     with style.style():
         figure.savefig(tmp_path / "a.png")
-        figure.suptitle(style.run_title(pathlib.Path("results/$\\foo$"), "MLP"))
-        figure.savefig(tmp_path / "b.png")

@@ -9,23 +9,31 @@ import numpy as np
 
 from experiment.plots.style import (
     ACCURACY,
-    IMAGE_EPS,
+    beside,
     chance_line,
-    eps_label,
-    eps_ticks,
+    curve_style,
+    eps_axis,
     heat_map,
-    integer_ticks,
     legend_below,
+    literal,
     new_figure,
     norm_name,
     style,
 )
-from experiment.text import count
-from metrics import wilson
+from experiment.text import count, format_eps
+from metrics import MASKED, wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+STAGES = {  # of an audit
+    "b": "PGD",
+    "c": "standard ensemble",
+    "d": "without gradients",
+    "e": "dynamics",
+    "f": "sanity",
+}
 
 
 @style()
@@ -41,38 +49,40 @@ def sweep(
 
     rows: of a `results.attacks.Sweep`; clean, chance: clean accuracy and accuracy of guessing, as
     shares."""
-    figure = new_figure(
-        f"Accuracy under attack: {attack}, {norm_name(norm)} norm, {count(images, 'image')}"
+    caption = (
+        f"Accuracy under attack over eps: {attack}, {norm_name(norm)} norm, "
+        f"{count(images, 'test image')}, clean accuracy {100 * clean:.2f} % at eps = 0. Bars: 95 % "
+        "intervals (Wilson); curves are offset sideways."
     )
-    axes = figure.add_subplot(
-        xlabel=f"{norm_name(norm)} {IMAGE_EPS}", ylabel=ACCURACY, xscale="log", ylim=(-2, 102)
-    )
-    low, high = (100 * share for share in wilson(clean, images))
-    axes.axhspan(low, high, color="0.8", alpha=0.5, linewidth=0)
-    label = f"clean ({100 * clean:.2f} %)"
-    axes.axhline(100 * clean, color="black", linewidth=1, linestyle="-", marker="", label=label)
-    chance_line(axes, None if chance is None else 100 * chance)
+    figure = new_figure(caption, height=2.1)
+    axes = figure.add_subplot(ylabel=ACCURACY, ylim=(-3, 103))
     rows = [row for row in rows if float(row["eps"]) > 0]
+    eps_axis(axes, {float(row["eps"]) for row in rows}, norm)
     grads = list(dict.fromkeys(row["grad"] for row in rows))
+    masked = {row["grad"] for row in rows if float(row["masked"]) > MASKED}
     for n, grad in enumerate(grads):
         own = [row for row in rows if row["grad"] == grad]
-        masked = any(float(row["masked"]) > 0.01 for row in own)
-        eps = np.array([float(row["eps"]) for row in own])
-        shares = np.array([float(row["adversarial"]) for row in own])
+        shares = np.array([clean, *(float(row["adversarial"]) for row in own)])
         intervals = np.array([wilson(share, images) for share in shares])
         axes.errorbar(
-            eps * 1.012 ** (n - (len(grads) - 1) / 2),  # side by side, as curves often coincide
+            [0.0, *(float(row["eps"]) for row in own)],
             100 * shares,
             100 * np.abs(intervals.T - shares),
-            color=f"C{n}",
-            marker="os^Dv"[n % 5],
-            linestyle=("-", "--", "-.", ":")[n % 4],
-            label=f"{grad}, an upper bound: gradients vanish" if masked else grad,
+            transform=beside(axes, n, len(grads)),
+            elinewidth=0.7,
+            fillstyle="none" if grad in masked else "full",
+            label=literal(f"{grad} (upper bound)" if grad in masked else grad),
+            **curve_style(n),
         )
-    if rows:
-        eps_ticks(axes, list({float(row["eps"]) for row in rows}), norm)
-    title = f"bars and band: 95 % intervals (Wilson) for {count(images, 'image')}"
-    legend_below(figure, 3, title=title)
+    if not rows:
+        axes.plot([0.0], [100 * clean], "o", color="black", label="clean")
+    chance_line(axes, None if chance is None else 100 * chance)
+    if masked:
+        figure.set_label(
+            f"{caption} Hollow: an upper bound, as the gradient of more than {100 * MASKED:g} % of "
+            "the images vanished."
+        )
+    legend_below(figure)
     return figure
 
 
@@ -82,36 +92,42 @@ def adversarial_examples(
     labels: np.ndarray,
     clean: np.ndarray,
     result: Mapping[str, Any],
-    title: str,
-    shown: int = 6,
+    caption: str,
+    names: Sequence[str],
+    shown: int = 7,
 ) -> Figure:
     """Some adversarial examples, misclassified ones first; rows: image, change, adversarial
     example.
 
     images: (n, C, H, W) in [0, 1]; labels: (n,); clean: (n,) bool, whether the image is classified
-    correctly; result: of `model_utils.attack`. The change is the mean over the channels, on one
-    scale for all images."""
+    correctly; result: of `model_utils.attack`; names: of the classes. The change is the mean over
+    the channels, on one scale for all images."""
     chosen, selection = _choose_examples(clean & ~result["correct"], shown)
     changes = (result["x_adv"] - images)[chosen].mean(1)
     scale = np.abs(changes).max(initial=0.0) or 1.0
-    figure = new_figure(title, 1.15 * len(chosen) + 1.6, 4.4)
-    panels = figure.subplots(3, len(chosen), squeeze=False)
+    over = ", mean over the colours" if images.shape[1] > 1 else ""
+    figure = new_figure(
+        f"{caption}. {selection} Above each image its class, below its adversarial example the "
+        f"predicted one (*: the image without the attack is misclassified); change{over}.",
+        columns=2,
+        height=3.1,
+    )
+    panels = figure.subplots(3, shown, squeeze=False)
     for (above, middle, below), i, change in zip(panels.T, chosen, changes):
         _show_image(above, images[i])
-        above.set_title(f"true {labels[i]}\n" + ("correct" if clean[i] else "misclassified"))
+        above.set_title(names[labels[i]] + ("" if clean[i] else "*"))
         drawn = middle.imshow(change, cmap="PuOr", vmin=-scale, vmax=scale)
         _show_image(below, result["x_adv"][i])
-        below.set_title(f"predicted {result['prediction'][i]}")
+        below.set_xlabel(names[result["prediction"][i]])
     for axes in panels.flat:
-        axes.title.set_fontsize(8)
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
         axes.spines[:].set_visible(False)
+    for axes in panels[:, len(chosen) :].flat:
+        axes.remove()
     for axes, name in zip(panels[:, 0], ("image", "change", "adversarial\nexample")):
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
-    label = "change, mean of\nthe colours" if images.shape[1] > 1 else "change"
-    figure.colorbar(drawn, ax=list(panels[1]), label=label, shrink=0.9)
-    figure.supxlabel(selection, fontsize=8)
+        axes.set_ylabel(name)
+    figure.colorbar(drawn, ax=list(panels[1, : len(chosen)]), pad=0.01, aspect=12)
     return figure
 
 
@@ -121,8 +137,8 @@ def _choose_examples(fooled: np.ndarray, shown: int) -> tuple[np.ndarray, str]:
     chosen = np.argsort(~fooled, kind="stable")[:shown]
     examples = f"{count(int(fooled[chosen].sum()), 'test image')} misclassified only under attack"
     if fooled[chosen].all():
-        return chosen, f"Shown: the first {examples}."
-    return chosen, f"Shown: all {examples}, then the first others."
+        return chosen, f"The first {examples}."
+    return chosen, f"All {examples}, then the first others."
 
 
 def _show_image(axes: Axes, image: np.ndarray) -> None:
@@ -132,52 +148,69 @@ def _show_image(axes: Axes, image: np.ndarray) -> None:
 
 
 @style()
-def audit(result: Mapping[str, Any], title: str) -> Figure:
-    """Robust images after each attack of an audit, and accuracy over eps. result: the audit's
+def audit(result: Mapping[str, Any], budget: str) -> Figure:
+    """Robust accuracy after each attack of an audit, and accuracy over eps. result: the audit's
     JSON."""
     images = result["images"]
+    clean = 100 * result["clean"]
     robust = 100 * result["robust"]
-    verdict = "trusted" if result["trusted"] else "not trusted, an upper bound"
-    height = max(3.8, 1.6 + 0.16 * len(result["attacks"]))
-    figure = new_figure(f"{title}: {robust:.1f} %, {verdict}", 9, height)
-    left, right = figure.subplots(1, 2)
-
-    names = ["clean", *(f"{attack['stage']} {attack['name']}" for attack in result["attacks"])]
-    clean = round(result["clean"] * images)
-    counts = [clean, *(attack["standing"] for attack in result["attacks"])]
-    left.barh(range(len(names)), counts, height=0.7)
-    left.set_yticks(range(len(names)), names, fontsize=7)
-    left.set_xlabel(f"robust images after the attack, of {images}")
-    left.set_xlim(0, max(images, 1))
-    integer_ticks(left.xaxis)
-    left.invert_yaxis()
-
-    eps, shares = zip(*result["curve"])
-    norm = result["settings"]["attack_norm"]
-    right.plot(
-        eps,
-        [100 * share for share in shares],
-        clip_on=False,
-        label=f"PGD, strongest gradient, {count(result['sample'], 'image')}",
-    )
     low, high = (100 * share for share in result["interval"])
+    norm = result["settings"]["attack_norm"]
+    eps = float(result["settings"]["eps"])
+    verdict = "trusted" if result["trusted"] else "not trusted, an upper bound"
+    sample = count(result["sample"], "image")
+    figure = new_figure(
+        f"Audit ({budget}), {norm_name(norm)} eps {format_eps(eps)}, {count(images, 'image')}: "
+        f"robust accuracy {robust:.1f} % ({verdict}; 95 % interval {low:.1f} to {high:.1f} %). "
+        "Left: accuracy after each attack, which tries the images that the ones above it left. "
+        f"Right: accuracy over eps under PGD with the strongest gradient alone, of the first "
+        f"{sample} that are classified correctly, times the clean accuracy.",
+        columns=2,
+        height=max(2.1, 0.7 + 0.125 * (1 + len(result["attacks"]))),
+    )
+    left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
+    _draw_attacks(left, result["attacks"], images, clean)
+
+    eps_axis(right, {value for value, _ in result["curve"]}, norm)
+    right.plot(
+        [value for value, _ in result["curve"]],
+        [clean * share for _, share in result["curve"]],
+        label="PGD, strongest gradient",
+        **curve_style(0),
+    )
     right.errorbar(
-        float(result["settings"]["eps"]),
+        eps,
         robust,
         [[robust - low], [high - robust]],
-        color="C1",
-        linestyle="",
-        marker="D",
-        capsize=3,
-        label=f"all attacks, {count(images, 'image')}, 95 % interval",
+        label="all attacks, 95 % interval",
+        **{**curve_style(3), "linestyle": ""},
     )
-    right.set_xscale("symlog", linthresh=max(eps[1], 1e-9) if len(eps) > 1 else 1.0)
-    labels = [eps_label(value, norm) if value else "0" for value in eps]
-    right.set_xticks(eps, labels, rotation=45)
-    right.minorticks_off()
-    right.set(xlabel=IMAGE_EPS, ylabel=ACCURACY, ylim=(-2, 104), xlim=(0, None))
+    right.set(ylabel=ACCURACY, ylim=(-3, 103))
     legend_below(figure)
     return figure
+
+
+def _draw_attacks(
+    axes: Axes, attacks: Sequence[Mapping[str, Any]], images: int, clean: float
+) -> None:
+    """Draw the accuracy in % after each attack as bars, in a colour for each stage."""
+    accuracies = [clean, *(100 * attack["standing"] / max(images, 1) for attack in attacks)]
+    stages = ["clean", *(STAGES.get(attack["stage"], "") for attack in attacks)]
+    names = ["clean", *(literal(attack["name"]) for attack in attacks)]
+    for n, stage in enumerate(dict.fromkeys(stages)):
+        rows = [row for row, own in enumerate(stages) if own == stage]
+        bars = axes.barh(
+            rows,
+            [accuracies[row] for row in rows],
+            height=0.75,
+            color="0.5" if stage == "clean" else f"C{n - 1}",
+            label=stage,
+        )
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set(xlim=(0, 112), xlabel=f"{ACCURACY} after the attack", xticks=range(0, 101, 20))
+    axes.grid(False, axis="y")
 
 
 @style()
@@ -188,16 +221,16 @@ def corruptions(
 
     shares: (corruptions, severities), in %; means: over all corruptions, None if some are missing,
     and over the first 15, as shares; images: per corruption and severity."""
-    title = f"Accuracy under corruption, {count(images, 'image')} each"
-    figure = new_figure(title, height=6.8)
     over_all, over_first = means
-    mean = "" if over_all is None else f"{100 * over_all:.1f} %, "
-    mean += f"over the first 15 corruptions {100 * over_first:.1f} %"
-    axes = figure.add_subplot(xlabel=f"severity\nmean accuracy {mean}")
-    image = heat_map(axes, shares, np.char.mod("%.1f", shares), aspect="auto")
+    caption = f"Accuracy in % under corruption, {count(images, 'test image')} each. Mean"
+    if over_all is not None:
+        caption += f" over all {len(names)}: {100 * over_all:.2f} %,"
+    caption += f" over the first 15: {100 * over_first:.2f} %."
+    figure = new_figure(caption, height=0.6 + 0.155 * len(names))
+    axes = figure.add_subplot(xlabel="severity")
+    heat_map(axes, shares, np.char.mod("%.1f", shares), aspect="auto")
     axes.set_xticks(range(shares.shape[1]), [str(n + 1) for n in range(shares.shape[1])])
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     if len(names) > 15:
-        axes.axhline(14.5, color="white", linewidth=3, linestyle="-", marker="")
-    figure.colorbar(image, label="accuracy (%)", shrink=0.6)
+        axes.axhline(14.5, color="white", linewidth=3)
     return figure

@@ -11,8 +11,8 @@ import numpy as np
 
 from experiment.plots.style import (
     ACCURACY,
-    IMAGE_EPS,
-    eps_ticks,
+    curve_style,
+    eps_axis,
     grid,
     integer_ticks,
     legend_below,
@@ -22,11 +22,13 @@ from experiment.plots.style import (
     style,
 )
 from experiment.results.values import Group, Key, Statistics, own_keys
+from experiment.text import format_eps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+BANDS = "mean and standard deviation over runs (hollow: fewer runs)"
 Curve = list[tuple[float, Statistics]]  # (x, accuracies in %)
 
 
@@ -63,13 +65,13 @@ def all_figures(groups: Sequence[Group]) -> Iterator[tuple[str, Callable[[], Fig
         yield f"robustness_{norm}.png", partial(robustness, groups, norm)
     trainings = [_mean_curve([[acc for _, acc in run.epochs] for run in g.runs]) for g in groups]
     if any(trainings):
-        title = "Test accuracy over the training"
-        yield "training.png", partial(accuracy_curves, groups, trainings, title, "epoch")
+        caption = "Test accuracy over the training"
+        yield "training.png", partial(accuracy_curves, groups, trainings, caption, "epoch")
     over_steps = [_mean_curve([run.characteristic for run in group.runs]) for group in groups]
     if any(curve for group, curve in zip(groups, over_steps) if not group.published):
-        title = "Accuracy over the free steps"
+        caption = "Accuracy over the free steps"
         xlabel = "time steps of the free phase"
-        draw = partial(accuracy_curves, groups, over_steps, title, xlabel)
+        draw = partial(accuracy_curves, groups, over_steps, caption, xlabel)
         yield "characteristic.png", draw
     if any(key.measure == "corruptions" for key in own):
         yield "corruptions.png", partial(corruptions, groups)
@@ -106,8 +108,8 @@ def _steps(key: Key | Variant) -> int:
 def _draw_band(axes: Axes, n: int, curve: Curve, group: Group, label: str = "") -> None:
     """Draw a curve in the n-th colour and marker. Points of fewer runs than others are hollow and
     unconnected: a line to them would mix different sets of runs."""
-    color = f"C{n % 7}"
-    marker = "os^DvPX"[n % 7]
+    look = curve_style(n)
+    look["linestyle"] = "--" if group.published else "-"
     most = max(values.n for _, values in curve)
     complete = [(x, values.mean, values.std or 0.0) for x, values in curve if values.n == most]
     partial = [(x, values.mean) for x, values in curve if values.n < most]
@@ -116,25 +118,23 @@ def _draw_band(axes: Axes, n: int, curve: Curve, group: Group, label: str = "") 
     axes.plot(
         x,
         mean,
-        color=color,
-        marker=marker,
+        **look,
         markevery=(n % spacing, spacing),
-        linestyle="--" if group.published else "-",
-        linewidth=1 if group.published else None,
+        linewidth=0.8 if group.published else None,
         fillstyle="none" if group.published else None,
         label=literal(label or group.label),
     )
-    axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    axes.fill_between(x, mean - std, mean + std, color=look["color"], alpha=0.15, linewidth=0)
     if partial:
-        axes.plot(*zip(*partial), color=color, marker=marker, linestyle="", fillstyle="none")
+        axes.plot(*zip(*partial), **{**look, "linestyle": ""}, fillstyle="none")
 
 
 @style()
 def accuracy_curves(
-    groups: Sequence[Group], curves: Sequence[Curve], title: str, xlabel: str
+    groups: Sequence[Group], curves: Sequence[Curve], caption: str, xlabel: str
 ) -> Figure:
     """Test accuracy, one curve per group; empty curves are left out."""
-    figure = new_figure(title, height=3.6 + 0.1 * len(groups))
+    figure = new_figure(f"{caption}: {BANDS}.")
     axes = figure.add_subplot(xlabel=xlabel, ylabel=f"test {ACCURACY}")
     for n, (group, curve) in enumerate(zip(groups, curves)):
         if curve:
@@ -185,11 +185,8 @@ def robustness(groups: Sequence[Group], norm: str) -> Figure:
     if any(key.measure == "audit" for key in own):
         attacks.append("audit")
     rows = -(-len(attacks) // 2)
-    title = (
-        f"Accuracy under attack, {norm_name(norm)} norm\n"
-        "mean and standard deviation over runs (hollow: fewer runs)"
-    )
-    figure = new_figure(title, height=3 * rows + 0.15 * len(groups) + 0.8)
+    caption = f"Accuracy under attack, {norm_name(norm)} norm: {BANDS}."
+    figure = new_figure(caption, columns=1 if len(attacks) == 1 else 2, height=2.4 * rows)
     for axes, attack in zip(grid(figure, len(attacks), 2, sharey=True), attacks):
         own_variants = []
         all_eps: set[float] = set()
@@ -205,11 +202,10 @@ def robustness(groups: Sequence[Group], norm: str) -> Figure:
         lines = [attack, *filter(None, descriptions)]
         if len(descriptions) > 1:
             lines.insert(1, "not the same for all:")
-        axes.set_title(literal("\n".join(lines)), fontsize=8)
-        axes.set(xlabel=IMAGE_EPS, ylabel=ACCURACY, xscale="log", ylim=(-2, 102))
-        if all_eps:
-            eps_ticks(axes, list(all_eps), norm)
-    legend_below(figure, 1 if len(groups) > 6 else 2)
+        axes.set_title(literal("\n".join(lines)))
+        axes.set(ylabel=ACCURACY, ylim=(-2, 102))
+        eps_axis(axes, all_eps, norm)
+    legend_below(figure)
     return figure
 
 
@@ -230,9 +226,8 @@ def attack_steps(groups: Sequence[Group], chosen: AttackAtEps) -> Figure:
     """Accuracy over the time steps that the attack's gradient is unrolled through."""
     attack, norm, grad, eps = chosen
     figure = new_figure(
-        f"Accuracy over the unrolled time steps: {literal(f'{attack}, {grad}')}, "
-        f"{norm_name(norm)} eps {eps:g}",
-        height=3.6 + 0.1 * len(groups),
+        f"Accuracy over the unrolled time steps, {attack}, {grad}, {norm_name(norm)} eps "
+        f"{format_eps(eps)}: {BANDS}."
     )
     axes = figure.add_subplot(xlabel="time steps of the attack's gradient", ylabel=ACCURACY)
     for n, group in enumerate(groups):
@@ -264,8 +259,7 @@ def corruptions(groups: Sequence[Group]) -> Figure:
     ]
     own = [detail for group, found in zip(groups, sets) if not group.published for detail in found]
     chosen = max(own, key=lambda detail: (own.count(detail), detail.startswith("all")))
-    title = f"Accuracy under corruption, mean over {chosen}"
-    figure = new_figure(title, height=3.6 + 0.1 * len(groups))
+    figure = new_figure(f"Accuracy under corruption, mean over {chosen}: {BANDS}.")
     axes = figure.add_subplot(xlabel="severity", ylabel=ACCURACY)
     for n, (group, found) in enumerate(zip(groups, sets)):
         detail = chosen if chosen in found else next(iter(found), None)

@@ -8,18 +8,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from experiment.plots.style import grid, integer_ticks, legend_below, new_figure, style
+from experiment.plots.style import (
+    curve_style,
+    grid,
+    integer_ticks,
+    legend_below,
+    new_figure,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
+NEURONS = "neurons_"  # begins the names of layers
 CUMULATIVE = "cumulative estimate"
-TIME = "time steps of the nudged phase, and of BPTT from the end"
+SOLID_AND_DASHED = (
+    "EP (dashed) and BPTT (solid): cumulative estimates of random entries, one colour each, over "
+    "the time steps of the nudged phase, and of BPTT from the end"
+)
 STYLES: dict[str, dict[str, Any]] = {
-    "BPTT": {"linestyle": "-", "marker": "o", "markersize": 3},
-    "EP": {"linestyle": "--", "marker": "x", "markersize": 6},
+    "BPTT": {"linestyle": "-", "marker": "o", "markersize": 2.5},
+    "EP": {"linestyle": "--", "marker": "x", "markersize": 5},
 }
 
 
@@ -31,15 +42,13 @@ def gdu_entries(
     layer.
 
     bptt, ep: (T2, *shape), as `energy.gdu.comparable` returns them."""
-    figure = new_figure(f"EP compared with BPTT: {_title(name)}", height=4.2)
-    xlabel = TIME if len(bptt) > 1 else "sum over the nudged phase"
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=CUMULATIVE)
+    figure = new_figure(f"{SOLID_AND_DASHED}; {_describe(name)}.")
+    axes = figure.add_subplot(title=_symbol(name), xlabel=_xlabel(bptt), ylabel=CUMULATIVE)
     indices = _draw_entries(axes, bptt, ep, generator, shown)
     entries = [
         _legend_line(f"[{index}]", color=f"C{n}", linestyle="-") for n, index in enumerate(indices)
     ]
-    handles = [*_legend_of_methods(), *entries]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4)
+    legend_below(figure, [*_legend_of_methods(), *entries])
     return figure
 
 
@@ -51,17 +60,19 @@ def gdu_layers(
     shown: int = 5,
 ) -> Figure:
     """`gdu_entries` of all parameters and layers, one panel each. bptt, ep: {name: tensor}."""
-    columns = min(3, len(bptt))
+    columns = min(4, len(bptt))
     rows = -(-len(bptt) // columns)
-    title = "EP compared with BPTT, random entries of each parameter and layer (one colour each)"
-    figure = new_figure(title, 2.9 * columns, 1.0 + 2.0 * rows)
-    for axes, name in zip(grid(figure, len(bptt), columns), bptt):
+    layers = "; ".join(_describe(name) for name in bptt if name.startswith(NEURONS))
+    caption = f"{SOLID_AND_DASHED}; {layers}." if layers else f"{SOLID_AND_DASHED}."
+    figure = new_figure(caption, columns=2, height=0.3 + 1.3 * rows)
+    panels = grid(figure, len(bptt), columns)
+    for axes, name in zip(panels, bptt):
         _draw_entries(axes, bptt[name], ep[name], generator, shown)
-        axes.set_title(_title(name).replace(" (", "\n("))
+        axes.set_title(_symbol(name))
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+    figure.supxlabel(_xlabel(next(iter(bptt.values()))), fontsize=8)
     figure.supylabel(CUMULATIVE)
-    handles = _legend_of_methods()
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, title=f"over {TIME}")
+    legend_below(figure, _legend_of_methods())
     return figure
 
 
@@ -69,21 +80,22 @@ def gdu_layers(
 def gdu_overview(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Relative distance between the summed EP updates and the BPTT gradient, of all parameters and
     layers. rows: of `energy.gdu.compare_gdu`."""
-    title = "Distance of the summed EP updates to the BPTT gradient"
-    figure = new_figure(title, height=1.6 + 0.28 * len(names))
-    xlabel = "||sum of EP - sum of BPTT|| / ||sum of BPTT||, 0.01 is 1 %"
-    axes = figure.add_subplot(xlabel=xlabel, xscale="log")
+    figure = new_figure(
+        "Relative distance of the summed EP updates to the BPTT gradient, "
+        "||sum of EP - sum of BPTT|| / ||sum of BPTT||; 0.01 is 1 %.",
+        height=0.4 + 0.16 * len(names),
+    )
+    axes = figure.add_subplot(xlabel="relative distance", xscale="log")
     for n, estimate in enumerate(dict.fromkeys(row["estimate"] for row in rows)):
         distances = {row["name"]: row["distance"] for row in rows if row["estimate"] == estimate}
         axes.plot(
             [distances[name] for name in names],
             range(len(names)),
-            "os"[n],
-            linestyle="",
             label=estimate,
+            **{**curve_style(n), "linestyle": ""},
         )
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(names)), list(map(_symbol, names)))
+    axes.set_ylim(len(names) - 0.5, -0.5)
     legend_below(figure)
     return figure
 
@@ -105,7 +117,7 @@ def _draw_entries(
             if len(bptt) > 20:
                 options["marker"] = ""
             axes.plot(time, estimate.flatten(1)[:, entry].cumsum(0), color=f"C{n}", **options)
-    axes.axhline(0, color="black", linewidth=0.5, linestyle="-", marker="")
+    axes.axhline(0, color="black", linewidth=0.5)
     if len(bptt) == 1:
         axes.set_xticks([1], ["complete"])
     else:
@@ -127,9 +139,20 @@ def _legend_of_methods() -> list[Line2D]:
     ]
 
 
-def _title(name: str) -> str:
-    """The name of a parameter, or of `neurons_N` with its layer."""
-    if not name.startswith("neurons_"):
+def _xlabel(bptt: torch.Tensor) -> str:
+    return "time step" if len(bptt) > 1 else "sum over the nudged phase"
+
+
+def _symbol(name: str) -> str:
+    """The name of a parameter; s_1, s_2 ... for the layers neurons_0, neurons_1 ..."""
+    if not name.startswith(NEURONS):
         return name
-    layer = int(name.removeprefix("neurons_")) + 1
-    return f"{name} (layer s_{layer}, BPTT times activation slope)"
+    return f"$s_{{{int(name.removeprefix(NEURONS)) + 1}}}$"
+
+
+def _describe(name: str) -> str:
+    """A parameter or layer, for a caption."""
+    if not name.startswith(NEURONS):
+        return name
+    layer = int(name.removeprefix(NEURONS)) + 1
+    return f"s_{layer} is {name}, BPTT times the slope of the activation"

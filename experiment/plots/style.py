@@ -5,24 +5,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from experiment.text import format_eps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from matplotlib.transforms import Transform
 
 STYLE_FILE = pathlib.Path(__file__).with_name("paper.mplstyle")
+WIDTHS = {1: 3.3, 2: 6.9}  # inches of one and of two columns of a page
 ACCURACY = "accuracy (%)"
-IMAGE_EPS = "eps, images in [0, 1]"
-MOST_EPS_LABELS = 28  # that fit next to each other on an axis
+CHARACTERS = 14  # of a label of the legend, for each inch of the figure's width
+TICK_WIDTH = 26  # of the label of an eps, in points
+TICK_HEIGHT = 9
 
 
 @contextlib.contextmanager
@@ -71,22 +78,32 @@ def _settings() -> Any:  # a dict, whose keys Matplotlib's stubs enumerate
 # ---- figures and panels
 
 
-def new_figure(title: str, width: float = 6.0, height: float = 3.8) -> Figure:
-    """An empty figure; sizes in inches. `RunFolder.save_figure` adds the run to the title."""
+def new_figure(caption: str, columns: Literal[1, 2] = 1, height: float = 2.3) -> Figure:
+    """An empty figure, as wide as one or two columns of a page; height: in inches, without the
+    legend of `legend_below`. It has no title: `save_figure` writes the caption beside it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
+    figure = Figure(figsize=(WIDTHS[columns], height), layout="constrained")
+    figure.set_label(caption)
     return figure
 
 
-def run_title(folder: pathlib.Path, about: str) -> str:
-    """The line of the title that names the run: `about` (model and task) and the run's path below
-    results/, or, of a folder elsewhere, the last two parts of its path."""
-    parts = folder.resolve().parts
-    shown = parts[parts.index("results") + 1 :] if "results" in parts else parts[-2:]
-    name = "/".join(shown)
-    return literal(f"{about}, {name}" if about else name)
+# ---- files
+
+
+@style()
+def save_figure(figure: Figure, path: pathlib.Path, form: str, source: str, creator: str) -> None:
+    """Write a figure of `new_figure`, with its caption in the metadata. The same figure is the same
+    bytes.
+
+    form: png, pdf or svg; source: what it was measured on; creator: the program, with versions."""
+    caption = figure.get_label()
+    metadata = {
+        "png": {"Title": source, "Description": caption, "Software": creator},
+        "pdf": {"Title": source, "Subject": caption, "Creator": creator, "CreationDate": None},
+        "svg": {"Title": source, "Description": caption, "Creator": creator, "Date": None},
+    }
+    figure.savefig(path, format=form, metadata=metadata[form])
 
 
 def grid(figure: Figure, panels: int, columns: int, **options: Any) -> Sequence[Axes]:
@@ -111,15 +128,6 @@ def norm_name(norm: str) -> str:
     return "L-infinity" if norm == "inf" else f"L{norm}"
 
 
-def eps_label(eps: float, norm: str) -> str:
-    """An eps as a tick label; for the maximum norm k/255 if it is k of the 255 grey values."""
-    grey_values = 255 * eps
-    nearest = round(grey_values)
-    if norm == "inf" and abs(grey_values - nearest) < 1e-3 and 1 <= nearest <= 128:
-        return f"{nearest}/255"
-    return f"{eps:.3g}"
-
-
 # ---- axes
 
 
@@ -129,39 +137,73 @@ def integer_ticks(axis: Axis) -> None:
     locator.set_params(integer=True)
 
 
-def eps_ticks(axes: Axes, values: Sequence[float], norm: str) -> None:
-    """Put the ticks of a logarithmic x axis at the given eps only; dense ticks are labelled in
-    part."""
-    values = sorted(values)
-    low = values[0]
-    high = values[-1]
-    least_ratio = (high / low) ** (1 / MOST_EPS_LABELS)  # between two labelled ticks
+def _figure(axes: Axes) -> Figure:
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def eps_axis(axes: Axes, values: Collection[float], norm: str) -> None:
+    """Make the x axis one of eps, with 0 and the given values as its ticks: logarithmic from the
+    smallest positive value on, linear below. Ticks too close to another one have no label."""
+    ticks = sorted({0.0, *values})
+    high = ticks[-1] or 1.0
+    low = ticks[1] if len(ticks) > 1 else high
+    decades = math.log10(high / low)
+    axes.set_xscale("symlog", linthresh=low, linscale=max(0.3, 0.15 * decades))
+    scale = axes.xaxis.get_transform()
+    places = scale.transform(ticks)
+    margin = 0.04 * (scale.transform([high])[0] or 1)
+    left, right = scale.inverted().transform([-margin, places[-1] + margin])
+    axes.set_xlim(left, right)
+
+    width = 72 * axes.get_position().width * _figure(axes).get_figwidth()  # roughly
+    points = (places - places[0]) * width / max(places[-1] - places[0], 1e-9)
+    crowded = bool((np.diff(points) < TICK_WIDTH).any())
     labels = []
-    last_labelled = 0.0
-    for value in values:
-        if value >= last_labelled * least_ratio:
-            labels.append(eps_label(value, norm))
-            last_labelled = value
-        else:
-            labels.append("")
-    axes.set_xticks(values, labels, rotation=90 if len(values) > 8 else 0)
+    last_labelled = -math.inf
+    for value, point in zip(ticks, points):
+        fits = point - last_labelled >= TICK_HEIGHT
+        labels.append(format_eps(value) if fits else "")
+        if fits:
+            last_labelled = point
+    axes.set_xticks(ticks, labels, rotation=90 if crowded else 0)
     axes.minorticks_off()
-    margin = max(least_ratio, 1.1)
-    axes.set_xlim(low / margin, high * margin)
+    axes.set_xlabel(f"{norm_name(norm)} eps (images in [0, 1])")
 
 
 # ---- what is drawn
 
 
-def marker_spacing(n: int, points: int, dense: int = 40) -> dict[str, Any]:
+def curve_style(n: int) -> dict[str, Any]:
+    """Colour, marker and line style of the n-th curve. Two of the first 63 differ in the first
+    two."""
+    return {
+        "color": f"C{n % 7}",
+        "marker": "os^DvPX<>"[n % 9],
+        "linestyle": ("-", "--", "-.", ":")[n % 4],
+    }
+
+
+def beside(axes: Axes, n: int, curves: int, distance: float = 2.5) -> Transform:
+    """The transform that draws the n-th of some curves beside the others: shifted along x by
+    `distance` points from one to the next, whatever the scale, as values often coincide."""
+    from matplotlib.transforms import ScaledTranslation
+
+    points = distance * (n - (curves - 1) / 2)
+    return axes.transData + ScaledTranslation(points / 72, 0, _figure(axes).dpi_scale_trans)
+
+
+def marker_spacing(n: int, points: int, dense: int = 20) -> dict[str, Any]:
     """Options of `plot` for the n-th curve: a marker at every point or, on curves of more than
     `dense` points, at a tenth of them, different ones for each curve."""
-    return {"markevery": 1 if points <= dense else (n * points // 40, max(points // 10, 1))}
+    spacing = max(points // 10, 1)
+    return {"markevery": 1 if points <= dense else (n * spacing // 4 % spacing, spacing)}
 
 
 def vertical_line(axes: Axes, x: float, label: str | None, linestyle: str = "-") -> None:
     """Draw a vertical line with an entry in the legend."""
-    axes.axvline(x, color="0.35", linewidth=1, linestyle=linestyle, marker="", label=label)
+    axes.axvline(x, color="0.35", linewidth=0.8, linestyle=linestyle, label=label)
 
 
 def chance_line(axes: Axes, chance: float | None) -> None:
@@ -169,7 +211,7 @@ def chance_line(axes: Axes, chance: float | None) -> None:
     if chance is None:
         return
     label = f"chance ({chance:g} %)"
-    axes.axhline(chance, color="0.5", linewidth=1, linestyle=(0, (1, 3)), marker="", label=label)
+    axes.axhline(chance, color="0.5", linewidth=0.8, linestyle=(0, (1, 3)), label=label)
 
 
 def heat_map(
@@ -177,32 +219,42 @@ def heat_map(
     shares: np.ndarray,
     texts: np.ndarray | None = None,
     aspect: Literal["equal", "auto"] = "equal",
-    fontsize: float = 8,
 ) -> AxesImage:
     """Draw shares in %, (rows, columns), as colours, with the texts of the same shape in the
     cells."""
-    image = axes.imshow(shares, vmin=0, vmax=100, cmap="cividis", aspect=aspect)
+    image = axes.imshow(shares, vmin=0, vmax=100, aspect=aspect)
     axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     if texts is not None:
         for (row, column), text in np.ndenumerate(texts):
-            if text:
-                color = "black" if shares[row, column] > 55 else "white"
-                axes.text(
-                    column, row, text, ha="center", va="center", fontsize=fontsize, color=color
-                )
+            color = "white" if shares[row, column] > 60 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
     return image
 
 
-def legend_below(figure: Figure, columns: int = 2, **options: Any) -> None:
-    """Add one legend of all panels below them, where it hides no curve."""
-    entries: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels()):
-            entries.setdefault(label, handle)
-    figure.legend(
-        list(entries.values()),
-        list(entries),
-        loc="outside lower center",
-        ncols=columns,
-        **options,
-    )
+def legend_below(figure: Figure, handles: Sequence[Any] = (), title: str = "") -> None:
+    """Add one legend below the panels, where it hides no curve, and make the figure higher by it.
+
+    It has as many columns as fit the width of the figure, and long labels are wrapped. handles:
+    those of all panels by default, each label once."""
+    entries: dict[str, Any] = {handle.get_label(): handle for handle in handles}
+    if not handles:
+        for axes in figure.axes:
+            for handle, label in zip(*axes.get_legend_handles_labels()):
+                entries.setdefault(label, handle)
+    widest = int(CHARACTERS * figure.get_figwidth())
+    labels = [textwrap.fill(label, widest) for label in entries]
+    for columns in range(min(len(labels), 4), 0, -1):
+        legend = figure.legend(
+            list(entries.values()),
+            labels,
+            loc="outside lower center",
+            ncols=columns,
+            title=title or None,
+        )
+        extent = legend.get_window_extent()
+        if extent.width < 0.98 * figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)

@@ -21,8 +21,7 @@ from experiment.results.tables import read_eps
 from experiment.runs.files import read_arrays, replacing
 from experiment.runs.folder import RunFolder
 from experiment.text import count, format_eps, format_value
-
-MASKED = 0.01  # share of masked images above which an accuracy is only an upper bound
+from metrics import MASKED
 
 
 def default_eps(norm: str) -> list[float]:
@@ -246,16 +245,18 @@ class Sweep:
         """Draw accuracy over eps."""
         chance = 1 / TASKS[self.config.data.task].classes
         attack = self.config.attack
-        self.run.save_figure(
-            f"{self.stem}.png",
-            plots.sweep,
-            self.rows,
-            attack.name,
-            attack.norm,
-            self.data["images"],
-            self.data["clean"],
-            chance,
-        )
+        with self.store.locked():  # no other process writes the table, whose last line is added
+            self.run.save_figure(
+                f"{self.stem}.png",
+                plots.sweep,
+                self.rows,
+                attack.name,
+                attack.norm,
+                self.data["images"],
+                self.data["clean"],
+                chance,
+                table=True,
+            )
 
     @property
     def _images(self) -> pathlib.Path:
@@ -292,7 +293,7 @@ class Sweep:
                 identity=self._identity(eps),
             )
         norm = norm_name(self.config.attack.norm)
-        title = f"Adversarial examples: {self.config.attack.name}, {norm} norm, eps = {eps:g}"
+        caption = f"Adversarial examples: {self.config.attack.name}, {norm} eps {format_eps(eps)}"
         pixels = (images.float() / 255).numpy()
         self.run.save_figure(
             f"{self.stem}_images.png",
@@ -301,5 +302,6 @@ class Sweep:
             labels.numpy(),
             clean.numpy(),
             result,
-            title,
+            caption,
+            TASKS[self.config.data.task].names,
         )

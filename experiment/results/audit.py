@@ -51,7 +51,7 @@ class AuditFiles:
         own = wanted.settings
         self.eps = format_eps(own["eps"])
         self.stem = f"Audit_{own['norm']}_{own['eps']:g}"
-        self.title = f"Audit, {own['norm']}-norm, eps {self.eps}, {own['budget']}"
+        self.budget = own["budget"]
         if self.result() is None:
             run.lock(self.stem)
 
@@ -160,7 +160,7 @@ class AuditFiles:
 
     def plot(self, result: Mapping[str, Any]) -> None:
         """Draw the result."""
-        self.run.save_figure(f"{self.stem}.png", attacks.audit, result, self.title)
+        self.run.save_figure(f"{self.stem}.png", attacks.audit, result, self.budget, table=True)
 
 
 def _note(text: str) -> None:

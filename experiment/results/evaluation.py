@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-from data_utils import TASKS
+from data_utils import TASKS, Task
 from energy.dynamics import CONVERGED, WINDOW
 from experiment.inference import Convergence, Predictions
 from experiment.plots import training as plots
@@ -20,10 +20,10 @@ PREDICTIONS = "predictions.csv"
 CHARACTERISTIC = "Characteristic_Time.txt"
 
 
-def write_predictions(run: RunFolder, predictions: Predictions, classes: int, model: str) -> None:
+def write_predictions(run: RunFolder, predictions: Predictions, task: Task, model: str) -> None:
     """Write predictions.csv, one row per test image in their order, and the confusion matrix.
 
-    classes: of the task; model: names the weights, in the last column."""
+    model: names the weights, in the last column."""
     columns = (values.tolist() for values in predictions)
     rows = [
         {
@@ -37,9 +37,9 @@ def write_predictions(run: RunFolder, predictions: Predictions, classes: int, mo
         for n, (label, predicted, confidence, steps) in enumerate(zip(*columns, strict=True))
     ]
     run.write_csv(PREDICTIONS, rows)
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    counts = torch.zeros(task.classes, task.classes, dtype=torch.int64)
     counts.index_put_((predictions.labels, predictions.classes), torch.tensor(1), accumulate=True)
-    run.save_figure("confusion.png", plots.confusion, counts.numpy())
+    run.save_figure("confusion.png", plots.confusion, counts.numpy(), task.names)
 
 
 def describe_predictions(run: RunFolder, loss: str) -> str:
@@ -135,6 +135,7 @@ def draw_characteristic(
         value["converged"],
         trained_T1,
         chance,
+        table=True,
     )
     run.save_figure(
         "Characteristic_Energy.png",

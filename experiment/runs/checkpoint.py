@@ -22,7 +22,7 @@ from experiment.runs.history import History, best_of, changes, chosen_on, other_
 from experiment.text import name_path
 
 # Files of a run folder that are no checkpoints
-OTHER_FILES = (".csv", ".txt", ".json", ".jsonl", ".png", ".pdf", ".npz")
+OTHER_FILES = (".csv", ".txt", ".json", ".jsonl", ".png", ".pdf", ".svg", ".npz")
 MOST_FOLDERS = 10_000  # to look into for the runs below a folder
 
 

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import datetime
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -26,7 +27,7 @@ import torch
 from data_files import refusing_links
 from data_utils import UserError, one_line
 from experiment.config import Config
-from experiment.plots.style import run_title, style
+from experiment.plots import style
 from experiment.results.training import write_scalars
 from experiment.runs.files import (
     TEXT,
@@ -38,6 +39,7 @@ from experiment.runs.files import (
     left_behind,
     owner_is_gone,
     read_table,
+    read_text,
     replacing,
     why,
     write_text,
@@ -46,6 +48,9 @@ from experiment.runs.files import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
+
+
+FIGURE = "# figure: "  # begins the line of a table that is the caption of its figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Setup:
 class RunFolder:
     """The folder of one run.
 
-    folder: its path; figures: the format of its figures, png or pdf; about: model and task, for
-    their titles; at_commit: a function that is called once, after the first commit."""
+    folder: its path; figures: the format of its figures, png, pdf or svg; about: model and task,
+    for their captions; at_commit: a function that is called once, after the first commit."""
 
     def __init__(self, folder: str | os.PathLike, figures: str = "png", about: str = ""):
         self.folder = pathlib.Path(folder)
@@ -270,23 +275,41 @@ class RunFolder:
         """Write a text file."""
         write_text(self.folder / name, "\n".join(lines) + "\n")
 
-    def save_figure(self, name: str, draw: "Callable[..., Figure]", *args: Any) -> None:
-        """Save the figure draw(*args) with the run's title, in the format of `figures`.
+    @property
+    def title(self) -> str:
+        """Model and task, and the run's path below results/ or, of a folder elsewhere, the last two
+        parts of its path."""
+        parts = self.folder.resolve().parts
+        shown = parts[parts.index("results") + 1 :] if "results" in parts else parts[-2:]
+        return ", ".join(filter(None, (self.about, "/".join(shown))))
 
+    def save_figure(
+        self, name: str, draw: "Callable[..., Figure]", *args: Any, table: bool = False
+    ) -> None:
+        """Save the figure draw(*args) in the format of `figures`, and its caption beside it.
+
+        The caption is NAME.txt or, if that is a table of results (`table`), its last comment.
         Raises no Exception: a figure that cannot be drawn or written is a warning on standard
         error, once per figure. Write the results that it shows first."""
         path = (self.folder / name).with_suffix(f".{self.figures}")
         try:
-            with style():
-                figure = draw(*args)
-                figure.suptitle(f"{figure.get_suptitle()}\n{run_title(self.folder, self.about)}")
-                with replacing(path) as beside:
-                    figure.savefig(beside, format=self.figures)
+            figure = draw(*args)
+            with replacing(path) as beside:
+                style.save_figure(figure, beside, self.figures, self.title, creator())
+            self._write_caption(path.with_suffix(".txt"), str(figure.get_label()), table)
         except Exception as e:
             if name not in self._not_drawn:
                 self._not_drawn.add(name)
                 reason = one_line(e).removeprefix(f"cannot write {path}: ")[:300]
                 print(f"warning: {path} was not drawn: {reason}", file=sys.stderr, flush=True)
+
+    def _write_caption(self, path: pathlib.Path, caption: str, table: bool) -> None:
+        lines = [caption, self.title]
+        if table:
+            results = read_text(path).splitlines()
+            lines = [line for line in results if not line.startswith(FIGURE)]
+            lines.append(FIGURE + " ".join(caption.split()))
+        self.write_lines(path.name, lines)
 
 
 def remove_half_made(folder: pathlib.Path) -> None:
@@ -341,6 +364,7 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of libraries and code that a run depends on."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
@@ -359,3 +383,10 @@ def versions() -> dict[str, str]:
         "cuda": torch.version.cuda or "none",
         "git revision": revision or "unknown",
     }
+
+
+def creator() -> str:
+    """The versions of what draws a figure."""
+    own = versions()
+    matplotlib = importlib.metadata.version("matplotlib")
+    return f"git revision {own['git revision']}, torch {own['torch']}, Matplotlib {matplotlib}"

@@ -26,10 +26,11 @@ WRITTEN = (
     "model.pt",
     "final_model.pt",
     "final_checkpoint.tar",
-    "train-test_acc.png",
-    "train-test_acc.pdf",
-    "neural_activity.png",
-    "neural_activity.pdf",
+    *(
+        f"{figure}.{end}"
+        for figure in ("train-test_acc", "neural_activity")
+        for end in ("png", "pdf", "svg", "txt")
+    ),
 )
 # Flags that the command that resumes sets itself
 SET_TO_RESUME = ("todo", "load-path", "run-dir", "save", "epochs")

@@ -41,9 +41,10 @@ def saved_config(run):
 
 
 def columns(path):
-    """{column: list of numbers} of a table whose last comment names its columns."""
+    """{column: list of numbers} of a table whose last comment but one names its columns; the last
+    one is the caption of its figure."""
     lines = path.read_text().splitlines()
-    names = [line for line in lines if line.startswith("#")][-1].split()[1:]
+    names = [line for line in lines if line.startswith("#")][-2].split()[1:]
     rows = [list(map(float, line.split())) for line in lines if not line.startswith("#")]
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
