@@ -60,11 +60,12 @@ def sweep(
     eps_axis(axes, {float(row["eps"]) for row in rows}, norm)
     grads = list(dict.fromkeys(row["grad"] for row in rows))
     masked = {row["grad"] for row in rows if float(row["masked"]) > MASKED}
+    handles: list[Any] = []
     for n, grad in enumerate(grads):
         own = [row for row in rows if row["grad"] == grad]
         shares = np.array([clean, *(float(row["adversarial"]) for row in own)])
         intervals = np.array([wilson(share, images) for share in shares])
-        axes.errorbar(
+        curve = axes.errorbar(
             [0.0, *(float(row["eps"]) for row in own)],
             100 * shares,
             100 * np.abs(intervals.T - shares),
@@ -74,15 +75,16 @@ def sweep(
             label=literal(f"{grad} (upper bound)" if grad in masked else grad),
             **curve_style(n),
         )
+        handles.append(curve)
     if not rows:
-        axes.plot([0.0], [100 * clean], "o", color="black", label="clean")
-    chance_line(axes, None if chance is None else 100 * chance)
+        handles += axes.plot([0.0], [100 * clean], "o", color="black", label="clean")
+    handles += chance_line(axes, None if chance is None else 100 * chance)
     if masked:
         figure.set_label(
             f"{caption} Hollow: an upper bound, as the gradient of more than {100 * MASKED:g} % of "
             "the images vanished."
         )
-    legend_below(figure)
+    legend_below(figure, handles)
     return figure
 
 
@@ -171,11 +173,12 @@ def audit(result: Mapping[str, Any], budget: str) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1.4, 1))
     _draw_attacks(left, result["attacks"], images, clean)
 
-    eps_axis(right, {value for value, _ in result["curve"]}, norm)
+    eps_axis(right, {value for value, _ in result["curve"]}, norm, width=110)
     right.plot(
         [value for value, _ in result["curve"]],
         [clean * share for _, share in result["curve"]],
         label="PGD, strongest gradient",
+        transform=beside(right, 0, 2),
         **curve_style(0),
     )
     right.errorbar(
@@ -183,6 +186,7 @@ def audit(result: Mapping[str, Any], budget: str) -> Figure:
         robust,
         [[robust - low], [high - robust]],
         label="all attacks, 95 % interval",
+        transform=beside(right, 1, 2),
         **{**curve_style(3), "linestyle": ""},
     )
     right.set(ylabel=ACCURACY, ylim=(-3, 103))

@@ -12,6 +12,7 @@ from experiment.plots.style import (
     curve_style,
     grid,
     integer_ticks,
+    label_outer,
     legend_below,
     new_figure,
     style,
@@ -60,18 +61,16 @@ def gdu_layers(
     shown: int = 5,
 ) -> Figure:
     """`gdu_entries` of all parameters and layers, one panel each. bptt, ep: {name: tensor}."""
-    columns = min(4, len(bptt))
-    rows = -(-len(bptt) // columns)
+    rows = -(-len(bptt) // 4)
     layers = "; ".join(_describe(name) for name in bptt if name.startswith(NEURONS))
     caption = f"{SOLID_AND_DASHED}; {layers}." if layers else f"{SOLID_AND_DASHED}."
     figure = new_figure(caption, columns=2, height=0.3 + 1.3 * rows)
-    panels = grid(figure, len(bptt), columns)
+    panels = grid(figure, len(bptt), 4)
     for axes, name in zip(panels, bptt):
         _draw_entries(axes, bptt[name], ep[name], generator, shown)
         axes.set_title(_symbol(name))
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-    figure.supxlabel(_xlabel(next(iter(bptt.values()))), fontsize=8)
-    figure.supylabel(CUMULATIVE)
+    label_outer(panels, _xlabel(next(iter(bptt.values()))), CUMULATIVE)
     legend_below(figure, _legend_of_methods())
     return figure
 

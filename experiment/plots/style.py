@@ -11,6 +11,7 @@ import pathlib
 import sys
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
     from matplotlib.transforms import Transform
 
 STYLE_FILE = pathlib.Path(__file__).with_name("paper.mplstyle")
 WIDTHS = {1: 3.3, 2: 6.9}  # inches of one and of two columns of a page
 ACCURACY = "accuracy (%)"
-CHARACTERS = 14  # of a label of the legend, for each inch of the figure's width
-TICK_WIDTH = 26  # of the label of an eps, in points
-TICK_HEIGHT = 9
+# (columns of a legend, most characters in a line of its labels for each inch of the figure's
+# width): the first that fits is drawn; the last does with the widest letters
+LEGENDS = ((4, 14), (3, 14), (2, 14), (1, 14), (1, 7))
+CHARACTER = 4.6  # width of a character of a tick label, in points
+TICK_HEIGHT = 9  # distance of two labels that are rotated, in points
 
 
 @contextlib.contextmanager
@@ -109,10 +113,22 @@ def save_figure(figure: Figure, path: pathlib.Path, form: str, source: str, crea
 def grid(figure: Figure, panels: int, columns: int, **options: Any) -> Sequence[Axes]:
     """Axes for `panels` panels, at most `columns` in a row."""
     rows = -(-panels // columns)
-    axes = figure.subplots(rows, min(columns, panels), squeeze=False, **options).flatten()
+    columns = -(-panels // rows)
+    axes = figure.subplots(rows, columns, squeeze=False, **options).flatten()
     for unused in axes[panels:]:
         unused.remove()
     return axes[:panels]
+
+
+def label_outer(panels: Sequence[Axes], xlabel: str, ylabel: str) -> None:
+    """Label the x axes of the lowest panels of a `grid`, and the y axes of the leftmost ones."""
+    specification = panels[0].get_subplotspec()
+    assert specification is not None
+    columns = specification.get_gridspec().ncols
+    for axes in panels[-columns:]:
+        axes.set_xlabel(xlabel)
+    for axes in panels[::columns]:
+        axes.set_ylabel(ylabel)
 
 
 # ---- texts
@@ -143,9 +159,16 @@ def _figure(axes: Axes) -> Figure:
     return figure
 
 
-def eps_axis(axes: Axes, values: Collection[float], norm: str) -> None:
+def _eps_label(eps: float) -> str:
+    text = format_eps(eps)
+    return text if len(text) <= 6 else f"{eps:.2g}"
+
+
+def eps_axis(axes: Axes, values: Collection[float], norm: str, width: float | None = None) -> None:
     """Make the x axis one of eps, with 0 and the given values as its ticks: logarithmic from the
-    smallest positive value on, linear below. Ticks too close to another one have no label."""
+    smallest positive value on, linear below. Ticks too close to another one have no label.
+
+    width: of the axes in points, roughly; by default that of a panel with short labels."""
     ticks = sorted({0.0, *values})
     high = ticks[-1] or 1.0
     low = ticks[1] if len(ticks) > 1 else high
@@ -157,15 +180,17 @@ def eps_axis(axes: Axes, values: Collection[float], norm: str) -> None:
     left, right = scale.inverted().transform([-margin, places[-1] + margin])
     axes.set_xlim(left, right)
 
-    width = 72 * axes.get_position().width * _figure(axes).get_figwidth()  # roughly
+    if width is None:
+        width = 72 * axes.get_position().width * _figure(axes).get_figwidth()
     points = (places - places[0]) * width / max(places[-1] - places[0], 1e-9)
-    crowded = bool((np.diff(points) < TICK_WIDTH).any())
-    labels = []
+    labels = [_eps_label(value) for value in ticks]
+    widths = [CHARACTER * (len(left) + len(right)) / 2 for left, right in pairwise(labels)]
+    crowded = bool((np.diff(points) < np.array(widths) + 2).any())
     last_labelled = -math.inf
-    for value, point in zip(ticks, points):
-        fits = point - last_labelled >= TICK_HEIGHT
-        labels.append(format_eps(value) if fits else "")
-        if fits:
+    for n, point in enumerate(points):
+        if crowded and point - last_labelled < TICK_HEIGHT:
+            labels[n] = ""
+        else:
             last_labelled = point
     axes.set_xticks(ticks, labels, rotation=90 if crowded else 0)
     axes.minorticks_off()
@@ -185,11 +210,12 @@ def curve_style(n: int) -> dict[str, Any]:
     }
 
 
-def beside(axes: Axes, n: int, curves: int, distance: float = 2.5) -> Transform:
-    """The transform that draws the n-th of some curves beside the others: shifted along x by
-    `distance` points from one to the next, whatever the scale, as values often coincide."""
+def beside(axes: Axes, n: int, curves: int) -> Transform:
+    """The transform that draws the n-th of some curves beside the others, as values often coincide:
+    shifted along x by some points, whatever the scale."""
     from matplotlib.transforms import ScaledTranslation
 
+    distance = min(2.5, 14 / curves)
     points = distance * (n - (curves - 1) / 2)
     return axes.transData + ScaledTranslation(points / 72, 0, _figure(axes).dpi_scale_trans)
 
@@ -206,12 +232,13 @@ def vertical_line(axes: Axes, x: float, label: str | None, linestyle: str = "-")
     axes.axvline(x, color="0.35", linewidth=0.8, linestyle=linestyle, label=label)
 
 
-def chance_line(axes: Axes, chance: float | None) -> None:
-    """Draw the accuracy of guessing, in %, if it is known."""
+def chance_line(axes: Axes, chance: float | None) -> list[Line2D]:
+    """Draw the accuracy of guessing, in %, if it is known. Returns what was drawn."""
     if chance is None:
-        return
-    label = f"chance ({chance:g} %)"
-    axes.axhline(chance, color="0.5", linewidth=0.8, linestyle=(0, (1, 3)), label=label)
+        return []
+    label = f"chance {chance:g} %"
+    line = axes.axhline(chance, color="0.5", linewidth=0.8, linestyle=(0, (1, 3)), label=label)
+    return [line]
 
 
 def heat_map(
@@ -233,7 +260,7 @@ def heat_map(
     return image
 
 
-def legend_below(figure: Figure, handles: Sequence[Any] = (), title: str = "") -> None:
+def legend_below(figure: Figure, handles: Sequence[Any] = ()) -> None:
     """Add one legend below the panels, where it hides no curve, and make the figure higher by it.
 
     It has as many columns as fit the width of the figure, and long labels are wrapped. handles:
@@ -243,18 +270,17 @@ def legend_below(figure: Figure, handles: Sequence[Any] = (), title: str = "") -
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels()):
                 entries.setdefault(label, handle)
-    widest = int(CHARACTERS * figure.get_figwidth())
-    labels = [textwrap.fill(label, widest) for label in entries]
-    for columns in range(min(len(labels), 4), 0, -1):
+    if not entries:
+        return
+    for columns, characters in LEGENDS:
         legend = figure.legend(
             list(entries.values()),
-            labels,
+            [textwrap.fill(label, int(characters * figure.get_figwidth())) for label in entries],
             loc="outside lower center",
             ncols=columns,
-            title=title or None,
         )
         extent = legend.get_window_extent()
-        if extent.width < 0.98 * figure.bbox.width or columns == 1:
+        if extent.width < 0.98 * figure.bbox.width:
             break
         legend.remove()
     figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)

@@ -17,6 +17,7 @@ from experiment.plots.style import (
     grid,
     heat_map,
     integer_ticks,
+    label_outer,
     legend_below,
     marker_spacing,
     new_figure,
@@ -52,7 +53,8 @@ def accuracy(
     that changed before it}; chance: accuracy of guessing, in %."""
     resumed = sorted((resumptions or {}).items())
     figure = new_figure(
-        "Accuracy over the epochs; train: during the epoch, others: after it."
+        "Accuracy over the epochs; train: during the epoch, others: after it. Legend: last values."
+        + (f" Star: epoch {best_epoch}, of model.pt." if best_epoch else "")
         + _describe_resumptions(resumed)
     )
     axes = figure.add_subplot(xlabel="epoch", ylabel=ACCURACY)
@@ -61,7 +63,7 @@ def accuracy(
     for n, (column, label) in enumerate(ACCURACIES.items()):
         if column in recorded:
             values = [row.get(column, np.nan) for row in rows]
-            label = f"{label} (last {values[-1]:.2f} %)"
+            label = f"{label} {values[-1]:.2f} %"
             axes.plot(epochs, values, label=label, **curve_style(n), **marker_spacing(n, len(rows)))
     chosen_on = "val_acc" if "val_acc" in recorded else "test_acc"
     for row in rows:
@@ -74,7 +76,7 @@ def accuracy(
                 fillstyle="none",
                 markersize=10,
                 zorder=5,
-                label=f"model.pt: epoch {best_epoch} ({row[chosen_on]:.2f} %)",
+                label=f"model.pt {row[chosen_on]:.2f} %",
             )
     for n, (epoch, _) in enumerate(resumed):
         vertical_line(axes, epoch - 0.5, None if n else "resumed", ":")
@@ -118,7 +120,7 @@ def activity(
     linear_output: whether the last layer has no activation; has_dynamics: whether the neurons are
     those at the end of a free phase."""
     phase = " at the end of the free phase" if has_dynamics else ""
-    caption = f"Neurons of each layer{phase}, last training batch."
+    caption = f"Neurons of each layer{phase}, last training batch; square-root scale."
     if ends:
         caption += (
             f" Shares of saturated ones, within {100 * SATURATED:g} % of the activation's range "
@@ -127,7 +129,7 @@ def activity(
     layers = len(neurons)
     rows = -(-layers // 4)
     figure = new_figure(caption, columns=1 if layers < 3 else 2, height=0.2 + 1.6 * rows)
-    panels = grid(figure, layers, min(layers, 4))
+    panels = grid(figure, layers, 4)
     for n, (axes, state) in enumerate(zip(panels, neurons), 1):
         values = state.detach().float().flatten().cpu()
         low = float(values.min())
@@ -141,10 +143,7 @@ def activity(
             title += f"\n{low:g}: {100 * at_low:.1f} %, {high:g}: {100 * at_high:.1f} %"
         axes.set_title(title)
         _histogram(axes, values.numpy(), low, high)
-    for axes in panels[-min(layers, 4) :]:
-        axes.set_xlabel("activation")
-    for axes in panels[::4]:
-        axes.set_ylabel("neurons (%)")
+    label_outer(panels, "activation", "neurons (%)")
     return figure
 
 
@@ -170,7 +169,7 @@ def _draw_over_steps(
     steps = range(1, len(values) + 1)
     axes.plot(steps, values, label=label, **curve_style(n), **marker_spacing(n, len(steps)))
     if trained_T1 and trained_T1 <= len(steps):
-        vertical_line(axes, trained_T1, f"T1 = {trained_T1} of the training")
+        vertical_line(axes, trained_T1, f"T1 = {trained_T1} (training)")
     integer_ticks(axes.xaxis)
 
 
@@ -188,13 +187,13 @@ def characteristic(
     figure = new_figure(
         "Test accuracy and share of converged images over the time steps t of the free phase. "
         f"Converged: relative change over the last min({WINDOW}, t) steps below {CONVERGED:g} in "
-        "every layer.",
+        "every layer. Legend: last values.",
         height=2.9,
     )
     above, below = figure.subplots(2, 1, sharex=True)
-    curves = (("classified correctly", accuracy, above), ("converged", converged, below))
+    curves = (("accuracy", accuracy, above), ("converged", converged, below))
     for n, (name, shares, axes) in enumerate(curves):
-        label = f"{name} (last {100 * shares[-1]:.2f} %)"
+        label = f"{name} {100 * shares[-1]:.2f} %"
         _draw_over_steps(axes, n, 100 * np.array(shares), label, trained_T1)
     chance_line(above, chance)
     above.set_ylabel(ACCURACY)
@@ -219,15 +218,17 @@ def relaxation(
         curves.append(("energy $\\Phi$", energy))
         caption += " and energy Phi"
     figure = new_figure(
-        f"{caption} over the time steps of the free phase, means over one mini-batch.",
+        f"{caption} over the time steps of the free phase, means over one mini-batch. Legend: "
+        "last values.",
         height=0.6 + 1.15 * len(curves),
     )
     panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for n, (axes, (name, values)) in enumerate(zip(panels, curves)):
-        _draw_over_steps(axes, n, values, f"{name} (last {values[-1]:.3g})", trained_T1)
+        _draw_over_steps(axes, n, values, f"{name} {values[-1]:.4g}", trained_T1)
         axes.set_ylabel(name)
     if any(value > 0 for value in residual):
         panels[0].set_yscale("log")
+        panels[0].minorticks_off()
     panels[-1].set_xlabel("time steps of the free phase")
     legend_below(figure)
     return figure
