@@ -1,37 +1,50 @@
 """Compare runs: groups that differ in the seed alone, one table, and figures."""
 
+from __future__ import annotations
+
 import csv
 import datetime
 import io
+import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_utils import UserError
-from experiment.config import FINGERPRINTS, training_identity
+from experiment.config import FINGERPRINTS
 from experiment.plots import compare as plots
 from experiment.plots.style import norm_name
 from experiment.results.published import read_published
 from experiment.results.read import read_run
-from experiment.results.values import Group, Key, RunResults, Statistics
+from experiment.results.values import (
+    STRONGEST,
+    Difference,
+    Group,
+    Key,
+    RunResults,
+    difference,
+)
 from experiment.runs.files import WriteFailed, csv_cell, markdown_cell, printable, why, write_text
 from experiment.runs.folder import RunFolder
-from experiment.text import count, format_value
+from experiment.text import count, format_eps, format_value
 
 LONGEST_LABEL = 300
-COLUMNS = ("group", *Key._fields, "mean", "std", "n")
+COLUMNS = (
+    *("group", "measure", "attack", "norm", "grad", "steps", "eps", "detail", "mean", "std", "n"),
+    *("task", "split", "images", "data", "gradients", "masked", "converged", "chosen_on", "epochs"),
+    *("difference", "difference_low", "difference_high", "difference_n"),
+)
 ORDER = ("clean", "adversarial", "audit", "audit trusted", "corruptions", "seconds")
+CHOSEN = {
+    "test": "the best on the test images",
+    "validation": "the best on validation images",
+    "last": "the last epoch",
+}
 
-Identity = dict[str, Any]
+Identity = Mapping[str, Any]
 
 
 # ---------------------------------------------------------------------------------------- grouping
-
-
-def _identity(run: RunResults) -> Identity:
-    """The settings and data that all runs of a group share."""
-    fingerprints = {name: run.args.get(name) for name in FINGERPRINTS}
-    return {**training_identity(run.args), "epochs": len(run.epochs), **fingerprints}
 
 
 def _same_group(identity: Identity, other: Identity) -> bool:
@@ -43,21 +56,38 @@ def _same_group(identity: Identity, other: Identity) -> bool:
     )
 
 
-def group_runs(runs: Sequence[RunResults], labels: Sequence[str] | None = None) -> list[Group]:
-    """The groups of some runs, in the order of their first runs. labels: one for each group.
-    Raises UserError."""
-    identities: list[Identity] = []
+def group_runs(
+    runs: Sequence[RunResults], labels: Sequence[str] | None = None
+) -> tuple[list[Group], list[str]]:
+    """(the groups of some runs, in the order of their first runs; notes on runs that do not count).
+    A model counts once, and so does a seed of a group. labels: one for each group. Raises
+    UserError."""
+    identities: list[dict[str, Any]] = []
     groups: list[Group] = []
+    notes = []
+    counted: set[tuple[str, str]] = set()
     for run in runs:
-        identity = _identity(run)
-        for known, group in zip(identities, groups):
-            if _same_group(known, identity):
-                group.runs.append(run)
-                known.update({name: known[name] or identity[name] for name in FINGERPRINTS})
-                break
-        else:
-            identities.append(identity)
+        if (run.folder, run.weights) in counted:
+            notes.append(f"{printable(run.folder)} is given several times; it counts once")
+            continue
+        counted.add((run.folder, run.weights))
+        place = next((n for n, i in enumerate(identities) if _same_group(i, run.identity)), None)
+        if place is None:
+            identities.append(dict(run.identity))
             groups.append(Group("", [run]))
+            continue
+        group = groups[place]
+        seed = run.args.get("seed")
+        same_seed = [other for other in group.runs if other.args.get("seed") == seed]
+        if seed is not None and same_seed:
+            notes.append(
+                f"left out: {printable(run.folder)}, which repeats seed {seed} of "
+                f"{printable(same_seed[0].folder)}"
+            )
+            continue
+        group.runs.append(run)
+        known = identities[place]
+        known.update({name: known[name] or run.identity[name] for name in FINGERPRINTS})
     if labels and len(labels) != len(groups):
         raise UserError(
             f"argument --labels: got {len(labels)}, expected {len(groups)}: one for each group of "
@@ -65,17 +95,20 @@ def group_runs(runs: Sequence[RunResults], labels: Sequence[str] | None = None) 
         )
     for group, label in zip(groups, labels or _labels(identities)):
         group.label = label
-    return groups
+    return groups, list(dict.fromkeys(notes))
 
 
 def _labels(identities: Sequence[Identity]) -> list[str]:
-    """A label for each group: model and rule, and the arguments that differ between groups with
-    the same model and rule."""
+    """A label for each group: model and rule, the task if there are several, and what differs
+    between groups with the same of these."""
+    several_tasks = len({identity["task"] for identity in identities}) > 1
     names = []
     for identity in identities:
         name = f"{identity['model']} {identity['alg']}"
+        if several_tasks:
+            name += f" on {identity['task']}"
         if identity.get("adv_train"):
-            name += f", adversarial {identity['adv_train']:g} by {identity['adv_grad']}"
+            name += f", adversarial {format_eps(identity['adv_train'])} by {identity['adv_grad']}"
         names.append(name)
     labels = []
     for name, identity in zip(names, identities):
@@ -92,76 +125,221 @@ def _labels(identities: Sequence[Identity]) -> list[str]:
 # ------------------------------------------------------------------------------------------- tables
 
 
-def _keys(groups: Sequence[Group]) -> list[Key]:
-    """The keys that any group has, in the order of the tables."""
-    return sorted({key for group in groups for key in group.keys()}, key=_order)
+def _table_keys(groups: Sequence[Group]) -> list[Key]:
+    """The keys of the tables, in their order: before the attacks on some images, the clean accuracy
+    of the same images."""
+
+    def order(key: Key) -> tuple:
+        aside = key.measure in ("corruptions", "seconds")
+        recorded = not key.images.number  # while training
+        block = (aside, not recorded, key.images, key.predicted != "{}", key.predicted)
+        is_strongest = key.grad == STRONGEST
+        steps = int(key.steps) if key.steps.isdecimal() else 0
+        row = (key.attack, key.norm, not is_strongest, key.grad, steps, key.detail, key.rest)
+        return (*block, ORDER.index(key.measure), *row, key.eps)
+
+    found = {key for group in groups for key in group.cells if key.measure in ORDER}
+    return sorted(found, key=order)
 
 
-def _order(key: Key) -> tuple:
-    return (
-        ORDER.index(key.measure),
-        key.attack,
-        key.norm,
-        key.detail,
-        key.grad == "worst",
-        key.grad,
-        key.steps,
-        key.eps,
-    )
+def _is_of_one_method(key: Key) -> bool:
+    """Whether a key is of one gradient method, and not of the strongest per image."""
+    return key.grad not in ("", STRONGEST)
 
 
 def table_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The rows of comparison.csv, dicts of COLUMNS; accuracies in %, seconds in s."""
     rows = []
-    for key in _keys(groups):
+    for key in _table_keys(groups):
         for group in groups:
-            values = group.values(key)
-            if values:
-                mean, std, n = Statistics.of(values)
-                row = {
+            cell = group.cells.get(key)
+            if cell is None:
+                continue
+            mean, std, n = cell.statistics
+            identity = group.runs[0].identity
+            change = _difference(groups, group, key)
+            rows.append(
+                {
                     "group": group.label,
-                    **key._asdict(),
+                    **{name: value for name, value in key._asdict().items() if name in COLUMNS},
                     "eps": f"{key.eps:g}" if key.eps else "",
                     "mean": f"{mean:.4f}",
-                    "std": "" if std is None else f"{std:.4f}",
+                    "std": _number(std),
                     "n": n,
+                    "task": key.images.task,
+                    "split": key.images.split,
+                    "images": key.images.number or "",
+                    "data": "" if key.measure == "corruptions" else key.images.fingerprint,
+                    "gradients": " ".join(cell.methods),
+                    "masked": f"{cell.masked:.4f}" if cell.methods else "",
+                    "converged": _number(cell.converged),
+                    "chosen_on": identity.get("chosen_on", ""),
+                    "epochs": identity.get("epochs", ""),
+                    "difference": _number(change and change.mean),
+                    "difference_low": _number(change and change.low),
+                    "difference_high": _number(change and change.high),
+                    "difference_n": change.n if change else "",
                 }
-                rows.append(row)
+            )
     return rows
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _difference(groups: Sequence[Group], group: Group, key: Key) -> Difference | None:
+    """The difference of a group to the first one; None where there is nothing to pair."""
+    first = groups[0].cells.get(key)
+    second = group.cells.get(key)
+    if group is groups[0] or first is None or second is None:
+        return None
+    return difference(first, second)
+
+
 def _describe(key: Key) -> str:
-    """The label of a row of the Markdown table."""
+    """The label of a row."""
+    attack = f"{key.attack} {norm_name(key.norm)} {format_eps(key.eps)}"
     if key.measure == "clean":
-        return "clean accuracy (%)"
+        return f"clean accuracy, {key.detail} (%)"
     if key.measure == "seconds":
         return "training (s)"
     if key.measure == "corruptions":
         severity = f"severity {key.eps:g}" if key.eps else "mean over severities"
-        return f"{key.detail}, {severity} (%)"
-    eps = f"{norm_name(key.norm)} {key.eps:g}"
-    if key.measure == "audit":
-        return f"audit, robust at {eps}, {key.detail} (%)"
+        return f"{key.attack}, {severity}, {key.detail} (%)"
     if key.measure == "audit trusted":
-        return f"audit at {eps}, {key.detail}: runs trusted (%)"
-    gradient = "" if key.grad in ("", key.attack) else f"{plots.gradient_name(key)}, "
-    return f"{key.attack} {eps}, {gradient}{key.detail} (%)"
+        return f"{attack}, {key.detail}: runs trusted (%)"
+    if _is_of_one_method(key):
+        gradient = f"{key.grad}@{key.steps}" if key.steps else key.grad
+        return f"{attack}, {gradient}, {key.detail} (%)"
+    return f"{attack}, {key.detail} (%)"
 
 
-def markdown_table(groups: Sequence[Group]) -> list[str]:
-    """The lines of a Markdown table: one row per value, one column per group."""
-    lines = [
-        "| | " + " | ".join(markdown_cell(group.label) for group in groups) + " |",
-        "| --- |" + " --- |" * len(groups),
+def _row_labels(keys: Sequence[Key]) -> dict[Key, str]:
+    """The label of each row. Rows whose labels would be equal name what differs: the data set, or
+    settings such as the version of an attack."""
+    by_label: dict[str, list[Key]] = {}
+    for key in keys:
+        by_label.setdefault(_describe(key), []).append(key)
+    labels = {}
+    for label, same in by_label.items():
+        settings = {
+            key: {**json.loads(key.rest), "data": key.images.fingerprint, "task": key.images.task}
+            for key in same
+        }
+        names = sorted({name for own in settings.values() for name in own})
+        differing = [n for n in names if len({repr(own.get(n)) for own in settings.values()}) > 1]
+        for key, own in settings.items():
+            parts = [f"{name} {format_value(own.get(name))}"[:100] for name in differing]
+            labels[key] = ", ".join([label, *parts])
+    return labels
+
+
+Table = list[list[str]]  # rows of cells, the first one the header
+
+
+def comparison_table(groups: Sequence[Group], keys: Sequence[Key]) -> Table:
+    """One row per key; one column per group and, from the second group on, one of the difference to
+    the first."""
+    header = [""]
+    for group in groups:
+        header.append(group.label)
+        if group is not groups[0]:
+            header.append("difference")
+    table = [header]
+    for key, label in _row_labels(keys).items():
+        row = [label]
+        for group in groups:
+            cell = group.cells.get(key)
+            row.append("" if cell is None else str(cell))
+            if group is not groups[0]:
+                change = _difference(groups, group, key)
+                row.append("" if change is None else str(change))
+        table.append(row)
+    return table
+
+
+def group_table(groups: Sequence[Group]) -> Table:
+    """What the groups are: one row each."""
+    table = [["group", "seeds", "data", "model", "converged (%)", "gradients"]]
+    for group in groups:
+        run = group.runs[0]
+        seeds = [run.args.get("seed") for run in group.runs]
+        chosen = CHOSEN.get(run.identity["chosen_on"], "")
+        epochs = count(run.identity["epochs"], "epoch")
+        table.append(
+            [
+                group.label,
+                ", ".join("unknown" if seed is None else str(seed) for seed in seeds),
+                str(run.args.get("task")),
+                f"{chosen}, of {epochs}",
+                _converged(group),
+                _gradients(group),
+            ]
+        )
+    return table
+
+
+def _converged(group: Group) -> str:
+    """The share of converged images in predictions on the most images, in %."""
+    known = [
+        (key.images.number, cell.converged)
+        for key, cell in group.cells.items()
+        if cell.converged is not None and key.predicted == "{}"
     ]
-    for key in _keys(groups):
-        values = [group.values(key) for group in groups]
-        cells = [str(Statistics.of(v)) if v else "" for v in values]
-        lines.append(f"| {markdown_cell(_describe(key))} | " + " | ".join(cells) + " |")
-    return lines
+    return f"{100 * max(known)[1]:.2f}" if known else ""
 
 
-def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _gradients(group: Group) -> str:
+    """The gradient methods of a group's attacks."""
+    attacks: dict[str, list[str]] = {}
+    for key, cell in group.cells.items():
+        if key.measure == "adversarial" and key.grad == STRONGEST:
+            names = attacks.setdefault(", ".join(cell.methods), [])
+            if key.attack not in names:
+                names.append(key.attack)
+    if len(attacks) == 1:
+        return next(iter(attacks))
+    return "; ".join(f"{', '.join(names)}: {methods}" for methods, names in attacks.items())
+
+
+def markdown(table: Table) -> list[str]:
+    """The lines of a Markdown table."""
+    header, *rows = [[markdown_cell(cell) for cell in row] for row in table]
+    lines = [f"| {' | '.join(row)} |" for row in [header, *rows]]
+    return [lines[0], "|" + " --- |" * len(header), *lines[1:]]
+
+
+LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "≤": r"$\leq$",
+}
+
+
+def latex(table: Table) -> list[str]:
+    """The lines of a LaTeX table for the package booktabs."""
+    header, *rows = [
+        ["".join(LATEX.get(letter, letter) for letter in printable(cell)) for cell in row]
+        for row in table
+    ]
+    return [
+        f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        r"\toprule",
+        f"{' & '.join(header)} \\\\",
+        r"\midrule",
+        *(f"{' & '.join(row)} \\\\" for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def _write_csv(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -170,6 +348,32 @@ def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 # -------------------------------------------------------------------------------------- entry point
+
+EXPLANATION = (
+    "Mean ± standard deviation over seeds (number of seeds). Adversarial accuracies are those of "
+    "the strongest gradient method per image. ≤: an upper bound only, because the gradients of "
+    "more than 1 % of the images are zero. Differences are to the first group, in percentage "
+    "points, with their 95 % interval, paired by seed and image (bootstrap over both)."
+)
+
+
+def _notes(groups: Sequence[Group], keys: Sequence[Key]) -> list[str]:
+    """Notes on what the groups left out, one per line."""
+    notes = [note for group in groups for run in group.runs for note in run.notes]
+    for group in groups:
+        partial: dict[str, list[str]] = {}
+        for key in keys:
+            cell = group.cells.get(key)
+            if cell and cell.left_out:
+                seeds = ", ".join(map(str, cell.left_out))
+                partial.setdefault(f"seed {seeds}", []).append(_describe(key))
+        for seeds, rows in partial.items():
+            notes.append(
+                f"left out of {printable(group.label)}: {seeds}, attacked by other gradient "
+                f"methods, in {count(len(rows), 'row')}: {printable(rows[0])}"
+                + (" ..." if len(rows) > 1 else "")
+            )
+    return list(dict.fromkeys(notes))
 
 
 def compare(
@@ -180,31 +384,47 @@ def compare(
     command: str,
     root: str = "results",
 ) -> pathlib.Path:
-    """Compare runs in a new folder below root/compare: comparison.md, comparison.csv, and the
+    """Compare runs in a new folder below root/compare: comparison.md, .csv and .tex, and the
     figures that the runs have results for. Returns the folder.
 
     paths: of runs; labels: one for each group, None for generated ones; published: paths of tables;
-    figures: png or pdf; command: the command line. Raises UserError."""
-    groups = group_runs([read_run(path) for path in paths], labels)
+    figures: png, pdf or svg; command: the command line. Raises UserError."""
+    groups, notes = group_runs([read_run(path) for path in paths], labels)
     tasks = {run.args.get("task") for group in groups for run in group.runs}
     published_groups = read_published(published or (), tasks)
-    folder = _new_folder(pathlib.Path(root, "compare"))
-    table = markdown_table(groups)
+    keys = _table_keys(groups)
+    main_keys = [key for key in keys if not _is_of_one_method(key)]
+    other_keys = [key for key in keys if _is_of_one_method(key)]
+    notes += _notes([*groups, *published_groups], main_keys)
+    main_table = comparison_table(groups, main_keys)
     lines = [
         f"# Comparison of {datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
         "",
         f"    {printable(command).replace('<', '&lt;')}",
         "",
-        "Mean ± standard deviation over seeds (number of runs). Rows with different images or "
-        "budgets are not comparable.",
+        EXPLANATION,
         "",
-        *table,
+        *markdown(main_table),
+        "",
+        "## Groups",
+        "",
+        *markdown(group_table(groups)),
     ]
+    if notes:
+        lines += ["", "## Notes", "", *(f"- {markdown_cell(note)}" for note in notes)]
+    if other_keys:
+        table = comparison_table(groups, other_keys)
+        lines += ["", "## Each gradient method", "", *markdown(table)]
+    folder = _new_folder(pathlib.Path(root, "compare"))
     _write_csv(folder / "comparison.csv", table_rows(groups))
+    write_text(folder / "comparison.tex", "\n".join(latex(main_table)) + "\n")
     write_text(folder / "comparison.md", "\n".join(lines) + "\n")
-    print("\n".join(table))
+    print("\n".join(markdown(main_table)))
+    for note in notes:
+        print(f"note: {note}")
+    runs = sum(len(group.runs) for group in groups)
     print(
-        f"{count(len(paths), 'run')} in {count(len(groups), 'group')}; results are in {folder}",
+        f"{count(runs, 'run')} in {count(len(groups), 'group')}; results are in {folder}",
         flush=True,
     )
     run = RunFolder(folder, figures, "comparison")

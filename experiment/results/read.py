@@ -1,199 +1,361 @@
-"""Read the results of a run folder. Files can be damaged or from other programs: values that cannot
-be read are left out."""
+"""Read the results of a run: its training, and its records of the weights that are compared.
 
+Records can be edited by hand: values that cannot be read are left out."""
+
+from __future__ import annotations
+
+import json
 import pathlib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ART_Timesteps_Addition.names import NORMS, WITHOUT_GRADIENT
 from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES
-from experiment.config import LARGEST
-from experiment.results.tables import read_eps, read_rows, read_settings, read_share
-from experiment.results.values import Key, RunResults
+from experiment.config import (
+    BY_DEST,
+    FINGERPRINTS,
+    LARGEST,
+    LEAST_EPS,
+    MOST_EPS,
+    RESUMED,
+    Config,
+    training_identity,
+)
+from experiment.results import settings
+from experiment.results.record import Record, unpack
+from experiment.results.store import Store
+from experiment.results.values import STRONGEST, Images, Key, RunResults, Value
 from experiment.runs import checkpoint
-from experiment.runs.files import number, parse_json, printable, read_text
-from experiment.runs.folder import RunFolder
-from experiment.text import format_value
+from experiment.runs.checkpoint import SavedRun
+from experiment.runs.files import number, printable
+from experiment.runs.folder import fingerprint
+from experiment.runs.history import chosen_by
+from experiment.text import count, format_value, listed, name_path
 
-NORMS = ("2", "inf")
+LONGEST_TEXT = 100  # characters of a text from a record
+MOST_METHODS = 100  # gradient methods of one record
+
+KINDS = {  # of records that are compared: how they are called
+    "evaluate": "evaluation",
+    "attack": "attack result",
+    "audit": "audit",
+    "corruption": "corruption result",
+    "characteristic": "characteristic",
+}
+
+# Settings that have a column of their own in the tables
+COLUMNS = ("attack", "norm", "eps", "corruption", "T1")
+# Settings of an attack's gradient: over these, the strongest one counts
+OF_GRADIENT = ("gradient", "gradients", "steps", "attack_step", "start", "smooth")
+# Settings that every row names, and how
+BUDGET = {
+    "budget": "{}",
+    "iters": "{} iterations",
+    "queries": "{} queries",
+    "restarts": "{} restarts",
+}
+# Settings that a row names where they are not the run's own, and how
+DEVIATIONS = {
+    "predict_step": "predicted after {} steps",
+    "tol": "tol {}",
+    "mbs": "mini-batches of {}",
+    "precision": "{}",
+    "compile": "compile {}",
+    "clip": "clip {}",
+    "seed": "attack seed {}",
+}
+SWITCHES = {("clip", False): "not clipped", ("compile", True): "compiled"}
+CORRUPTION_SETS = {
+    f"first {len(PUBLISHED)} corruptions": PUBLISHED,
+    f"all {len(CORRUPTIONS)} corruptions": CORRUPTIONS,
+}
+OF_PREDICTION = ("predict_step", "tol", "mbs", "precision", "compile")
 
 
 def read_run(path: str | pathlib.Path) -> RunResults:
     """The results of a run folder, or of a file in one. Raises UserError if there is no run."""
     saved = checkpoint.open_saved(path, "evaluate")
-    run = RunFolder(saved.path.parent)
-    results = RunResults(saved.args)
+    folder = saved.path.parent
+    run = RunResults(saved.args, folder=str(folder.resolve()), weights=fingerprint(saved.weights))
+    _add_training(run, saved)
+    name = printable(name_path(path))
+    records = [record for record in Store(folder).records if record.kind in KINDS]
+    own = [record for record in records if record.model.get("weights") == run.weights]
+    others = [record for record in records if record.model.get("weights") != run.weights]
+    if others:
+        left_out = _describe_others(others, len(saved.history.epochs))
+        run.notes.append(f"left out of {name}: {left_out}")
+    _add_records(run, own)
+    measured = {record.settings.get("corruption") for record in own if record.kind == "corruption"}
+    if measured and not any(key.measure == "corruptions" for key in run.values):
+        run.notes.append(
+            f"left out of {name}: {len(measured)} of {len(CORRUPTIONS)} corruptions, whose mean "
+            "would be one over another set"
+        )
+    return run
+
+
+def _describe_others(records: Sequence[Record], epoch: int) -> str:
+    """What is left out because it is of other weights than the compared model, one line."""
+    kinds = [record.kind for record in records]
+    counts = [count(kinds.count(kind), name) for kind, name in KINDS.items() if kind in kinds]
+    epochs = {number(record.model.get("epoch"), 0, LARGEST) for record in records}
+    known = sorted(value for value in epochs if value is not None)
+    of = f"epoch {', '.join(f'{value:g}' for value in known[:10])}" if known else "epoch unknown"
+    return f"{listed(counts)} of other weights ({of}; the model is of epoch {epoch})"
+
+
+# ---- training
+
+
+def _add_training(run: RunResults, saved: SavedRun) -> None:
+    """Add what a run's training measured, and what identifies it."""
+    chosen = chosen_by(saved.path.name, saved.args)
+    history = saved.history
+    whole = saved.path.with_name("checkpoint.tar")
+    if saved.path.name != whole.name and whole.exists():
+        history = checkpoint.open_saved(whole, "evaluate").history
+    epochs = history.epochs[: len(saved.history.epochs) if chosen == "last" else None]
+    changes = [
+        f"before epoch {n}: {text}"
+        for n, text in history.resumptions.items()
+        if text and n <= len(epochs)
+    ]
+    run.identity = {
+        **training_identity(saved.args),
+        "epochs": len(epochs),
+        "chosen_on": chosen,
+        "resumed": "; ".join(changes) or "never",
+        **{name: saved.args.get(name) for name in FINGERPRINTS},
+    }
+    for row in epochs:
+        run.add(Key("training", eps=row["epoch"]), Value(row["test_acc"]))
+    seconds = [row["seconds"] for row in epochs if row["seconds"] != ""]
+    if seconds:
+        run.add(Key("seconds"), Value(sum(seconds)))
     if saved.history.epochs:
-        results.values[Key("clean")] = saved.history.epochs[-1]["test_acc"]
-    _read_metrics(run, results)
-    T1 = saved.args.get("T1")
-    tables = sorted(
-        run.folder.glob("Adversarial_Accuracy*.txt"), key=lambda path: (len(path.name), path.name)
-    )
-    for table in tables:
-        for key, value in _read_sweep(run, table, T1).items():
-            results.values.setdefault(key, value)
-    for audit in sorted(run.folder.glob("Audit_*.json")):
-        results.values |= _read_audit(audit, T1)
-    results.values |= _read_corruptions(run.folder / "Corruption_Accuracy.txt", T1)
-    results.characteristic = _read_characteristic(run.folder / "Characteristic_Time.txt")
-    return results
+        accuracy = Value(saved.history.epochs[-1]["test_acc"])
+        run.add(Key("clean", detail="recorded in training"), accuracy)
 
 
-def _read_metrics(run: RunFolder, results: RunResults) -> None:
-    rows = run.read_csv("metrics.csv")
-    epochs = []
-    for row in rows:
-        epoch = number(row.get("epoch"), 1, LARGEST)
-        accuracy = number(row.get("test_acc"), 0, 100)
-        if epoch is not None and accuracy is not None:
-            epochs.append((int(epoch), accuracy))
-    if len(epochs) == len(rows):
-        results.epochs = epochs
-    if rows:
-        seconds = [number(row.get("seconds"), 0, LARGEST) for row in rows]
-        results.values[Key("seconds")] = sum(filter(None, seconds), 0.0)
+# ---- settings of records
 
 
-def _read_characteristic(path: pathlib.Path) -> list[float]:
-    """Accuracies in % after 1, 2, ... free steps; [] if one of them cannot be read."""
-    rows = read_rows(path)
-    shares = [read_share(row[1]) for row in rows if len(row) > 1]
-    accuracies = [100 * share for share in shares if share is not None]
-    return accuracies if len(accuracies) == len(rows) else []
-
-
-# ---- what a value depends on, as parts of the detail of a `Key`
-
-
-def _join(parts: Iterable[str]) -> str:
-    return printable(", ".join(parts))
-
-
-def _plain(settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings that are numbers, short texts or lists of them."""
-
-    def is_plain(value: Any) -> bool:
-        if isinstance(value, str):
-            return len(value) <= 100
-        return value is None or isinstance(value, (int, float))
-
+def _usual(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a measurement that names none of them: what a run's training determines.
+    args: {dest: value} of the run."""
+    identity = {**training_identity(args), "seed": args.get("seed")}
+    training = {dest: value for dest, value in identity.items() if BY_DEST[dest].scope != RESUMED}
+    config = Config.from_flat(training)
     return {
-        name: value
-        for name, value in (settings or {}).items()
-        if all(map(is_plain, value if isinstance(value, list) else [value]))
+        **settings.prediction(config, config.learning.T1),
+        "seed": config.session.seed or 0,
+        "clip": True,
     }
 
 
-def _images(settings: Mapping[str, Any]) -> list[str]:
-    images = settings.get("images")
-    return [f"{images} images"] if isinstance(images, int) else []
+def _text(value: Any) -> str:
+    """A value from a record as a text of limited length."""
+    return printable(format_value(value))[:LONGEST_TEXT]
 
 
-def _predictions(settings: Mapping[str, Any], T1: int | None) -> list[str]:
-    """How predictions differ from T1 steps in fp32. T1: of the run."""
-    parts = []
-    steps = settings.get("predict_step") or settings.get("T1")
-    if steps and T1 and steps != T1:
-        parts.append(f"predicted after {steps} steps")
-    if settings.get("tol"):
-        parts.append(f"tol {settings['tol']}")
-    if settings.get("precision") not in (None, "fp32"):
-        parts.append(str(settings["precision"]))
-    if settings.get("compile"):
-        parts.append("compiled")
-    return parts
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
-def _budget(settings: Mapping[str, Any]) -> list[str]:
-    """Iterations or queries of an attack, its restarts and its start."""
-    budget = settings.get("budget")
-    if not budget:
-        budget = f"{settings.get('attack_iters', '?')} iterations"
-        if settings.get("attack_restarts"):
-            budget += f"; {settings['attack_restarts']} restarts"
-    start = settings.get("attack_start", "zero")
-    return [str(budget)] if start == "zero" else [str(budget), f"from {start}"]
+def _key(record: Record, usual: Mapping[str, Any], measure: str, **columns: Any) -> Key:
+    """The key of a record's value. usual: of `_usual`; columns: further fields.
+
+    A setting that a record of an earlier version does not contain had its usual value: that version
+    had no such setting."""
+    budget = {name: value for name in BUDGET if (value := record.settings.get(name))}
+    deviating = {
+        name: value
+        for name, value in record.settings.items()
+        if name not in (*COLUMNS, *OF_GRADIENT, *BUDGET)
+        and not (name in usual and value in (usual[name], None))
+    }
+    if budget.get("queries") and record.settings.get("attack") in WITHOUT_GRADIENT:
+        budget.pop("iters", None)
+    images = _images(record)
+    parts = [BUDGET[name].format(_text(value)) for name, value in budget.items()]
+    parts.append(count(images.number, "image"))
+    for name, form in DEVIATIONS.items():
+        if name in deviating:
+            value = deviating[name]
+            is_switch = isinstance(value, bool) and (name, value) in SWITCHES
+            parts.append(SWITCHES[name, value] if is_switch else form.format(_text(value)))
+    predicted = {name: deviating[name] for name in OF_PREDICTION if name in deviating}
+    return Key(
+        measure,
+        detail=", ".join(parts),
+        images=images,
+        predicted=_json(predicted),
+        rest=_json({**budget, **deviating}),
+        **columns,
+    )
 
 
-def safe_name(text: Any) -> str:
-    """The name of an attack or a gradient method, printable and of limited length."""
-    return printable(text)[:100]
+def _images(record: Record) -> Images:
+    data = record.data
+    n = number(data.get("images"), 0, LARGEST)
+    return Images(
+        task=_text(data.get("task") or ""),
+        split=_text(data.get("split") or ""),
+        number=int(n or 0),
+        fingerprint=_text(data.get("fingerprint") or ""),
+    )
 
 
-def safe_steps(text: str) -> str:
-    """Numbers of time steps as text; "" for any other text."""
-    return text if re.fullmatch(r"[0-9]{1,9}( [0-9]{1,9}){,19}", text) else ""
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [_text(value) for value in values[:MOST_METHODS]]
 
 
-# ---- tables
+def _methods(record: Record) -> frozenset[str]:
+    """The gradient methods of an attack, such as `bptt@29`; none for attacks without gradients."""
+    own = record.settings
+    gradients = _texts(own.get("gradient", ""))
+    if gradients == [settings.NO_GRADIENT]:
+        return frozenset()
+    if gradients == [settings.WORST]:
+        gradients = _texts(own.get("gradients", ""))
+    steps = [
+        f"@{steps}" if steps not in ("0", "") else "" for steps in _texts(own.get("steps", ""))
+    ]
+    start = _start(record)
+    return frozenset(f"{gradient}{step}{start}" for gradient in gradients for step in steps)
 
 
-def _read_sweep(run: RunFolder, path: pathlib.Path, T1: int | None) -> dict[Key, float]:
-    """The accuracies of one attack sweep. path: of its .txt; T1: of the run."""
-    settings = _plain(read_settings(path))
-    norm = str(settings.get("attack_norm", ""))
-    if norm not in NORMS:
-        return {}
-    all_steps = settings.get("attack_step", "")
-    clipping = ["not clipped"] if settings.get("no_clip") else []
-    detail = [*_budget(settings), *_images(settings), *clipping, *_predictions(settings, T1)]
-    values: dict[Key, float] = {}
-    for row in run.read_csv(f"{path.stem}.csv"):
-        eps = read_eps(row.get("eps"))
-        accuracy = read_share(row.get("adversarial"))
-        if eps is None or accuracy is None:
-            continue
-        grad, _, steps = row.get("grad", "").partition("@")
-        key = Key(
-            "adversarial",
-            safe_name(settings.get("attack", "")),
-            norm,
-            safe_name(grad),
-            safe_steps(steps or format_value(all_steps)),
-            eps,
-            _join(detail),
-        )
-        values[key] = 100 * accuracy
-    return values
+def _start(record: Record) -> str:
+    """The start of an attack's time steps, if it is not the usual one, as text."""
+    start = record.settings.get("start")
+    return "" if start in (None, "zero") else f" from {_text(start)}"
 
 
-def _read_audit(path: pathlib.Path, T1: int | None) -> dict[Key, float]:
-    """The robust accuracy of one audit, and whether it is trusted. T1: of the run."""
-    try:
-        result = parse_json(read_text(path))
-        _, norm, eps_text = path.stem.split("_")
-        settings = _plain(result["settings"])
-        eps = read_eps(eps_text)
-        robust = read_share(result["robust"])
-        if norm not in NORMS or not eps or robust is None:
-            return {}
-        detail = [str(settings["budget"]), *_images(result), *_predictions(settings, T1)]
-        trusted = 100.0 * (result["trusted"] is True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    key = Key("audit", "audit", norm, eps=eps, detail=_join(detail))
-    return {key: 100 * robust, key._replace(measure="audit trusted"): trusted}
+# ---- values of records
 
 
-def _read_corruptions(path: pathlib.Path, T1: int | None) -> dict[Key, float]:
-    """Mean accuracies over sets of corruptions, at each severity and over severities. The sets are
-    the first 15 and all 19, if complete, otherwise the rows of the table. T1: of the run."""
-    rows = {name: list(map(read_share, shares[:SEVERITIES])) for name, *shares in read_rows(path)}
-    rows = {name: shares for name, shares in rows.items() if shares and None not in shares}
-    severities = max(map(len, rows.values()), default=0)
-    rows = {name: shares for name, shares in rows.items() if len(shares) == severities}
-    known = {f"first {len(PUBLISHED)}": PUBLISHED, f"all {len(CORRUPTIONS)}": CORRUPTIONS}
-    sets = {name: names for name, names in known.items() if set(names) <= set(rows)}
-    sets = sets or {f"{len(rows)} of {len(CORRUPTIONS)}": tuple(rows)}
-    predictions = _predictions(_plain(read_settings(path)), T1)
-    values: dict[Key, float] = {}
-    for name, names in sets.items():
-        detail = _join([f"{name} corruptions", *predictions])
-        columns = zip(*(rows[corruption] for corruption in names))
-        means = [100 * sum(column) / len(column) for column in columns]
-        for severity, mean in enumerate(means, 1):
-            values[Key("corruptions", eps=severity, detail=detail)] = mean
-        if means:
-            values[Key("corruptions", detail=detail)] = sum(means) / len(means)
-    return values
+def _share(value: Any) -> float | None:
+    return number(value, 0, 1)
+
+
+def _value(
+    record: Record, share: float, methods: frozenset[str] = frozenset(), outcomes: Any = None
+) -> Value:
+    """The value of a record. share: as measured; outcomes: as the record contains them."""
+    images = _images(record).number
+    return Value(
+        100 * share,
+        methods,
+        unpack(outcomes, images),
+        _share(record.value.get("masked")) or 0.0,
+        unpack(record.value.get("masked_outcomes"), images),
+        _share(record.model.get("converged")),
+    )
+
+
+def _add_records(run: RunResults, records: Sequence[Record]) -> None:
+    """Add the values of records of the run's own weights."""
+    usual = _usual(run.args)
+    corrupted = []
+    clean: dict[Key, Value] = {}  # of attacks without an evaluation of the same images
+    for record in records:
+        value = record.value
+        if record.kind == "evaluate" and record.data.get("split") == "test":
+            share = _share(value.get("accuracy"))
+            if share is not None:
+                own = _value(record, share, outcomes=value.get("outcomes"))
+                run.add(_key(record, usual, "clean"), own)
+        elif record.kind == "attack":
+            _add_attack(run, record, usual)
+        elif record.kind == "audit":
+            _add_audit(run, record, usual)
+        elif record.kind == "corruption":
+            corrupted.append(record)
+        elif record.kind == "characteristic":
+            shares = value.get("accuracy")
+            for t, share in enumerate(map(_share, shares if isinstance(shares, list) else []), 1):
+                if share is not None:
+                    run.add(_key(record, usual, "characteristic", eps=t), Value(100 * share))
+        if record.kind in ("attack", "audit"):
+            share = _share(record.data.get("clean"))
+            if share is not None:
+                clean[_clean_key(record, usual)] = Value(100 * share)
+    for key, accuracy in clean.items():
+        if key not in run.values:
+            run.add(key, accuracy)
+    _add_corruptions(run, corrupted, usual)
+
+
+def _clean_key(record: Record, usual: Mapping[str, Any]) -> Key:
+    """The key of the clean accuracy on the images of an attack, with its predictions."""
+    own = {name: record.settings[name] for name in OF_PREDICTION if name in record.settings}
+    evaluation = Record("evaluate", record.model, record.data, own, {})
+    return _key(evaluation, usual, "clean")
+
+
+def _norm_and_eps(record: Record) -> dict[str, Any] | None:
+    """The columns of norm and eps; None if they are no such values."""
+    norm = record.settings.get("norm")
+    eps = number(record.settings.get("eps"), 0, MOST_EPS)
+    valid = norm in NORMS and eps is not None and (eps == 0 or eps >= LEAST_EPS)
+    return {"norm": norm, "eps": eps} if valid else None
+
+
+def _add_attack(run: RunResults, record: Record, usual: Mapping[str, Any]) -> None:
+    share = _share(record.value.get("adversarial"))
+    columns = _norm_and_eps(record)
+    if share is None or columns is None:
+        return
+    methods = _methods(record)
+    columns["attack"] = _text(record.settings.get("attack"))
+    value = _value(record, share, methods, record.value.get("outcomes"))
+    key = _key(record, usual, "adversarial", **columns)
+    run.add(key._replace(grad=STRONGEST if methods else ""), value)
+    gradient = _text(record.settings.get("gradient"))
+    if methods and gradient != settings.WORST:
+        steps = _text(record.settings.get("steps") or "")
+        of_gradient = {name: record.settings.get(name) for name in ("start", "smooth")}
+        rest = _json({**json.loads(key.rest), **of_gradient})
+        detail = key.detail + (f",{_start(record)}" if _start(record) else "")
+        run.add(key._replace(grad=gradient, steps=steps, detail=detail, rest=rest), value)
+
+
+def _add_audit(run: RunResults, record: Record, usual: Mapping[str, Any]) -> None:
+    share = _share(record.value.get("robust"))
+    columns = _norm_and_eps(record)
+    if share is None or columns is None:
+        return
+    unrolled = record.settings.get("steps", record.settings.get("attack_step", ""))
+    methods = frozenset(_texts(unrolled))
+    key = _key(record, usual, "audit", attack="audit", **columns)
+    run.add(key, _value(record, share, methods, record.value.get("outcomes")))
+    trusted = 100.0 * (record.value.get("trusted") is True)
+    run.add(key._replace(measure="audit trusted"), Value(trusted, methods))
+
+
+def _add_corruptions(run: RunResults, records: Sequence[Record], usual: Mapping[str, Any]) -> None:
+    """Add the mean accuracies over complete sets of corruptions, at each severity and over all of
+    them: the first 15, as published means are, and all 19."""
+    measured: dict[Key, dict[str, tuple[str, list[float]]]] = {}
+    for record in records:
+        shares = record.value.get("accuracy")
+        shares = [_share(share) for share in shares] if isinstance(shares, list) else []
+        known = [100 * share for share in shares if share is not None]
+        if len(known) == len(shares) == SEVERITIES:
+            key = _key(record, usual, "corruptions")
+            same_images = key._replace(images=key.images._replace(fingerprint=""))
+            name = _text(record.settings.get("corruption"))
+            measured.setdefault(same_images, {})[name] = (key.images.fingerprint, known)
+    for key, rows in measured.items():
+        for label, names in CORRUPTION_SETS.items():
+            if not set(names) <= rows.keys():
+                continue
+            data = _json({name: rows[name][0] for name in names})
+            own = key._replace(attack=label, images=key.images._replace(fingerprint=data))
+            columns = zip(*(rows[name][1] for name in names))
+            means = [sum(column) / len(names) for column in columns]
+            for severity, mean in enumerate(means, 1):
+                run.add(own._replace(eps=severity), Value(mean))
+            run.add(own, Value(sum(means) / len(means)))

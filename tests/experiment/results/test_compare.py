@@ -1,177 +1,774 @@
-"""--todo compare: groups of seeds, numbers as computed by hand, figures, published tables."""
+"""--todo compare: what is pooled and what is not, numbers as computed by hand, figures, published
+tables."""
 
 import csv
-import json
-import math
+import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
 import statistics
 import sys
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT, context
 
 import main
 from data_utils import CORRUPTIONS
 from experiment.plots import compare as plots
-from experiment.results.compare import group_runs
+from experiment.results import settings
+from experiment.results.compare import (
+    _notes,
+    _table_keys,
+    comparison_table,
+    group_runs,
+    latex,
+    table_rows,
+)
 from experiment.results.published import read_published
 from experiment.results.read import read_run
-from experiment.results.values import Group, Key, RunResults, Statistics
-from experiment.runs.folder import RunFolder
-
-TINY = (
-    "--task digits --device -1 --train-size 40 --test-size 20 --mbs 20 --T1 4 --T2 2 --archi 784 8 10 "
-    "--epochs 2 --save"
+from experiment.results.record import Record, pack
+from experiment.results.store import Store
+from experiment.results.values import (
+    STRONGEST,
+    Cell,
+    Group,
+    Images,
+    Key,
+    RunResults,
+    Value,
+    bootstrap_interval,
+    difference,
+    pool,
 )
+from experiment.runs.folder import fingerprint
+
+IMAGES = 20  # that hand-written records are about
+PREDICTION = {"mbs": 20, "precision": "fp32", "predict_step": 4, "tol": 0.0, "compile": False}
+ATTACK = {
+    "attack": "pgd",
+    "norm": "2",
+    "eps": 0.5,
+    "iters": 20,
+    "queries": 0,
+    "restarts": 0,
+    "clip": True,
+    "version": 1,
+    "libraries": {"torchattacks": "3"},
+    "start": "zero",
+    "gradient": "bptt",
+    "steps": 4,
+}
 
 
-def dress(run, clean, seed):
-    """Writes the tables of attacks and other commands into a run folder, with numbers that follow
-    from the seed."""
-    for attack, name, steps, grads in (
-        ("pgd", "Adversarial_Accuracy", [4, 8], ("bptt@4", "bptt@8", "worst")),
-        ("square", "Adversarial_Accuracy_square_inf", [4], ("square",)),
-    ):
-        told = {
-            "attack": attack,
-            "attack_norm": "inf" if attack == "square" else "2",
-            "attack_step": steps,
-            "attack_iters": 3,
-            "seed": seed,
-            "weights": f"{seed}",
-        }
-        (run / f"{name}.txt").write_text("# settings: " + json.dumps(told) + "\n")
-        rows = [
-            f"{eps},{grad},{clean},{(0.9 - 0.1 * seed) / (1 + n) / eps * 0.5:.6f},0,0,0.1"
-            for eps in (0.5, 1.0)
-            for n, grad in enumerate(grads)
-        ]
-        head = "eps,grad,clean,adversarial,masked,unmoved,mean_norm"
-        (run / f"{name}.csv").write_text("\n".join([head, *rows, ""]))
-    (run / "Audit_2_0.5.json").write_text(
-        json.dumps(
-            {
-                "robust": 0.4 + 0.01 * seed,
-                "trusted": seed != 2,
-                "images": 50,
-                "settings": {"budget": "quick"},
-            }
-        )
-    )
-    (run / "Corruption_Accuracy.txt").write_text(
-        "# settings: {}\n"
-        + "\n".join(
-            f"{name} " + " ".join(f"{0.9 - 0.1 * s - 0.01 * seed:.6f}" for s in range(5))
-            for name in ("fog", "snow")
-        )
-    )
-    (run / "Characteristic_Time.txt").write_text(
-        "# t accuracy\n" + "".join(f"{t} {0.1 * t:.6f} 0.5 1e-3 1\n" for t in range(1, 9))
-    )
+# ------------------------------------------------------------------------------ runs and records
 
 
-@pytest.fixture(scope="module")
-def runs(zoo, tmp_path_factory):
-    """Six run folders: two groups of three seeds, the last of the second without any attack, made
-    of two trainings."""
-    root = tmp_path_factory.mktemp("runs")
-    found = {}
-    for name in ("EP", "BPTT"):
-        first, found[name] = zoo(f"compared {name}"), []
-        for seed in (1, 2, 3):
-            run = root / f"{name}_{seed}"
-            shutil.copytree(first, run)
-            reseed(run, seed)
-            if (name, seed) != ("BPTT", 3):
-                dress(run, 0.9, seed)
-            found[name].append(run)
-    return found
-
-
-def reseed(run, seed):
-    """Makes the copy of a run one of another seed, with other accuracies."""
-    import torch
-
-    for name in ("model.pt", "checkpoint.tar"):
+def rewrite(run, change, names=("model.pt", "final_model.pt", "checkpoint.tar")):
+    """Changes the content of a run's checkpoints. change: content -> None."""
+    for name in names:
         if (run / name).exists():
-            state = torch.load(run / name, weights_only=True)
-            state["config"]["seed"] = seed
-            for row in state["history"]:
-                row["test_acc"] = 10.0 * seed + row["epoch"]
-            torch.save(state, run / name)
-    rows = [line.split(",") for line in (run / "metrics.csv").read_text().split()]
-    for row in rows[1:]:
-        row[2:4] = [str(10.0 * seed + int(row[0])), str(seed)]
-    (run / "metrics.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+            content = torch.load(run / name, weights_only=True)
+            change(content)
+            torch.save(content, run / name)
 
 
 @pytest.fixture
-def comparison(ok, runs, tmp_path):
-    out = ok(
-        "--todo compare --labels EP BPTT --published",
-        ROOT / "tests/published_digits.csv",
-        "--load-path",
-        *runs["EP"],
-        *runs["BPTT"],
+def make(zoo, tmp_path):
+    """Makes copies of a run of the zoo: name, seed -> run folder."""
+    numbers = itertools.count()
+
+    def copy(name, seed=1, **config):
+        run = shutil.copytree(zoo(f"compared {name}"), tmp_path / f"run_{next(numbers)}")
+
+        def change(content):
+            content["config"] |= {"seed": seed, **config}
+            for row in content["history"]:
+                row["test_acc"] = 10.0 * seed + row["epoch"]
+                row["seconds"] = float(seed)
+
+        rewrite(run, change)
+        return run
+
+    return copy
+
+
+def weights(run, file="model.pt"):
+    return fingerprint(torch.load(run / file, weights_only=True)["model_state_dict"])
+
+
+def record(run, kind, own, value, *, model=None, **data):
+    """A record of a run. model: entries of its model that are not those of model.pt; data: of its
+    data."""
+    told = {"weights": weights(run), "file": "model.pt", "epoch": 2, "chosen_on": "test"}
+    images = {"task": "digits", "split": "test", "images": IMAGES, "fingerprint": "ab"}
+    return Record(kind, told | {"converged": 0.5} | (model or {}), images | data, own, value)
+
+
+def first(n, of=IMAGES):
+    """Outcomes of images, the first n of which are correct."""
+    return np.arange(of) < n
+
+
+def attacked(run, robust, *, seed=1, masked=0, model=None, outcomes=True, **own):
+    """The record of an attack. robust: number of images, or an outcome for each."""
+    correct = first(robust) if isinstance(robust, int) else robust
+    value = {"adversarial": correct.mean(), "masked": masked / IMAGES}
+    if outcomes:
+        value |= {"outcomes": pack(correct), "masked_outcomes": pack(first(masked))}
+    told = {**PREDICTION, **ATTACK, "seed": seed, **own}
+    told = {name: value for name, value in told.items() if value != "absent"}
+    return record(run, "attack", told, value, model=model, clean=0.9)
+
+
+FEED_FORWARD = {"predict_step": "absent", "tol": "absent", "compile": "absent", "start": "absent"}
+
+
+def evaluated(run, correct, **own):
+    outcomes = first(correct)
+    value = {"accuracy": outcomes.mean(), "outcomes": pack(outcomes)}
+    return record(run, "evaluate", {**PREDICTION, **own}, value)
+
+
+def audited(run, robust, *, trusted=True, model=None, **own):
+    told = {**PREDICTION, "norm": "2", "eps": 0.5, "budget": "quick", "clip": True, **own}
+    value = {"robust": robust / IMAGES, "trusted": trusted, "outcomes": pack(first(robust))}
+    return record(run, "audit", told, value, model=model)
+
+
+def corrupted(run, names, accuracy, *, model=None):
+    """The records of some corruptions. accuracy: of severity 1; each severity has 0.1 less."""
+    value = {"accuracy": [accuracy - 0.1 * severity for severity in range(5)]}
+    return [
+        record(run, "corruption", {**PREDICTION, "corruption": name}, value, model=model)
+        for name in names
+    ]
+
+
+def characteristic(run, accuracy, *, model=None):
+    own = {name: value for name, value in PREDICTION.items() if name != "predict_step"}
+    return record(run, "characteristic", {**own, "T1": 4}, {"accuracy": accuracy}, model=model)
+
+
+def compared(*runs, labels=None):
+    """(the groups of runs; their rows of comparison.csv; notes)."""
+    groups, notes = group_runs([read_run(run) for run in runs], labels)
+    return groups, table_rows(groups), notes + _notes(groups, _table_keys(groups))
+
+
+def only(rows, **wanted):
+    """The one row with these columns."""
+    found = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def strongest_rows(rows):
+    return [row for row in rows if row["grad"] == STRONGEST]
+
+
+# ------------------------------------------------------------------------------- other weights
+
+
+def test_no_result_of_earlier_weights_is_shown(ok, make, tmp_path):
+    """After further training: 40 / 7 / 0 % and 40 / 45 / 0 % beside a clean 94 % have been there."""
+    run = make("EP")
+    earlier = {"weights": "of epoch 9", "epoch": 9}
+    store = Store(run)
+    store.add(
+        *(attacked(run, 9, eps=eps, model=earlier) for eps in (0.25, 0.5, 1.0)),
+        audited(run, 9, model=earlier),
+        *corrupted(run, CORRUPTIONS, 0.45, model=earlier),
+        characteristic(run, [0.45] * 4, model=earlier),
+        evaluated(run, 18),
+        attacked(run, 4, eps=0.5),
     )
+    out = ok("--todo compare --load-path", run)
+    epoch = torch.load(run / "model.pt", weights_only=True)["epoch"]
+    note = (
+        f"left out of {run}: 3 attack results, 1 audit, 19 corruption results and 1 characteristic "
+        f"of other weights (epoch 9; the model is of epoch {epoch})"
+    )
+    assert f"note: {note}\n" in out
     (folder,) = (tmp_path / "results" / "compare").glob("*/*")
-    assert str(folder.relative_to(tmp_path)) in out
-    return folder
+    assert f"- {note}" in (folder / "comparison.md").read_text()
+    assert {path.name for path in folder.glob("*.png")} == {"training.png", "robustness_2.png"}
+    rows = list(csv.DictReader((folder / "comparison.csv").open()))
+    assert {row["mean"] for row in rows if row["measure"] == "adversarial"} == {"20.0000"}
+    assert {row["eps"] for row in rows if row["measure"] == "adversarial"} == {"0.5"}
+    assert {row["measure"] for row in rows} == {"clean", "adversarial", "seconds"}
+    assert not any("45.00" in path.read_text() for path in folder.glob("comparison.*"))
 
 
-def test_the_numbers_are_those_computed_by_hand(comparison):
-    with open(comparison / "comparison.csv") as file:
-        rows = list(csv.DictReader(file))
+def test_records_of_unknown_weights_are_other_weights(make):
+    run = make("EP")
+    Store(run).add(attacked(run, 4, model={"weights": None, "epoch": None}))
+    _, rows, notes = compared(run)
+    assert not strongest_rows(rows)
+    assert "1 attack result of other weights (epoch unknown; the model is of epoch" in notes[0]
 
-    def numbers(group, **wanted):
-        (row,) = (
-            row
-            for row in rows
-            if row["group"] == group and all(row[k] == v for k, v in wanted.items())
-        )
-        return float(row["mean"]), float(row["std"]), int(row["n"])
 
-    def by_hand(values):
-        return pytest.approx(statistics.fmean(values), abs=1e-3), pytest.approx(
-            statistics.stdev(values), abs=1e-3
-        )
+# ------------------------------------------------------------------------------- one measurement
 
-    last = numbers("EP", measure="clean")
-    assert last[1:] == (pytest.approx(10.0), 3) and last[0] in (21.0, 22.0)
-    assert numbers("EP", measure="seconds") == (4.0, 2.0, 3)
-    worst = [100 * (0.9 - 0.1 * seed) / 3 * 0.5 for seed in (1, 2, 3)]
-    assert numbers("EP", measure="adversarial", grad="worst", eps="1", norm="2") == (
-        *by_hand(worst),
-        3,
+DEVIATIONS = {
+    "predict_step": (3, "predicted after 3 steps"),
+    "restarts": (2, "2 restarts"),
+    "iters": (40, "40 iterations"),
+    "tol": (0.01, "tol 0.01"),
+    "precision": ("bf16", "bf16"),
+    "clip": (False, "not clipped"),
+    "mbs": (50, "mini-batches of 50"),
+    "compile": (True, "compiled"),
+    "seed": (7, "attack seed 7"),
+}
+
+
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_seeds_that_were_measured_otherwise_are_not_pooled(make, name):
+    """ "81.00 ± 2.83 (2)" of predictions after 3 and after 20 steps has been there."""
+    value, text = DEVIATIONS[name]
+    runs = [make("EP", seed) for seed in (1, 2)]
+    Store(runs[0]).add(attacked(runs[0], 4, seed=1))
+    Store(runs[1]).add(attacked(runs[1], 8, **{"seed": 2, name: value}))
+    _, rows, _ = compared(*runs)
+    found = {row["detail"]: (row["mean"], row["n"]) for row in strongest_rows(rows)}
+    assert sorted(found.values()) == [("20.0000", 1), ("40.0000", 1)]
+    (deviating,) = [detail for detail in found if text in detail]
+    assert found[deviating] == ("40.0000", 1)
+
+
+def test_the_run_s_own_settings_are_no_deviation(make):
+    """Each seed attacks with its own seed, and predicts after its own T1 steps."""
+    runs = [make("EP", seed) for seed in (1, 2)]
+    for seed, run in enumerate(runs, 1):
+        Store(run).add(attacked(run, 4 * seed, seed=seed))
+    _, rows, _ = compared(*runs)
+    row = only(rows, measure="adversarial", grad=STRONGEST)
+    assert row["detail"] == "20 iterations, 20 images" and row["n"] == 2
+    assert (row["mean"], row["std"]) == ("30.0000", f"{statistics.stdev([20, 40]):.4f}")
+
+
+@pytest.mark.parametrize("other", [{"version": 2}, {"libraries": {"torchattacks": "4"}}])
+def test_other_versions_of_an_attack_are_other_rows_and_are_named(make, other):
+    runs = [make("EP", seed) for seed in (1, 2)]
+    Store(runs[0]).add(attacked(runs[0], 4, seed=1))
+    Store(runs[1]).add(attacked(runs[1], 8, seed=2, **other))
+    groups, rows, _ = compared(*runs)
+    assert [row["n"] for row in strongest_rows(rows)] == [1, 1]
+    keys = [key for key in _table_keys(groups) if key.grad == STRONGEST]
+    labels = [row[0] for row in comparison_table(groups, keys)[1:]]
+    (name,) = other
+    assert all(f", {name} " in label for label in labels) and len(set(labels)) == 2
+
+
+def test_other_images_are_other_rows(make):
+    runs = [make("EP", seed) for seed in (1, 2)]
+    Store(runs[0]).add(attacked(runs[0], 4, seed=1))
+    own = attacked(runs[1], 8, seed=2)
+    Store(runs[1]).add(dataclasses.replace(own, data={**own.data, "fingerprint": "cd"}))
+    _, rows, _ = compared(*runs)
+    assert {(row["data"], row["n"]) for row in strongest_rows(rows)} == {("ab", 1), ("cd", 1)}
+
+
+# ------------------------------------------------------------------------------- groups
+
+
+def groups_of(*runs):
+    return [len(group.runs) for group in compared(*runs)[0]]
+
+
+def test_labels_say_what_differs(make):
+    groups, *_ = compared(*(make(name, seed) for name in ("EP", "BPTT") for seed in (1, 2, 3)))
+    assert [(group.label, len(group.runs)) for group in groups] == [("MLP EP", 3), ("MLP BPTT", 3)]
+    groups, *_ = compared(make("EP"), make("EP", T1=9))
+    assert [group.label for group in groups] == ["MLP EP, T1 4", "MLP EP, T1 9"]
+    groups, *_ = compared(make("EP"), make("BPTT", task="MNIST"))
+    assert [group.label for group in groups] == ["MLP EP on digits", "MLP BPTT on MNIST"]
+
+
+def test_a_resumption_with_other_arguments_is_another_group(make):
+    runs = [make("EP", seed) for seed in (1, 2, 3)]
+
+    def resumed(text):
+        return lambda content: content.update(resumptions={2: text})
+
+    rewrite(runs[1], resumed("--T1 30 (until now 4)"), ["checkpoint.tar"])
+    rewrite(runs[2], resumed(""), ["checkpoint.tar"])  # with the same arguments
+    groups, *_ = compared(*runs)
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert "resumed before epoch 2: --T1 30 (until now 4)" in groups[1].label
+
+
+def test_a_shorter_training_is_another_group(make):
+    runs = [make("EP", seed) for seed in (1, 2)]
+
+    def shorter(content):
+        content["history"] = content["history"][:1]
+        content["epoch"] = 1
+
+    rewrite(runs[1], shorter)
+    groups, *_ = compared(*runs)
+    assert [group.label for group in groups] == ["MLP EP, epochs 2", "MLP EP, epochs 1"]
+
+
+def test_another_precision_of_the_training_is_another_group(make):
+    assert groups_of(make("EP"), make("EP", 2, precision="bf16")) == [1, 1]
+
+
+def test_a_model_chosen_otherwise_is_another_group(make):
+    runs = [make("EP", seed) for seed in (1, 2)]
+
+    def another(content):
+        content["model_state_dict"]["synapses.0.bias"] += 1
+
+    rewrite(runs[1], another, ["final_model.pt"])
+    groups, *_ = compared(runs[0], runs[1] / "final_model.pt")
+    assert [group.label for group in groups] == [
+        "MLP EP, chosen-on test",
+        "MLP EP, chosen-on last",
+    ]
+
+
+def test_one_model_counts_once(make, monkeypatch):
+    """One run has been counted three times."""
+    run = make("EP")
+    model = (run / "model.pt").read_bytes()
+    (run / "final_model.pt").write_bytes(model)
+    monkeypatch.chdir(run.parent)
+    groups, _, notes = compared(run, pathlib.Path(run.name), run / "final_model.pt")
+    assert [len(group.runs) for group in groups] == [1]
+    assert notes == [f"{run} is given several times; it counts once"]
+
+
+def test_one_seed_counts_once(make):
+    runs = [make("EP", 1), make("EP", 1), make("EP", 2)]
+    groups, rows, notes = compared(*runs)
+    assert only(rows, measure="clean")["n"] == 2
+    assert notes == [f"left out: {runs[1]}, which repeats seed 1 of {runs[0]}"]
+
+
+def test_runs_of_unknown_data_are_pooled(make):
+    runs = [make("EP", seed) for seed in (1, 2)]
+    rewrite(
+        runs[1], lambda content: [content["config"].pop(f"{s}_data") for s in ("train", "test")]
     )
-    assert numbers("BPTT", measure="adversarial", grad="worst", eps="1", norm="2") == (
-        *by_hand(worst[:2]),
-        2,
+    assert groups_of(*runs) == [2]
+
+
+# ------------------------------------------------------------------------------- the strongest
+
+
+def test_the_row_of_an_attack_is_the_strongest_gradient_per_image(make):
+    run = make("EP")
+    even = np.arange(IMAGES) % 2 == 0
+    records = [
+        evaluated(run, 18),
+        attacked(run, even, steps=1),
+        attacked(run, 10, steps=4),
+        attacked(run, 10, gradient="ep", steps=4, start="equilibrium"),
+        attacked(run, even & first(10), gradient="worst", gradients=["bptt"], steps=[1, 4]),
+    ]
+    Store(run).add(*records)
+    _, rows, _ = compared(run)
+    row = only(rows, measure="adversarial", grad=STRONGEST)
+    assert row["mean"] == "25.0000"  # 5 of 20
+    assert row["gradients"] == "bptt@1 bptt@4 ep@4 from equilibrium"
+    of_methods = [row for row in rows if row["grad"] in ("bptt", "ep")]
+    assert [(r["grad"], r["steps"], r["mean"]) for r in of_methods] == [
+        ("bptt", "1", "50.0000"),
+        ("bptt", "4", "50.0000"),
+        ("ep", "4", "50.0000"),
+    ]
+    assert of_methods[2]["detail"].endswith("from equilibrium")
+
+
+def test_without_outcomes_the_smallest_accuracy_counts():
+    values = [Value(50.0, frozenset({"a"}), masked=0.5), Value(40.0, frozenset({"b"}), masked=0.2)]
+    cell = pool({1: values})
+    assert cell.statistics.mean == 40 and cell.masked == 0.2 and cell.methods == ["a", "b"]
+
+
+def value(accuracy, *methods):
+    return Value(accuracy, frozenset(methods))
+
+
+def test_seeds_are_pooled_over_the_gradients_that_they_share():
+    cell = pool({1: [value(50, "a"), value(30, "b")], 2: [value(40, "a")]})
+    assert [v.value for v in cell.values.values()] == [50, 40] and cell.methods == ["a"]
+    # the strongest of both is no measurement of `a`
+    cell = pool({1: [value(30, "a", "b")], 2: [value(40, "a")], 3: [value(50, "a")]})
+    assert cell.left_out == (1,) and [v.value for v in cell.values.values()] == [40, 50]
+
+
+def test_a_seed_of_other_gradients_is_left_out_and_named(make):
+    runs = [make("EP", seed) for seed in (1, 2, 3)]
+    for seed, (run, gradient) in enumerate(zip(runs, ("bptt", "ep", "bptt")), 1):
+        Store(run).add(attacked(run, 4 * seed, seed=seed, gradient=gradient))
+    _, rows, notes = compared(*runs)
+    row = only(rows, measure="adversarial", grad=STRONGEST)
+    assert (row["mean"], row["n"], row["gradients"]) == ("40.0000", 2, "bptt@4")
+    assert notes == [
+        "left out of MLP EP: seed 2, attacked by other gradient methods, in 1 row: pgd L2 0.5, "
+        "20 iterations, 20 images (%)"
+    ]
+
+
+def test_masked_accuracies_are_upper_bounds(make):
+    run = make("EP")
+    Store(run).add(
+        attacked(run, 8, masked=10),
+        attacked(run, 8, masked=2, gradient="ep"),
+        attacked(run, 8, masked=10, eps=1.0),
     )
-    first = [100 * (0.9 - 0.1 * seed) / 0.5 * 0.5 for seed in (1, 2, 3)]
-    assert numbers("EP", measure="adversarial", steps="4", attack="pgd", eps="0.5") == (
-        *by_hand(first),
-        3,
+    groups, rows, _ = compared(run)
+    found = {row["eps"]: row["masked"] for row in strongest_rows(rows)}
+    assert found == {"0.5": "0.1000", "1": "0.5000"}  # masked with all gradient methods
+    text = "\n".join("|".join(row) for row in comparison_table(groups, _table_keys(groups)))
+    assert text.count("≤ 40.00 (1)") == 5
+    figure = plots.robustness(groups, "2")
+    hollow = [line for line in figure.axes[0].get_lines() if line.get_markerfacecolor() == "white"]
+    assert sorted(line.get_xdata()[0] for line in hollow) == [0.5, 1.0]
+    assert "Hollow: an upper bound" in figure.get_label()
+
+
+# ------------------------------------------------------------------------------- one table
+
+
+def test_energy_models_and_feed_forward_networks_stand_in_one_row(make):
+    """They never did: worst@29 stood in one row and worst@1 in another."""
+    runs = [make("EP"), make("BPTT", model="FFMLP", alg="BP")]
+    Store(runs[0]).add(evaluated(runs[0], 18), *(attacked(runs[0], n, steps=n) for n in (1, 4)))
+    absent = {name: v for name, v in FEED_FORWARD.items() if v == "absent"}
+    Store(runs[1]).add(attacked(runs[1], 10, steps=0, **absent))
+    groups, _, _ = compared(*runs)
+    keys = _table_keys(groups)
+    table = comparison_table(groups, [key for key in keys if key.grad in ("", STRONGEST)])
+    assert table[2:-1] == [
+        ["clean accuracy, 20 images (%)", "90.00 (1)", "90.00 (1)", ""],
+        [
+            "pgd L2 0.5, 20 iterations, 20 images (%)",
+            "5.00 (1)",
+            "50.00 (1)",
+            "+45.00 [+20.00, +65.00]",
+        ],
+    ]
+    # a gradient unrolled through one step is none of a network without steps
+    table = comparison_table(groups, [key for key in keys if key.grad not in ("", STRONGEST)])
+    assert [row[1:] for row in table[1:]] == [
+        ["", "50.00 (1)", ""],
+        ["5.00 (1)", "", ""],
+        ["20.00 (1)", "", ""],
+    ]
+
+
+def test_the_clean_accuracy_before_an_attack_is_of_its_images_and_predictions(make):
+    run = make("EP")
+    Store(run).add(
+        evaluated(run, 18),
+        evaluated(run, 12, predict_step=3),
+        attacked(run, 4, predict_step=3),
+        attacked(run, 6),
     )
-    assert numbers("EP", measure="audit") == (*by_hand([41, 42, 43]), 3)
-    assert numbers("EP", measure="audit trusted")[0] == pytest.approx(66.6667, abs=1e-3)
-    assert numbers("EP", measure="corruptions", eps="2") == (*by_hand([79, 78, 77]), 3)
-    assert numbers("EP", measure="corruptions", eps="") == (*by_hand([69, 68, 67]), 3)
-    text = (comparison / "comparison.md").read_text()
-    assert (
-        "| audit, robust at L2 0.5, quick, 50 images (%) | 42.00 ± 1.00 (3) | 41.50 ± 0.71 (2) |"
-        in text
+    groups, _, _ = compared(run)
+    keys = [key for key in _table_keys(groups) if key.grad in ("", STRONGEST)]
+    table = comparison_table(groups, keys)
+    assert [row[1] for row in table[2:-1]] == ["90.00 (1)", "30.00 (1)", "60.00 (1)", "20.00 (1)"]
+    assert "predicted after 3 steps" in table[4][0] and "predicted after 3 steps" in table[5][0]
+
+
+def test_eps_is_written_as_given(make):
+    run = make("EP")
+    Store(run).add(attacked(run, 4, eps=8 / 255, norm="inf"))
+    groups, rows, _ = compared(run)
+    text = "\n".join(row[0] for row in comparison_table(groups, _table_keys(groups)))
+    assert "pgd L-infinity 8/255, 20 iterations" in text
+    assert only(rows, grad=STRONGEST)["eps"] == "0.0313725"
+
+
+def test_audits_are_rows(make):
+    runs = [make("EP", seed) for seed in (1, 2)]
+    Store(runs[0]).add(audited(runs[0], 8))
+    Store(runs[1]).add(audited(runs[1], 10, trusted=False))
+    _, rows, _ = compared(*runs)
+    row = only(rows, measure="audit")
+    assert (row["norm"], row["eps"], row["detail"]) == ("2", "0.5", "quick, 20 images")
+    assert (row["mean"], row["n"]) == ("45.0000", 2)
+    assert only(rows, measure="audit trusted")["mean"] == "50.0000"
+
+
+def test_latex_is_escaped():
+    assert latex([["", "a_b & 5 %"], ["\\x{}", "≤ 4.00 ± 1.00 (2)"]]) == [
+        "\\begin{tabular}{lr}",
+        "\\toprule",
+        " & a\\_b \\& 5 \\% \\\\",
+        "\\midrule",
+        "\\textbackslash{}x\\{\\} & $\\leq$ 4.00 $\\pm$ 1.00 (2) \\\\",
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+
+
+# ------------------------------------------------------------------------------- differences
+
+
+def cell_of(*outcomes):
+    return Cell(
+        {n: Value(100 * own.mean(), outcomes=own) for n, own in enumerate(map(np.array, outcomes))}
     )
+
+
+def test_a_difference_without_spread_has_an_interval_of_width_0():
+    """One seed, and all images change alike."""
+    found = difference(cell_of([True] * 9), cell_of([False] * 9))
+    assert found == (-100, -100, -100, 1)
+    assert difference(cell_of([True, False]), cell_of([True, False])) == (0, 0, 0, 1)
+
+
+def test_only_seeds_with_outcomes_of_both_are_paired():
+    first_cell = cell_of([True, True], [True, False])
+    second = Cell({1: first_cell.values[1], 2: first_cell.values[0]})
+    assert difference(first_cell, second) == (0, 0, 0, 1)
+    assert difference(first_cell, Cell({0: Value(50.0)})) is None
+    assert difference(first_cell, Cell({5: first_cell.values[0]})) is None
+
+
+def test_pairing_by_image_narrows_the_interval():
+    generator = np.random.default_rng(1)
+    hard = generator.random((1, 400)) < 0.5
+    better = hard | (generator.random((1, 400)) < 0.05)
+    paired = better.astype(int) - hard
+    shuffled = better.astype(int) - generator.permutation(hard, axis=1)
+    widths = [np.ptp(bootstrap_interval(values)) for values in (paired, shuffled)]
+    assert widths[0] < widths[1] / 2
+
+
+def test_the_interval_is_that_of_resampled_images():
+    """Images that are drawn together are drawn as one by one."""
+    generator = np.random.default_rng(2)
+    paired = generator.integers(-1, 2, (1, 50))
+    means = paired[0][generator.integers(50, size=(20000, 50))].mean(1)
+    expected = np.percentile(means, [2.5, 97.5])
+    assert bootstrap_interval(paired, 20000) == pytest.approx(expected, abs=0.021)
+
+
+def test_the_interval_covers_the_true_difference():
+    """In about 95 of 100 repetitions, with seeds enough."""
+    generator = np.random.default_rng(3)
+    covered = 0
+    for _ in range(200):
+        of_seeds = generator.normal(0.7, 0.05, (12, 1))
+        low, high = bootstrap_interval(generator.random((12, 150)) < of_seeds, 400)
+        covered += low <= 0.7 <= high
+    assert 178 <= covered <= 198
+
+
+# ------------------------------------------------------------------------------- corruptions
+
+
+def test_an_incomplete_set_of_corruptions_has_no_mean(make):
+    """2 of 19 corruptions have been given as the mean."""
+    run = make("EP")
+    Store(run).add(*corrupted(run, CORRUPTIONS[:2], 0.9))
+    groups, rows, notes = compared(run)
+    assert not [row for row in rows if row["measure"] == "corruptions"]
+    assert notes == [
+        f"left out of {run}: 2 of 19 corruptions, whose mean would be one over another set"
+    ]
+    assert "corruptions.png" not in dict(plots.all_figures(groups))
+
+
+def test_means_over_15_and_over_19_corruptions_are_not_mixed(make):
+    runs = [make("EP", 1), make("EP", 2), make("BPTT", 1)]
+    Store(runs[0]).add(*corrupted(runs[0], CORRUPTIONS[:15], 0.8))
+    Store(runs[1]).add(
+        *corrupted(runs[1], CORRUPTIONS[:15], 0.9), *corrupted(runs[1], CORRUPTIONS[15:], 0.5)
+    )
+    Store(runs[2]).add(*corrupted(runs[2], CORRUPTIONS[:15], 0.7))
+    groups, rows, _ = compared(*runs)
+    means = {
+        (row["group"], row["attack"]): (float(row["mean"]), row["n"])
+        for row in rows
+        if row["measure"] == "corruptions" and row["eps"] == ""
+    }
+    assert means == {
+        ("MLP EP", "first 15 corruptions"): (pytest.approx(65), 2),
+        ("MLP BPTT", "first 15 corruptions"): (pytest.approx(50), 1),
+        ("MLP EP", "all 19 corruptions"): (pytest.approx((15 * 70 + 4 * 30) / 19, abs=1e-3), 1),
+    }
+    figure = plots.corruptions(groups)
+    assert "mean over first 15 corruptions" in figure.get_label()
+    labels = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
+    assert labels == [["MLP EP", "MLP BPTT"]]
+
+
+# ------------------------------------------------------------------------------- published tables
+
+PUBLISHED = sorted((ROOT / "check/published").glob("*.csv"))
+
+
+def own_results(task="CIFAR10", methods=("bptt@29",), measure="adversarial"):
+    """A group with results that published ones can stand beside."""
+    run = RunResults({"seed": 1, "task": task}, {"task": task})
+    images = Images(task, "test", 100, "ab")
+    for eps in (0.1, 0.5):
+        key = Key(measure, "pgd", "2", STRONGEST, eps=eps, detail="100 images", images=images)
+        run.add(key, Value(50.0, frozenset(methods)))
+    for severity in range(1, 6):
+        run.add(Key("corruptions", "all 19 corruptions", eps=severity), Value(50.0))
+    return Group("own", [run])
+
+
+def drawn(figure):
+    """{label: number of points} of the curves of a figure."""
+    return {
+        container.get_label(): len(container.lines[0].get_xdata())
+        for axes in figure.axes
+        for container in axes.containers
+    }
+
+
+def test_a_published_curve_is_of_the_same_steps():
+    """That of 29 steps stood beside the strongest of seven numbers of steps."""
+    published = read_published(PUBLISHED, {"CIFAR10"})
+    figure = plots.robustness([own_results(), *published], "2")
+    assert drawn(figure)["published: EP-CNN"] == 11
+    (ep,) = [group for group in published if group.label == "published: EP-CNN"]
+    at_29 = {key.eps for key in ep.cells if key.attack == "pgd" and key.steps == "29"}
+    lines = [c.lines[0] for c in figure.axes[0].containers if c.get_label() == ep.label]
+    assert set(lines[0].get_xdata()) <= at_29
+    several = own_results(methods=("bptt@29", "bptt@60"))
+    figure = plots.robustness([several, *published], "2")
+    assert "published: EP-CNN" not in drawn(figure) and "published: BP-CNN" in drawn(figure)
+    assert "Not drawn, without comparable results: published: EP-CNN" in figure.get_label()
+
+
+def test_the_caveats_of_published_results_are_in_the_caption():
+    published = read_published(PUBLISHED, {"CIFAR10"})
+    caption = plots.robustness([own_results(), *published], "2").get_label()
+    assert "labels from the model's own predictions" in caption and "not clipped" in caption
+    assert "corruptions" not in caption
+    assert "labels from" not in plots.robustness([own_results()], "2").get_label()
+
+
+def test_published_tasks_are_not_merged():
+    labels = {group.label for group in read_published(PUBLISHED, {"CIFAR10", "CIFAR100"})}
+    assert {"published: EP-CNN on CIFAR10", "published: EP-CNN on CIFAR100"} <= labels
+    assert all(" on CIFAR" in label for label in labels)
+
+
+def test_a_published_mean_over_other_corruptions_is_left_out():
+    """The EP-CNN has 18 rows."""
+    published = read_published(PUBLISHED, {"CIFAR10"})
+    labels = drawn(plots.corruptions([own_results(), *published]))
+    assert "published: EP-CNN" not in labels and len(labels) == 5
+    (ep,) = [group for group in published if group.label == "published: EP-CNN"]
+    notes = {note for run in ep.runs for note in run.notes}
+    assert notes == {"left out of published: EP-CNN: 18 corruptions, which is no set of 15 or 19"}
+
+
+def test_the_published_characteristic_is_read():
+    (ep,) = [g for g in read_published(PUBLISHED, {"CIFAR10"}) if g.label == "published: EP-CNN"]
+    cells = [cell for key, cell in ep.cells.items() if key.measure == "characteristic"]
+    assert len(cells) == 250 and all(cell.statistics.n == 5 for cell in cells)
+
+
+# ------------------------------------------------------------------------------- figures
+
+
+def group_of(label, curves, **columns):
+    """A group with one run per curve, {eps: accuracy}."""
+    runs = []
+    for seed, curve in enumerate(curves):
+        run = RunResults({"seed": seed})
+        for eps, accuracy in curve.items():
+            key = Key("adversarial", "pgd", "2", STRONGEST, eps=eps, detail="20 iterations")
+            run.add(key._replace(**columns), Value(accuracy, frozenset({"bptt@4"})))
+        runs.append(run)
+    return Group(label, runs)
+
+
+def test_points_of_fewer_seeds_are_not_connected():
+    both = group_of("both", [{1: 50, 2: 30}, {1: 40}])
+    figure = plots.robustness([both], "2")
+    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    assert [line.get_xydata().tolist() for line in lines] == [[[1, 45]], [[2, 30]]]
+    assert "fewer seeds" in figure.get_label()
+
+
+def test_a_panel_joins_only_what_was_measured_alike():
+    groups = [
+        group_of("a", [{1: 50, 2: 30}]),
+        group_of("b", [{1: 40, 2: 20}]),
+        group_of("c", [{1: 10, 2: 5, 3: 1}], detail="100 iterations"),
+    ]
+    figure = plots.robustness(groups, "2")
+    assert drawn(figure) == {"a": 2, "b": 2}
+    assert "pgd: 20 iterations, gradient bptt@4" in figure.get_label()
+    assert "without comparable results: c" in figure.get_label()
+
+
+def test_the_curve_begins_with_the_clean_accuracy():
+    (group,) = [group_of("a", [{1: 50, 2: 30}, {1: 40}])]
+    for run, clean in zip(group.runs, (90, 80)):
+        run.add(Key("clean", detail="100 images"), Value(clean))
+    line = plots.robustness([group], "2").axes[0].containers[0].lines[0]
+    assert line.get_xydata().tolist() == [[0, 85], [1, 45]]
+
+
+def over_steps(label, steps, **columns):
+    run = RunResults({"seed": 1})
+    for number in steps:
+        key = Key("adversarial", "pgd", "2", "bptt", str(number), 0.5, "20 iterations")
+        run.add(key._replace(**columns), Value(40.0 + number, frozenset({f"bptt@{number}"})))
+    return Group(label, [run])
+
+
+def test_attack_steps_joins_rows_of_equal_settings_alone():
+    """Rows of another budget, of other images or without clipping were joined with them."""
+    group = over_steps("a", (2, 10, 9))
+    others = (
+        {"detail": "100 iterations"},
+        {"images": Images("digits", "test", 5, "")},
+        {"detail": "20 iterations, not clipped", "rest": '{"clip": false}'},
+    )
+    for columns in others:
+        for key, values in over_steps("", (3, 5), **columns).runs[0].values.items():
+            group.runs[0].values[key] = values
+    figures = dict(plots.all_figures([group]))
+    figure = figures["attack_steps.png"]()
+    line = figure.axes[0].containers[0].lines[0]
+    assert line.get_xdata().tolist() == [2, 9, 10]
+    assert figure.axes[0].get_ylim() == (-2, 102)
+    assert "pgd, L2 eps 0.5, 20 iterations" in figure.get_label()
+
+
+def test_attack_steps_is_drawn_only_where_steps_vary():
+    assert "attack_steps.png" not in dict(plots.all_figures([over_steps("a", (4,))]))
+    groups = [over_steps("a", (4,)), over_steps("b", (8,))]
+    assert "attack_steps.png" not in dict(plots.all_figures(groups))
 
 
 @pytest.mark.usefixtures("full_figures")
-def test_a_figure_for_all_that_runs_have(comparison):
-    names = {path.name for path in comparison.iterdir() if path.suffix != ".txt"}
+def test_a_figure_for_all_that_runs_have(ok, make, tmp_path):
+    runs = [make("EP", seed) for seed in (1, 2)]
+    for seed, run in enumerate(runs, 1):
+        Store(run).add(
+            evaluated(run, 18),
+            *(attacked(run, 4 + n, seed=seed, steps=n) for n in (2, 4)),
+            attacked(run, 9, seed=seed, attack="square", norm="inf", gradient="none"),
+            audited(run, 3),
+            *corrupted(run, CORRUPTIONS, 0.9),
+            characteristic(run, [0.1, 0.2, 0.3, 0.4]),
+        )
+    ok("--todo compare --load-path", *runs)
+    (folder,) = (tmp_path / "results" / "compare").glob("*/*")
+    names = {path.name for path in folder.iterdir() if path.suffix != ".txt"}
     assert names == {
         "comparison.md",
         "comparison.csv",
+        "comparison.tex",
         "robustness_2.png",
         "robustness_inf.png",
         "training.png",
@@ -179,113 +776,46 @@ def test_a_figure_for_all_that_runs_have(comparison):
         "corruptions.png",
         "attack_steps.png",
     }
-    for path in comparison.glob("*.png"):
-        assert path.stat().st_size > 5000
-        assert path.with_suffix(".txt").exists()  # its caption
+    assert all(path.stat().st_size > 5000 for path in folder.glob("*.png"))
 
 
-def test_tables_of_15_and_of_19_corruptions_are_compared_by_the_15(ok, runs, tmp_path, monkeypatch):
-    titles = []
-
-    def save_figure(self, name, draw, *data):
-        figure = draw(*data)
-        lines = [line.get_label() for line in figure.axes[0].get_lines()]
-        titles.append((name, figure.get_label(), lines))
-
-    monkeypatch.setattr(RunFolder, "save_figure", save_figure)
-    copies = []
-    for n, (name, count) in enumerate((("EP", 15), ("EP", 19), ("BPTT", 15))):
-        copies.append(shutil.copytree(runs[name][n], tmp_path / f"run{n}"))
-        rows = [
-            f"{kind} " + " ".join([f"{0.5 + (row >= 15) / 4 + n / 10:.6f}"] * 5)
-            for row, kind in enumerate(CORRUPTIONS[:count])
-        ]
-        (copies[-1] / "Corruption_Accuracy.txt").write_text("\n".join(["# settings: {}", *rows]))
-    ok("--todo compare --load-path", *copies)
-    (table,) = (tmp_path / "results" / "compare").glob("*/*/comparison.csv")
-    rows = [row for row in csv.DictReader(open(table)) if row["measure"] == "corruptions"]
-    means = {
-        (row["group"], row["detail"]): (float(row["mean"]), int(row["n"]))
-        for row in rows
-        if not row["eps"]
-    }
-    assert means == {
-        ("MLP EP", "first 15 corruptions"): (55, 2),
-        ("MLP BPTT", "first 15 corruptions"): (70, 1),
-        ("MLP EP", "all 19 corruptions"): (pytest.approx(60 + 25 * 4 / 19, abs=1e-3), 1),
-    }
-    (figure,) = (told for told in titles if told[0] == "corruptions.png")
-    assert "mean over first 15 corruptions" in figure[1] and {"MLP EP", "MLP BPTT"} <= set(
-        figure[2]
-    )
+# ------------------------------------------------------------------------------- files and messages
 
 
-def test_runs_without_anything_leave_gaps(ok, runs, tmp_path):
-    ok(
-        "--todo compare --figures pdf --load-path",
-        runs["BPTT"][2],
-        runs["BPTT"][1] / "checkpoint.tar",
-    )
+def test_the_files_of_a_comparison(ok, make, tmp_path):
+    runs = [make(name, seed) for name in ("EP", "BPTT") for seed in (1, 2)]
+    for run, seed, robust in zip(runs, (1, 2, 1, 2), (4, 6, 8, 10)):
+        Store(run).add(evaluated(run, 18), attacked(run, robust, seed=seed))
+    published = ROOT / "tests/published_digits.csv"
+    out = ok("--todo compare --labels EP BPTT --published", published, "--load-path", *runs)
     (folder,) = (tmp_path / "results" / "compare").glob("*/*")
-    assert (folder / "training.pdf").exists() and "MLP BPTT" in (
-        folder / "comparison.csv"
-    ).read_text()
-
-
-def attacked(label, rows):
-    """A group of as many runs as there are lists of rows, (gradient, eps, accuracy)."""
-    keys = [
-        [Key("adversarial", "pgd", "2", grad, "29", eps, "20 iterations") for grad, eps, _ in row]
-        for row in rows
-    ]
-    return Group(
-        label,
-        [RunResults({}, dict(zip(k, (value for *_, value in row)))) for k, row in zip(keys, rows)],
+    assert f"4 runs in 2 groups; results are in {folder.relative_to(tmp_path)}" in out
+    text = (folder / "comparison.md").read_text()
+    row = (
+        "| pgd L2 0.5, 20 iterations, 20 images (%) | 25.00 ± 7.07 (2) | 45.00 ± 7.07 (2) | +20.00 "
     )
+    assert row in text and row in out
+    group = "| EP | 1, 2 | digits | the best on the test images, of 2 epochs | 50.00 | bptt@4 |"
+    assert group in text
+    assert "## Each gradient method" in text and "pgd L2 0.5, bptt@4, 20 iterations" in text
+    assert r"25.00 $\pm$ 7.07 (2)" in (folder / "comparison.tex").read_text()
+    with open(folder / "comparison.csv") as file:
+        table = csv.DictReader(file)
+        assert table.fieldnames is not None
+        assert table.fieldnames[:11] == (
+            "group measure attack norm grad steps eps detail mean std n".split()
+        )
+        row = only(list(table), group="BPTT", measure="adversarial", grad="worst")
+    assert (row["difference"], row["difference_n"], row["converged"]) == ("20.0000", "2", "0.5000")
+    assert float(row["difference_low"]) < 20 < float(row["difference_high"])
+    assert (row["chosen_on"], row["task"], row["images"]) == ("test", "digits", "20")
 
 
-def test_curves_are_of_one_attack_and_of_all_runs():
-    """A mean of fewer runs is no part of the curve, and what was attacked otherwise is compared by
-    what all have."""
-    both = attacked(
-        "both",
-        [
-            [("smooth", 1, 60), ("worst", 1, 50), ("smooth", 2, 30)],
-            [("smooth", 1, 70), ("worst", 1, 40)],
-        ],
-    )
-    one = attacked("one", [[("smooth", 1, 65)]])
-    (axes,) = plots.robustness([both, one], "2").axes
-    lines = {
-        (line.get_linestyle(), line.get_fillstyle()): line.get_xydata().tolist()
-        for line in axes.get_lines()
-        if line.get_color() == "C0"
-    }
-    assert lines == {("-", "full"): [[1, 65]], ("None", "none"): [[2, 30]]}
-    assert axes.get_title() == "pgd\nsmooth@29, 20 iterations"
-    (axes,) = plots.robustness([attacked("other", [[("bptt", 1, 65)]]), one], "2").axes
-    assert "not the same for all" in axes.get_title() and "bptt@29" in axes.get_title()
-
-
-def test_labels_say_what_differs(runs):
-    groups = group_runs([read_run(run) for run in (*runs["EP"], *runs["BPTT"])])
-    assert [(group.label, len(group.runs)) for group in groups] == [("MLP EP", 3), ("MLP BPTT", 3)]
-    other = read_run(runs["EP"][0])
-    other.args["T1"] = 9
-    groups = group_runs([read_run(runs["EP"][0]), other])
-    assert [group.label for group in groups] == ["MLP EP, T1 4", "MLP EP, T1 9"]
-
-
-def test_the_published_tables_are_read():
-    groups = read_published([*(ROOT / "check/published").glob("*.csv")], {"CIFAR10"})
-    labels = [group.label for group in groups]
-    ep = next(group for group in groups if group.label == "published: EP-CNN")
-    assert any(len(run.characteristic) > 50 for run in ep.runs)
-    key = next(key for key in ep.keys() if key.attack == "pgd" and key.norm == "2")
-    pgd = Statistics.of(ep.values(key))
-    assert pgd.n == 5 and 0 <= pgd.mean <= 100
-    assert any("adversarially trained" in label for label in labels) and "published: ViT" in labels
-    assert len(ep.values(Key("corruptions", eps=3))) >= 5
+def test_runs_without_anything_leave_gaps(ok, make, tmp_path):
+    ok("--todo compare --figures pdf --load-path", make("EP"), make("BPTT") / "checkpoint.tar")
+    (folder,) = (tmp_path / "results" / "compare").glob("*/*")
+    assert (folder / "training.pdf").exists()
+    assert "MLP BPTT" in (folder / "comparison.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -301,97 +831,105 @@ def test_what_cannot_be_compared_is_said_in_a_line(cli, words, message):
     assert not pathlib.Path("results").exists()
 
 
-def test_flags_without_an_effect_are_noted(cli, runs):
-    code, _, err = cli("--todo compare --epochs 3 --eps 1 --load-path", *runs["EP"])
-    assert (
-        code == 0
-        and "--epochs has no effect on compare" in err
-        and "--eps has no effect on compare" in err
-    )
+def test_flags_without_an_effect_are_noted(cli, zoo):
+    code, _, err = cli("--todo compare --epochs 3 --eps 1 --load-path", zoo("compared EP"))
+    assert code == 0
+    assert "--epochs has no effect on compare" in err and "--eps has no effect on compare" in err
 
 
-def test_wrong_labels_and_tables_are_refused(cli, runs, tmp_path):
-    code, _, err = cli("--todo compare --labels a b --load-path", *runs["EP"])
+def test_wrong_labels_and_tables_are_refused(cli, zoo, tmp_path):
+    run = zoo("compared EP")
+    code, _, err = cli("--todo compare --labels a b --load-path", run)
     assert code == 2 and "expected 1" in err
     (tmp_path / "table.csv").write_text("x,y\n1,2\n")
-    code, _, err = cli("--todo compare --published table.csv --load-path", *runs["EP"])
+    code, _, err = cli("--todo compare --published table.csv --load-path", run)
     assert code == 2 and "has no results of digits" in err and len(err.splitlines()) == 1
-    code, _, err = cli("--todo compare --published none.csv --load-path", *runs["EP"])
+    code, _, err = cli("--todo compare --published none.csv --load-path", run)
     assert code == 2 and "none.csv cannot be read" in err
 
 
 EVIL = "<script>alert(1)</script>|\x1b[31m"
 FORMULA = "=HYPERLINK(0)"
-
-
-SWEEP, EPOCHS = "eps,grad,adversarial\n", "epoch,train_acc,test_acc,seconds\n"
-
-
-def settings(**more):
-    told = {"attack": "pgd", "attack_norm": "2", "images": 20, **more}
-    return f"# settings: {json.dumps(told)}\n"
-
-
-def audit(robust=0.5, **more):
-    return json.dumps({"robust": robust, "trusted": True, "settings": {"budget": "quick"}, **more})
-
-
-ODD = {  # name: {file: content}, whose values must not be used
-    "deep JSON": {
-        "Audit_2_0.5.json": "[" * 10**5,
-        "Adversarial_Accuracy.txt": "# settings: " + "[" * 10**5,
-    },
-    "deep settings": {
-        "Adversarial_Accuracy.txt": settings(attack_step=json.loads("[" * 90 + "]" * 90))
-    },
-    "no numbers": {
-        "Audit_2_0.5.json": audit(math.nan, images=math.inf),
-        "metrics.csv": EPOCHS + "nan,1,1,1\n1,1,Infinity,-Infinity\n1e400,1,1,1\n",
-        "Characteristic_Time.txt": "1 nan\n2 inf\n3 1e300\n",
-        "Corruption_Accuracy.txt": "fog nan inf\n",
-    },
-    "numbers out of range": {
-        "Audit_2_0.5.json": audit(10**400),
-        "Audit_2_1.json": audit(1e308, images=10**40),
-        "Adversarial_Accuracy.csv": SWEEP + "1e-320,bptt,0.5\n0.5,bptt,-1\n",
-        "metrics.csv": EPOCHS + "1,1,1e308,1e308\n2,1,1e308,1e308\n",
-    },
-    "many steps": {
-        "Adversarial_Accuracy.txt": settings(attack_step=10**400),
-        "Adversarial_Accuracy.csv": SWEEP + f"0.5,a@{'9' * 5000},1\n0.5,a@\u00b2,1\n",
-    },
-    "an audit of nothing": {
-        "Audit_2_0.5.json": "[1]",
-        "Audit_2_1e-320.json": audit(),
-        "Audit_x.json": "{}",
-    },
-    "missing columns": {
-        "Adversarial_Accuracy.csv": "eps,adversarial,grad\n0.5,0.5\n0.5\n",
-        "Adversarial_Accuracy.txt": settings(),
-        "metrics.csv": "a,b\n1,2,3\n",
-    },
-    "no text": {
-        name: bytes(range(256)) * 40
-        for name in (
-            "metrics.csv",
-            "Corruption_Accuracy.txt",
-            "Characteristic_Time.txt",
-            "Audit_2_0.5.json",
-        )
-    },
-    "a long cell": {"metrics.csv": "epoch,test_acc\n1," + "5" * 10**6 + "\n"},
+DEEP = "[" * 400 + "]" * 400
+ODD = {  # what hand-edited records can contain: settings of an attack, or of its value
+    "another norm": {"norm": EVIL},
+    "eps": {"eps": 1e-320},
+    "no attack": {"attack": 5},
+    "many steps": {"steps": 10**400},
+    "steps": {"steps": {"a": ["b"]}, "gradient": "worst", "gradients": {"a": 1}},
+    "no steps": {"steps": [None, [], {}], "gradients": 7, "gradient": "worst"},
+    "long": {"smooth": "x" * 10**5, "version": "x" * 10**5, "iters": "y" * 10**5},
+    "lists": {"tol": [1, [2]], "mbs": {"a": 1}, "seed": [], "clip": {}, "libraries": [[[]]]},
+    "deep": {"start": DEEP},
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_odd_tables_of_a_run_are_gaps_or_one_line(cli, runs, tmp_path, name):
-    run = shutil.copytree(runs["EP"][0], tmp_path / "run")
-    for file, content in ODD[name].items():
-        (run / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    code, out, err = cli("--todo compare --load-path", run)
-    assert code == 0 or code == 2 and err.count("\n") == 1 and str(run) in err, err
+def test_odd_settings_of_a_record_are_a_row_or_a_gap(ok, make, tmp_path, name):
+    run = make("EP")
+    told = attacked(run, 4, **ODD[name]).to_json().replace(f'"{DEEP}"', DEEP)
+    (run / "results.jsonl").write_text(told + "\n")
+    ok("--todo compare --load-path", run)
     for path in (tmp_path / "results").rglob("comparison.*"):
-        assert not any(word in path.read_text() for word in ("nan", "e-320", "e+", "999"))
+        assert max(map(len, path.read_text().splitlines())) < 2000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"adversarial": -1, "masked": 0},
+        {"adversarial": 10**400, "masked": 0},
+        {"adversarial": 0.5, "masked": 5, "outcomes": "AAAA", "masked_outcomes": [1]},
+        {"adversarial": 0.5, "masked": 0, "outcomes": "é"},
+        {"adversarial": "0.5", "masked": True},
+        {},
+    ],
+)
+def test_odd_values_of_a_record_are_gaps(ok, make, tmp_path, value):
+    run = make("EP")
+    own = attacked(run, 4).settings
+    data = {"images": 1e9, "clean": "x", "fingerprint": ["a"], "task": {}}
+    for kind in ("attack", "audit", "evaluate", "corruption", "characteristic"):
+        line = record(run, kind, own, value, **data).to_json()
+        with open(run / "results.jsonl", "a") as file:
+            file.write(line + "\n{\n[]\n" + line[:50] + "\n")
+    ok("--todo compare --load-path", run)
+    (table,) = (tmp_path / "results").rglob("comparison.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert {row["mean"] for row in rows if row["measure"] == "adversarial"} <= {"50.0000"}
+
+
+def test_what_is_shown_of_a_run_is_text(ok, make, tmp_path):
+    """No HTML, formula, cell of its own or order to a terminal, whatever a record contains."""
+    run = make("EP")
+    Store(run).add(
+        attacked(run, 4, attack=EVIL, gradient="$\\foo$" + EVIL, start=EVIL),
+        attacked(run, 4, attack=FORMULA, gradient=FORMULA, iters=FORMULA, tol=EVIL),
+        audited(run, 4, budget="+" + EVIL),
+    )
+    (tmp_path / "published.csv").write_text(
+        "task,model,attack,norm,eps,adversarial\n"
+        f"digits,{EVIL},@pgd,2,0.5,0.5\ndigits,x,pgd,{FORMULA},0.5,0.5\n"
+    )
+    out = ok(
+        "--todo compare --published published.csv --labels",
+        "=<script>alert(1)</script>|$\\foo$",
+        "--load-path",
+        run,
+    )
+    (folder,) = (tmp_path / "results" / "compare").glob("*/*")
+    markdown, table, tex = (
+        (folder / f"comparison.{end}").read_text() for end in ("md", "csv", "tex")
+    )
+    assert "\x1b" not in out + markdown + table + tex and "<" not in out + markdown + tex
+    assert "&lt;script>alert(1)&lt;/script>\\|" in markdown and "&lt;script>" in out
+    rows = list(csv.reader(table.splitlines()))
+    assert len({len(row) for row in rows}) == 1
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t")) for row in rows for cell in row)
+    assert any(cell == "'" + FORMULA for row in rows for cell in row)
+    for part in markdown.split("\n\n"):
+        lines = [line for line in part.splitlines() if line.startswith("|")]
+        assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
 
 
 def enter(folder, words, log):
@@ -401,11 +939,11 @@ def enter(folder, words, log):
 
 
 @pytest.mark.parametrize("todo", ["compare", "evaluate", "attack"])
-def test_no_pipe_is_waited_for(runs, tmp_path, todo):
-    run = shutil.copytree(runs["EP"][0], tmp_path / "run")
-    for path in run.iterdir():
-        if path.suffix in (".txt", ".csv", ".json", ".npz"):
-            path.unlink()
+def test_no_pipe_is_waited_for(make, tmp_path, todo):
+    run = make("EP")
+    for path in [*run.iterdir(), run / "results.jsonl"]:
+        if path.suffix in (".txt", ".csv", ".json", ".jsonl", ".npz"):
+            path.unlink(missing_ok=True)
             os.mkfifo(path)
     words = {
         "compare": "--todo compare",
@@ -423,45 +961,13 @@ def test_no_pipe_is_waited_for(runs, tmp_path, todo):
     assert ended == 0 or str(run) in err
 
 
-def test_what_is_shown_of_a_run_is_text(ok, runs, tmp_path):
-    """No HTML, formula, cell of its own or order to a terminal, whichever table it is from."""
-    run = shutil.copytree(runs["EP"][0], tmp_path / "run")
-    (run / "Adversarial_Accuracy.txt").write_text(
-        settings(attack=EVIL, budget=FORMULA + EVIL, attack_start=EVIL)
-    )
-    (run / "Adversarial_Accuracy.csv").write_text(
-        SWEEP + f"0.5,{FORMULA},0.5\n0.5,$\\foo$@{EVIL},0.5\n"
-    )
-    (run / "Audit_2_0.5.json").write_text(audit(settings={"budget": "+" + EVIL}))
-    (tmp_path / "published.csv").write_text(
-        "task,model,attack,norm,eps,adversarial\n"
-        f"digits,{EVIL},@pgd,2,0.5,0.5\ndigits,x,pgd,{FORMULA},0.5,0.5\n"
-    )
-    out = ok(
-        "--todo compare --published published.csv --labels",
-        "=<script>alert(1)</script>|$\\foo$",
-        "--load-path",
-        run,
-    )
-    (folder,) = (tmp_path / "results" / "compare").glob("*/*")
-    markdown, table = ((folder / f"comparison.{end}").read_text() for end in ("md", "csv"))
-    assert "\x1b" not in out + markdown + table and "<" not in out + markdown
-    assert "&lt;script>alert(1)&lt;/script>\\|" in markdown and "&lt;script>" in out
-    rows = list(csv.reader(table.splitlines()))
-    assert len({len(row) for row in rows}) == 1
-    assert not any(cell.startswith(("=", "+", "-", "@", "\t")) for row in rows for cell in row)
-    assert any(cell == "'" + FORMULA for row in rows for cell in row)
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+def test_the_settings_that_a_row_can_name_are_those_of_attacks(zoo):
+    """A setting that is neither a column, nor a budget, nor named where it deviates, is seen only
+    where it distinguishes rows."""
+    from experiment.config import Config
+    from experiment.results import read
 
-
-def test_damaged_tables_of_a_run_are_gaps(runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs["EP"][0], run)
-    (run / "Audit_2_0.5.json").write_text("{")
-    (run / "Adversarial_Accuracy.csv").write_text("eps,grad,adversarial\nx,bptt,1\n,,\n1\n")
-    (run / "Characteristic_Time.txt").write_text("1\nnan x\n")
-    (run / "Corruption_Accuracy.txt").write_bytes(b"fog \xff 0.5\n")
-    found = read_run(run)
-    assert not any(key.measure.startswith("audit") or key.attack == "pgd" for key in found.values)
-    assert found.characteristic == []
+    config = Config.from_flat(read_run(zoo("compared EP")).args)
+    known = (*read.COLUMNS, *read.OF_GRADIENT, *read.BUDGET, *read.DEVIATIONS)
+    for own in settings.attack(config, 0.5, "x").values():
+        assert own.keys() - set(known) == {"version", "libraries"}
