@@ -23,7 +23,7 @@ import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_utils import TASKS, RunFailed, Task, UserError
@@ -912,13 +912,17 @@ def main(
             given = command_line.parse(words, flags, __doc__)
             _validate_given(given)
             _refuse_to_share_runs(given, launch.size)
+
+            def start(one: dict[str, Any], argv: Sequence[str]) -> int:
+                return work(one, program, argv, name, is_part=True)
+
+            if _task(given) == "study":
+                validate_parallel("study", launch.size)
+                return _study(given, words, start)
             if "seeds" in given and _task(given) == "train":
                 from experiment.seeds import train_each
 
-                def train_one(one: dict[str, Any], argv: Sequence[str]) -> int:
-                    return work(one, program, argv, name, is_part=True)
-
-                return train_each(given, words, train_one)
+                return train_each(given, words, start)
             note = note_on_separate_processes(_task(given))
             if note:
                 print(f"note: {note}", file=sys.stderr)
@@ -929,6 +933,23 @@ def main(
         if not isinstance(given.get("load_path"), list) or _task(given) == "compare":
             return work(given, program, words, name)
         return _work_on_each(given, program, words, name)
+
+
+def _study(
+    given: dict[str, Any], words: Sequence[str], start: Callable[[dict[str, Any], list[str]], int]
+) -> int:
+    """Do the study of a command line, and return its exit code. start: see `seeds.train_each`."""
+    from experiment.console import Interruption
+    from experiment.study import study
+    from experiment.workers import Workers
+
+    with Interruption(Workers()) as interruption:  # between two jobs, which have their own
+        interruption.advice = lambda: "the same command resumes the study"
+        try:
+            return study(given, words, start)
+        except KeyboardInterrupt:
+            interruption.ignore()
+            return interruption.end()
 
 
 def _refuse_to_share_runs(given: dict[str, Any], size: int) -> None:
@@ -961,6 +982,9 @@ def _validate_given(given: dict[str, Any]) -> None:
     Raises UserError."""
     validate.validate_todo(given)
     todo = _task(given)
+    if todo == "study":
+        validate.validate_eps(given)
+        return
     compares = todo == "compare"
     _find_runs(given)
     if _trains_in_run_dir(given):
@@ -976,6 +1000,8 @@ def _validate_given(given: dict[str, Any]) -> None:
             )
         validate.validate(command_line.resolve(given))
     validate.validate_eps(given)
+    if todo == "audit":
+        (given["eps"],) = given["eps"]
 
 
 if __name__ == "__main__":

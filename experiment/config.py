@@ -41,11 +41,13 @@ TODOS = (
     "corruptions",
     "audit",
     "compare",
+    "study",
 )
+STUDY = ("train", "evaluate", "attack", "audit", "compare")  # what a study does
 ROBUSTNESS = ("attack", "audit")
 GRADIENTS_OF_WEIGHTS = ("train", "gducheck")
 # gducheck takes every step in fp32, of one mini-batch
-NOT_GDUCHECK = tuple(todo for todo in TODOS if todo not in ("gducheck", "compare"))
+NOT_GDUCHECK = tuple(todo for todo in TODOS if todo not in ("gducheck", "compare", "study"))
 
 ENERGY_MODELS = ("MLP", "VFMLP", "CNN", "VFCNN")
 FEED_FORWARD = ("FFMLP", "FFCNN", "ViT")
@@ -70,7 +72,8 @@ class Flag:
     kind: bool (a switch), int, float or str; many: whether it takes several values, or_one: and a
     single one stays one; default: as config.json has it (a list where many).
     low, high: range of numbers; least: the smallest number other than 0; choices: allowed words.
-    scope: see above. todos, models: where it has an effect, everywhere if None.
+    scope: see above. todos, models, rules: where it has an effect, everywhere if None; a study
+    takes the flags of what it does.
     place: whether it names a folder of data. repeats: whether runs that differ only in it are
     repetitions of one experiment.
     recorded_later: whether models of versions without the flag are those of its default.
@@ -93,6 +96,7 @@ class Flag:
     least: float = 0.0
     todos: tuple[str, ...] | None = None
     models: tuple[str, ...] | None = None
+    rules: tuple[str, ...] | None = None
     place: bool = False
     repeats: bool = False
     recorded_later: bool = False
@@ -108,6 +112,12 @@ class Flag:
         """The name of the flag that turns a switch off."""
         is_negative = self.name.startswith("no-")
         return self.name.removeprefix("no-") if is_negative else f"no-{self.name}"
+
+    def affects(self, todo: str) -> bool:
+        """Whether it has an effect on a task, with some model."""
+        if self.todos is None or todo in self.todos:
+            return True
+        return todo == "study" and not set(STUDY).isdisjoint(self.todos)
 
 
 def _flag(default: Any, help: str, *, name: str | None = None, **options: Any) -> Any:
@@ -208,7 +218,7 @@ class Session:
         "call are kept, unfinished ones are resumed",
         low=0,
         high=2**63 - 1,
-        todos=("train",),
+        todos=("train", "study"),
     )
     deterministic: bool = _flag(
         False,
@@ -396,10 +406,16 @@ class Learning:
         todos=tuple(todo for todo in NOT_GDUCHECK if todo != "characteristic"),
     )
     random_sign: bool = _steps(
-        False, "EP: draw the sign of the second beta anew for each mini-batch", todos=("train",)
+        False,
+        "EP: draw the sign of the second beta anew for each mini-batch",
+        todos=("train",),
+        rules=("EP", "CEP"),
     )
     thirdphase: bool = _steps(
-        False, "EP: nudge with beta and -beta (symmetric estimate)", todos=GRADIENTS_OF_WEIGHTS
+        False,
+        "EP: nudge with beta and -beta (symmetric estimate)",
+        todos=GRADIENTS_OF_WEIGHTS,
+        rules=("EP", "CEP"),
     )
     same_update: bool = _flag(
         False,
@@ -408,7 +424,10 @@ class Learning:
         models=UNTIED,
     )
     check_thm: bool = _steps(
-        False, "EP: compare with BPTT ten times an epoch while training", todos=("train",)
+        False,
+        "EP: compare with BPTT ten times an epoch while training",
+        todos=("train",),
+        rules=("EP",),
     )
     dropouts: tuple[float, ...] | None = _steps(
         None,
@@ -591,10 +610,13 @@ class Audit:
 
     title = "audit"
 
-    eps: float | None = _audit(
+    all_eps: float | tuple[float, ...] | None = _flag(
         None,
         "largest norm of the perturbation (--todo attack: --eps-list), images in [0, 1], also as a "
-        "fraction such as 8/255",
+        "fraction such as 8/255; several for a study",
+        name="eps",
+        scope=SESSION,
+        todos=("audit", "study"),
         metavar="EPS",
         **EPS_RANGE,
     )
@@ -604,6 +626,27 @@ class Audit:
     surrogate: str | None = _audit(
         None, "a run whose adversarial examples are tried on the audited one", metavar="RUN"
     )
+
+    @property
+    def eps(self) -> float | None:
+        """The eps of one audit; None without one."""
+        return None if isinstance(self.all_eps, tuple) else self.all_eps
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Models that are trained, attacked and compared in one command."""
+
+    title = "study"
+
+    models: tuple[str, ...] | None = _session(
+        None,
+        "the models: RULE, of the model --model, or MODEL:RULE; with flags of its own in one word: "
+        '"FFCNN:BP --lrs 1e-3 1e-3"',
+        todos=("study",),
+        metavar="MODEL:RULE",
+    )
+    audit: bool = _session(False, "audit every model at every --eps", todos=("study",))
 
 
 # ------------------------------------------------------------------------------------------ config
@@ -625,6 +668,7 @@ class Config:
     adversarial: AdversarialTraining = AdversarialTraining()
     attack: Attack = Attack()
     audit: Audit = Audit()
+    study: Study = Study()
     train_data: str | None = None
     test_data: str | None = None
 
@@ -760,6 +804,7 @@ SECTIONS: dict[str, Any] = {  # dataclasses, each with a title
     "adversarial": AdversarialTraining,
     "attack": Attack,
     "audit": Audit,
+    "study": Study,
 }
 FLAGS: tuple[Flag, ...] = tuple(
     flag for name, section in SECTIONS.items() for flag in _flags_of(name, section)

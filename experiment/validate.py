@@ -4,7 +4,7 @@ All functions raise UserError with what is wrong and what to do instead.
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from data_utils import TASKS, UserError
@@ -229,33 +229,43 @@ def validate_todo(given: Mapping[str, Any]) -> None:
         for todo in unused[0].todos or ()
         if all(flag.todos and todo in flag.todos for flag in unused)
     ]
-    names = ", ".join(_name_as_given(flag, given) for flag in unused)
+    names = ", ".join(name_as_given(flag, given) for flag in unused)
     todos = " or ".join(f"--todo {todo}" for todo in shared or unused[0].todos or ())
     plural = "arguments" if len(unused) > 1 else "argument"
     raise UserError(f"{plural} {names}: not used by --todo train, the default; add {todos}")
 
 
-def _name_as_given(flag: Flag, given: Mapping[str, Any]) -> str:
+def name_as_given(flag: Flag, given: Mapping[str, Any]) -> str:
     """`--name`, or the negative of a switch that was turned off."""
     return words_of(flag, given[flag.dest])[0] if flag.kind is bool else f"--{flag.name}"
 
 
 def validate_eps(given: Mapping[str, Any]) -> None:
-    """Refuse the eps flag of the other --todo, an audit without eps, and an eps that is meant in
-    grey values. given: {dest: value}."""
+    """Refuse the eps flag of the other --todo, an audit or a study without eps, and an eps that is
+    meant in grey values. given: {dest: value}."""
     todo = given.get("todo")
     if todo == "attack" and "eps" in given and "eps_list" not in given:
-        value = format_eps(given["eps"])
+        value = _format_all(given["eps"])
         raise UserError(f"argument --eps: not used by --todo attack; use --eps-list {value}")
-    if todo == "audit" and "eps_list" in given and "eps" not in given:
-        value = format_eps(given["eps_list"][0])
-        raise UserError(f"argument --eps-list: not used by --todo audit; use --eps {value}")
-    if todo == "audit" and not given.get("eps"):
-        raise UserError("--todo audit needs an eps above 0: --eps 8/255, for example")
+    if todo in ("audit", "study"):
+        if "eps_list" in given and "eps" not in given:
+            value = _format_all(given["eps_list"][: 1 if todo == "audit" else None])
+            raise UserError(f"argument --eps-list: not used by --todo {todo}; use --eps {value}")
+        if not any(given.get("eps", ())):
+            raise UserError(f"--todo {todo} needs an eps above 0: --eps 8/255, for example")
+        if todo == "audit" and len(given["eps"]) > 1:
+            raise UserError(
+                f"argument --eps: got {len(given['eps'])} values, an audit takes one; start it "
+                "once for each"
+            )
     norm_of = {"eps_list": "attack_norm", "eps": "attack_norm", "adv_train": "adv_norm"}
     for name, norm in norm_of.items():
         if name in given and given.get(norm) == "inf":
             _validate_inf_eps(BY_DEST[name], BY_DEST[norm], given[name])
+
+
+def _format_all(eps: Iterable[float]) -> str:
+    return " ".join(map(format_eps, eps))
 
 
 def _validate_inf_eps(flag: Flag, norm: Flag, value: Any) -> None:
@@ -266,7 +276,7 @@ def _validate_inf_eps(flag: Flag, norm: Flag, value: Any) -> None:
     meant = [f"{eps:g}/255" if 1 <= eps <= 255 else format_eps(eps) for eps in values]
     advice = f"; did you mean --{flag.name} {' '.join(meant)}?" if max(values) <= 255 else ""
     raise UserError(
-        f"argument --{flag.name}: got {' '.join(map(format_eps, values))}, expected at most 1 with "
+        f"argument --{flag.name}: got {_format_all(values)}, expected at most 1 with "
         f"--{norm.name} inf: images are in [0, 1]{advice}"
     )
 
@@ -306,11 +316,13 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     for flag in FLAGS:
         if flag.dest not in given:
             continue
-        name = _name_as_given(flag, given)
-        if flag.todos and todo not in flag.todos:
+        name = name_as_given(flag, given)
+        if not flag.affects(todo):
             yield f"{name} has no effect on {todo}"
         elif flag.models and model not in flag.models:
             yield f"{name} has no effect on {model}, only on {listed(flag.models)}"
+        elif flag.rules and learning.alg not in flag.rules and trains and given[flag.dest]:
+            yield f"{name} has no effect with --alg {learning.alg}"
     if given.get("data_aug") and trains and not TASKS[config.data.task].augments:
         yield (
             f"--data-aug has no effect on {config.data.task}: flips and shifts would change the "
@@ -335,11 +347,6 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
             f"--{grad.replace('_', '-')} smooth differs from bptt in its loss alone on {model}: it "
             "replaces the slopes of saturated neurons, which energy models have"
         )
-    if trains and config.model.has_dynamics and learning.alg != "EP":
-        for name in ("random_sign", "thirdphase", "check_thm"):
-            used_by_cep = learning.alg == "CEP" and name != "check_thm"
-            if given.get(name) and not used_by_cep:
-                yield f"--{name.replace('_', '-')} has no effect with --alg {learning.alg}"
     if given.get("compile") and learning.alg == "BPTT" and trains:
         yield "--compile has no effect on steps that are unrolled for gradients"
     if trains and not config.adversarial.eps:

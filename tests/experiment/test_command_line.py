@@ -79,7 +79,7 @@ def test_whatever_a_flag_takes_is_typed_so_that_it_is_read_again():
         "betas": [-1e-05, -1e300],
         "lrs": [5e-324, 1e-07],
         "data_dir": "-x y",
-        "eps": 8 / 255,
+        "eps": [8 / 255],
         "device": -1,
         "save": True,
         "check_thm": False,
