@@ -965,15 +965,19 @@ def _refuse_to_share_runs(given: dict[str, Any], size: int) -> None:
 def _work_on_each(given: dict[str, Any], program: list[str], argv: Sequence[str], name: str) -> int:
     """Do the task for each run of --load-path, one after another, and return the exit code of the
     first failure. A signal ends all."""
+    from experiment.console import next_line
+
     failure = 0
     runs = given["load_path"]
     for n, run in enumerate(runs, 1):
         if len(runs) > 1:
             print(f"run {n} of {len(runs)}: {run}", flush=True)
-        code = work({**given, "load_path": run}, program, argv, name)
+        code = work({**given, "load_path": run}, program, argv, name, is_part=len(runs) > 1)
         if code > 128:
             return code
         failure = failure or code
+    if len(runs) > 1 and not failure:
+        print(next_line(program, given, "compare", runs), flush=True)
     return failure
 
 

@@ -102,16 +102,20 @@ def _torchrun_flags() -> list[str]:
 
 
 def next_line(
-    program: Sequence[str], given: Mapping[str, Any], todo: str, runs: str, *words: str
+    program: Sequence[str],
+    given: Mapping[str, Any],
+    todo: str,
+    runs: str | Sequence[str],
+    *words: str,
 ) -> str:
-    """The last line of an output: the command that examines a run next.
+    """The last line of an output: a command to go on with.
 
     program: of `command_words`; given: the flags of the command line, whose --device it keeps;
     runs: the value of --load-path; words: further ones of the command."""
     if launched().torchrun and todo not in PARALLEL:
         program = ["python", program[-1]]
     command = [*program, "--todo", todo, *words_of(BY_DEST["load_path"], runs), *words]
-    if "device" in given:
+    if "device" in given and todo != "compare":
         command += words_of(BY_DEST["device"], given["device"])
     return f"next: {shlex.join(command)}"
 

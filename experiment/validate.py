@@ -115,8 +115,9 @@ def _validate_model(config: Config) -> list[str]:
                 what = "one per convolution, as many as --channels"
                 raise _wrong_length(name, values, len(model.channels), what)
         if set(model.pools) - set(POOLINGS):
+            letters = listed(list(POOLINGS))
             raise UserError(
-                f"argument --pools: got {model.pools!r}, expected the letters {', '.join(POOLINGS)}"
+                f"argument --pools: got {model.pools!r}, expected the letters {letters}"
             )
         convolutions = len(model.channels)
         dense = len(model.fc)
@@ -345,7 +346,7 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
     if "smooth" in given.get(grad, ()) and not config.model.has_dynamics:
         yield (
             f"--{grad.replace('_', '-')} smooth differs from bptt in its loss alone on {model}: it "
-            "replaces the slopes of saturated neurons, which energy models have"
+            "replaces slopes in energy models only"
         )
     if given.get("compile") and learning.alg == "BPTT" and trains:
         yield "--compile has no effect on steps that are unrolled for gradients"

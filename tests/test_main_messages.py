@@ -568,22 +568,22 @@ def test_what_is_no_run_is_refused_from_python():
             mu.load_run(path)
 
 
-def test_a_folder_of_runs_names_them(cli, tmp_path):
-    message = "runs has no model.pt or checkpoint.tar"
+def test_an_error_about_a_folder_of_runs_names_them(cli, tmp_path):
     runs = tmp_path / "runs"
     (runs / "empty").mkdir(parents=True)
     (runs / "empty/model.pt").symlink_to("nowhere")
     code, _, err = cli("--todo evaluate --load-path runs")
-    assert code == 2 and err.rstrip().endswith(message)
+    assert code == 2 and err.endswith("runs has no model.pt or checkpoint.tar\n")
     for name in ("ff", "EP/mse/day"):
         (runs / name).mkdir(parents=True)
         (runs / name / "model.pt").touch()
-    assert "one of" not in cli("--load-path runs")[2]  # no checkpoint.tar to train on
-    for name in ("a", "b", "c", "d/day", "e", "f"):
-        (runs / name).mkdir(parents=True)
+    named = "; name one of its runs: runs/EP/mse/day, runs/ff$"
+    with pytest.raises(UserError, match="runs has no model.pt or checkpoint.tar" + named):
+        mu.load_run("runs")
+    assert cli("--load-path runs")[2].endswith("runs has no checkpoint.tar\n")
+    for name in "abcdef":
+        (runs / name).mkdir()
         (runs / name / "checkpoint.tar").touch()
     code, _, err = cli("--load-path runs")
-    assert code == 2 and err.rstrip().endswith(
-        "runs has no checkpoint.tar; name one of its runs: runs/a, runs/b, runs/c, runs/d/day, "
-        "runs/e ..."
-    )
+    named = "; name one of its runs: runs/a, runs/b, runs/c, runs/d, runs/e ...\n"
+    assert code == 2 and err.endswith("runs has no checkpoint.tar" + named)

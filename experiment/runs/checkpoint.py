@@ -4,7 +4,6 @@ A file can come from anywhere: `open_saved` returns only what `contents` has val
 `restore` loads only what `training_state` has compared with the run."""
 
 import dataclasses
-import itertools
 import os
 import pathlib
 import stat
@@ -18,12 +17,13 @@ from experiment.config import ARCHITECTURE, FLAGS, LARGEST
 from experiment.runs import contents, legacy, torch_file, training_state
 from experiment.runs.contents import Damaged
 from experiment.runs.files import printable
+from experiment.runs.find import find_runs
 from experiment.runs.history import History, best_of, changes, chosen_on, other_images
 from experiment.text import name_path
 
 # Files of a run folder that are no checkpoints
 OTHER_FILES = (".csv", ".txt", ".json", ".jsonl", ".png", ".pdf", ".svg", ".npz")
-MOST_FOLDERS = 10_000  # to look into for the runs below a folder
+MOST_NAMED = 5  # runs in an error
 
 
 # ---- the format: written
@@ -159,27 +159,20 @@ def find_saved(path: str | os.PathLike, todo: str) -> pathlib.Path:
     paths = [pathlib.Path(path, name) for name in names]
     found = next(filter(_mode, paths), None)
     if found is None:
-        runs = _runs_below(path, names)
-        contained = f"; name one of its runs: {runs}" if runs else ""
-        raise UserError(
-            f"argument --load-path: {name_path(path)} has no {' or '.join(names)}{contained}"
-        )
+        lacking = f"{name_path(path)} has no {' or '.join(names)}"
+        raise UserError(f"argument --load-path: {lacking}{_runs_below(path, names)}")
     if not stat.S_ISREG(_mode(found)):
         raise UserError(f"argument --load-path: {name_path(found)} is no file")
     return found
 
 
-def _runs_below(path: str | os.PathLike, names: list[str], most: int = 5) -> str:
-    """The folders below a folder that have one of the files, at most so many; or ''."""
-    runs = []
-    for folder, below, _ in itertools.islice(os.walk(os.fspath(path)), MOST_FOLDERS):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        if any(os.path.isfile(os.path.join(folder, name)) for name in names):
-            runs.append(printable(folder))
-            below.clear()
-        if len(runs) > most:
-            break
-    return ", ".join(runs[:most]) + (" ..." if len(runs) > most else "")
+def _runs_below(path: str | os.PathLike, names: list[str]) -> str:
+    """The runs below a folder that have one of the files, for an error; '' without one."""
+    runs = [str(run) for run in find_runs([path]) if any(_mode(run / name) for name in names)]
+    if not runs:
+        return ""
+    more = " ..." if len(runs) > MOST_NAMED else ""
+    return f"; name one of its runs: {printable(', '.join(runs[:MOST_NAMED]))}{more}"
 
 
 def _mode(path: str | os.PathLike) -> int:

@@ -65,6 +65,8 @@ def test_each_run_is_evaluated(ok, runs):
     assert [line for line in out.splitlines() if line.startswith("run ")] == [
         f"run {n} of 2: {run}" for n, run in enumerate(runs, 1)
     ]
+    following = f"next: python main.py --todo compare --load-path {runs[0]} {runs[1]}"
+    assert out.count("next: ") == 1 and out.splitlines()[-1] == following
     out = ok("--todo evaluate --device -1 --load-path latest")
     assert out.count("evaluated") == 1 and "run 1" not in out
 
@@ -79,7 +81,7 @@ def test_after_an_error_the_others_follow(cli, runs):
 
 def test_the_code_of_the_first_failure_counts_and_a_signal_ends_all(cli, monkeypatch):
     codes = iter([0, 1, 2, 0])
-    monkeypatch.setattr(main, "work", lambda *_: next(codes))
+    monkeypatch.setattr(main, "work", lambda *_, **__: next(codes))
     assert cli("--todo evaluate --load-path a b c d")[0] == 1
     codes = iter([1, 128 + signal.SIGUSR1])
     assert cli("--todo evaluate --load-path a b c d")[0] == 128 + signal.SIGUSR1
