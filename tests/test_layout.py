@@ -1,8 +1,6 @@
 """The layers of the code, read with `ast`: what may import what."""
 
 import ast
-import re
-import shlex
 import subprocess
 import sys
 
@@ -14,7 +12,7 @@ from ART_Timesteps_Addition import attacks, gradients
 from ART_Timesteps_Addition import names as attack_names
 from ART_Timesteps_Addition.audit import stages
 from energy import activations, names, poolings, rule
-from experiment import command_line, config, flag_table, validate
+from experiment import config, flag_table
 from experiment.config import FLAGS as ALL
 
 # The layer of each module or package; single files may be below their package. A module imports
@@ -180,26 +178,3 @@ def test_the_table_of_flags_is_that_of_the_code():
     """Made by `python -m experiment.flag_table > docs/flags.md`."""
     assert (ROOT / "docs" / "flags.md").read_text() == flag_table.text()
     assert all(f"| `--{flag.name}` |" in flag_table.text() for flag in ALL)
-
-
-def test_the_readme_is_short_and_its_links_lead_somewhere():
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        text = path.read_text()
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert (path.parent / target).exists(), (path.name, target)
-        for word in re.findall(
-            r"(?:bash )?(check/[\w.]+\.sh|benchmarks/[\w.]+|tests/[\w.]+\.py)", text
-        ):
-            assert (ROOT / word).exists(), (path.name, word)
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
-
-
-def test_every_command_of_the_readme_is_one():
-    """Its flags exist and its arguments fit together."""
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        text = path.read_text().replace("\\\n", " ")
-        for line in re.findall(r"^ +python main(?:_dropout)?\.py ([^\n#]*)", text, re.M):
-            words = shlex.split(line.replace("...", "").replace("$", ""))
-            given = command_line.parse(words, ALL)
-            if "load_path" not in given:
-                validate.validate(command_line.resolve(given))
