@@ -157,6 +157,7 @@ def table_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 continue
             mean, std, n = cell.statistics
             identity = group.runs[0].identity
+            is_attack = key.measure == "adversarial"
             change = _difference(groups, group, key)
             rows.append(
                 {
@@ -170,8 +171,8 @@ def table_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
                     "split": key.images.split,
                     "images": key.images.number or "",
                     "data": "" if key.measure == "corruptions" else key.images.fingerprint,
-                    "gradients": " ".join(cell.methods),
-                    "masked": f"{cell.masked:.4f}" if cell.methods else "",
+                    "gradients": " ".join(cell.methods) if is_attack else "",
+                    "masked": f"{cell.masked:.4f}" if is_attack and cell.methods else "",
                     "converged": _number(cell.converged),
                     "chosen_on": identity.get("chosen_on", ""),
                     "epochs": identity.get("epochs", ""),

@@ -45,8 +45,8 @@ KINDS = {  # of records that are compared: how they are called
 
 # Settings that have a column of their own in the tables
 COLUMNS = ("attack", "norm", "eps", "corruption", "T1")
-# Settings of an attack's gradient: over these, the strongest one counts
-OF_GRADIENT = ("gradient", "gradients", "steps", "attack_step", "start", "smooth")
+# Settings of how an attack searches: over these, the strongest result counts
+OF_SEARCH = ("gradient", "gradients", "steps", "start", "smooth", "ends_early")
 # Settings that every row names, and how
 BUDGET = {
     "budget": "{}",
@@ -172,7 +172,7 @@ def _key(record: Record, usual: Mapping[str, Any], measure: str, **columns: Any)
     deviating = {
         name: value
         for name, value in record.settings.items()
-        if name not in (*COLUMNS, *OF_GRADIENT, *BUDGET)
+        if name not in (*COLUMNS, *OF_SEARCH, *BUDGET)
         and not (name in usual and value in (usual[name], None))
     }
     if budget.get("queries") and record.settings.get("attack") in WITHOUT_GRADIENT:
@@ -327,8 +327,8 @@ def _add_audit(run: RunResults, record: Record, usual: Mapping[str, Any]) -> Non
     columns = _norm_and_eps(record)
     if share is None or columns is None:
         return
-    unrolled = record.settings.get("steps", record.settings.get("attack_step", ""))
-    methods = frozenset(_texts(unrolled))
+    search = {name: record.settings[name] for name in OF_SEARCH if name in record.settings}
+    methods = frozenset({_json(search)[:LONGEST_TEXT]})
     key = _key(record, usual, "audit", attack="audit", **columns)
     run.add(key, _value(record, share, methods, record.value.get("outcomes")))
     trusted = 100.0 * (record.value.get("trusted") is True)

@@ -17,8 +17,9 @@ from conftest import ROOT, context
 
 import main
 from data_utils import CORRUPTIONS
+from experiment.config import Config
 from experiment.plots import compare as plots
-from experiment.results import settings
+from experiment.results import read, settings
 from experiment.results.compare import (
     _notes,
     _table_keys,
@@ -123,7 +124,8 @@ def attacked(run, robust, *, seed=1, masked=0, model=None, outcomes=True, **own)
     return record(run, "attack", told, value, model=model, clean=0.9)
 
 
-FEED_FORWARD = {"predict_step": "absent", "tol": "absent", "compile": "absent", "start": "absent"}
+# Settings that networks without time steps lack
+FEED_FORWARD = dict.fromkeys(("predict_step", "tol", "compile", "start"), "absent")
 
 
 def evaluated(run, correct, **own):
@@ -132,9 +134,30 @@ def evaluated(run, correct, **own):
     return record(run, "evaluate", {**PREDICTION, **own}, value)
 
 
+AUDITED = {  # what every result of an audit contains besides the accuracies
+    "interval": [0.1, 0.9],
+    "images": IMAGES,
+    "checks": {},
+    "attacks": [],
+    "strongest": "pgd",
+    "curve": [],
+    "sample": 3,
+    "early": {"t": 1, "robust": 0.5},
+    "seconds": {},
+    "model": "model.pt",
+}
+
+
 def audited(run, robust, *, trusted=True, model=None, **own):
     told = {**PREDICTION, "norm": "2", "eps": 0.5, "budget": "quick", "clip": True, **own}
-    value = {"robust": robust / IMAGES, "trusted": trusted, "outcomes": pack(first(robust))}
+    told = {name: value for name, value in told.items() if value != "absent"}
+    value = {
+        **AUDITED,
+        "clean": 0.9,
+        "robust": robust / IMAGES,
+        "trusted": trusted,
+        "outcomes": pack(first(robust)),
+    }
     return record(run, "audit", told, value, model=model)
 
 
@@ -149,7 +172,8 @@ def corrupted(run, names, accuracy, *, model=None):
 
 def characteristic(run, accuracy, *, model=None):
     own = {name: value for name, value in PREDICTION.items() if name != "predict_step"}
-    return record(run, "characteristic", {**own, "T1": 4}, {"accuracy": accuracy}, model=model)
+    value = {"accuracy": accuracy, "converged": accuracy, "residual": accuracy, "relaxed_images": 1}
+    return record(run, "characteristic", {**own, "T1": 4}, value, model=model)
 
 
 def compared(*runs, labels=None):
@@ -440,8 +464,7 @@ def test_energy_models_and_feed_forward_networks_stand_in_one_row(make):
     """They never did: worst@29 stood in one row and worst@1 in another."""
     runs = [make("EP"), make("BPTT", model="FFMLP", alg="BP")]
     Store(runs[0]).add(evaluated(runs[0], 18), *(attacked(runs[0], n, steps=n) for n in (1, 4)))
-    absent = {name: v for name, v in FEED_FORWARD.items() if v == "absent"}
-    Store(runs[1]).add(attacked(runs[1], 10, steps=0, **absent))
+    Store(runs[1]).add(attacked(runs[1], 10, steps=0, **FEED_FORWARD))
     groups, _, _ = compared(*runs)
     keys = _table_keys(groups)
     table = comparison_table(groups, [key for key in keys if key.grad in ("", STRONGEST)])
@@ -496,6 +519,16 @@ def test_audits_are_rows(make):
     assert (row["norm"], row["eps"], row["detail"]) == ("2", "0.5", "quick, 20 images")
     assert (row["mean"], row["n"]) == ("45.0000", 2)
     assert only(rows, measure="audit trusted")["mean"] == "50.0000"
+
+
+def test_audits_of_energy_models_and_feed_forward_networks_stand_in_one_row(make):
+    runs = [make("EP"), make("BPTT", model="FFMLP", alg="BP")]
+    Store(runs[0]).add(audited(runs[0], 8, steps=[4], ends_early=0.001))
+    Store(runs[1]).add(audited(runs[1], 10, **FEED_FORWARD))
+    groups, *_ = compared(*runs)
+    (key,) = {key for group in groups for key in group.cells if key.measure == "audit"}
+    (row,) = comparison_table(groups, [key])[1:]
+    assert row[:3] == ["audit L2 0.5, quick, 20 images (%)", "40.00 (1)", "50.00 (1)"]
 
 
 def test_latex_is_escaped():
@@ -961,13 +994,17 @@ def test_no_pipe_is_waited_for(make, tmp_path, todo):
     assert ended == 0 or str(run) in err
 
 
-def test_the_settings_that_a_row_can_name_are_those_of_attacks(zoo):
-    """A setting that is neither a column, nor a budget, nor named where it deviates, is seen only
-    where it distinguishes rows."""
-    from experiment.config import Config
-    from experiment.results import read
-
+def test_every_setting_has_its_place(zoo):
+    """A setting without one is seen only where it distinguishes rows."""
     config = Config.from_flat(read_run(zoo("compared EP")).args)
-    known = (*read.COLUMNS, *read.OF_GRADIENT, *read.BUDGET, *read.DEVIATIONS)
-    for own in settings.attack(config, 0.5, "x").values():
-        assert own.keys() - set(known) == {"version", "libraries"}
+    config = config.replace(todo="audit", eps=0.5)
+    places = {*read.COLUMNS, *read.OF_SEARCH, *read.BUDGET, *read.DEVIATIONS}
+    all_settings = [
+        *settings.attack(config, 0.5, "x").values(),
+        settings.audit(config, 0.1),
+        settings.corruption(config, "fog"),
+        settings.characteristic(config),
+        settings.prediction(config, 4),
+    ]
+    for own in all_settings:
+        assert own.keys() - places <= {"version", "libraries"}

@@ -122,7 +122,7 @@ def test_seeds_and_comparisons_pool_one_precision_alone(ok, any_device):
     ok(line, "--precision bf16")
     assert "already" not in ok(line) and len(folders()) == 4
     assert ok(line, "--precision bf16").count("already") == 2 and len(folders()) == 4
-    groups = group_runs([read_run(run) for run in folders()])
+    groups, _ = group_runs([read_run(run) for run in folders()])
     assert sorted(group.label for group in groups) == [
         "MLP EP, precision bf16",
         "MLP EP, precision fp32",
@@ -130,7 +130,7 @@ def test_seeds_and_comparisons_pool_one_precision_alone(ok, any_device):
     assert [len(group.runs) for group in groups] == [2, 2]
     for run in folders()[:2]:
         rewrite(run, precision="fp32", compile=True)
-    assert len(group_runs([read_run(run) for run in folders()])) == 2
+    assert len(group_runs([read_run(run) for run in folders()])[0]) == 2
 
 
 # ---- the machine
@@ -260,12 +260,12 @@ def test_seeds_take_no_run_of_other_data_as_done(ok, data):
     assert ok(line, f"--data-dir {data[0]}").count("already") == 2 and len(folders()) == 2
     out = ok(line, f"--data-dir {data[1]}")
     assert "already" not in out and "2 of 2 seeds are done" in out and len(folders()) == 4
-    groups = group_runs([read_run(run) for run in folders()])
+    groups, _ = group_runs([read_run(run) for run in folders()])
     assert [len(group.runs) for group in groups] == [2, 2] and "train-data" in groups[0].label
     for run in folders()[:2]:  # of an earlier version: nobody knows, and it was good enough
         without_fingerprints(run)
     assert ok(line, f"--data-dir {data[1]}").count("already") == 2 and len(folders()) == 4
-    assert len(group_runs([read_run(run) for run in folders()])) == 1
+    assert len(group_runs([read_run(run) for run in folders()])[0]) == 1
 
 
 def test_a_sweep_of_other_data_is_another_record(ok, tmp_path, data):
@@ -373,7 +373,7 @@ def test_a_comparison_tells_attacks_of_other_settings_apart(ok, zoo, tmp_path, a
     line = f"{ATTACK} --load-path {run} --test-size 8 --attack-iters 2 --eps-list 1"
     for more, words in (
         ("", ""),
-        ("--attack-restarts 2", "; 2 restarts"),
+        ("--attack-restarts 2", ", 2 restarts"),
         ("--precision bf16", ", bf16"),
         ("--tol 0.05", ", tol 0.05"),
         ("--predict-step 3", ", predicted after 3 steps"),
