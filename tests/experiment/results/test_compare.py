@@ -113,10 +113,13 @@ def first(n, of=IMAGES):
     return np.arange(of) < n
 
 
+UNUSED = {"unmoved": 0.0, "mean_norm": 0.5}  # values of attacks that a comparison does not show
+
+
 def attacked(run, robust, *, seed=1, masked=0, model=None, outcomes=True, **own):
     """The record of an attack. robust: number of images, or an outcome for each."""
     correct = first(robust) if isinstance(robust, int) else robust
-    value = {"adversarial": correct.mean(), "masked": masked / IMAGES}
+    value = {"adversarial": correct.mean(), "masked": masked / IMAGES, **UNUSED}
     if outcomes:
         value |= {"outcomes": pack(correct), "masked_outcomes": pack(first(masked))}
     told = {**PREDICTION, **ATTACK, "seed": seed, **own}
@@ -921,7 +924,8 @@ def test_odd_settings_of_a_record_are_a_row_or_a_gap(ok, make, tmp_path, name):
 def test_odd_values_of_a_record_are_gaps(ok, make, tmp_path, value):
     run = make("EP")
     own = attacked(run, 4).settings
-    data = {"images": 1e9, "clean": "x", "fingerprint": ["a"], "task": {}}
+    value = {**UNUSED, **value}
+    data = {"images": 10**9, "clean": "x", "fingerprint": None, "task": {}}
     for kind in ("attack", "audit", "evaluate", "corruption", "characteristic"):
         line = record(run, kind, own, value, **data).to_json()
         with open(run / "results.jsonl", "a") as file:
