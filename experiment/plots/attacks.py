@@ -107,10 +107,10 @@ def adversarial_examples(
     chosen, selection = _choose_examples(clean & ~result["correct"], shown)
     changes = (result["x_adv"] - images)[chosen].mean(1)
     scale = np.abs(changes).max(initial=0.0) or 1.0
-    over = ", mean over the colours" if images.shape[1] > 1 else ""
+    over = " The change is the mean over the colours." if images.shape[1] > 1 else ""
     figure = new_figure(
         f"{caption}. {selection} Above each image its class, below its adversarial example the "
-        f"predicted one (*: the image without the attack is misclassified); change{over}.",
+        f"predicted one (*: misclassified without the attack).{over}",
         columns=2,
         height=3.1,
     )

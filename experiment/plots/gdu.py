@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 NEURONS = "neurons_"  # begins the names of layers
 CUMULATIVE = "cumulative estimate"
+TIME = "time step"
+SUM = "sum over all time steps"  # of the read-out, whose updates have no steps
 SOLID_AND_DASHED = (
     "EP (dashed) and BPTT (solid): cumulative estimates of random entries, one colour each, over "
     "the time steps of the nudged phase, and of BPTT from the end"
@@ -44,7 +46,9 @@ def gdu_entries(
 
     bptt, ep: (T2, *shape), as `energy.gdu.comparable` returns them."""
     figure = new_figure(f"{SOLID_AND_DASHED}; {_describe(name)}.")
-    axes = figure.add_subplot(title=_symbol(name), xlabel=_xlabel(bptt), ylabel=CUMULATIVE)
+    axes = figure.add_subplot(
+        title=_symbol(name), xlabel=TIME if len(bptt) > 1 else SUM, ylabel=CUMULATIVE
+    )
     indices = _draw_entries(axes, bptt, ep, generator, shown)
     entries = [
         _legend_line(f"[{index}]", color=f"C{n}", linestyle="-") for n, index in enumerate(indices)
@@ -68,9 +72,12 @@ def gdu_layers(
     panels = grid(figure, len(bptt), 4)
     for axes, name in zip(panels, bptt):
         _draw_entries(axes, bptt[name], ep[name], generator, shown)
-        axes.set_title(_symbol(name))
+        axes.set_title(_symbol(name), y=1, pad=11)  # above the power of ten of the y axis
         axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-    label_outer(panels, _xlabel(next(iter(bptt.values()))), CUMULATIVE)
+    label_outer(panels, TIME, CUMULATIVE)
+    for axes, estimate in zip(panels, bptt.values()):
+        if len(estimate) == 1:
+            axes.set_xlabel(SUM)
     legend_below(figure, _legend_of_methods())
     return figure
 
@@ -118,7 +125,7 @@ def _draw_entries(
             axes.plot(time, estimate.flatten(1)[:, entry].cumsum(0), color=f"C{n}", **options)
     axes.axhline(0, color="black", linewidth=0.5)
     if len(bptt) == 1:
-        axes.set_xticks([1], ["complete"])
+        axes.set_xticks([])
     else:
         integer_ticks(axes.xaxis)
     shape = bptt.shape[1:]
@@ -136,10 +143,6 @@ def _legend_of_methods() -> list[Line2D]:
         _legend_line(method, color="black", linestyle=style["linestyle"], marker=style["marker"])
         for method, style in STYLES.items()
     ]
-
-
-def _xlabel(bptt: torch.Tensor) -> str:
-    return "time step" if len(bptt) > 1 else "sum over the nudged phase"
 
 
 def _symbol(name: str) -> str:
