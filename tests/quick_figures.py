@@ -1,6 +1,6 @@
 """Importing this makes figures of the process coarse and without a layout: as users get them they
-take nine tenths of a tiny training. What they show is tested in test_figures.py, which draws them
-in full."""
+take nine tenths of a tiny training. What they show is tested in plots/test_plots.py, which draws
+them in full."""
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure

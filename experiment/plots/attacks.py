@@ -50,7 +50,7 @@ def sweep(
     rows: of a `results.attacks.Sweep`; clean, chance: clean accuracy and accuracy of guessing, as
     shares."""
     caption = (
-        f"Accuracy under attack over eps: {attack}, {norm_name(norm)} norm, "
+        f"Adversarial accuracy over eps: {attack}, {norm_name(norm)} norm, "
         f"{count(images, 'test image')}, clean accuracy {100 * clean:.2f} % at eps = 0. Bars: 95 % "
         "intervals (Wilson); curves are offset sideways."
     )

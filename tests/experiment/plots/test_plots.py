@@ -282,7 +282,7 @@ def test_only_the_linear_output_has_no_activation():
 
 def test_captions_count_one_image_in_the_singular():
     caption = attacks.sweep(SWEEP, "pgd", "inf", 1, 1.0).get_label()
-    assert caption.startswith("Accuracy under attack over eps: pgd, L-infinity norm, 1 test image,")
+    assert caption.startswith("Adversarial accuracy over eps: pgd, L-infinity norm, 1 test image,")
     caption = training.confusion(np.eye(1, dtype=int), ["0"]).get_label()
     assert "of 1 test image," in caption
 
