@@ -129,8 +129,8 @@ class AuditFiles:
         value = {**value, "computed_on": self.computed_on, "outcomes": pack(robust)}
         if self._examples.exists() and self._examples_of() != wanted.identity:
             _note(
-                f"{self._examples.name} contained the adversarial examples of an audit with other "
-                f"settings, which are replaced; its result is kept in {FILE}"
+                f"{self._examples.name} contained the adversarial examples of another audit, which "
+                f"are replaced; its result is kept in {FILE}"
             )
         self._write(self._examples, x_adv=x_adv, labels=labels)
         self.store.add(Record.now("audit", wanted.model, wanted.data, wanted.settings, value))
@@ -150,10 +150,7 @@ class AuditFiles:
     def write(self, result: Mapping[str, Any], lines: Sequence[str]) -> None:
         """Write the result and its text."""
         if self._examples_of() not in (None, self.wanted.identity):
-            _note(
-                f"{self._examples.name} contains the adversarial examples of an audit with other "
-                "settings"
-            )
+            _note(f"{self._examples.name} contains the adversarial examples of another audit")
         with self.store.locked():
             self.run.write_lines(self.text.name, lines)
             write_text(self.text.with_suffix(".json"), json.dumps(result, indent=1) + "\n")

@@ -18,6 +18,9 @@ from ART_Timesteps_Addition.settings import Attack, GradientMethod
 from data_utils import TASKS, Batches, load_split
 from energy.dynamics import WINDOW
 from experiment import inference
+from experiment.results.evaluation import describe_characteristic
+from experiment.results.record import Record
+from experiment.runs.folder import RunFolder
 
 TINY = ZOO["converging"]
 CNN = " --model CNN --channels 4 6 --act my_hard_sig --T1 13"
@@ -247,12 +250,8 @@ def test_characteristic_keeps_no_more_states_than_convergence_needs(monkeypatch)
         ([0.3], 1),
     ],
 )
-def test_characteristic_reports_the_step_from_which_the_accuracy_stays(
-    ok, trained, monkeypatch, accuracy, step
-):
-    monkeypatch.setattr(
-        inference, "characteristic", lambda *_, **__: (accuracy, [1.0] * len(accuracy))
-    )
-    monkeypatch.setattr(inference, "relaxation", lambda *_, **__: ([1.0] * len(accuracy), None))
-    out = ok(f"--todo characteristic --device -1 --load-path {trained}")
-    assert f"within 0.1 points of it from step {step} on" in out
+def test_characteristic_reports_the_step_from_which_the_accuracy_stays(tmp_path, accuracy, step):
+    value = {"accuracy": accuracy, "converged": [1.0] * len(accuracy)}
+    record = Record("characteristic", {}, {"images": 50}, {}, value)
+    text = describe_characteristic(RunFolder(tmp_path), "model.pt", record)
+    assert f"within 0.1 points of it from step {step} on" in text

@@ -328,7 +328,7 @@ def test_another_audit_replaces_the_files_and_keeps_the_record(cli, audited, tmp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages.Audit, "attempt", lambda *_: pytest.fail("an attack ran again"))
         code, _, err = cli(LINE, f"--load-path {run}")
-    assert code == 0 and "note: Audit_2_1.npz contains the adversarial examples of an audit" in err
+    assert code == 0 and "note: Audit_2_1.npz contains the adversarial examples of another" in err
     assert (run / "Audit_2_1.json").read_text() == before and len(records(run, "audit")) == 2
 
 

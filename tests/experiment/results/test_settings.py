@@ -292,7 +292,7 @@ def test_an_audit_of_other_data_is_another_audit(cli, ok, tmp_path, data, monkey
     ok(line, f"--data-dir {data[0]}")
     old = json.loads((run / "Audit_2_1.json").read_text())
     code, _, err = cli(line, f"--data-dir {data[1]}")
-    assert code == 0 and "Audit_2_1.npz contained the adversarial examples of an audit" in err
+    assert code == 0 and "Audit_2_1.npz contained the adversarial examples of another" in err
     new = json.loads((run / "Audit_2_1.json").read_text())
     assert new["settings"]["data"] != old["settings"]["data"]
     first, second = records(run, "audit")
