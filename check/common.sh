@@ -8,12 +8,11 @@
 #   side_by_side           runs main.py with each line of standard input as its flags, $processes at
 #                          a time, on the GPUs 0, 1, ... or, with GPUS=0, on the CPU with one thread
 #                          each; each line of output begins with the number of its command
+#   share FLAGS            runs main.py with the same flags in $processes processes, which share the
+#                          work of a study
 #   absolute PATH          prints the absolute path of a path relative to the project's folder
-#   enter FOLDER FLAGS     creates a folder, changes to it, and refuses a second copy of the script
-#                          or other FLAGS in it. Further arguments: paths that will be part of the
-#                          lines of side_by_side
-#   runs [MODEL]           prints the folders of all complete trainings below results/, or of those
-#                          of a model
+#   enter FOLDER [WORD...] creates a folder and changes to it; refuses words that cannot be part of
+#                          the lines of side_by_side
 #   complain TEXT          ends the script with an error
 # With SMOKE=1 in the environment a script only runs its commands once: in a minute, on a CPU, with
 # few and random data (`common.sh cifar`) or the digits of scikit-learn (`common.sh mnist`), in a
@@ -33,21 +32,6 @@ enter() {
         *[\'\"\\]* | *"  "*) complain "quotes, backslashes and double spaces cannot be part of a folder or a flag: $*" ;;
     esac
     mkdir -p "$1" && cd "$1"
-    if command -v flock >/dev/null; then
-        # `>>` does not empty the file. Child processes inherit the lock: it lasts until the last
-        # command of a killed script ends.
-        exec 9>>.lock
-        flock -n 9 || complain "another copy of this script, or one of its commands, is running in $1; wait for it"
-    fi
-    [ ! -e .flags ] || [ "$(cat .flags)" = "$2" ] ||
-        complain "$1 was started with the further flags '$(cat .flags)', now '$2'; use the former, or another folder"
-    echo "$2" >.flags
-}
-runs() {
-    local file
-    for file in $(grep -ls "\"model\": \"${1:-.*}\"" results/*/*/*/*/config.json); do
-        [ ! -e "${file%/*}/final_model.pt" ] || echo "${file%/*}"
-    done
 }
 numbered() { # a command's number, its flags
     local device=-1
@@ -62,6 +46,11 @@ if [ "${SMOKE:-}" != 1 ]; then
         [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1
         awk '{ sub(/ +$/, ""); print NR, $0 }' |
             xargs -r -L 1 -P "$processes" --process-slot-var=slot bash -o pipefail -c 'numbered "$@"' numbered
+    }
+    share() {
+        local line n
+        line=$(printf "'%s' " "$@")
+        for ((n = 0; n < processes; n++)); do echo "$line"; done | side_by_side
     }
     # in the background with `wait`: a shell handles no signal during a command in the foreground
     suite() {
@@ -103,7 +92,10 @@ else
     suite() {
         local code
         case " $* " in *" --seeds "*) local smoke=("${smoke[@]/--seed/--seeds}") ;; esac
-        case " $* " in *" --todo "*) local smoke=("${smoke[@]}" "${attacks[@]}") ;; esac
+        case " $* " in
+            *" --todo study "*) local smoke=("${smoke[@]}" "${attacks[@]/--eps-list/--eps}") ;;
+            *" --todo "*) local smoke=("${smoke[@]}" "${attacks[@]}") ;;
+        esac
         if [ ${#launcher[@]} -gt 1 ]; then
             "${launcher[@]}" "$root/$1" "${@:2}" "${smoke[@]}"
         else
@@ -113,6 +105,7 @@ else
         fi
     }
     last() { suite "$@"; }
+    share() { suite main.py "$@"; }
     side_by_side() {
         local line
         while read -r line <&7; do

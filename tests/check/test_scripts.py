@@ -1,8 +1,6 @@
 """The scripts of check/: every command line in them is one that the suite accepts, three run for
 real, and what they need is said before anything is set up."""
 
-import fcntl
-import json
 import os
 import pathlib
 import shlex
@@ -18,7 +16,7 @@ from conftest import ROOT, context  # which makes benchmarks/ known
 
 import main
 import main_dropout
-from experiment import command_line, validate
+from experiment import command_line, study, validate
 
 SCRIPTS = sorted(
     path.stem
@@ -77,16 +75,6 @@ class Copy:
         done = bash(self.folder / f"check/{name}.sh", self.folder.parent, *words, env=environment)
         return done, [shlex.split(line) for line in self.log.read_text().splitlines()]
 
-    def finish(self, root, commands):
-        """Makes the folders, below `root`, that the trainings among the commands would leave when
-        they end."""
-        for n, words in enumerate(commands):
-            args = trained(words)
-            folder = root / "results" / args["alg"] / args["loss"] / "day" / str(n)
-            folder.mkdir(parents=True)
-            (folder / "config.json").write_text(json.dumps(args))
-            (folder / "final_model.pt").touch()
-
 
 @pytest.fixture
 def copy(tmp_path):
@@ -123,6 +111,7 @@ def accepted(tmp_path, monkeypatch, capsys):
             return 0
 
         monkeypatch.setattr(main, "work", work)
+        monkeypatch.setattr(study.Study, "do", lambda *_: 0)
         code = main.main(words, PROGRAMS[program], program)
         err = capsys.readouterr().err
         assert code == 0, (words, err)
@@ -202,27 +191,50 @@ def test_every_command_on_a_run_is_accepted(copy, accepted, name, lines):
 
 
 @pytest.mark.parametrize(
-    "name, folder, trainings, lines",
-    [("study_mnist", "STUDY", 15, 70), ("paper_cifar10", "PAPER", 35, 321)],
+    "name, folder, processes, models, seeds, todos",
+    [
+        ("study_mnist", "STUDY", {"PROCESSES": "3"}, 5, 3, "study audit characteristic compare"),
+        (
+            "paper_cifar10",
+            "PAPER",
+            {"GPUS": "3"},
+            7,
+            5,
+            "study attack audit corruptions characteristic compare",
+        ),
+    ],
 )
 def test_every_command_of_a_study_is_accepted(
-    copy, accepted, tmp_path, name, folder, trainings, lines
+    copy, accepted, tmp_path, name, folder, processes, models, seeds, todos
 ):
+    """Those of folders of runs, by each model in them."""
     data = tmp_path / "data"
     (data / "CIFAR-10-C").mkdir(parents=True)
-    environment = {folder: str(tmp_path / "study"), "DATA": str(data)}
-    begun = [words for words in copy.run(name, **environment)[1] if "--todo" not in words]
-    assert len(begun) == trainings
-    copy.finish(tmp_path / "study", begun)
+    environment = {folder: str(tmp_path / "study"), "DATA": str(data), **processes}
     done, commands = copy.run(name, **environment)
     assert done.returncode == 0, done.stderr
-    assert len(commands) == lines
-    for command in commands:
-        words = " ".join(command)
-        run = "--load-path" in words and command[command.index("--load-path") + 1]
-        saved = run and json.loads((tmp_path / "study" / run / "config.json").read_text())
-        accepted(command, saved or None)
-    assert sum("--todo compare" in " ".join(command) for command in commands) == 1
+    given = [command_line.parse(program_and_words(command)[1]) for command in commands]
+    assert list(dict.fromkeys(flags["todo"] for flags in given)) == todos.split()
+    shared = [command for command, flags in zip(commands, given) if flags["todo"] == "study"]
+    studies = {tuple(words[: words.index("--device")]) for words in shared}
+    assert len(shared) == 3 * len(studies) and len({words[-1] for words in shared}) == (
+        1 if name == "study_mnist" else 3
+    )
+    own = study.Study(next(flags for flags in given if flags["todo"] == "study"), [])
+    assert len(own.models) == models and len(own.runs) * len(own.seeds) == models * seeds
+    for command, flags in zip(commands, given):
+        folders = flags.get("load_path", [])
+        assert folders == [] or flags["todo"] != "study"
+        rules = {path.removeprefix("results").lstrip("/") for path in folders}
+        of_folders = [
+            model.config.flat()
+            for model in own.models
+            if rules & {"", model.config.learning.alg} and flags["todo"] != "compare"
+        ]
+        for saved in of_folders or [None]:
+            if flags["todo"] == "characteristic":
+                assert saved["alg"] != "BP"
+            accepted(command, saved)
 
 
 def test_every_command_of_the_gpu_report_is_accepted(copy, accepted):
@@ -350,29 +362,18 @@ def test_side_by_side_a_command_that_fails_stops_no_other(copy):
     "environment, words, said",
     [
         ({"GPUS": "two"}, (), "GPUS=two: expected a number"),
-        ({"ONLY": "trian"}, (), "ONLY=trian: unknown stage; choose from train"),
-        ({"ONLY": "attack"}, (), "no complete training in"),
+        ({"ONLY": "trian"}, (), "ONLY=trian: unknown stage; choose from study"),
         ({"DATA": "it's"}, (), "quotes, backslashes"),
-        (
-            {"ONLY": "attack", "before": "--seed 1"},
-            ("--precision", "tf32"),
-            "started with the further flags '--seed 1'",
-        ),
-        ({"ONLY": "attack", "locked": "1"}, (), "another copy"),
+        ({}, ("--data-dir", "it's"), "quotes, backslashes"),
     ],
 )
 def test_the_paper_refuses_what_would_spoil_it(tmp_path, environment, words, said):
-    if "before" in environment:
-        (tmp_path / ".flags").write_text(environment["before"] + "\n")
-    with open(tmp_path / ".lock", "w") as lock:
-        if "locked" in environment:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        done = subprocess.run(
-            ["bash", ROOT / "check/paper_cifar10.sh", *words],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PAPER": str(tmp_path), **environment},
-        )
+    done = subprocess.run(
+        ["bash", ROOT / "check/paper_cifar10.sh", *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PAPER": str(tmp_path), **environment},
+    )
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
@@ -462,12 +463,3 @@ def test_an_environment_whose_interpreter_is_gone_is_built_again(setup, tmp_path
     assert setup(uv).wait(60) == 0
     assert (tmp_path / "log").read_text().split() == 2 * ["venv", "install"]
     assert not (environment / "stale").exists()
-
-
-def test_a_script_does_not_empty_the_file_that_a_lock_leads_to(tmp_path):
-    (tmp_path / "precious").write_text("precious")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/.lock").symlink_to(tmp_path / "precious")
-    script = f'source {ROOT}/check/common.sh mnist; enter "$1" ""'
-    subprocess.run(["bash", "-c", script, "bash", str(tmp_path / "folder")], check=True, timeout=60)
-    assert (tmp_path / "precious").read_text() == "precious"
