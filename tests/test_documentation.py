@@ -3,6 +3,7 @@ note, and those of the README run."""
 
 import re
 import shlex
+import textwrap
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import main
 import main_dropout
 from ART_Timesteps_Addition.audit import stages
 from experiment import command_line, validate
+from experiment.results import record, store
 
 README = ROOT / "README.md"
 PAGES = [
@@ -94,7 +96,7 @@ def accepted(tmp_path, monkeypatch, capsys):
     run.mkdir(parents=True)
     (run / "model.pt").touch()
 
-    def work(given, *_):
+    def work(given, *_, **options):
         if given.get("todo") != "compare":
             trained = command_line.parse(SAVED.split())
             saved = command_line.resolve(trained).flat() if "load_path" in given else None
@@ -144,6 +146,19 @@ SMALLER = {  # what makes a command small, by its --todo
     "gducheck": f"--device -1 --task digits --mbs 10 {STEPS}",
     "compare": "",
 }
+
+
+def test_the_record_of_the_documentation_is_one(tmp_path, monkeypatch, capsys):
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / "results/README.md").read_text(), re.M)
+    example, program = (
+        next(textwrap.dedent(block) for block in blocks if word in block)
+        for word in ('"kind": "attack",', "import Store")
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN").mkdir()
+    store.Store("RUN").add(record.Record.from_json(example))
+    exec(program, {})
+    assert "'attack': 'pgd'" in capsys.readouterr().out
 
 
 @pytest.mark.slow
