@@ -185,3 +185,11 @@ def test_the_python_of_the_readme_runs():
     names = {"x": torch.rand(4, 1, 28, 28), "y": torch.randint(10, (4,))}
     exec(lines, names)
     assert all(p.grad is not None for p in names["model"].parameters())
+
+
+@pytest.mark.parametrize("begin", ["import torch", "import model_utils"])
+def test_the_python_of_the_recipes_runs(begin, zoo, monkeypatch):
+    blocks = re.findall(r"(?:^    .*\n)+", (ROOT / "docs/recipes.md").read_text(), re.M)
+    (code,) = (block for block in map(textwrap.dedent, blocks) if block.startswith(begin))
+    run = repr(str(zoo("few digits")))
+    exec(re.sub(r'load_run\(".*?"\)', lambda _: f"load_run({run})", code), {})
