@@ -111,8 +111,8 @@ def test_a_matched_control_has_the_layers_of_the_energy_model(task):
     assert found == shapes
     modules = [type(module).__name__ for module in network.net]
     assert modules == [
-        *("Conv2d", "MaxPool2d", "Activation"),
-        *("Conv2d", "AvgPool2d", "Activation"),
+        *("Conv2d", "MaxPool", "Activation"),
+        *("Conv2d", "AvgPool", "Activation"),
         *("Conv2d", "Activation"),
         *("Flatten", "Linear", "Activation", "Linear"),
     ]

@@ -308,7 +308,10 @@ class RunFolder:
         if table:
             results = read_text(path).splitlines()
             lines = [line for line in results if not line.startswith(FIGURE)]
-            lines.append(FIGURE + " ".join(caption.split()))
+            comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
+            # below what was measured and how, at most two lines
+            place = min(len(list(comments)), 2)
+            lines.insert(place, FIGURE + " ".join(caption.split()))
         self.write_lines(path.name, lines)
 
 

@@ -99,7 +99,7 @@ def test_a_warning_counts_the_images_and_is_printed_once(ok):
     assert (
         out.count(f"  warning: not converged after T1 = 2 steps: 50 of 50 images. {ADVICE}\n") == 1
     )
-    assert out.count("0.00 % converged") == 2
+    assert out.count("0.00 % converged") == 3  # of both epochs, and of the best model
     out = ok(TINY, "--T1 200")
     assert "100.00 % converged" in out and "not converged" not in out and "settled" not in out
 

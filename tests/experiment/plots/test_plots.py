@@ -183,7 +183,7 @@ def test_a_figure_is_saved_with_its_caption(tmp_path, form, magic):
     assert len(list(folder.iterdir())) == 2
 
 
-def test_the_caption_of_a_table_is_its_last_comment(tmp_path):
+def test_the_caption_of_a_table_is_a_comment_of_its_head(tmp_path):
     table = tmp_path / "Adversarial_Accuracy.txt"
     table.write_text("# eps, clean\n0.1 0.9\n")
     run = RunFolder(tmp_path)
@@ -191,9 +191,9 @@ def test_the_caption_of_a_table_is_its_last_comment(tmp_path):
         run.save_figure(
             "Adversarial_Accuracy.png", attacks.sweep, [], "pgd", "2", images, 0.9, table=True
         )
-        first, row, last = table.read_text().splitlines()
+        first, caption, row = table.read_text().splitlines()
         assert (first, row) == ("# eps, clean", "0.1 0.9")
-        assert last.startswith("# figure: ") and f"{images} test images" in last
+        assert caption.startswith("# figure: ") and f"{images} test images" in caption
 
 
 def test_a_png_has_300_dots_an_inch(tmp_path):
