@@ -105,7 +105,7 @@ def accepted(tmp_path, monkeypatch, capsys):
     def check(command, saved=None):
         program, words = program_and_words(command)
 
-        def work(given, *_):
+        def work(given, *_, **__):
             if "load_path" in given and given["todo"] != "compare":
                 validate.validate(command_line.resolve(given, saved))
             return 0
