@@ -162,14 +162,14 @@ def test_corruptions_are_counted_right(ok, corrupted):
     lines = (run / "Corruption_Accuracy.txt").read_text().splitlines()
     assert (
         lines[0].startswith("# measured with: {")
-        and lines[1].startswith("#")
-        and lines[-2].startswith("# mean over all 19: ")
+        and lines[2].startswith("# figure: ")
+        and lines[-1].startswith("# mean over all 19: ")
     )
-    assert [line.split()[0] for line in lines[2:-2]] == list(CORRUPTIONS)
+    assert [line.split()[0] for line in lines[3:-1]] == list(CORRUPTIONS)
     assert " ".join(["fog", *(f"{share:.6f}" for share in right.mean(1))]) in lines
     rows = entries(run / "Corruption_Accuracy.txt")
     means = np.mean(list(rows.values())), np.mean([rows[name] for name in CORRUPTIONS[:15]])
-    assert lines[-2] == f"# mean over all 19: {means[0]:.6f}, over the first 15: {means[1]:.6f}"
+    assert lines[-1] == f"# mean over all 19: {means[0]:.6f}, over the first 15: {means[1]:.6f}"
     assert (
         f"mean accuracy {100 * means[0]:.2f} %, over the first 15 corruptions {100 * means[1]:.2f} %"
         in out
@@ -443,7 +443,7 @@ def test_the_15_corruptions_of_the_published_means_are_enough(cli, ok, corrupted
     first = entries(text)
     assert list(first) == list(CORRUPTIONS[:15])
     mean = np.mean(list(first.values()))
-    assert text.read_text().splitlines()[-2] == f"# mean over the first 15: {mean:.6f}"
+    assert text.read_text().splitlines()[-1] == f"# mean over the first 15: {mean:.6f}"
     assert out.splitlines()[-1] == f"mean accuracy over the first 15 corruptions {100 * mean:.2f} %"
     assert (run / "Corruption_Accuracy.png").exists()
 
@@ -453,7 +453,7 @@ def test_the_15_corruptions_of_the_published_means_are_enough(cli, ok, corrupted
     after = entries(text)
     assert list(after) == list(CORRUPTIONS) and all(after[name] == first[name] for name in first)
     everything = np.mean(list(after.values()))
-    assert text.read_text().splitlines()[-2] == (
+    assert text.read_text().splitlines()[-1] == (
         f"# mean over all 19: {everything:.6f}, over the first 15: {mean:.6f}"
     )
     assert len(records(run, "corruption")) == 19

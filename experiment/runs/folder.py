@@ -308,9 +308,9 @@ class RunFolder:
         if table:
             results = read_text(path).splitlines()
             lines = [line for line in results if not line.startswith(FIGURE)]
-            comments = itertools.takewhile(lambda line: line.startswith("#"), lines)
-            # below what was measured and how, at most two lines
-            place = min(len(list(comments)), 2)
+            head = list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+            # below what was measured and how, two lines at most; at the end of a text without head
+            place = min(len(head), 2) or len(lines)
             lines.insert(place, FIGURE + " ".join(caption.split()))
         self.write_lines(path.name, lines)
 

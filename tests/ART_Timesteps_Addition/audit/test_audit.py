@@ -96,8 +96,8 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
         b == a - attack["broken"] for a, b, attack in zip(standing, standing[1:], result["attacks"])
     )
     assert standing[-1] == round(6 * result["robust"])
-    written = (run / f"{stem}.txt").read_text().splitlines(keepends=True)
-    text = "".join(line for line in written if not line.startswith("# figure: "))
+    text, caption, _ = (run / f"{stem}.txt").read_text().partition("# figure: ")
+    assert caption
     assert text.startswith("TRUSTED" if result["trusted"] else "NOT TRUSTED") and text in out
     assert f"strongest gradient: {result['strongest']} (its PGD reached the smallest" in text
     with np.load(run / f"{stem}.npz") as file:
@@ -125,7 +125,7 @@ def test_a_repeated_audit_prints_its_record(ok, idle, audited, tmp_path):
         path.unlink()
     out = ok(LINE, f"--load-path {run}")
     assert {name: (run / name).read_text() for name in before} == before
-    assert before["Audit_2_1.txt"] in out and (run / "Audit_2_1.png").exists()
+    assert before["Audit_2_1.txt"].partition("# figure: ")[0] in out and (run / "Audit_2_1.png").exists()
     assert len(records(run, "audit")) == 1 and not (run / ".Audit_2_1.lock").exists()
 
 
