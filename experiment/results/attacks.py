@@ -55,7 +55,7 @@ def describe_result(config: Config, eps: float, label: str, value: Mapping[str, 
     gradient = "" if label == config.attack.name else f"{label}: "
     text = (
         f"eps {format_eps(eps)}, {gradient}adversarial accuracy {100 * value['adversarial']:.2f} %"
-        f", mean norm {value['mean_norm']:.3g}"
+        f", mean norm {_norm(value, '.3g')}"
     )
     if value["masked"] > MASKED and config.attack.uses_gradient:
         others = "--attack square"
@@ -92,7 +92,7 @@ def columns(record: Record, label: str = "") -> dict[str, str]:
         "adversarial": _share(value.get("adversarial")),
         "masked": _share(value.get("masked")),
         "unmoved": _share(value.get("unmoved")),
-        "mean_norm": f"{value.get('mean_norm', 0):.6g}",
+        "mean_norm": _norm(value, ".6g"),
         "computed_on": record.computed_on,
         "images": str(record.data.get("images", "")),
         "weights": str(record.model.get("weights") or ""),
@@ -103,6 +103,12 @@ def columns(record: Record, label: str = "") -> dict[str, str]:
 
 def _share(value: Any) -> str:
     return f"{value:.6f}" if isinstance(value, (int, float)) else ""
+
+
+def _norm(value: Mapping[str, Any], digits: str) -> str:
+    """The mean norm of a record as text; it has none where perturbations were not finite."""
+    norm = value.get("mean_norm")
+    return "nan" if norm is None else format(norm, digits)
 
 
 class Sweep:

@@ -89,8 +89,8 @@ _VALUES: dict[str, Form] = {
     "attack": {
         "adversarial": _share,
         "masked": _share,
-        "unmoved": _share,
-        "mean_norm": lambda value: _number(value) and value >= 0,
+        "unmoved": _optional(_share),
+        "mean_norm": _optional(_number),
     },
     "audit": {
         "clean": _share,

@@ -159,7 +159,7 @@ def _damaged():
             yield json.dumps({**good, "settings": {**SETTINGS, name: value}})
     for name, values in {
         "adversarial": (None, "0.5", 1.5, -0.1, True), "masked": (None, [], 2), "unmoved": ("0",),
-        "mean_norm": (None, "0.1", -1),
+        "mean_norm": ("0.1", True, [0.1]),
     }.items():  # fmt: skip
         for value in values:
             yield json.dumps({**good, "value": {**VALUE, name: value}})

@@ -1,6 +1,7 @@
 """The records of an attack, and the tables made of them."""
 
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from conftest import context
 from shared import enter
 
 from experiment.config import Config
-from experiment.results.attacks import Sweep
+from experiment.results.attacks import Sweep, describe_result
 from experiment.results.store import Store
 from experiment.runs.folder import RunFolder
 
@@ -29,6 +30,16 @@ def result(correct=2):
         "mean_norm": 1.0,
         "masked_images": np.zeros(4, dtype=bool),
     }
+
+
+def test_a_norm_that_is_not_finite_is_shown(tmp_path):
+    one = sweep(tmp_path)
+    one.add(0.1, {"bptt": {**result(), "mean_norm": math.nan}})
+    again = sweep(tmp_path)
+    again.write()
+    assert [row["mean_norm"] for row in again.rows] == ["nan"]
+    (record,) = again.results(0.1).values()
+    assert "mean norm nan" in describe_result(CONFIG, 0.1, "bptt", record.value)
 
 
 def test_two_sweeps_write_one_table(tmp_path):
