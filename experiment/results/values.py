@@ -228,7 +228,7 @@ class Difference(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
 def difference(first: Cell, second: Cell) -> Difference | None:

@@ -477,7 +477,7 @@ def test_energy_models_and_feed_forward_networks_stand_in_one_row(make):
             "pgd L2 0.5, 20 iterations, 20 images (%)",
             "5.00 (1)",
             "50.00 (1)",
-            "+45.00 [+20.00, +65.00]",
+            "+45.00 (+20.00 to +65.00)",
         ],
     ]
     # a gradient unrolled through one step is none of a network without steps
