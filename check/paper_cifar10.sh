@@ -19,9 +19,10 @@ for name in $only; do
     [[ " $stages " == *" $name "* ]] || complain "ONLY=$name: unknown stage; choose from $stages"
 done
 stage() { [[ " $only " == *" $1 "* ]]; }
-strengths="0.05 0.5 0.75 1" small="" budget=standard
+strengths="0.05 0.5 0.75 1" ep_epochs=120 ff_epochs=50 vit_epochs=200 small="" budget=standard
 if [ "${SMOKE:-}" = 1 ]; then
-    strengths=1 CORRUPTIONS=data/CIFAR-10-C small="--depth 1 --width 8 --mlp-width 8" budget=quick
+    strengths=1 ep_epochs=1 ff_epochs=1 vit_epochs=1 small="--depth 1 --width 8 --mlp-width 8" budget=quick
+    CORRUPTIONS=data/CIFAR-10-C
 else
     data=$(absolute "$data")
     CORRUPTIONS=$(absolute "${CORRUPTIONS:-$data/CIFAR-10-C}")
@@ -32,10 +33,10 @@ else
     fi
 fi
 
-forward="FFCNN:BP --epochs 50 --lrs 0.1 0.1 0.1 0.1 0.1 --mmt 0.9 --lr-step 8 0.3"
-models=("EP --epochs 120 --lrs 0.25 0.15 0.1 0.08 0.05 --wds 3e-4 3e-4 3e-4 3e-4 3e-4 --mmt 0.9 --lr-decay" "$forward")
+forward="FFCNN:BP --epochs $ff_epochs --lrs 0.1 0.1 0.1 0.1 0.1 --mmt 0.9 --lr-step 8 0.3"
+models=("EP --epochs $ep_epochs --lrs 0.25 0.15 0.1 0.08 0.05 --wds 3e-4 3e-4 3e-4 3e-4 3e-4 --mmt 0.9 --lr-decay" "$forward")
 for strength in $strengths; do models+=("$forward --adv-train $strength"); done
-models+=("ViT:BP --patch 4 $small --epochs 200 --optim adam --lrs 5e-4")
+models+=("ViT:BP --patch 4 $small --epochs $vit_epochs --optim adam --lrs 5e-4")
 study() { # trains what is missing; the attack of the published tables in a norm
     share --todo study --task CIFAR10 --data-dir "$data" --data-aug --loss cel --mbs 128 \
         --model CNN --channels 128 256 512 512 --kernels 3 3 3 3 --pools mmmm --strides 1 1 1 1 --paddings 1 1 1 0 --fc 10 \

@@ -28,7 +28,9 @@ HEAD = """# Every flag
 `main_dropout.py` has. If a flag is given twice, the last value counts, also with a switch and its
 negative. With a saved run (`--load-path`, or `--run-dir` if it contains one), a value that is not
 given comes from the run, unless the last column states otherwise. A note names each flag that has
-no effect on the task. Without `--todo`, flags that training does not use are refused.
+no effect on the task. Without `--todo`, flags that training does not use are refused. A study takes
+the flags of train, evaluate, attack, audit and compare, and gives each to the commands and models
+that it has an effect on; its runs are below `results/`.
 This file is made by `python -m experiment.flag_table > docs/flags.md`."""
 COLUMNS = ("flag", "meaning", "values", "default", "has an effect on", "with a saved run")
 
