@@ -64,5 +64,5 @@ if stage characteristic; then
     echo "--todo characteristic --load-path results/EP --T1 250" | side_by_side
 fi
 if stage compare; then
-    suite main.py --todo compare --load-path results --published "$root"/check/published/*.csv
+    suite main.py --todo compare --load-path results/EP results --published "$root"/check/published/*.csv
 fi

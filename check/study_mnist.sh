@@ -29,4 +29,4 @@ for eps in "${all_eps[@]}"; do
     echo "--todo audit --load-path results --attack-norm 2 --eps $eps --test-size 50 --budget quick"
 done | side_by_side
 echo "--todo characteristic --load-path results/EP results/BPTT --T1 60 --test-size 1000" | side_by_side
-suite main.py --todo compare --load-path results
+suite main.py --todo compare --load-path results/EP results
