@@ -326,11 +326,12 @@ def validate_saved(flag: Flag, value: Any, path: str | pathlib.Path) -> Any:
     else:
         kinds = {int: (int,), float: (int, float), str: (str,)}[flag.kind]
         # earlier versions saved a single value of some flags that take several now
-        values = value if flag.many and isinstance(value, (list, tuple)) else [value]
+        is_list = flag.many and isinstance(value, (list, tuple))
+        values = value if is_list else [value]
         if values and all(isinstance(v, kinds) and not isinstance(v, bool) for v in values):
             try:
                 values = [convert(flag, str(v)) for v in values]
-                return values if flag.many else values[0]
+                return values if is_list or flag.many and not flag.or_one else values[0]
             except (UserError, ValueError):  # ValueError: more digits than Python prints
                 pass
     raise UserError(f"{name_path(path)} has no valid --{flag.name}: {describe(value)}")
