@@ -548,7 +548,7 @@ def attack(job: Job) -> None:
     """Accuracy under attack for every eps and gradient method, a record each."""
     import model_utils
     from experiment import inference
-    from experiment.results.attacks import default_eps, describe_result
+    from experiment.results.attacks import default_eps, describe_result, describe_sweep_result
     from experiment.timing import write
 
     config = job.config
@@ -562,6 +562,7 @@ def attack(job: Job) -> None:
     # only rank 0 reads and writes the run
     sweep = _open_sweep(job, clean.numpy(), convergence) if job.workers.rank == 0 else None
     all_eps = sorted(set(config.attack.eps_list or default_eps(config.attack.norm)))
+    measured = {}
     for eps in all_eps:
         saves_images = config.session.save and eps == all_eps[-1]
         is_missing = sweep is not None and (
@@ -577,11 +578,16 @@ def attack(job: Job) -> None:
                     strongest = list(results.values())[-1]
                     sweep.save_images(images, labels, clean, eps, strongest)
         if sweep:
-            for label, record in (sweep.results(eps) or {}).items():
+            measured[eps] = sweep.results(eps) or {}
+            for label, record in measured[eps].items():
                 write(describe_result(config, eps, label, record.value))
     if sweep:
         sweep.write()
         sweep.plot()
+        print(f"{describe_sweep_result(measured)}; results are in {sweep.text}")
+        largest = all_eps[-1] or 1 / 255
+        words = ("--attack-norm", config.attack.norm, "--eps", format_eps(largest))
+        _propose(job, str(sweep.run.folder), "audit", *words)
 
 
 def _open_sweep(job: Job, clean: "np.ndarray", convergence: "Convergence | None") -> "Sweep":

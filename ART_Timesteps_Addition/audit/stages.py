@@ -226,7 +226,11 @@ class Audit:
         self.state.measurements |= {"strongest": name, "way": dataclasses.asdict(method)}
         count = self._count()
         restarts = self.budget.restarts
-        self.pgd(f"{name} with {restarts} restarts", method, restarts=restarts)
+        self.pgd(
+            f"{name} with {restarts} restart{'' if restarts == 1 else 's'}",
+            method,
+            restarts=restarts,
+        )
         self.pgd(f"{name} with twice the iterations", method, iters=2 * self.budget.iters)
         self.state.measurements |= {
             "more_breaks": count - self._count(),

@@ -20,7 +20,7 @@ from experiment.results.store import Store
 from experiment.results.tables import read_eps
 from experiment.runs.files import read_arrays, replacing
 from experiment.runs.folder import RunFolder
-from experiment.text import count, format_eps, format_value
+from experiment.text import count, format_eps, format_value, listed
 from metrics import MASKED
 
 
@@ -28,7 +28,7 @@ def default_eps(norm: str) -> list[float]:
     """The eps of an attack without --eps-list: a geometric grid, and the most common value."""
     if norm == "2":
         return [*(round(float(eps), 4) for eps in np.geomspace(0.05, 3, 10)), 1.0]
-    return [*(float(f"{eps:.4g}") for eps in np.geomspace(1e-4, 0.1, 10)), round(8 / 255, 6)]
+    return [*(float(f"{eps:.4g}") for eps in np.geomspace(1e-4, 0.1, 10)), 8 / 255]
 
 
 def describe_sweep(config: Config, images: int, convergence: Convergence | None) -> str:
@@ -67,6 +67,19 @@ def describe_result(config: Config, eps: float, label: str, value: Mapping[str, 
             f"accuracy; try {others}"
         )
     return text
+
+
+def describe_sweep_result(results: Mapping[float, Mapping[str, Record]]) -> str:
+    """The adversarial accuracies of a sweep, by the strongest gradient, for the end of a command.
+    results: {eps: of `Sweep.results`}."""
+    labels = next(iter(results.values())).keys()
+    methods = [label for label in labels if label != settings.WORST]
+    gradient = f", strongest of {listed(methods)} per image" if len(methods) > 1 else ""
+    accuracies = (
+        f"{100 * list(records.values())[-1].value['adversarial']:.2f} % at eps {format_eps(eps)}"
+        for eps, records in results.items()
+    )
+    return f"adversarial accuracy{gradient}: {', '.join(accuracies)}"
 
 
 # Columns of Adversarial_Accuracy.csv behind those of `columns`: the settings of each row

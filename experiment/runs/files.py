@@ -4,6 +4,7 @@ replacing files atomically, and locks on folders."""
 import contextlib
 import csv
 import errno
+import functools
 import io
 import json
 import math
@@ -344,11 +345,7 @@ class Lock:
                 raise
             if not created:
                 raise self._busy_error(file, may_have_ended=True) from None
-            print(
-                f"note: this file system has no locks ({why(e)}); if this process is killed, "
-                f"delete {self.path.name} in its folder before you resume",
-                file=sys.stderr,
-            )
+            _note_without_locks(self.path, why(e))
             return False
 
     def _busy_error(self, file: IO[bytes], may_have_ended: bool = False) -> Busy:
@@ -366,6 +363,15 @@ class Lock:
                 self.path.unlink()
             self._file.close()
             self._file = None
+
+
+@functools.cache  # once for each file: results are locked again and again
+def _note_without_locks(path: pathlib.Path, reason: str) -> None:
+    print(
+        f"note: this file system has no locks ({reason}); if this process is killed, delete "
+        f"{path.name} in its folder before you resume",
+        file=sys.stderr,
+    )
 
 
 def _content(file: IO[bytes]) -> str:

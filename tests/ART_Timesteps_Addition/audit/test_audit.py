@@ -125,7 +125,10 @@ def test_a_repeated_audit_prints_its_record(ok, idle, audited, tmp_path):
         path.unlink()
     out = ok(LINE, f"--load-path {run}")
     assert {name: (run / name).read_text() for name in before} == before
-    assert before["Audit_2_1.txt"].partition("# figure: ")[0] in out and (run / "Audit_2_1.png").exists()
+    assert (
+        before["Audit_2_1.txt"].partition("# figure: ")[0] in out
+        and (run / "Audit_2_1.png").exists()
+    )
     assert len(records(run, "audit")) == 1 and not (run / ".Audit_2_1.lock").exists()
 
 
