@@ -10,9 +10,11 @@ import time
 import pytest
 from shared import start
 
+import main
 import model_utils
 from data_utils import UserError
 from experiment import command_line, study
+from experiment.launch import Launch
 from experiment.runs.files import Lock
 from experiment.runs.find import find_runs
 from experiment.seeds import TrainedRun, Training
@@ -333,6 +335,13 @@ def test_what_makes_no_sense_is_refused_in_a_line(cli, old, new, message):
 def test_a_wrong_model_is_refused_in_a_line(spec, message):
     with pytest.raises(UserError, match=f"argument --models: .*{message}"):
         study_of(TINY.partition("--models")[0], "--seeds 1 --eps 1 --models", [spec])
+
+
+def test_workers_of_torchrun_share_no_study(cli, monkeypatch):
+    monkeypatch.setattr(main, "launched", lambda: Launch(torchrun=True, size=2))
+    code, _, err = cli(TINY)
+    assert code == 2 and "start it with python instead of torchrun" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_an_audit_takes_one_eps(cli):
