@@ -41,10 +41,9 @@ def saved_config(run):
 
 
 def columns(path):
-    """{column: list of numbers} of a table whose last comment but one names its columns; the last
-    one is the caption of its figure."""
+    """{column: list of numbers} of a table with a comment `# t ...` that names its columns."""
     lines = path.read_text().splitlines()
-    names = [line for line in lines if line.startswith("#")][-2].split()[1:]
+    (names,) = [line.split()[1:] for line in lines if line.startswith("# t ")]
     rows = [list(map(float, line.split())) for line in lines if not line.startswith("#")]
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
