@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from energy import activations
-from energy.connections import Connection, Shape
+from energy.connections import Connection, Shape, Slopes
 from energy.dynamics import Chain, Neurons
 from energy.poolings import POOLS
 
@@ -34,16 +34,31 @@ def _identity(drive: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network(Connection):
-    """From an image to its logits. synapse: a `FeedForward`."""
+    """From an image to its logits. synapse: a `FeedForward`.
+
+    slopes: see `with_slopes`; None for the network as it is."""
 
     classes: int = 10
+    slopes: Slopes | None = None
 
     @property
     def post_shape(self) -> Shape:
         return (self.classes,)
 
     def _up(self, pre: Tensor) -> tuple[Tensor, None]:
-        return self.synapse.net(pre), None
+        if self.slopes is None:
+            return self.synapse.net(pre), None
+        for module in self.synapse.net:
+            is_activation = isinstance(module, Activation)
+            pre = self.slopes(module.function)(pre) if is_activation else module(pre)
+        return pre, None
+
+    def with_slopes(self, slopes: Slopes) -> "Network":
+        net = self.synapse.net
+        is_sequence = isinstance(net, nn.Sequential)
+        if is_sequence and any(isinstance(module, Activation) for module in net):
+            return dataclasses.replace(self, slopes=slopes)
+        return self
 
 
 class FeedForward(nn.Module):

@@ -130,9 +130,11 @@ def _has_curve(chain: Chain) -> bool:
 def smoothed(chain: Chain) -> Chain:
     """The chain with the same states, and with backward slopes that do not vanish (`_Smooth`).
 
-    Unchanged without activation. Raises ValueError for one that is not registered."""
+    In a feed-forward network those of activations of energy models. Raises ValueError for a chain
+    whose activation is not registered."""
     if not _has_curve(chain):
-        return chain
+        connections = tuple(connection.with_slopes(Smooth) for connection in chain.connections)
+        return dataclasses.replace(chain, connections=connections)
     return dataclasses.replace(chain, activation=Smooth(chain.activation))
 
 

@@ -7,6 +7,7 @@ up applied to s_post, and a weight learns from d[s_post . up(s_pre)]/dW.
 
 import dataclasses
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -14,13 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from energy.activations import affine
+from energy.activations import Activation, affine
 from energy.poolings import NoPool, Pooling
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Shape = tuple[int, ...]
+Slopes = Callable[[Activation], Activation]
 
 
 class Synapse(Protocol):
@@ -103,6 +105,11 @@ class Connection:
     def learn_feedback(self, pre: Tensor, post: Tensor) -> list[Tensor]:
         """[d/d weight] for the untied feedback weight, in the shape of the forward one."""
         return self._learn(self.dropped(pre), post, self.feedback)
+
+    def with_slopes(self, slopes: Slopes) -> "Connection":
+        """The connection with other backward slopes of the activations within it. slopes: takes an
+        activation and gives one of the same values."""
+        return self
 
     def down_weight(self) -> Tensor:
         """The weight of the top-down drive, in the shape of the forward one."""

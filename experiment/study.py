@@ -33,7 +33,10 @@ from experiment.seeds import Given, SearchedRuns, Start, TrainedRun, train_seed
 from experiment.text import count, format_eps, listed
 from experiment.validate import name_as_given, validate
 
-GRADIENTS = ["bptt", "smooth", "ep"]  # of attacks on energy models, without --attack-grad
+# Gradient methods of attacks without --attack-grad: on energy models, and on feed-forward networks
+# with activations that saturate
+GRADIENTS = ["bptt", "smooth", "ep"]
+GRADIENTS_FORWARD = ["bptt", "smooth"]
 
 # Flags that the study sets itself in its commands
 OF_THE_STUDY = ("todo", "models", "seeds", "eps", "audit", "labels", "published", "save")
@@ -115,7 +118,9 @@ class Model:
         if self.config.attack.name in WITHOUT_GRADIENT:
             return None
         if "attack_grad" not in self.given:
-            return GRADIENTS if self.config.model.has_dynamics else None
+            if self.config.model.has_dynamics:
+                return GRADIENTS
+            return GRADIENTS_FORWARD if self.config.model.no_norm else None
         known = self.given["attack_grad"]
         if self.config.model.has_dynamics:
             return known

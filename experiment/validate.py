@@ -343,10 +343,11 @@ def notes(config: Config, given: Mapping[str, Any]) -> Iterator[str]:
         grads = format_value(unused_grads)
         yield f"--attack-grad {grads} has no effect on {model}, which has no time steps"
     grad = {"attack": "attack_grad", "train": "adv_grad"}.get(todo, "")
-    if "smooth" in given.get(grad, ()) and not config.model.has_dynamics:
+    saturates = config.model.has_dynamics or config.model.no_norm
+    if "smooth" in given.get(grad, ()) and not saturates:
         yield (
             f"--{grad.replace('_', '-')} smooth differs from bptt in its loss alone on {model}: it "
-            "replaces slopes in energy models only"
+            "replaces the slopes of activations that saturate"
         )
     if given.get("compile") and learning.alg == "BPTT" and trains:
         yield "--compile has no effect on steps that are unrolled for gradients"

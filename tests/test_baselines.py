@@ -16,6 +16,8 @@ from shared import final_weights
 
 import baselines
 import model_utils as mu
+from ART_Timesteps_Addition.gradients import through_time
+from ART_Timesteps_Addition.settings import GradientMethod
 from data_utils import CORRUPTIONS
 from experiment import command_line, inference
 from experiment.command_line import MAIN_FLAGS
@@ -358,3 +360,20 @@ def test_safe_loading_takes_counts_alone_for_whole_numbers():
     assert loaded["net.1.num_batches_tracked"].dtype == torch.int64
     with pytest.raises(contents.Damaged):
         contents.weights({"net.0.weight": torch.zeros(2, dtype=torch.int64)})
+
+
+def test_a_saturated_matched_control_has_a_smooth_gradient():
+    """Its slopes vanish as those of energy models do: without `smooth` it would seem robust."""
+    line = f"{TINY} --model FFCNN --no-norm --act my_hard_sig --channels 4 --kernels 5 --pools m"
+    network = mu.build(args_of(f"{line} --strides 1 --paddings 0"))
+    with torch.no_grad():
+        network.synapses[0].bias += 100  # beyond the corner of the activation
+    x = torch.rand(2, 1, 28, 28)
+    gradients = {}
+    for grad in ("bptt", "smooth"):
+        method = GradientMethod(grad, steps=1, rescale=False)
+        out, pullback = through_time(network, x, "cel", 1, method)
+        assert torch.equal(out, network(x)[0])
+        gradients[grad] = pullback(torch.ones_like(out))
+    assert gradients["bptt"].abs().max() == 0
+    assert gradients["smooth"].abs().amax((1, 2, 3)).min() > 0
