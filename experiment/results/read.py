@@ -14,6 +14,7 @@ from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES
 from experiment.config import (
     BY_DEST,
     FINGERPRINTS,
+    FLAGS,
     LARGEST,
     LEAST_EPS,
     MOST_EPS,
@@ -108,6 +109,15 @@ def _describe_others(records: Sequence[Record], epoch: int) -> str:
 # ---- training
 
 
+def _changed_training(text: str) -> str:
+    """The changes at a resumption, see `History.resumptions`, that make it another training: data
+    may have moved, and `training_identity` has no such flags either."""
+    ignored = {flag.negative for flag in FLAGS if flag.place or flag.repeats}
+    ignored |= {flag.name for flag in FLAGS if flag.place or flag.repeats}
+    parts = text.split("; ")
+    return "; ".join(part for part in parts if part.split()[0].removeprefix("--") not in ignored)
+
+
 def _add_training(run: RunResults, saved: SavedRun) -> None:
     """Add what a run's training measured, and what identifies it."""
     chosen = chosen_by(saved.path.name, saved.args)
@@ -117,9 +127,9 @@ def _add_training(run: RunResults, saved: SavedRun) -> None:
         history = checkpoint.open_saved(whole, "evaluate").history
     epochs = history.epochs[: len(saved.history.epochs) if chosen == "last" else None]
     changes = [
-        f"before epoch {n}: {text}"
+        f"before epoch {n}: {changed}"
         for n, text in history.resumptions.items()
-        if text and n <= len(epochs)
+        if (changed := _changed_training(text)) and n <= len(epochs)
     ]
     run.identity = {
         **training_identity(saved.args),

@@ -322,7 +322,8 @@ def test_a_resumption_with_other_arguments_is_another_group(make):
         return lambda content: content.update(resumptions={2: text})
 
     rewrite(runs[1], resumed("--T1 30 (until now 4)"), ["checkpoint.tar"])
-    rewrite(runs[2], resumed(""), ["checkpoint.tar"])  # with the same arguments
+    moved = "--data-dir now (until now ./data); --deterministic (until now --no-deterministic)"
+    rewrite(runs[2], resumed(moved), ["checkpoint.tar"])  # the same training
     groups, *_ = compared(*runs)
     assert [len(group.runs) for group in groups] == [2, 1]
     assert "resumed before epoch 2: --T1 30 (until now 4)" in groups[1].label
