@@ -79,7 +79,7 @@ def test_what_an_audit_writes(ok, tiny, trained, tmp_path, norm, eps):
         "pgd bptt@8 from zero",
         "pgd ep@8 from zero",
         "pgd smooth@8 from equilibrium",
-        "restarts",
+        "1 restart",
         "twice the iterations",
         "apgd-ce",
         "apgd-t",
