@@ -36,7 +36,6 @@ from experiment.runs.find import LATEST, find_runs, means_latest
 from experiment.text import count, format_eps
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from data_utils import Batches
@@ -408,9 +407,11 @@ def _evaluate(
     own = settings.prediction(config, steps)
     wanted = Record("evaluate", job.measured_model(), data, own, {})
     known = job.workers.broadcast(store.find(wanted) if store else None)
-    if known is not None and not anew:
-        return known, None
     is_test = split == "test"
+    # a record that was edited by hand may lack the outcomes, which attacks need
+    lacks_outcomes = is_test and known is not None and known.outcomes is None
+    if known is not None and not anew and not lacks_outcomes:
+        return known, None
     rule = dataclasses.replace(config.rule, T1=steps)
     stopwatch = Stopwatch()
     convergence = job.convergence(steps) if is_test else None
@@ -547,20 +548,18 @@ def corruptions(job: Job) -> None:
 def attack(job: Job) -> None:
     """Accuracy under attack for every eps and gradient method, a record each."""
     import model_utils
-    from experiment import inference
     from experiment.results.attacks import default_eps, describe_result, describe_sweep_result
+    from experiment.results.store import Store
     from experiment.timing import write
 
     config = job.config
     data = job.batches("test")
     images = data.images.cpu()
     labels = data.labels.cpu()
-    convergence = job.convergence(config.predict_steps)
-    rule = dataclasses.replace(config.rule, T1=config.predict_steps)
-    classes = inference.predictions(job.model, data, rule, job.workers, convergence)
-    clean = classes == labels
-    # only rank 0 reads and writes the run
-    sweep = _open_sweep(job, clean.numpy(), convergence) if job.workers.rank == 0 else None
+    run = job.run_folder() if job.workers.rank == 0 else None  # only rank 0 reads and writes it
+    store = Store(run.folder) if run else None
+    clean, _ = _evaluate(job, store, "test", config.predict_steps)
+    sweep = _open_sweep(job, run, store, clean) if run and store else None
     all_eps = sorted(set(config.attack.eps_list or default_eps(config.attack.norm)))
     measured = {}
     for eps in all_eps:
@@ -575,8 +574,10 @@ def attack(job: Job) -> None:
             if sweep:
                 sweep.add(eps, results)
                 if saves_images:
+                    correct = clean.outcomes
+                    assert correct is not None
                     strongest = list(results.values())[-1]
-                    sweep.save_images(images, labels, clean, eps, strongest)
+                    sweep.save_images(images, labels, correct, eps, strongest)
         if sweep:
             measured[eps] = sweep.results(eps) or {}
             for label, record in measured[eps].items():
@@ -590,33 +591,27 @@ def attack(job: Job) -> None:
         _propose(job, str(sweep.run.folder), "audit", *words)
 
 
-def _open_sweep(job: Job, clean: "np.ndarray", convergence: "Convergence | None") -> "Sweep":
-    """The Sweep of the loaded run, with the record of its predictions. clean: (n,) bool, whether
-    each image is classified correctly."""
+def _open_sweep(job: Job, run: "RunFolder", store: "Store", clean: "Record") -> "Sweep":
+    """The Sweep of the loaded run. clean: the record of its predictions."""
     from ART_Timesteps_Addition import attacks
-    from experiment.results import settings
     from experiment.results.attacks import Sweep, describe_sweep
-    from experiment.results.record import Record, pack
-    from experiment.results.store import Store
+    from experiment.results.evaluation import convergence_of
 
     config = job.config
-    run = job.run_folder()
-    store = Store(run.folder)
-    model = job.measured_model(convergence)
-    data = job.measured_data("test", len(clean))
-    accuracy = float(clean.mean())
-    value = {"accuracy": accuracy, "outcomes": pack(clean)}
-    predicted = settings.prediction(config, config.predict_steps)
-    store.add(Record.now("evaluate", model, data, predicted, value))
+    accuracy = clean.value["accuracy"]
+    images = clean.data["images"]
+    model = {**job.measured_model(), "converged": clean.model.get("converged")}
+    data = {**job.measured_data("test", images), "clean": accuracy}
     smooth = attacks.describe_smooth(config.model.loss)
-    sweep = Sweep(run, store, config, model, {**data, "clean": accuracy}, job.source, smooth)
+    sweep = Sweep(run, store, config, model, data, job.source, smooth)
     job.interruption.advice = lambda: (
         f"{len(sweep.rows)} rows are saved in {store.path}; the same command resumes"
     )
+    convergence = convergence_of(clean)
     if convergence is not None:
         _warn(convergence, "predict-step" if config.attack.predict_steps else "T1")
     print(
-        f"{job.source}: {describe_sweep(config, len(clean), convergence)}; clean accuracy "
+        f"{job.source}: {describe_sweep(config, images, convergence)}; clean accuracy "
         f"{100 * accuracy:.2f} %\nresults go to {sweep.text}",
         flush=True,
     )

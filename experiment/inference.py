@@ -187,17 +187,6 @@ def predict(
     return Predictions(*map(torch.cat, zip(*workers.gather_dealt(own), strict=True)))
 
 
-def predictions(
-    model: Any,
-    batches: Batches,
-    rule: Rule,
-    workers: Workers = Workers(),
-    convergence: Convergence | None = None,
-) -> Tensor:
-    """The predicted class of every image, (n,), on the CPU, see `predict`."""
-    return predict(model, batches, rule, workers=workers, convergence=convergence).classes
-
-
 def trajectory(model: Any, x: Tensor, rule: Rule) -> Iterator[Neurons]:
     """Zero neurons, then those after each of rule.T1 free steps on x, (mbs, ...), rounded as
     `evaluate` does."""

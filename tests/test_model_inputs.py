@@ -109,9 +109,9 @@ def test_a_data_set_without_an_image(attack):
     model, task = mu.P_MLP([784, 12, 10], mu.my_sigmoid), TASKS["digits"]
     images, labels = torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
     data = Batches(images, labels, 4, task, "cpu")
-    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and inference.predictions(
+    assert np.isnan(mu.evaluate(model, data, mu.Rule(T1=5))) and inference.predict(
         model, data, mu.Rule(T1=5)
-    ).shape == (0,)
+    ).classes.shape == (0,)
     args = argparse.Namespace(
         task="digits",
         attack=attack,

@@ -296,7 +296,7 @@ class Sweep:
         self,
         images: torch.Tensor,
         labels: torch.Tensor,
-        clean: torch.Tensor,
+        clean: np.ndarray,
         eps: float,
         result: Mapping[str, Any],
     ) -> None:
@@ -319,7 +319,7 @@ class Sweep:
             plots.adversarial_examples,
             pixels,
             labels.numpy(),
-            clean.numpy(),
+            clean,
             result,
             caption,
             TASKS[self.config.data.task].names,

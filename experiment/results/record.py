@@ -85,6 +85,11 @@ class Record:
         """One line, without its end."""
         return json.dumps(_plain(dataclasses.asdict(self)), allow_nan=False)
 
+    @property
+    def outcomes(self) -> np.ndarray | None:
+        """Whether each image is classified correctly, (n,) bool; None if that is not recorded."""
+        return unpack(self.value.get("outcomes"), self.data["images"])
+
     @functools.cached_property
     def identity(self) -> str:
         """Everything that identifies the measurement, as text: equal for equal measurements."""
