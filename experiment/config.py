@@ -24,6 +24,7 @@ from ART_Timesteps_Addition.names import (
 from data_utils import TASKS
 from energy.names import ACTIVATIONS, POOLINGS
 from energy.rule import ALGORITHMS, LOSSES, Rule
+from experiment.text import format_eps
 
 # Scopes: what a saved run does to a flag.
 SAVED = ""  # the saved value counts unless the flag is given
@@ -837,3 +838,14 @@ def training_keys() -> tuple[str, ...]:
 def training_identity(values: Mapping[str, Any]) -> dict[str, Any]:
     """{dest: value} of the settings that identify a training, of a config as a file has it."""
     return {key: values.get(key, BY_DEST[key].default) for key in training_keys()}
+
+
+def training_name(values: Mapping[str, Any]) -> str:
+    """The name of a training in tables and figures, of a config as a file has it: model, rule and
+    what else makes it another kind of model."""
+    name = f"{values['model']} {values['alg']}"
+    if values.get("no_norm"):
+        name += ", no norm"
+    if values.get("adv_train"):
+        name += f", adversarial {format_eps(values['adv_train'])} by {values['adv_grad']}"
+    return name

@@ -27,6 +27,7 @@ from experiment.config import (
     Config,
     Flag,
     training_identity,
+    training_name,
 )
 from experiment.runs.files import Busy, Lock
 from experiment.seeds import Given, SearchedRuns, Start, TrainedRun, train_seed
@@ -92,8 +93,8 @@ class Model:
 
     @property
     def name(self) -> str:
-        """Model and rule."""
-        return f"{self.config.model.kind} {self.config.learning.alg}"
+        """See `config.training_name`."""
+        return training_name(self.config.flat())
 
     def command(self, todo: str) -> Given:
         """The flags that have an effect on a task with a run of this model."""

@@ -25,6 +25,7 @@ LAYERS = {
     "experiment": 2,
     "ART_Timesteps_Addition": 2,
     "experiment.config": 1.5,  # typed sections, which both packages take
+    "experiment.text": 1,
     "data_utils": 1,
     "energy": 1,
     "metrics": 0,

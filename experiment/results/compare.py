@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_utils import UserError
-from experiment.config import FINGERPRINTS
+from experiment.config import FINGERPRINTS, training_name
 from experiment.plots import compare as plots
 from experiment.plots.style import norm_name
 from experiment.results.published import read_published
@@ -104,12 +104,8 @@ def _labels(identities: Sequence[Identity]) -> list[str]:
     several_tasks = len({identity["task"] for identity in identities}) > 1
     names = []
     for identity in identities:
-        name = f"{identity['model']} {identity['alg']}"
-        if several_tasks:
-            name += f" on {identity['task']}"
-        if identity.get("adv_train"):
-            name += f", adversarial {format_eps(identity['adv_train'])} by {identity['adv_grad']}"
-        names.append(name)
+        name = training_name(identity)
+        names.append(f"{name} on {identity['task']}" if several_tasks else name)
     labels = []
     for name, identity in zip(names, identities):
         same = [other for other, other_name in zip(identities, names) if other_name == name]

@@ -114,8 +114,8 @@ def _changed_training(text: str) -> str:
     may have moved, and `training_identity` has no such flags either."""
     ignored = {flag.negative for flag in FLAGS if flag.place or flag.repeats}
     ignored |= {flag.name for flag in FLAGS if flag.place or flag.repeats}
-    parts = text.split("; ")
-    return "; ".join(part for part in parts if part.split()[0].removeprefix("--") not in ignored)
+    names = {part: part.partition(" ")[0].removeprefix("--") for part in text.split("; ")}
+    return "; ".join(part for part, name in names.items() if name not in ignored)
 
 
 def _add_training(run: RunResults, saved: SavedRun) -> None:

@@ -229,9 +229,12 @@ def commands(*words):
     return {label: {**given, "train": trainings[label]} for label, given in found.items()}
 
 
+ADVERSARIAL = "FFCNN BP, adversarial 8/255 by bptt"
+
+
 def test_each_command_gets_the_flags_that_it_uses():
     found = commands("EP BPTT", ["FFCNN:BP --lrs 0.1 0.1 0.1 --adv-train 8/255"])
-    assert list(found) == ["CNN EP", "CNN BPTT", "FFCNN BP"]
+    assert list(found) == ["CNN EP", "CNN BPTT", ADVERSARIAL]
     everywhere = {"data_dir": "d", "test_size": 30, "device": -1}
     assert found["CNN EP"]["train"] == {
         **everywhere,
@@ -240,7 +243,7 @@ def test_each_command_gets_the_flags_that_it_uses():
         **{"betas": [0, 1], "lrs": [1e-3] * 3, "save": True},
     }
     assert "thirdphase" not in found["CNN BPTT"]["train"]
-    forward = found["FFCNN BP"]["train"]
+    forward = found[ADVERSARIAL]["train"]
     assert not forward.keys() & {"T1", "act", "softmax", "thirdphase", "betas"}
     assert forward["lrs"] == [0.1] * 3 and forward["adv_train"] == 8 / 255
     robustness = {**everywhere, "attack_norm": "inf"}
@@ -249,19 +252,19 @@ def test_each_command_gets_the_flags_that_it_uses():
         **{"todo": "attack", "T1": 9, "attack_iters": 7, "eps_list": [8 / 255, 0.5]},
         "attack_grad": ["bptt", "smooth", "ep"],
     }
-    assert found["FFCNN BP"]["attack"] == {
+    assert found[ADVERSARIAL]["attack"] == {
         **robustness,
         **{"todo": "attack", "attack_iters": 7, "eps_list": [8 / 255, 0.5]},
     }
     audit = {**robustness, "todo": "audit", "budget": "quick", "eps": 8 / 255}
-    assert found["FFCNN BP"]["audit"] == audit
+    assert found[ADVERSARIAL]["audit"] == audit
     assert found["CNN EP"]["evaluate"] == {**everywhere, "todo": "evaluate", "T1": 9}
 
 
 def test_a_matched_control_has_the_activation_of_the_others():
     found = commands("EP", ["FFCNN:BP --no-norm"], ["FFCNN:BP"])
-    assert list(found) == ["CNN EP", "FFCNN BP, no-norm", "FFCNN BP"]
-    matched = found["FFCNN BP, no-norm"]["train"]
+    assert list(found) == ["CNN EP", "FFCNN BP, no norm", "FFCNN BP"]
+    matched = found["FFCNN BP, no norm"]["train"]
     assert matched["act"] == "my_hard_sig" and matched["no_norm"]
     assert "act" not in found["FFCNN BP"]["train"]
 

@@ -316,7 +316,7 @@ def test_labels_say_what_differs(make):
 
 
 def test_a_resumption_with_other_arguments_is_another_group(make):
-    runs = [make("EP", seed) for seed in (1, 2, 3)]
+    runs = [make("EP", seed) for seed in (1, 2, 3, 4)]
 
     def resumed(text):
         return lambda content: content.update(resumptions={2: text})
@@ -324,8 +324,9 @@ def test_a_resumption_with_other_arguments_is_another_group(make):
     rewrite(runs[1], resumed("--T1 30 (until now 4)"), ["checkpoint.tar"])
     moved = "--data-dir now (until now ./data); --deterministic (until now --no-deterministic)"
     rewrite(runs[2], resumed(moved), ["checkpoint.tar"])  # the same training
+    rewrite(runs[3], resumed(""), ["checkpoint.tar"])  # with the same arguments
     groups, *_ = compared(*runs)
-    assert [len(group.runs) for group in groups] == [2, 1]
+    assert [len(group.runs) for group in groups] == [3, 1]
     assert "resumed before epoch 2: --T1 30 (until now 4)" in groups[1].label
 
 
