@@ -456,7 +456,7 @@ def characteristic(job: Job) -> None:
     write_characteristic(run, store, job.source, record)
     print(describe_characteristic(run, job.source, record), flush=True)
     assert job.saved is not None
-    draw_characteristic(run, record, job.saved.args.get("task"), job.saved.args.get("T1"))
+    draw_characteristic(run, store, record, job.saved.args.get("task"), job.saved.args.get("T1"))
 
 
 def _characteristic(job: Job, store: "Store") -> "Record":
@@ -564,10 +564,7 @@ def attack(job: Job) -> None:
     measured = {}
     for eps in all_eps:
         saves_images = config.session.save and eps == all_eps[-1]
-        is_missing = sweep is not None and (
-            sweep.results(eps) is None or saves_images and not sweep.has_images(eps)
-        )
-        if job.workers.broadcast(is_missing):
+        if job.workers.broadcast(sweep is not None and sweep.is_missing(eps, saves_images)):
             results = model_utils.attack(
                 job.model, images, labels, config, eps, f"eps {format_eps(eps)}", job.workers
             )

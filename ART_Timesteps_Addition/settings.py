@@ -35,6 +35,11 @@ class Attack:
     restarts: int = 0
     clip: bool = True
 
+    @property
+    def ignores_iters(self) -> bool:
+        """Whether the attack takes one step, or is bounded by its queries alone."""
+        return self.name == "fgsm" or (self.name in WITHOUT_GRADIENT and bool(self.queries))
+
     @classmethod
     def with_defaults(
         cls,

@@ -168,12 +168,17 @@ class Sweep:
         }
 
     def results(self, eps: float) -> dict[str, Record] | None:
-        """{label: record} of all gradient methods at one eps, of any process; None if one is
-        missing."""
-        self.store.refresh()
+        """{label: record} of all gradient methods at one eps, as far as records have been read;
+        None if one is missing."""
         found = {label: self.store.find(record) for label, record in self._wanted(eps).items()}
         complete = {label: record for label, record in found.items() if record is not None}
         return complete if len(complete) == len(found) else None
+
+    def is_missing(self, eps: float, with_images: bool) -> bool:
+        """Whether no process has measured one eps yet. with_images: or saved its adversarial
+        examples."""
+        self.store.refresh()
+        return self.results(eps) is None or with_images and not self.has_images(eps)
 
     def add(self, eps: float, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Add the records of one eps and write the tables. results: {gradient method: result}, see
@@ -214,10 +219,9 @@ class Sweep:
     def write(self) -> None:
         """Write the .txt and the .csv, from all records that any process has added."""
         with self.store.locked():
-            self.store.refresh()
-            rows = self.rows
-            self._write_text(rows)
-            self._write_csv()
+            measured = self._measured()
+            self._write_text([columns(record, label) for label, record in measured])
+            self._write_csv(measured)
 
     def _write_text(self, rows: Sequence[Mapping[str, str]]) -> None:
         described = {"weights": self.model["weights"], **self.data}
@@ -245,10 +249,9 @@ class Sweep:
             lines.append(f"{float(row['eps']):g} {row['clean']} {row['adversarial']}")
         self.run.write_lines(self.text.name, lines)
 
-    def _write_csv(self) -> None:
+    def _write_csv(self, measured: Sequence[tuple[str, Record]]) -> None:
         """Write the measurements of the .txt, then those with other settings."""
         attack = self.config.attack
-        measured = self._measured()
         others = [
             record
             for record in self.store.records
@@ -264,18 +267,17 @@ class Sweep:
         """Draw accuracy over eps."""
         chance = 1 / TASKS[self.config.data.task].classes
         attack = self.config.attack
-        with self.store.locked():  # no other process writes the table, whose last line is added
-            self.run.save_figure(
-                f"{self.stem}.png",
-                plots.sweep,
-                self.rows,
-                attack.name,
-                attack.norm,
-                self.data["images"],
-                self.data["clean"],
-                chance,
-                table=True,
-            )
+        self.run.save_figure(
+            f"{self.stem}.png",
+            plots.sweep,
+            self.rows,
+            attack.name,
+            attack.norm,
+            self.data["images"],
+            self.data["clean"],
+            chance,
+            table=self.store.locked,
+        )
 
     @property
     def _images(self) -> pathlib.Path:
@@ -284,7 +286,7 @@ class Sweep:
     def has_images(self, eps: float) -> bool:
         """Whether the saved adversarial examples are those of this eps and these settings."""
         try:
-            saved = str(read_arrays(self._images)["identity"])
+            saved = str(read_arrays(self._images, ["identity"])["identity"])
         except (ValueError, KeyError):
             return False
         return saved == self._identity(eps)

@@ -143,7 +143,7 @@ class AuditFiles:
     def _examples_of(self) -> str | None:
         """The identity of the audit whose adversarial examples are saved; None if unknown."""
         try:
-            return str(read_arrays(self._examples)["identity"])
+            return str(read_arrays(self._examples, ["identity"])["identity"])
         except (ValueError, KeyError):
             return None
 
@@ -157,7 +157,9 @@ class AuditFiles:
 
     def plot(self, result: Mapping[str, Any]) -> None:
         """Draw the result."""
-        self.run.save_figure(f"{self.stem}.png", attacks.audit, result, self.budget, table=True)
+        self.run.save_figure(
+            f"{self.stem}.png", attacks.audit, result, self.budget, table=self.store.locked
+        )
 
 
 def _note(text: str) -> None:

@@ -120,5 +120,5 @@ class CorruptionTable:
             list(records),
             self._means(records),
             wanted.data["images"],
-            table=True,
+            table=self.store.locked,
         )

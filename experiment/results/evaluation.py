@@ -123,7 +123,7 @@ def describe_characteristic(run: RunFolder, source: str, record: Record) -> str:
 
 
 def draw_characteristic(
-    run: RunFolder, record: Record, task: str | None, trained_T1: int | None
+    run: RunFolder, store: Store, record: Record, task: str | None, trained_T1: int | None
 ) -> None:
     """Draw the results over the free steps. trained_T1: T1 of the training."""
     value = record.value
@@ -135,7 +135,7 @@ def draw_characteristic(
         value["converged"],
         trained_T1,
         chance,
-        table=True,
+        table=store.locked,
     )
     run.save_figure(
         "Characteristic_Energy.png",

@@ -299,7 +299,7 @@ def _read_characteristic(table: Table) -> Iterator[Record]:
         "characteristic",
         {**table.model(heading), "converged": last},
         table.data(config.data.task, recorded.get("images"), recorded.get("data")),
-        {**own, "tol": None},
+        own,
         {
             **columns,
             "energy": columns.get("energy"),

@@ -146,6 +146,7 @@ def unpack(text: Any, n: int) -> np.ndarray | None:
     return np.unpackbits(bits, count=n).astype(bool) if len(bits) == -(-n // 8) else None
 
 
+@functools.cache
 def attack_libraries() -> dict[str, str]:
     """{name: version} of the libraries whose attacks a result depends on."""
     return {name: importlib.metadata.version(name) for name in ATTACK_LIBRARIES}

@@ -41,7 +41,7 @@ def attack(config: Config, eps: float, smooth: str) -> dict[str, dict[str, Any]]
         "attack": budget.name,
         "norm": budget.norm,
         "eps": float(eps),
-        "iters": budget.iters,
+        "iters": 0 if budget.ignores_iters else budget.iters,
         "queries": budget.queries or 0,
         "restarts": budget.restarts,
         "clip": budget.clip,
@@ -103,6 +103,7 @@ def corruption(config: Config, name: str) -> dict[str, Any]:
 def characteristic(config: Config) -> dict[str, Any]:
     """The settings of a measurement after each of T1 free steps."""
     settings = prediction(config, config.learning.T1)
+    settings.pop("tol")  # every step is taken
     return {"T1": settings.pop("predict_step"), **settings}
 
 

@@ -7,6 +7,7 @@ may add records at once; a kill leaves whole records only."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import sys
@@ -17,11 +18,13 @@ from data_files import open_regular, refusing_links
 from data_utils import UserError, one_line
 from experiment.results.legacy import read_tables
 from experiment.results.record import Record
-from experiment.runs.files import TEXT, Busy, Lock, WriteFailed, why
+from experiment.runs.files import TEXT, Busy, Lock, WriteFailed, replace_link, why
 
 FILE = "results.jsonl"
+BEGINNING = b'{"kind": "'  # of a line
 LARGEST = 2**30  # bytes of a file that is read
-LONGEST_WAIT = 60.0  # seconds for other processes to write their records
+NOTED_WAIT = 10.0  # seconds until a note says which process is waited for
+LONGEST_WAIT = 60.0  # seconds for a lock file that may be left of a killed process
 
 
 class Store:
@@ -38,17 +41,19 @@ class Store:
         self._incomplete: list[Record] = []  # with settings that were not recorded
         self._end = 0  # of the lines that have been read, in bytes
         self._last = b""  # of these lines
+        self._has_read_tables = False  # those of earlier versions
         self.refresh()
 
     def refresh(self) -> None:
         """Read the records that were added since. Damaged lines are left out, with a note. Raises
         UserError if the file cannot be read."""
         lines = self._new_lines()
-        if not self._end and (lines or not self.records):
+        if not self._end and lines:
             self._forget()
-            if not lines:
-                for record in read_tables(self.path.parent):
-                    self._take(record)
+        elif not self._end and not self._has_read_tables:
+            self._has_read_tables = True
+            for record in read_tables(self.path.parent):
+                self._take(record)
         damaged = 0
         for line in lines:
             self._end += len(line)
@@ -58,11 +63,9 @@ class Store:
             except (ValueError, TypeError):
                 damaged += bool(line.strip())
         if damaged:
-            print(
-                f"note: {damaged} damaged lines of {self.path} are left out",
-                file=sys.stderr,
-                flush=True,
-            )
+            lines_left_out = "1 damaged line" if damaged == 1 else f"{damaged} damaged lines"
+            note = f"note: {lines_left_out} of {self.path} left out"
+            print(note, file=sys.stderr, flush=True)
 
     def find(self, wanted: Record) -> Record | None:
         """The record of the same measurement; None without one."""
@@ -81,28 +84,39 @@ class Store:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """A block in which no other process writes records, or files made from them. Waits for the
-        others. Raises Busy after a minute.
+        others.
 
         It begins with all records of other processes. Those of earlier versions are in the file
         then, because their tables may be replaced in the block. Raises WriteFailed."""
-        lock = None
-        start = time.monotonic()
-        while lock is None:
-            try:
-                lock = Lock(self.path.parent, "results")
-            except Busy:
-                if time.monotonic() - start > LONGEST_WAIT:
-                    raise
-                time.sleep(0.02)
+        lock = self._lock()
         try:
             self.refresh()
             if not self._end:
                 self._append(self.records)
             yield
         finally:
-            lock.release()
+            if lock:
+                lock.release()
 
     # ---- inside
+
+    def _lock(self) -> Lock | None:
+        """The lock, once no other process has it. What was measured is not lost for it: on a file
+        system without locks, where a kill leaves the lock file, None after a minute."""
+        start = time.monotonic()
+        while True:
+            try:
+                return Lock(self.path.parent, "results")
+            except Busy as e:
+                waited = time.monotonic() - start
+                if waited > NOTED_WAIT:
+                    _note_wait(self.path, e.holder)
+                if e.delete and waited > LONGEST_WAIT:
+                    print(
+                        f"note: {self.path} is written without its lock{e.delete}", file=sys.stderr
+                    )
+                    return None
+                time.sleep(0.02)
 
     def _new_lines(self) -> list[bytes]:
         """The whole lines behind those that have been read; all lines of a file that does not
@@ -125,23 +139,38 @@ class Store:
             raise UserError(f"{self.path} cannot be read: {why(e)}") from None
         except ValueError as e:
             raise UserError(f"{self.path} cannot be read: {one_line(e)}") from None
-        return [line + b"\n" for line in text[len(self._last) :].split(b"\n")[:-1]]
+        *lines, rest = text[len(self._last) :].split(b"\n")
+        lines = [line + b"\n" for line in lines]
+        return [*lines, rest] if _is_record(rest) else lines
 
     def _append(self, records: Collection[Record]) -> None:
-        """Append records and read them. A line without an end is what a full disk or a crash of the
-        machine left of a record: it is removed. So is what a failed write leaves."""
+        """Append records and read them.
+
+        A begun record at the end is what a full disk or a crash of the machine left: it is removed.
+        So is what a failed write leaves. Whole lines that were not read, records of a machine with
+        locks of its own, stay, as does anything else. A link is replaced by a copy."""
         unwritten = "".join(record.to_json() + "\n" for record in records).encode(**TEXT)
         if not unwritten:
             return
         try:
-            with open(self.path, "ab", buffering=0, opener=refusing_links) as file:
-                file.truncate(self._end)
+            if self.path.is_symlink() or self.path.exists() and self.path.stat().st_nlink > 1:
+                replace_link(self.path)
+            with open(self.path, "ab+", buffering=0, opener=refusing_links) as file:
+                file.seek(self._end)
+                unread = file.read()
+                end = self._end + len(unread)
+                begun = (self._last + unread).rpartition(b"\n")[2]
+                if begun and _is_begun(begun) and not _is_record(begun):
+                    end -= len(begun)
+                    file.truncate(end)
+                elif begun:
+                    unwritten = b"\n" + unwritten
                 try:
                     while unwritten:
                         unwritten = unwritten[file.write(unwritten) :]
                 except BaseException:
                     with contextlib.suppress(OSError):
-                        file.truncate(self._end)
+                        file.truncate(end)
                     raise
         except OSError as e:
             raise WriteFailed(f"cannot write {self.path}: {why(e)}") from None
@@ -160,3 +189,22 @@ class Store:
         unknown = record.data.get("fingerprint") is None or None in record.settings.values()
         if unknown or record.model.get("weights") is None:
             self._incomplete.append(record)
+
+
+def _is_record(line: bytes) -> bool:
+    """Whether a line is a whole record."""
+    try:
+        Record.from_json(line.decode(**TEXT))
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _is_begun(line: bytes) -> bool:
+    """Whether a line begins as a record does."""
+    return line.startswith(BEGINNING) or BEGINNING.startswith(line)
+
+
+@functools.cache  # once for each file and process
+def _note_wait(path: pathlib.Path, holder: str) -> None:
+    print(f"note: waiting to write {path}, which {holder} is writing", file=sys.stderr, flush=True)

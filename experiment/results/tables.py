@@ -1,13 +1,12 @@
 """The text tables of a run folder: a header with the settings of the result, rows of columns."""
 
 import json
-import pathlib
 from collections.abc import Collection
 from typing import Any
 
 from experiment.config import LEAST_EPS, MOST_EPS
 from experiment.results.record import Record
-from experiment.runs.files import number, parse_json, read_text
+from experiment.runs.files import number
 
 HEADER = "# settings: "
 
@@ -18,30 +17,6 @@ def measured_with(record: Record, without: Collection[str] = (), **more: Any) ->
     settings = {name: value for name, value in record.settings.items() if name not in without}
     described = {"weights": record.model.get("weights"), **record.data, **settings, **more}
     return f"# measured with: {json.dumps(described, sort_keys=True)}"
-
-
-def read_settings(path: pathlib.Path) -> dict[str, Any] | None:
-    """The settings in the header of a table; None if there is no such table or header."""
-    for line in _lines(path):
-        if line.startswith(HEADER):
-            try:
-                settings = parse_json(line.removeprefix(HEADER))
-            except ValueError:
-                return None
-            return settings if isinstance(settings, dict) else None
-    return None
-
-
-def read_rows(path: pathlib.Path) -> list[list[str]]:
-    """The words of each line that is not a comment; [] if there is no such table."""
-    return [line.split() for line in _lines(path) if line.strip() and line[0] != "#"]
-
-
-def _lines(path: pathlib.Path) -> list[str]:
-    try:
-        return read_text(path).splitlines()
-    except (OSError, ValueError):
-        return []
 
 
 def read_share(text: Any) -> float | None:

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -112,9 +112,11 @@ def read_table(path: os.PathLike | str) -> list[dict[str, str]]:
         raise ValueError(one_line(e)) from None
 
 
-def read_arrays(path: os.PathLike | str) -> dict[str, np.ndarray]:
-    """The arrays in a .npz file. Raises ValueError if it is damaged, and before it allocates more
-    than LARGEST_ARRAYS bytes."""
+def read_arrays(
+    path: os.PathLike | str, names: Sequence[str] | None = None
+) -> dict[str, np.ndarray]:
+    """The arrays in a .npz file, those of `names` alone if given. Raises ValueError if it is
+    damaged, and before it allocates more than LARGEST_ARRAYS bytes."""
     try:
         with open_regular(path) as file:
             with zipfile.ZipFile(file) as archive:
@@ -126,7 +128,7 @@ def read_arrays(path: os.PathLike | str) -> dict[str, np.ndarray]:
                         _check_array_header(part, record.file_size)
             file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
+                return {name: arrays[name] for name in names or arrays.files}
     except Exception as e:  # a damaged file can fail in any way
         raise ValueError(one_line(e)) from None
 
@@ -238,15 +240,19 @@ def append(path: pathlib.Path, text: str) -> None:
     It begins on a new line. A link is first replaced by a copy of the file that it leads to, which
     does not change. Raises WriteFailed."""
     try:
+        if path.is_symlink() or path.is_file() and path.stat().st_nlink > 1:
+            replace_link(path)
         with open(path, "ab+", opener=refusing_links) as file:
             _append(file, text)
     except OSError as e:
-        if e.errno != errno.EMLINK:
-            raise WriteFailed(f"cannot write {path}: {why(e)}") from None
-        with replacing(path) as beside:
-            beside.write_bytes(path.read_bytes() if path.is_file() else b"")
-            with open(beside, "ab+") as file:
-                _append(file, text)
+        raise WriteFailed(f"cannot write {path}: {why(e)}") from None
+
+
+def replace_link(path: pathlib.Path) -> None:
+    """Replace a symbolic or hard link by a copy of the file that it leads to: other folders, such
+    as a snapshot of this one, keep theirs. Raises WriteFailed, OSError."""
+    with replacing(path) as beside:
+        beside.write_bytes(path.read_bytes() if path.is_file() else b"")
 
 
 def _append(file: IO[bytes], text: str) -> None:

@@ -14,10 +14,10 @@ CHECKPOINTS = ("model.pt", "checkpoint.tar")  # each makes a folder a run
 def find_runs(paths: Sequence[str | os.PathLike], root: str = "results") -> list[pathlib.Path]:
     """The runs of --load-path, each once, in the order of the paths.
 
-    A folder without a checkpoint of its own means every run below it, sorted; hidden folders are
-    left out. `latest` is the run below `root` that was trained last, unless there is a path of that
-    name. A path that names no run stays, for the error of the command that opens it. Raises
-    UserError if no run is the latest."""
+    A folder without a checkpoint of its own means every run below it that has an epoch, sorted;
+    hidden folders are left out. `latest` is the run below `root` that was trained last, unless
+    there is a path of that name. A path that names no run stays, for the error of the command that
+    opens it. Raises UserError if no run is the latest."""
     found: dict[pathlib.Path, pathlib.Path] = {}
     for path in paths:
         for run in _runs_of(pathlib.Path(path), root):
@@ -45,10 +45,23 @@ def _runs_of(path: pathlib.Path, root: str) -> list[pathlib.Path]:
 
 
 def _runs_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    for name, folders, _ in os.walk(folder):
+    visited = set()  # a link can lead to a folder above itself
+    for name, folders, _ in os.walk(folder, followlinks=True):
+        real = os.path.realpath(name)
         folders[:] = [child for child in folders if not child.startswith(".")]
-        if _checkpoints(pathlib.Path(name)):
+        if real in visited:
+            folders.clear()
+        elif _checkpoints(pathlib.Path(name)) and _is_trained(pathlib.Path(name)):
             yield pathlib.Path(name)
+        visited.add(real)
+
+
+def _is_trained(run: pathlib.Path) -> bool:
+    """Whether a run has an epoch. gducheck saves models without one, and a training begins so. Runs
+    of other programs have no config.json."""
+    return any(exists(run / name) for name in ("model.pt", "metrics.csv")) or not exists(
+        run / "config.json"
+    )
 
 
 def _checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -284,11 +284,17 @@ class RunFolder:
         return ", ".join(filter(None, (self.about, "/".join(shown))))
 
     def save_figure(
-        self, name: str, draw: "Callable[..., Figure]", *args: Any, table: bool = False
+        self,
+        name: str,
+        draw: "Callable[..., Figure]",
+        *args: Any,
+        table: Callable[[], contextlib.AbstractContextManager] | None = None,
     ) -> None:
         """Save the figure draw(*args) in the format of `figures`, and its caption beside it.
 
-        The caption is NAME.txt or, if that is a table of results (`table`), its last comment.
+        The caption is NAME.txt or, if that is a table of results, a comment of its head. table: the
+        block in which no other process writes that table.
+
         Raises no Exception: a figure that cannot be drawn or written is a warning on standard
         error, once per figure. Write the results that it shows first."""
         path = (self.folder / name).with_suffix(f".{self.figures}")
@@ -296,7 +302,9 @@ class RunFolder:
             figure = draw(*args)
             with replacing(path) as beside:
                 style.save_figure(figure, beside, self.figures, self.title, creator())
-            self._write_caption(path.with_suffix(".txt"), str(figure.get_label()), table)
+            with table() if table else contextlib.nullcontext():
+                caption = str(figure.get_label())
+                self._write_caption(path.with_suffix(".txt"), caption, bool(table))
         except Exception as e:
             if name not in self._not_drawn:
                 self._not_drawn.add(name)

@@ -194,7 +194,7 @@ def test_a_damaged_record_is_a_note(cli, tiny, audited, tmp_path, place, value):
     last[part][name] = value
     path.write_text("".join(json.dumps(line) + "\n" for line in [*others, last]))
     code, out, err = cli(LINE, f"--load-path {run}")
-    assert code == 0 and "1 damaged lines" in err and "TRUSTED" in out
+    assert code == 0 and "1 damaged line" in err and "TRUSTED" in out
     assert result_of(run) == result_of(audited)
 
 

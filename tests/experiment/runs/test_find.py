@@ -117,3 +117,29 @@ def test_several_workers_take_one_run(cli, monkeypatch):
     monkeypatch.setattr(main, "launched", lambda: Launch(torchrun=True, size=2))
     code, _, err = cli("--todo evaluate --load-path a b")
     assert code == 2 and "torchrun shares the work of one" in err and len(err.splitlines()) == 1
+
+
+def test_a_folder_of_links_is_a_folder_of_runs(tmp_path):
+    run = tmp_path / "results" / "run"
+    run.mkdir(parents=True)
+    (run / "model.pt").touch()
+    chosen = tmp_path / "chosen"
+    chosen.mkdir()
+    (chosen / "best").symlink_to(run)
+    (chosen / "circle").symlink_to(chosen)
+    assert find_runs([chosen]) == [chosen / "best"]
+
+
+def test_a_model_that_was_never_trained_is_not_among_the_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, files in (
+        ("trained", ("checkpoint.tar", "config.json", "metrics.csv")),
+        ("foreign", ("checkpoint.tar",)),
+        ("untrained", ("checkpoint.tar", "config.json")),
+    ):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        for file in files:
+            (tmp_path / "results" / name / file).touch()
+    runs = [str(run) for run in find_runs(["results"])]
+    assert runs == ["results/foreign", "results/trained"]
+    assert [str(run) for run in find_runs(["results/untrained"])] == ["results/untrained"]
