@@ -54,11 +54,11 @@ def sweep(
         f"{count(images, 'test image')}, clean accuracy {100 * clean:.2f} % at eps = 0. Bars: 95 % "
         "intervals (Wilson); curves are offset sideways."
     )
-    figure = new_figure(caption, height=2.1)
-    axes = figure.add_subplot(ylabel=ACCURACY, ylim=(-3, 103))
     rows = [row for row in rows if float(row["eps"]) > 0]
-    eps_axis(axes, {float(row["eps"]) for row in rows}, norm)
     grads = list(dict.fromkeys(row["grad"] for row in rows))
+    figure = new_figure(caption, columns=2 if len(grads) > 3 else 1, height=2.1)
+    axes = figure.add_subplot(ylabel=ACCURACY, ylim=(-3, 103))
+    eps_axis(axes, {float(row["eps"]) for row in rows}, norm)
     masked = {row["grad"] for row in rows if float(row["masked"]) > MASKED}
     handles: list[Any] = []
     for n, grad in enumerate(grads):
@@ -189,7 +189,7 @@ def audit(result: Mapping[str, Any], budget: str) -> Figure:
         transform=beside(right, 1, 2),
         **{**curve_style(3), "linestyle": ""},
     )
-    right.set(ylabel=ACCURACY, ylim=(-3, 103))
+    right.set(xlabel=f"{norm_name(norm)} eps\n(images in [0, 1])", ylabel=ACCURACY, ylim=(-3, 103))
     legend_below(figure)
     return figure
 

@@ -14,6 +14,7 @@ from experiment.plots.style import (
     integer_ticks,
     label_outer,
     legend_below,
+    log_axis,
     new_figure,
     style,
 )
@@ -91,7 +92,7 @@ def gdu_overview(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Fig
         "||sum of EP - sum of BPTT|| / ||sum of BPTT||; 0.01 is 1 %.",
         height=0.4 + 0.16 * len(names),
     )
-    axes = figure.add_subplot(xlabel="relative distance", xscale="log")
+    axes = figure.add_subplot(xlabel="relative distance")
     for n, estimate in enumerate(dict.fromkeys(row["estimate"] for row in rows)):
         distances = {row["name"]: row["distance"] for row in rows if row["estimate"] == estimate}
         axes.plot(
@@ -100,6 +101,7 @@ def gdu_overview(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Fig
             label=estimate,
             **{**curve_style(n), "linestyle": ""},
         )
+    log_axis(axes, "x")
     axes.set_yticks(range(len(names)), list(map(_symbol, names)))
     axes.set_ylim(len(names) - 0.5, -0.5)
     legend_below(figure)

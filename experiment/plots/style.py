@@ -11,7 +11,6 @@ import pathlib
 import sys
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -31,9 +30,8 @@ WIDTHS = {1: 3.3, 2: 6.9}  # inches of one and of two columns of a page
 ACCURACY = "accuracy (%)"
 # (columns of a legend, most characters in a line of its labels for each inch of the figure's
 # width): the first that fits is drawn; the last does with the widest letters
-LEGENDS = ((4, 14), (3, 14), (2, 14), (1, 14), (1, 7))
+LEGENDS = ((6, 14), (5, 14), (4, 14), (3, 14), (2, 14), (1, 14), (1, 7))
 CHARACTER = 4.6  # width of a character of a tick label, in points
-TICK_HEIGHT = 9  # distance of two labels that are rotated, in points
 
 
 @contextlib.contextmanager
@@ -153,6 +151,16 @@ def integer_ticks(axis: Axis) -> None:
     locator.set_params(integer=True)
 
 
+def log_axis(axes: Axes, name: Literal["x", "y"]) -> None:
+    """Make an axis with its curves logarithmic, from one power of ten to another. These alone are
+    labelled."""
+    axes.set(**{f"{name}scale": "log"})
+    low, high = getattr(axes, f"get_{name}lim")()
+    ends = (10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)))
+    axes.set(**{f"{name}lim": ends})
+    axes.tick_params(axis=name, which="minor", labelbottom=False, labelleft=False)
+
+
 def _figure(axes: Axes) -> Figure:
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -161,12 +169,13 @@ def _figure(axes: Axes) -> Figure:
 
 def _eps_label(eps: float) -> str:
     text = format_eps(eps)
-    return text if len(text) <= 6 else f"{eps:.2g}"
+    return text if len(text) <= len("128/255") else f"{eps:.2g}"
 
 
 def eps_axis(axes: Axes, values: Collection[float], norm: str, width: float | None = None) -> None:
     """Make the x axis one of eps, with 0 and the given values as its ticks: logarithmic from the
-    smallest positive value on, linear below. Ticks too close to another one have no label.
+    smallest positive value on, linear below. A tick whose label does not fit beside the one on its
+    left has none.
 
     width: of the axes in points, roughly; by default that of a panel with short labels."""
     ticks = sorted({0.0, *values})
@@ -184,15 +193,14 @@ def eps_axis(axes: Axes, values: Collection[float], norm: str, width: float | No
         width = 72 * axes.get_position().width * _figure(axes).get_figwidth()
     points = (places - places[0]) * width / max(places[-1] - places[0], 1e-9)
     labels = [_eps_label(value) for value in ticks]
-    widths = [CHARACTER * (len(left) + len(right)) / 2 for left, right in pairwise(labels)]
-    crowded = bool((np.diff(points) < np.array(widths) + 2).any())
-    last_labelled = -math.inf
-    for n, point in enumerate(points):
-        if crowded and point - last_labelled < TICK_HEIGHT:
+    end = -math.inf  # of the last label that is written
+    for n, (point, label) in enumerate(zip(points, labels)):
+        half = CHARACTER * len(label) / 2
+        if point - half < end + 2:
             labels[n] = ""
         else:
-            last_labelled = point
-    axes.set_xticks(ticks, labels, rotation=90 if crowded else 0)
+            end = point + half
+    axes.set_xticks(ticks, labels)
     axes.minorticks_off()
     axes.set_xlabel(f"{norm_name(norm)} eps (images in [0, 1])")
 
@@ -215,7 +223,7 @@ def beside(axes: Axes, n: int, curves: int) -> Transform:
     shifted along x by some points, whatever the scale."""
     from matplotlib.transforms import ScaledTranslation
 
-    distance = min(2.5, 14 / curves)
+    distance = min(4, 14 / curves)  # a marker is 3.5 points wide
     points = distance * (n - (curves - 1) / 2)
     return axes.transData + ScaledTranslation(points / 72, 0, _figure(axes).dpi_scale_trans)
 
@@ -227,9 +235,9 @@ def marker_spacing(n: int, points: int, dense: int = 20) -> dict[str, Any]:
     return {"markevery": 1 if points <= dense else (n * spacing // 4 % spacing, spacing)}
 
 
-def vertical_line(axes: Axes, x: float, label: str | None, linestyle: str = "-") -> None:
+def vertical_line(axes: Axes, x: float, label: str | None) -> None:
     """Draw a vertical line with an entry in the legend."""
-    axes.axvline(x, color="0.35", linewidth=0.8, linestyle=linestyle, label=label)
+    axes.axvline(x, color="0.35", linewidth=0.8, label=label)
 
 
 def chance_line(axes: Axes, chance: float | None) -> list[Line2D]:
@@ -263,8 +271,8 @@ def heat_map(
 def legend_below(figure: Figure, handles: Sequence[Any] = ()) -> None:
     """Add one legend below the panels, where it hides no curve, and make the figure higher by it.
 
-    It has as many columns as fit the width of the figure, and long labels are wrapped. handles:
-    those of all panels by default, each label once."""
+    It has as few rows as fit the width of the figure, equally long ones, and long labels are
+    wrapped. handles: those of all panels by default, each label once."""
     entries: dict[str, Any] = {handle.get_label(): handle for handle in handles}
     if not handles:
         for axes in figure.axes:
@@ -272,12 +280,13 @@ def legend_below(figure: Figure, handles: Sequence[Any] = ()) -> None:
                 entries.setdefault(label, handle)
     if not entries:
         return
-    for columns, characters in LEGENDS:
+    for most_columns, characters in LEGENDS:
+        rows = -(-len(entries) // most_columns)
         legend = figure.legend(
             list(entries.values()),
             [textwrap.fill(label, int(characters * figure.get_figwidth())) for label in entries],
             loc="outside lower center",
-            ncols=columns,
+            ncols=-(-len(entries) // rows),
         )
         extent = legend.get_window_extent()
         if extent.width < 0.98 * figure.bbox.width:

@@ -19,6 +19,7 @@ from experiment.plots.style import (
     integer_ticks,
     label_outer,
     legend_below,
+    log_axis,
     marker_spacing,
     new_figure,
     style,
@@ -46,14 +47,17 @@ def accuracy(
     best_epoch: int | None = None,
     resumptions: Mapping[int, str] | None = None,
     chance: float | None = None,
+    adversarial: bool = False,
 ) -> Figure:
     """Accuracies over the epochs.
 
     rows: of metrics.csv; best_epoch: of the model in model.pt; resumptions: {epoch: the arguments
-    that changed before it}; chance: accuracy of guessing, in %."""
+    that changed before it}; chance: accuracy of guessing, in %; adversarial: whether the train
+    accuracies are those of adversarial training."""
     resumed = sorted((resumptions or {}).items())
     figure = new_figure(
         "Accuracy over the epochs; train: during the epoch, others: after it. Legend: last values."
+        + (" Train accuracies are those on adversarial examples." if adversarial else "")
         + (f" Star: epoch {best_epoch}, of model.pt." if best_epoch else "")
         + _describe_resumptions(resumed)
     )
@@ -63,6 +67,8 @@ def accuracy(
     for n, (column, label) in enumerate(ACCURACIES.items()):
         if column in recorded:
             values = [row.get(column, np.nan) for row in rows]
+            if adversarial and column == "train_acc":
+                label = "train (adversarial)"
             label = f"{label} {values[-1]:.2f} %"
             axes.plot(epochs, values, label=label, **curve_style(n), **marker_spacing(n, len(rows)))
     chosen_on = "val_acc" if "val_acc" in recorded else "test_acc"
@@ -79,7 +85,7 @@ def accuracy(
                 label=f"model.pt {row[chosen_on]:.2f} %",
             )
     for n, (epoch, _) in enumerate(resumed):
-        vertical_line(axes, epoch - 0.5, None if n else "resumed", ":")
+        vertical_line(axes, epoch - 0.5, None if n else "resumed")
     chance_line(axes, chance)
     if len(rows) == 1:
         axes.set_xticks(epochs)
@@ -94,7 +100,7 @@ def _describe_resumptions(resumed: Sequence[tuple[int, str]]) -> str:
     text = ""
     for epoch, changes in resumed[-NAMED_RESUMPTIONS:]:
         described = f"resumed before epoch {epoch}" + (f": {changes}" if changes else "")
-        text += f" Dotted: {textwrap.shorten(described, 120, placeholder='...')}."
+        text += f" Vertical line: {textwrap.shorten(described, 120, placeholder='...')}."
     return text
 
 
@@ -123,8 +129,8 @@ def activity(
     caption = f"Neurons of each layer{phase}, last training batch; square-root scale."
     if ends:
         caption += (
-            f" Shares of saturated ones, within {100 * SATURATED:g} % of the activation's range "
-            "from one of its ends."
+            f" Above each layer, the shares of saturated ones: within {100 * SATURATED:g} % of the "
+            "activation's range from one of its ends."
         )
     layers = len(neurons)
     rows = -(-layers // 4)
@@ -140,7 +146,7 @@ def activity(
         elif ends:
             low, high = ends
             at_low, at_high = saturation(values, ends)
-            title += f"\n{low:g}: {100 * at_low:.1f} %, {high:g}: {100 * at_high:.1f} %"
+            title += f"\n{100 * at_low:.1f} % at {low:g}, {100 * at_high:.1f} % at {high:g}"
         axes.set_title(title)
         _histogram(axes, values.numpy(), low, high)
     label_outer(panels, "activation", "neurons (%)")
@@ -216,7 +222,7 @@ def relaxation(
     caption = "Residual (relative change in each step)"
     if energy is not None:
         curves.append(("energy $\\Phi$", energy))
-        caption += " and energy Phi"
+        caption += " and energy Phi (it rises, as the neurons follow its gradient)"
     figure = new_figure(
         f"{caption} over the time steps of the free phase, means over one mini-batch. Legend: "
         "last values.",
@@ -227,8 +233,7 @@ def relaxation(
         _draw_over_steps(axes, n, values, f"{name} {values[-1]:.4g}", trained_T1)
         axes.set_ylabel(name)
     if any(value > 0 for value in residual):
-        panels[0].set_yscale("log")
-        panels[0].minorticks_off()
+        log_axis(panels[0], "y")
     panels[-1].set_xlabel("time steps of the free phase")
     legend_below(figure)
     return figure

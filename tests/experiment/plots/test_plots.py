@@ -239,6 +239,19 @@ def test_the_training_plot_marks_the_picked_model_resumptions_and_chance(drawn):
     assert 3.5 in dotted
 
 
+def test_train_accuracies_of_adversarial_training_say_so(drawn):
+    figure = training.accuracy(ROWS, adversarial=True)
+    assert "Train accuracies are those on adversarial examples." in figure.get_label()
+    assert labels(figure)[:2] == ["train (adversarial) 55.00 %", "test 54.00 %"]
+    assert "adversarial" not in drawn["accuracy"].get_label()
+
+
+def test_what_is_resumed_and_chance_look_different(drawn):
+    axes = drawn["accuracy"].axes[0]
+    looks = {line.get_linestyle() for line in axes.get_lines()[-2:]}
+    assert len(looks) == 2
+
+
 def test_many_resumptions_leave_a_readable_caption():
     figure = training.accuracy(ROWS, None, {n: "x" * 2000 for n in range(1, 40)})
     assert figure.get_label().count("resumed before") == 5
@@ -250,7 +263,7 @@ def test_saturation_is_counted_at_both_ends(drawn):
     assert training.saturation(torch.tensor([0.0, 0.005, 0.5, 1.0]), (0.0, 1.0)) == (0.5, 0.25)
     titles = [axes.get_title() for axes in drawn["activity"].axes]
     assert titles[0].startswith("$s_{1}$ (7×3×3)")
-    assert "0: 100.0 %, 1: 0.0 %" in titles[1]
+    assert "100.0 % at 0, 0.0 % at 1" in titles[1]
     assert "no activation" in titles[2]
     assert all(axes.get_ylim()[0] == 0 for axes in drawn["activity"].axes)
 
@@ -318,9 +331,51 @@ def test_dense_eps_are_not_written_over_each_other():
     with style.style():
         figure.draw_without_rendering()
     extents = [text.get_window_extent() for text in ticks if text.get_text()]
-    assert len(extents) > 10
+    assert len(extents) > 3
     for left, right in itertools.pairwise(extents):
         assert left.x1 <= right.x0
+
+
+@pytest.mark.parametrize("distances", [(0.3, 0.4), (1e-9, 1.0)])
+def test_a_logarithmic_axis_is_labelled_at_powers_of_ten(distances):
+    rows = [
+        {"name": name, "estimate": "one-sided", "distance": distance}
+        for name, distance in zip("ab", distances)
+    ]
+    figure = gdu_plots.gdu_overview(["a", "b"], rows)
+    with style.style():
+        figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    assert low < distances[0] and distances[1] < high
+    shown = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert len(shown) >= 2
+    assert not any(tick.label1.get_visible() for tick in axis.get_minor_ticks())
+
+
+def test_eps_of_an_audit_are_fractions_of_255():
+    curve = [(0.0, 1.0), *((2**n / 255, 0.5) for n in range(8))]
+    figure = attacks.audit({**AUDITED, "curve": curve}, "quick")
+    texts = [text.get_text() for text in figure.axes[1].get_xticklabels()]
+    assert len(texts) == 9
+    assert all(text in ("", "0") or text.endswith("/255") for text in texts)
+    assert sum(map(bool, texts)) >= 3
+
+
+def test_the_rows_of_a_legend_are_equally_long():
+    rows = [{**SWEEP[0], "eps": "0.1", "grad": f"gradient {n}"} for n in range(7)]
+    legend = attacks.sweep(rows, *ATTACKED, 0.9).legends[0]
+    with style.style():
+        legend.figure.draw_without_rendering()
+    heights = [text.get_window_extent().y0 for text in legend.get_texts()]
+    counts = [heights.count(height) for height in dict.fromkeys(heights)]
+    assert counts == [4, 3]
+
+
+def test_four_gradient_methods_have_two_columns_of_a_page(drawn):
+    assert drawn["sweep"].get_figwidth() == 3.3
+    rows = [{**SWEEP[0], "eps": "0.1", "grad": grad} for grad in ("bptt", "smooth", "ep", "worst")]
+    assert attacks.sweep(rows, *ATTACKED, 0.9).get_figwidth() == 6.9
 
 
 def test_wilson():
