@@ -292,9 +292,7 @@ def _complete(job: Job, first: int, last: int) -> None:
         x, _ = next(iter(job.batches("train")))
         if run:
             neurons = predicting_neurons(job.model, x, job.config.rule)
-            loss = job.config.model.loss
-            history = job.saved.history
-            draw_training(run, job.model, job.config.data.task, loss, history, neurons)
+            draw_training(run, job.model, job.config, job.saved.history, neurons)
     run_dir = job.config.session.run_dir
     print(f"nothing to train: {run_dir} has {count(first, 'epoch')}, --epochs is {last}")
     _end(job, job.saved.history, run_dir)

@@ -73,9 +73,7 @@ class Recorder:
         """Draw the figures, if the last drawing is long enough ago. neurons: of the last
         mini-batch."""
         if final or time.monotonic() - self.drawn > self.DRAW:
-            task = self.config.data.task
-            loss = self.config.model.loss
-            draw_training(self.run, trainer.model, task, loss, trainer.history, neurons)
+            draw_training(self.run, trainer.model, self.config, trainer.history, neurons)
             self.drawn = time.monotonic()
 
 

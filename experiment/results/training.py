@@ -10,6 +10,7 @@ import torch
 
 from data_utils import TASKS
 from energy.activations import CURVES
+from experiment.config import Config
 from experiment.inference import Convergence
 from experiment.plots import training as plots
 from experiment.runs.files import WriteFailed, why
@@ -104,12 +105,12 @@ def write_scalars(
 
 
 def draw_training(
-    run: Any, model: Any, task: str, loss: str, history: History, neurons: Sequence[torch.Tensor]
+    run: Any, model: Any, config: Config, history: History, neurons: Sequence[torch.Tensor]
 ) -> None:
     """Draw the accuracies over all epochs, and the neurons of the last mini-batch. run: the
     `RunFolder`."""
     best_epoch = history.best and history.best["epoch"]
-    chance = 100 / TASKS[task].classes
+    chance = 100 / TASKS[config.data.task].classes
     run.save_figure(
         "train-test_acc.png",
         plots.accuracy,
@@ -117,10 +118,11 @@ def draw_training(
         best_epoch,
         history.resumptions,
         chance,
+        config.adversarial.attack is not None,
     )
     curve = CURVES.get(model.activation)
     ends = curve and (curve.low, curve.high)
-    linear_output = model.chain(loss).linear_output
+    linear_output = model.chain(config.model.loss).linear_output
     run.save_figure(
         "neural_activity.png", plots.activity, neurons, ends, linear_output, model.has_dynamics
     )
