@@ -95,26 +95,25 @@ class Record:
         """Everything that identifies the measurement, as text: equal for equal measurements."""
         return json.dumps(self._identifying, sort_keys=True)
 
-    @property
+    @functools.cached_property
     def _identifying(self) -> dict[str, Any]:
+        """What identifies the measurement, {name: value}, as JSON has it."""
         data = {name: self.data.get(name) for name in ("task", "split", "images", "fingerprint")}
-        return {
+        parts = {
             "kind": self.kind,
             "weights": self.model.get("weights"),
             **{f"data {name}": value for name, value in data.items()},
             **{f"settings {name}": value for name, value in self.settings.items()},
         }
+        return json.loads(json.dumps(parts))
 
     def answers(self, wanted: Record) -> bool:
         """Whether this is the measurement `wanted`. A value that this record, of an earlier
         version, contains as None matches any."""
-        if self.identity == wanted.identity:
-            return True
         own = self._identifying
-        others = json.loads(wanted.identity)
+        others = wanted._identifying
         return own.keys() == others.keys() and all(
-            value is None or json.loads(json.dumps(value)) == others[name]
-            for name, value in own.items()
+            value is None or value == others[name] for name, value in own.items()
         )
 
 
