@@ -140,7 +140,7 @@ STEPS = "--T1 4 --T2 2"
 TRAINING = f"{TINY} {STEPS} --task digits --train-size 40 --epochs 1"
 SMALLER = {  # what makes a command small, by its --todo
     "train": TRAINING,
-    "study": f"{TRAINING} --seeds 1 --eps 1 --attack-iters 2",
+    "study": f"{TRAINING} --val-size 10 --seeds 1 --eps 1 --attack-iters 2",
     "attack": f"{TINY} --attack-iters 2 --attack-step 2",
     "audit": f"{TINY} --attack-step 2",
     "gducheck": f"--device -1 --task digits --mbs 10 {STEPS}",
