@@ -23,7 +23,7 @@ from experiment.runs import checkpoint, resume
 from experiment.runs.files import Busy, Lock, WriteFailed, parse_json, read_text, why
 from experiment.runs.folder import remove_half_made
 from experiment.runs.history import other_data
-from experiment.text import count
+from experiment.text import count, listed
 from experiment.validate import validate
 from experiment.workers import Workers
 
@@ -104,7 +104,7 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
             "argument --seeds: it is for single processes: start it with python instead of "
             "torchrun, on several GPUs once for each"
         )
-    seeds = list(dict.fromkeys(given["seeds"]))
+    seeds = distinct_seeds(given)
     shared = {name: value for name, value in given.items() if name != "seeds"}
     words = _without(words, "--seeds")
     in_run_dir = "run_dir" in given
@@ -118,6 +118,15 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
             done.append(training.run.folder)
     _print_mean(done, len(seeds))
     return 0
+
+
+def distinct_seeds(given: Given) -> list[int]:
+    """The --seeds of a command line, each once. Prints a note if one is repeated."""
+    seeds = list(dict.fromkeys(given["seeds"]))
+    repeated = [str(seed) for seed in seeds if given["seeds"].count(seed) > 1]
+    if repeated:
+        print(f"note: --seeds repeats {listed(repeated)}; each counts once", file=sys.stderr)
+    return seeds
 
 
 def train_seed(runs: Runs, seed: int, start: Start) -> Training:
@@ -200,7 +209,7 @@ class SearchedRuns:
         self.config = resolve(shared)
         self.folder = pathlib.Path(root, self.config.learning.alg, self.config.model.loss)
         self.wanted = self.config.optimizer.epochs
-        self.unreadable: set[pathlib.Path] = set()  # runs that a note has named
+        self.noted: set[pathlib.Path] = set()  # runs that a note has named
 
     def _of_seed(self, seed: int) -> Config:
         config = self.config.replace(seed=seed)
@@ -252,9 +261,9 @@ class SearchedRuns:
         return self._find(seed)
 
     def _find(self, seed: int) -> TrainedRun | None:
-        """The training with a seed on the same data: a run of the wanted epochs, else the longest
-        that is shorter, else the shortest that is longer; None without one. Prints a note once for
-        each run that cannot be read."""
+        """The training with a seed on the same data: the longest run of at most the wanted epochs;
+        None without one. Prints a note once for each run that cannot be read or, without another,
+        has more epochs."""
         now = self._of_seed(seed).flat()
         identity = {**training_identity(now), "seed": seed}
         found = []
@@ -269,15 +278,19 @@ class SearchedRuns:
                     continue
                 found.append(TrainedRun(folder, _epochs(folder, self.wanted)))
             except (UserError, OSError, ValueError, AttributeError, RecursionError) as e:
-                if folder not in self.unreadable:
-                    reason = e if isinstance(e, UserError) else f"{path} cannot be read"
-                    print(f"note: {folder} is left out: {reason}", file=sys.stderr)
-                self.unreadable.add(folder)
+                self._note(folder, str(e) if isinstance(e, UserError) else f"{path} cannot be read")
+        fitting = [run for run in found if run.epochs <= self.wanted]
+        if not fitting:
+            for longer in found:
+                epochs = count(longer.epochs, "epoch")
+                self._note(longer.folder, f"it has {epochs}, not {self.wanted}")
+        return max(fitting, key=lambda run: run.epochs, default=None)  # the first of equal ones
 
-        def preference(run: TrainedRun) -> tuple[bool, int]:
-            return run.epochs <= self.wanted, -abs(self.wanted - run.epochs)
-
-        return max(found, key=preference, default=None)  # the first of equal ones
+    def _note(self, folder: pathlib.Path, reason: str) -> None:
+        """Print once that a run is left out."""
+        if folder not in self.noted:
+            print(f"note: {folder} is left out: {reason}", file=sys.stderr)
+        self.noted.add(folder)
 
 
 # ------------------------------------------------------------------------------------------ helpers
@@ -334,9 +347,12 @@ def _print_mean(folders: Sequence[pathlib.Path], wanted: int) -> None:
             print(f"note: {folder} is left out of the mean: {e}", file=sys.stderr)
     if accuracies:
         values = ", ".join(f"{value:.2f}" for value in accuracies)
+        statistics = Statistics.of(accuracies)
+        deviation = "" if statistics.std is None else f" ± {statistics.std:.2f}"
+        mean = f"{statistics.mean:.2f}{deviation} % ({count(statistics.n, 'seed')})"
         print(
-            f"{len(accuracies)} of {wanted} seeds are done: test accuracy "
-            f"{Statistics.of(accuracies)} %, of the best model of each run: {values}"
+            f"{len(accuracies)} of {wanted} seeds are done: test accuracy {mean}, of the best "
+            f"model of each run: {values}"
         )
     if folders:
         words = shlex.join(["--load-path", *map(str, folders)])

@@ -30,7 +30,14 @@ from experiment.config import (
     training_name,
 )
 from experiment.runs.files import Busy, Lock
-from experiment.seeds import Given, SearchedRuns, Start, TrainedRun, train_seed
+from experiment.seeds import (
+    Given,
+    SearchedRuns,
+    Start,
+    TrainedRun,
+    distinct_seeds,
+    train_seed,
+)
 from experiment.text import count, format_eps, listed
 from experiment.validate import name_as_given, validate
 
@@ -202,13 +209,9 @@ class Study:
                 raise UserError(f"argument --{BY_DEST[dest].name}: {instead}")
         if given.get("save") is False:
             raise UserError("argument --no-save: a study keeps its runs; leave the flag out")
-        if not given.get("models"):
-            raise UserError("--todo study needs models: --models EP BPTT FFCNN:BP, for example")
-        if not given.get("seeds"):
-            raise UserError("--todo study needs seeds: --seeds 1 2 3, for example")
         self.given = given
         self.words = list(words)
-        self.seeds = list(dict.fromkeys(given["seeds"]))
+        self.seeds = distinct_seeds(given)
         self.eps = sorted(set(given["eps"]))
         self.models = [Model.parse(spec, given) for spec in given["models"]]
         self.labels = given.get("labels") or _labels(self.models)

@@ -252,8 +252,7 @@ def validate_eps(given: Mapping[str, Any]) -> None:
         if "eps_list" in given and "eps" not in given:
             value = _format_all(given["eps_list"][: 1 if todo == "audit" else None])
             raise UserError(f"argument --eps-list: not used by --todo {todo}; use --eps {value}")
-        if not any(given.get("eps", ())):
-            raise UserError(f"--todo {todo} needs an eps above 0: --eps 8/255, for example")
+        _validate_needs(given, todo)
         if todo == "audit" and len(given["eps"]) > 1:
             raise UserError(
                 f"argument --eps: got {len(given['eps'])} values, an audit takes one; start it "
@@ -263,6 +262,17 @@ def validate_eps(given: Mapping[str, Any]) -> None:
     for name, norm in norm_of.items():
         if name in given and given.get(norm) == "inf":
             _validate_inf_eps(BY_DEST[name], BY_DEST[norm], given[name])
+
+
+def _validate_needs(given: Mapping[str, Any], todo: str) -> None:
+    """Refuse an audit or a study that lacks flags, naming all of them."""
+    needed = {"models": "--models EP BPTT FFCNN:BP", "seeds": "--seeds 1 2 3"}
+    needed = {**(needed if todo == "study" else {}), "eps": "--eps 8/255"}
+    missing = [words for dest, words in needed.items() if not given.get(dest)]
+    if missing:
+        raise UserError(f"--todo {todo} needs {' '.join(missing)}, for example")
+    if not any(given["eps"]):
+        raise UserError(f"--todo {todo} needs an eps above 0: --eps 8/255, for example")
 
 
 def _format_all(eps: Iterable[float]) -> str:

@@ -523,7 +523,7 @@ def test_a_model_asks_for_its_number_of_steps(trained):
             "--todo audit --load-path x --eps-list 0.5 1",
             "--eps-list: not used by --todo audit; use --eps 0.5",
         ),
-        ("--todo audit --load-path x", "--todo audit needs an eps above 0"),
+        ("--todo audit --load-path x", "--todo audit needs --eps 8/255, for example"),
         ("--dropouts 1 1", "a flag of main_dropout.py"),
     ],
 )

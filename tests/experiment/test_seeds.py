@@ -36,7 +36,7 @@ def test_each_seed_is_trained_once_and_pooled(ok):
     ]
     mean, next_words = out.splitlines()[-2:]
     assert "2 of 2 seeds are done" in mean and out.count("best model: ") == 2
-    assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} (2) %" in mean
+    assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} % (2 seeds)" in mean
     words = next_words.partition(": ")[2]
     assert words.startswith("--load-path ") and words.split()[1:] == list(map(str, folders()))
     assert ok("--todo evaluate --device -1", words).count("evaluated model.pt") == 2
@@ -127,14 +127,15 @@ def test_data_that_have_moved_are_read_where_they_are_now(ok, tmp_path):
     assert states()[3]["config"]["data_dir"] == "now"
 
 
-def test_only_trainings_of_exactly_these_epochs_are_averaged(ok):
+def test_a_longer_run_is_left_out_and_its_seed_trained_anew(cli, ok):
     ok(TINY, "--seeds 3 --epochs 3")
     (longer,) = folders()
-    out = ok(TINY, "--seeds 3 4 --epochs 2")
-    assert f"seed 3: {longer} has 3 epochs, not 2; it is left out" in out
-    assert str(longer) not in out.splitlines()[-1].split()
-    assert "1 of 2 seeds are done" in out and len(folders()) == 2
-    shutil.rmtree(longer)
+    for note in (f"note: {longer} is left out: it has 3 epochs, not 2\n", ""):
+        code, out, err = cli(TINY, "--seeds 3 4 --epochs 2")
+        assert code == 0 and err == note and "2 of 2 seeds are done" in out
+        assert str(longer) not in out.splitlines()[-1].split() and len(folders()) == 3
+    for run in folders():
+        shutil.rmtree(run)
     ok(TINY, "--seeds 3 --epochs 1")
     ok(TINY, "--seed 3 --epochs 3")
     out = ok(TINY, "--seeds 3 --epochs 2")
@@ -189,3 +190,9 @@ def test_folders_are_typed_for_a_shell(ok):
 def test_a_failure_ends_the_series(cli):
     code, _, err = cli(TINY, "--seeds 1 2 --data-dir none --task MNIST")
     assert code == 2 and err.count("error") == 1
+
+
+def test_a_repeated_seed_is_noted(cli):
+    code, out, err = cli(TINY, "--seeds 3 3")
+    assert code == 0 and err == "note: --seeds repeats 3; each counts once\n"
+    assert "1 of 1 seeds are done" in out and "(1 seed)" in out

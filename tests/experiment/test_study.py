@@ -85,6 +85,18 @@ def test_a_study_trains_attacks_and_compares_what_is_missing(ok):
     assert len([record for record in records() if record["kind"] == "attack"]) == 16
 
 
+def test_a_study_trains_a_run_anew_that_was_trained_further(cli, ok):
+    line = TINY.replace("EP BPTT", "EP").replace("--seeds 1 2", "--seeds 1")
+    ok(line)
+    (longer,) = find_runs(["results"])
+    ok("--device -1 --epochs 2 --load-path", longer)
+    code, _, err = cli(line)
+    assert code == 0 and f"note: {longer} is left out: it has 3 epochs, not 1" in err
+    assert len(find_runs(["results"])) == 2 and len(comparisons()) == 2
+    code, out, _ = cli(line)
+    assert code == 0 and "(1 finished already)" in out and len(find_runs(["results"])) == 2
+
+
 def test_a_study_audits_at_each_eps(ok):
     line = TINY.replace("--eps 0.1", "--eps 0 8/255 0.1").replace("--seeds 1 2", "--seeds 1")
     out = ok(line.replace("EP BPTT", "EP"), "--audit --budget quick")
@@ -196,7 +208,7 @@ def test_a_failure_keeps_no_other_job_waiting(trained, capsys):
     assert study_of(TINY).do(start) == 1
     assert len(done) == 8 and "compare" not in dict(done)
     assert "failed: attack, MLP EP seed 1\nnothing is compared" in capsys.readouterr().out
-    trained[2] = Training()  # a run of more epochs
+    trained[2] = Training()  # the run is gone
     done.clear()
     assert study_of(TINY).do(start) == 2 and len(done) == 4
 
@@ -300,9 +312,14 @@ def test_labels_can_be_given():
 @pytest.mark.parametrize(
     "old, new, message",
     [
-        ("--models EP BPTT", "", "--todo study needs models"),
-        ("--seeds 1 2", "", "--todo study needs seeds"),
-        ("--eps 0.1", "", "--todo study needs an eps above 0"),
+        ("--models EP BPTT", "", "--todo study needs --models EP BPTT FFCNN:BP, for example"),
+        ("--seeds 1 2", "", "--todo study needs --seeds 1 2 3, for example"),
+        (
+            "--models EP BPTT --seeds 1 2",
+            "",
+            "--models EP BPTT FFCNN:BP --seeds 1 2 3, for example",
+        ),
+        ("--eps 0.1", "", "--todo study needs --eps"),
         ("--eps 0.1", "--eps 0", "--todo study needs an eps above 0"),
         ("--eps 0.1", "--eps-list 0.1 1", "not used by --todo study; use --eps 0.1 1"),
         ("--eps 0.1", "--eps 0.1 --eps-list 1", "argument --eps-list: a study takes --eps"),
