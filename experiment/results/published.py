@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 
 from ART_Timesteps_Addition.names import WITHOUT_GRADIENT
-from data_utils import SEVERITIES, UserError
+from data_utils import SEVERITIES, TASKS, UserError
 from experiment.config import LEAST_EPS, MOST_EPS
 from experiment.results.read import CORRUPTION_SETS
 from experiment.results.values import STRONGEST, Group, Images, Key, RunResults, Value
@@ -27,15 +27,17 @@ def read_published(paths: Collection[str], tasks: Collection[str | None]) -> lis
     groups: dict[str, Group] = {}
     for path in paths:
         caveat = _caveat(path)
-        rows = _read_table(path, tasks)
+        table = _read_table(path)
+        rows = [row for row in table if not tasks or row.get("task") in tasks]
         several = len(tasks) > 1
         runs = _runs(rows, several)
         if not any(run.values for found in runs.values() for run in found):
             wanted = ", ".join(sorted(filter(None, tasks))) or "any task"
-            raise UserError(
-                f"argument --published: {name_path(path)} has no results of {wanted} in the "
-                f"columns {COLUMNS}"
-            )
+            problem = f"argument --published: {name_path(path)} has no results of {wanted}"
+            others = sorted({row["task"] for row in table if row.get("task") in TASKS} - {*tasks})
+            if others:
+                raise UserError(f"{problem} (it has {', '.join(others)})")
+            raise UserError(f"{problem} in the columns {COLUMNS}")
         for label, found in runs.items():
             group = groups.setdefault(label, Group(label, [], published=True))
             group.runs.extend(found)
@@ -44,10 +46,10 @@ def read_published(paths: Collection[str], tasks: Collection[str | None]) -> lis
     return list(groups.values())
 
 
-def _read_table(path: str, tasks: Collection[str | None]) -> Rows:
+def _read_table(path: str) -> Rows:
     try:
         with open(path, newline="", **TEXT) as file:
-            return [row for row in csv.DictReader(file) if not tasks or row.get("task") in tasks]
+            return list(csv.DictReader(file))
     except (OSError, csv.Error) as e:
         raise UserError(f"argument --published: {name_path(path)} cannot be read: {e}") from None
 

@@ -882,6 +882,11 @@ def test_wrong_labels_and_tables_are_refused(cli, zoo, tmp_path):
     (tmp_path / "table.csv").write_text("x,y\n1,2\n")
     code, _, err = cli("--todo compare --published table.csv --load-path", run)
     assert code == 2 and "has no results of digits" in err and len(err.splitlines()) == 1
+    (tmp_path / "table.csv").write_text("task,x\nCIFAR10,1\nCIFAR100,2\n")
+    code, _, err = cli("--todo compare --published table.csv --load-path", run)
+    assert code == 2 and err.endswith(
+        "table.csv has no results of digits (it has CIFAR10, CIFAR100)\n"
+    )
     code, _, err = cli("--todo compare --published none.csv --load-path", run)
     assert code == 2 and "none.csv cannot be read" in err
 
