@@ -32,8 +32,8 @@ from experiment.command_line import MAIN_FLAGS
 from experiment.config import Config, Flag
 from experiment.launch import launched, note_on_separate_processes, validate_parallel
 from experiment.runs.files import exists
-from experiment.runs.find import LATEST, find_runs, means_latest
-from experiment.text import count, format_eps
+from experiment.runs.find import LATEST, closest, find_runs, means_latest
+from experiment.text import count, format_eps, name_path
 
 if TYPE_CHECKING:
     import torch
@@ -1002,6 +1002,15 @@ def _validate_given(given: dict[str, Any]) -> None:
     validate.validate_eps(given)
     if todo == "audit":
         (given["eps"],) = given["eps"]
+        _validate_surrogate(given)
+
+
+def _validate_surrogate(given: dict[str, Any]) -> None:
+    """Refuse a --surrogate that does not exist, before the first of several audits."""
+    path = given.get("surrogate")
+    if path is not None and not exists(path):
+        problem = f"{name_path(path)} is no folder and no file{closest(path)}"
+        raise UserError(f"argument --surrogate: {problem}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from experiment.config import (
     Flag,
 )
 from experiment.text import describe, format_value, listed, name_path
+from experiment.version import git_revision, version
 
 # Flags of main_dropout.py alone; main.py takes them from a saved run.
 DROPOUTS = BY_DEST["dropouts"]
@@ -125,11 +126,17 @@ class _Parser(argparse.ArgumentParser):
         return f"; did you mean {listed(flags)}?" if flags else ""
 
 
+class _PrintVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"{parser.prog} {version()}, git revision {git_revision()}")
+        parser.exit()
+
+
 def parse(
     argv: Sequence[str], flags: Iterable[Flag] = MAIN_FLAGS, description: str | None = None
 ) -> dict[str, Any]:
     """The flags that were given, converted: {dest: value}. Raises UserError; SystemExit(0) after
-    --help."""
+    --help and --version."""
     parser = _Parser(
         usage="%(prog)s [--todo TASK] [--load-path RUN] [flags]",
         description=description,
@@ -140,6 +147,7 @@ def parse(
     groups = {name: parser.add_argument_group(cls.title) for name, cls in SECTIONS.items()}
     for flag in flags:
         _add_argument(groups[flag.section], flag)
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version")
     words = [_SHIELD + word if _looks_like_a_number(word) else word for word in argv]
     given = vars(parser.parse_args(words))
     return {dest: _convert_given(BY_DEST[dest], value) for dest, value in given.items()}
@@ -277,9 +285,19 @@ def convert(flag: Flag, text: str) -> Any:
         if flag.high is None and high is not None and _exceeds(text, high):
             expected += f" and at most {high}"
         meant = _did_you_mean(text, flag.choices or (), VALUE_SYNONYMS)
+        if flag.dest == "device":
+            meant = _device_meant(text)
         advice = f"; did you mean {meant}?" if meant else ""
         raise UserError(f"argument --{flag.name}: got {given}, expected {expected}{advice}")
     return value
+
+
+def _device_meant(text: str) -> str | None:
+    """`--device N` for the name that PyTorch gives to a device; None for other texts."""
+    found = re.fullmatch(r"cpu|(?:cuda|gpu):?(\d*)", text.lower())
+    if not found:
+        return None
+    return f"--device {-1 if text.lower() == 'cpu' else found[1] or 0}"
 
 
 def allowed(flag: Flag) -> str:

@@ -1,5 +1,6 @@
 """Devices and seeds: choose the GPU or CPU of this process, and seed everything random."""
 
+import functools
 import glob
 import os
 import random
@@ -118,10 +119,7 @@ def validate_device(config: Config, device: torch.device) -> None:
     was requested and there is none."""
     session = config.session
     if device.type == "cpu" and session.device != -1:
-        print(
-            "note: no CUDA device found, running on the CPU (use --device -1 to silence this note)",
-            file=sys.stderr,
-        )
+        _note_missing_gpu()
     if session.compile and device.type != "cuda":
         raise UserError(
             "argument --compile: needs a CUDA device; on a CPU compiled steps are no faster"
@@ -139,6 +137,14 @@ def validate_device(config: Config, device: torch.device) -> None:
             f"{got} a GPU of compute capability {least}, {torch.cuda.get_device_name(device)} has "
             f"{found}; give --precision fp32"
         )
+
+
+@functools.cache  # once per process, which may do many tasks
+def _note_missing_gpu() -> None:
+    print(
+        "note: no CUDA device found, running on the CPU (use --device -1 to silence this note)",
+        file=sys.stderr,
+    )
 
 
 def seed_everything(config: Config, workers: Workers) -> Config:

@@ -13,7 +13,7 @@ from conftest import ROOT, ZOO, only_run
 import main
 import model_utils as mu
 from data_utils import UserError, load_split
-from experiment import command_line, console, launch, timing, validate
+from experiment import command_line, console, devices, launch, timing, validate
 from experiment.config import FLAGS as ALL
 from experiment.config import TODOS
 from experiment.results.training import describe_best
@@ -391,6 +391,48 @@ def test_sizes_come_from_the_task_where_no_flag_says_them(task, first, last):
     assert args.model.archi == (first, 512, last)
     assert args.model.fc == (last,)
     validate.validate(args)
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(["--version"])
+    out = capsys.readouterr().out
+    assert not end.value.code and re.search(r" 0\.\d+\.\d+, git revision \S+\n$", out)
+
+
+@pytest.mark.parametrize(
+    "device, meant", [("cpu", "-1"), ("gpu", "0"), ("cuda", "0"), ("cuda:1", "1")]
+)
+def test_a_device_as_pytorch_names_it_is_explained(cli, device, meant):
+    code, _, err = cli("--device", device)
+    assert code == 2 and err.endswith(f"; did you mean --device {meant}?\n")
+
+
+def test_a_missing_gpu_is_noted_once(cli, trained, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    devices._note_missing_gpu.cache_clear()
+    line = f"--todo evaluate --load-path {trained} {trained / 'final_model.pt'}"
+    code, out, err = cli(line)
+    assert code == 0 and out.count("evaluated ") == 2 and err.count("no CUDA device found") == 1
+
+
+def test_a_path_that_does_not_exist_suggests_the_nearest(cli, trained):
+    wrong = trained.with_name(trained.name + "x")
+    code, _, err = cli(f"--todo evaluate --device -1 --load-path {wrong}")
+    assert code == 2 and err.endswith(f"is no folder and no file; did you mean {trained}?\n")
+    code, _, err = cli(f"--todo evaluate --device -1 --load-path {trained.parent}x/y")
+    assert code == 2 and f"did you mean {trained.parent}?" in err
+
+
+def test_a_wrong_surrogate_is_named_before_the_first_audit(cli, trained, tmp_path):
+    line = f"--todo audit --device -1 --eps 1 --load-path {trained} {trained / 'final_model.pt'}"
+    code, out, err = cli(line, "--surrogate nope")
+    assert code == 2 and not out and len(err.splitlines()) == 1
+    assert "argument --surrogate: nope is no folder and no file" in err
+    code, _, err = cli(line, f"--surrogate {tmp_path}")
+    assert code == 2 and f"argument --surrogate: {tmp_path} has no model.pt" in err
+    assert "--load-path" not in err
 
 
 @pytest.mark.parametrize("name", ["square", "hopskipjump"])

@@ -174,7 +174,11 @@ def open_surrogate(
     build: config -> model; attack_steps: --attack-step of the command line, None for the
     surrogate's own default. Raises UserError."""
     assert config.audit.surrogate is not None
-    saved = checkpoint.open_saved(config.audit.surrogate, "audit")
+    try:
+        saved = checkpoint.open_saved(config.audit.surrogate, "audit")
+    except UserError as e:
+        reason = str(e).removeprefix("argument --load-path: ")
+        raise UserError(f"argument --surrogate: {reason}") from None
     given = {"todo": "audit", "mbs": config.data.mbs, "tol": config.learning.tol}
     if attack_steps and config.model.has_dynamics:
         given["attack_step"] = attack_steps

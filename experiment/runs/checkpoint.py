@@ -17,7 +17,7 @@ from experiment.config import ARCHITECTURE, FLAGS, LARGEST
 from experiment.runs import contents, legacy, torch_file, training_state
 from experiment.runs.contents import Damaged
 from experiment.runs.files import printable
-from experiment.runs.find import find_runs
+from experiment.runs.find import closest, find_runs
 from experiment.runs.history import History, best_of, changes, chosen_on, other_images
 from experiment.text import name_path
 
@@ -155,7 +155,8 @@ def find_saved(path: str | os.PathLike, todo: str) -> pathlib.Path:
     if stat.S_ISREG(_mode(path)):
         return pathlib.Path(path)
     if not stat.S_ISDIR(_mode(path)):
-        raise UserError(f"argument --load-path: {name_path(path)} is no folder and no file")
+        problem = f"{name_path(path)} is no folder and no file{closest(path)}"
+        raise UserError(f"argument --load-path: {problem}")
     paths = [pathlib.Path(path, name) for name in names]
     found = next(filter(_mode, paths), None)
     if found is None:

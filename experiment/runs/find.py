@@ -1,11 +1,13 @@
 """Which runs `--load-path` means: run folders, files in them, folders of runs, the newest run."""
 
+import difflib
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
 from data_utils import UserError
 from experiment.runs.files import exists
+from experiment.text import name_path
 
 LATEST = "latest"
 CHECKPOINTS = ("model.pt", "checkpoint.tar")  # each makes a folder a run
@@ -28,6 +30,20 @@ def find_runs(paths: Sequence[str | os.PathLike], root: str = "results") -> list
 def means_latest(path: str | os.PathLike) -> bool:
     """Whether a path of --load-path is the word `latest`."""
     return str(path) == LATEST and not exists(path)
+
+
+def closest(path: str | os.PathLike) -> str:
+    """`; did you mean RUN?` with the path of the most similar name, for an error about a path that
+    does not exist; '' without one."""
+    missing = pathlib.Path(path)
+    while missing.name and not exists(missing.parent):
+        missing = missing.parent
+    try:
+        names = [name for name in os.listdir(missing.parent) if not name.startswith(".")]
+    except (OSError, ValueError):
+        return ""
+    nearest = difflib.get_close_matches(missing.name, names, 1)
+    return f"; did you mean {name_path(missing.with_name(nearest[0]))}?" if nearest else ""
 
 
 def _runs_of(path: pathlib.Path, root: str) -> list[pathlib.Path]:

@@ -16,7 +16,6 @@ import pathlib
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -44,6 +43,7 @@ from experiment.runs.files import (
     why,
     write_text,
 )
+from experiment.version import git_revision
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -378,13 +378,6 @@ def fingerprint(state: dict[str, torch.Tensor]) -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """The versions of libraries and code that a run depends on."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        revision = subprocess.run(
-            git, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent
-        ).stdout.strip()
-    except OSError:  # no git
-        revision = ""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -392,7 +385,7 @@ def versions() -> dict[str, str]:
         "torchvision": importlib.metadata.version("torchvision"),
         "numpy": np.__version__,
         "cuda": torch.version.cuda or "none",
-        "git revision": revision or "unknown",
+        "git revision": git_revision(),
     }
 
 
