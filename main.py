@@ -914,7 +914,7 @@ def main(
 
             if _task(given) == "study":
                 validate_parallel("study", launch.size)
-                return _study(given, words, start)
+                return _study(given, program, words, start)
             if "seeds" in given and _task(given) == "train":
                 from experiment.seeds import train_each
 
@@ -932,7 +932,10 @@ def main(
 
 
 def _study(
-    given: dict[str, Any], words: Sequence[str], start: Callable[[dict[str, Any], list[str]], int]
+    given: dict[str, Any],
+    program: list[str],
+    words: Sequence[str],
+    start: Callable[[dict[str, Any], list[str]], int],
 ) -> int:
     """Do the study of a command line, and return its exit code. start: see `seeds.train_each`."""
     from experiment.console import Interruption
@@ -942,7 +945,7 @@ def _study(
     with Interruption(Workers()) as interruption:  # between two jobs, which have their own
         interruption.advice = lambda: "the same command resumes the study"
         try:
-            return study(given, words, start)
+            return study(given, program, words, start)
         except KeyboardInterrupt:
             interruption.ignore()
             return interruption.end()

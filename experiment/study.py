@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ from experiment.seeds import (
     distinct_seeds,
     train_seed,
 )
-from experiment.text import count, format_eps, listed
+from experiment.text import count, format_eps, format_seconds, listed
 from experiment.validate import name_as_given, validate
 
 # Gradient methods of attacks without --attack-grad: on energy models, and on feed-forward networks
@@ -83,6 +84,8 @@ class Model:
         try:
             name, own = _split(spec)
             kind, colon, rule = name.rpartition(":")
+            if kind in (BY_DEST["alg"].choices or ()):
+                raise UserError(f"expected MODEL:RULE; did you mean {rule}:{kind}?")
             kind = kind if colon else shared.get("model", BY_DEST["model"].default)
             command_line.convert(BY_DEST["model"], kind)
             command_line.convert(BY_DEST["alg"], rule)
@@ -200,6 +203,7 @@ class Study:
 
     models, labels, runs  one for each of --models
     jobs                  in their order: a job needs the training with its model and seed
+    compared              whether all jobs are done and the comparison is written
     """
 
     def __init__(self, given: Given, words: Sequence[str]) -> None:
@@ -224,6 +228,7 @@ class Study:
         self.jobs = list(self._jobs())
         self.runs = [model.runs() for model in self.models]
         self.folders: dict[tuple[int, int], pathlib.Path] = {}  # of finished trainings
+        self.compared = False
 
     def _refuse_twins(self) -> None:
         identities = [training_identity(model.config.flat()) for model in self.models]
@@ -276,6 +281,12 @@ class Study:
         """Do all jobs and compare; return the exit code of the first failure, or 0. start: does one
         command, see `seeds.train_each`. Raises UserError."""
         print(self.describe(), flush=True)
+        begun = time.monotonic()
+        code = self._do_all(start)
+        print(f"time of the study: {format_seconds(time.monotonic() - begun)}", flush=True)
+        return code
+
+    def _do_all(self, start: Start) -> int:
         failure = 0
         failed: list[Job] = []
         pending = self.jobs
@@ -283,7 +294,11 @@ class Study:
         while pending:
             left = []
             for job in pending:
+                begun = time.monotonic()
                 outcome = self._do(job, start)
+                if not outcome.left:
+                    seconds = format_seconds(time.monotonic() - begun)
+                    print(f"time of the {NAMES[job.todo]}: {seconds}", flush=True)
                 if outcome.code > 128:
                     print("the same command resumes the study", file=sys.stderr)
                     return outcome.code
@@ -336,7 +351,9 @@ class Study:
         for dest in ("published", "figures"):
             if dest in self.given:
                 given[dest] = self.given[dest]
-        return start(given, self.words)
+        code = start(given, self.words)
+        self.compared = code == 0
+        return code
 
 
 def _notes(
@@ -359,11 +376,14 @@ def _print_jobs(what: str, jobs: Sequence[Job]) -> None:
         print(f"{what}: {'; '.join(job.name for job in jobs)}", flush=True)
 
 
-def study(given: Given, words: Sequence[str], start: Start) -> int:
+def study(given: Given, program: Sequence[str], words: Sequence[str], start: Start) -> int:
     """Do the study of a command line, and return its exit code: of the first failure, or 0. given:
-    the flags, {dest: value}; words: of the command line; start: see `seeds.train_each`. Raises
-    UserError."""
+    the flags, {dest: value}; program, words: of the command line; start: see `seeds.train_each`.
+    Raises UserError."""
     own = Study(given, words)
     for note in own.notes():
         print(f"note: {note}", file=sys.stderr)
-    return own.do(start)
+    code = own.do(start)
+    if own.compared and "audit" not in given:
+        print(f"next: {shlex.join([*program, *words, '--audit'])}", flush=True)
+    return code

@@ -26,7 +26,7 @@ from experiment.results.values import (
 )
 from experiment.runs.files import WriteFailed, csv_cell, markdown_cell, printable, why, write_text
 from experiment.runs.folder import RunFolder
-from experiment.text import count, format_eps, format_value
+from experiment.text import count, format_eps, format_value, listed
 
 LONGEST_LABEL = 300
 COLUMNS = (
@@ -420,12 +420,16 @@ def compare(
     for note in notes:
         print(f"note: {note}")
     runs = sum(len(group.runs) for group in groups)
+    drawings = dict(plots.all_figures([*groups, *published_groups]))
+    names = [pathlib.Path(name).with_suffix(f".{figures}").name for name in drawings]
+    beside = f", with {listed(names)} beside it" if names else ""
     print(
-        f"{count(runs, 'run')} in {count(len(groups), 'group')}; results are in {folder}",
+        f"{count(runs, 'run')} in {count(len(groups), 'group')}; results are in "
+        f"{folder / 'comparison.md'}{beside}",
         flush=True,
     )
     run = RunFolder(folder, figures, "comparison")
-    for name, draw in plots.all_figures([*groups, *published_groups]):
+    for name, draw in drawings.items():
         run.save_figure(name, draw)
     return folder
 

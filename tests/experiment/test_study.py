@@ -72,6 +72,11 @@ def test_a_study_trains_attacks_and_compares_what_is_missing(ok):
     jobs = [f"{job}, {name}" for job in JOBS for name in names]
     assert headings(out) == [f"[{n} of 12] {job}" for n, job in enumerate(jobs, 1)]
     assert "4 runs in 2 groups" in out
+    written = f"{comparisons()[0].with_suffix('.md')}, with robustness_inf.png and training.png"
+    assert written in out and out.count("time of the attack: ") == 4
+    *_, total, following = out.splitlines()
+    assert total.startswith("time of the study: ")
+    assert following == f"next: python main.py {TINY} --audit"
     assert len(comparisons()) == 1 and len(find_runs(["results"])) == 5
     assert {row["group"] for row in table()} == {"MLP EP", "MLP BPTT"}
     assert {row["n"] for row in table()} == {"2"}
@@ -156,7 +161,7 @@ def test_what_another_process_does_is_left_to_it(ok):
     lock = Lock(run, "study_attack")
     out = ok(line)
     lock.release()
-    assert out.splitlines()[-1] == (
+    assert out.splitlines()[-2] == (
         "left to other processes, the last of which compares: attack, MLP BPTT seed 1"
     )
     assert len(comparisons()) == 1
@@ -194,7 +199,8 @@ def trained(tmp_path, monkeypatch):
 def test_a_process_that_finds_only_claimed_jobs_names_them(trained, capsys):
     trained |= {1: Training(busy=True), 2: Training(busy=True)}
     code = study_of(TINY).do(lambda *_: pytest.fail("there is nothing to do"))
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, last, total = capsys.readouterr().out.splitlines()
+    assert total.startswith("time of the study: ")
     assert code == 0 and last.count("seed 1") == 6 and last.startswith("left to other processes")
 
 
@@ -333,6 +339,7 @@ def test_labels_can_be_given():
         ("BPTT", "FFMLP:EP", "argument --models: FFMLP:EP: argument --alg: got EP"),
         ("BPTT", "CNN:EP", "argument --models: CNN:EP: argument --lrs: got 2"),
         ("BPTT", "EP", "argument --models: EP and EP are the same training"),
+        ("BPTT", "BPTT:MLP", "argument --models: BPTT:MLP: expected MODEL:RULE; did you mean MLP:"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_a_line(cli, old, new, message):
