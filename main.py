@@ -87,8 +87,13 @@ class Job:
 
     @property
     def source(self) -> str:
-        """The loaded checkpoint, for messages."""
+        """The loaded checkpoint, for files in its folder."""
         return self.saved.source if self.saved else "untrained"
+
+    @property
+    def examined(self) -> str:
+        """The loaded checkpoint with its folder, for messages."""
+        return str(self.saved.path.parent / self.source) if self.saved else self.source
 
     @property
     def steps(self) -> str:
@@ -265,7 +270,10 @@ def _end(job: Job, history: "History", folder: str | None) -> None:
 
     print(describe_best(history, job.config.flat(), folder), flush=True)
     if folder:
-        _propose(job, folder, "attack", "--attack-norm", "inf", "--eps-list", "8/255")
+        adversarial = job.config.adversarial
+        norm = adversarial.norm if adversarial.eps else "inf"
+        eps = format_eps(adversarial.eps or 8 / 255)
+        _propose(job, folder, "attack", "--attack-norm", norm, "--eps-list", eps)
 
 
 def _propose(job: Job, run: str, todo: str, *words: str) -> None:
@@ -365,20 +373,26 @@ def evaluate(job: Job) -> None:
     run = job.run_folder() if job.workers.rank == 0 else None
     store = Store(run.folder) if run else None
     parts = []
+    recorded = True  # all of them, by an earlier command
     for split, name in SPLITS.items():
         if split == "val" and not config.data.val_size:
             continue
         saves = config.session.save and split == "test"
-        record, predictions = _evaluate(job, store, split, T1, anew=saves)
+        accuracy = _evaluate(job, store, split, T1, anew=saves)
+        record = accuracy.record
+        recorded = recorded and accuracy.recorded
         parts.append(f"{name} {describe_accuracy(record)}")
     convergence = convergence_of(record)  # of the test images
     if convergence is not None:
         parts.append(f"{convergence.percent:.2f} % of {convergence.images} test images converged")
         _warn(convergence)
-    line = f"evaluated {job.source}{job.steps}: {', '.join(parts)}"
-    print(line, flush=True)
+    results = f"{job.steps}: {', '.join(parts)}"
+    when = f" (recorded {record.when})" if recorded else ""
+    print(f"evaluated {job.examined}{results}{when}", flush=True)
     if run:
-        run.append_hyperparameters(line)
+        if not recorded:
+            run.append_hyperparameters(f"evaluated {job.source}{results}")
+        predictions = accuracy.predictions
         if saves and predictions is not None:
             model = record.model
             name = f"{model['file']}@{model['epoch']}:{model['weights']}"
@@ -386,11 +400,22 @@ def evaluate(job: Job) -> None:
             print(describe_predictions(run, config.model.loss))
 
 
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """The accuracy on a split.
+
+    predictions  for the test images, if they were computed
+    recorded     whether the record is of an earlier command"""
+
+    record: "Record"
+    predictions: "Predictions | None" = None
+    recorded: bool = False
+
+
 def _evaluate(
     job: Job, store: "Store | None", split: str, steps: int, anew: bool = False
-) -> "tuple[Record, Predictions | None]":
-    """(the record of the accuracy on a split of SPLITS after `steps` time steps, the predictions
-    for the test images if they were computed).
+) -> Accuracy:
+    """The accuracy on a split of SPLITS after `steps` time steps.
 
     store: of the run, None in workers that do not write; anew: compute although there is a
     record."""
@@ -409,7 +434,7 @@ def _evaluate(
     # a record that was edited by hand may lack the outcomes, which attacks need
     lacks_outcomes = is_test and known is not None and known.outcomes is None
     if known is not None and not anew and not lacks_outcomes:
-        return known, None
+        return Accuracy(known, recorded=True)
     rule = dataclasses.replace(config.rule, T1=steps)
     stopwatch = Stopwatch()
     convergence = job.convergence(steps) if is_test else None
@@ -429,7 +454,7 @@ def _evaluate(
     record = Record.now("evaluate", job.measured_model(convergence), data, own, value)
     if store:
         store.add(record)
-    return record, predictions
+    return Accuracy(record, predictions)
 
 
 def _warn(convergence: "Convergence", flag: str = "T1") -> None:
@@ -452,7 +477,7 @@ def characteristic(job: Job) -> None:
     store = Store(run.folder)
     record = _characteristic(job, store)
     write_characteristic(run, store, job.source, record)
-    print(describe_characteristic(run, job.source, record), flush=True)
+    print(describe_characteristic(run, job.examined, record), flush=True)
     assert job.saved is not None
     draw_characteristic(run, store, record, job.saved.args.get("task"), job.saved.args.get("T1"))
 
@@ -522,7 +547,7 @@ def corruptions(job: Job) -> None:
         f"{len(table.measured())} corruptions are saved in {store.path}; the same command resumes"
     )
     print(
-        f"{job.source}, {images} images of each severity{job.steps}; results go to {table.text}",
+        f"{job.examined}, {images} images of each severity{job.steps}",
         flush=True,
     )
     for name in corrupted.names:
@@ -536,7 +561,7 @@ def corruptions(job: Job) -> None:
             table.add(name, outcomes)
         print(table.describe(name), flush=True)
     table.write()
-    print(table.describe_means(), flush=True)
+    print(f"{table.describe_means()}; results are in {table.text}", flush=True)
     table.plot()
 
 
@@ -546,7 +571,12 @@ def corruptions(job: Job) -> None:
 def attack(job: Job) -> None:
     """Accuracy under attack for every eps and gradient method, a record each."""
     import model_utils
-    from experiment.results.attacks import default_eps, describe_result, describe_sweep_result
+    from experiment.results.attacks import (
+        default_eps,
+        describe_result,
+        describe_sweep_result,
+        value_of,
+    )
     from experiment.results.store import Store
     from experiment.timing import write
 
@@ -556,15 +586,28 @@ def attack(job: Job) -> None:
     labels = data.labels.cpu()
     run = job.run_folder() if job.workers.rank == 0 else None  # only rank 0 reads and writes it
     store = Store(run.folder) if run else None
-    clean, _ = _evaluate(job, store, "test", config.predict_steps)
+    clean = _evaluate(job, store, "test", config.predict_steps).record
     sweep = _open_sweep(job, run, store, clean) if run and store else None
     all_eps = sorted(set(config.attack.eps_list or default_eps(config.attack.norm)))
+    job.interruption.advice = lambda: _advice_on_attack(sweep, all_eps)
+
+    def report(eps: float, label: str, result: dict[str, Any]) -> None:
+        write(describe_result(config, eps, label, value_of(result)))
+
     measured = {}
     for eps in all_eps:
         saves_images = config.session.save and eps == all_eps[-1]
-        if job.workers.broadcast(sweep is not None and sweep.is_missing(eps, saves_images)):
+        is_missing = sweep is not None and sweep.is_missing(eps, saves_images)
+        if job.workers.broadcast(is_missing):
             results = model_utils.attack(
-                job.model, images, labels, config, eps, f"eps {format_eps(eps)}", job.workers
+                job.model,
+                images,
+                labels,
+                config,
+                eps,
+                f"eps {format_eps(eps)}",
+                job.workers,
+                functools.partial(report, eps),
             )
             if sweep:
                 sweep.add(eps, results)
@@ -575,15 +618,26 @@ def attack(job: Job) -> None:
                     sweep.save_images(images, labels, correct, eps, strongest)
         if sweep:
             measured[eps] = sweep.results(eps) or {}
-            for label, record in measured[eps].items():
-                write(describe_result(config, eps, label, record.value))
+            for label, record in measured[eps].items() if not is_missing else ():
+                write(describe_result(config, eps, label, record.value, recorded=True))
     if sweep:
         sweep.write()
         sweep.plot()
+        for note in sweep.notes():
+            print(f"note: {note}")
         print(f"{describe_sweep_result(measured)}; results are in {sweep.text}")
         largest = all_eps[-1] or 1 / 255
-        words = ("--attack-norm", config.attack.norm, "--eps", format_eps(largest))
+        words = ["--attack-norm", config.attack.norm, "--eps", format_eps(largest)]
+        if "test_size" in job.given:
+            words += ["--test-size", str(config.data.test_size)]
         _propose(job, str(sweep.run.folder), "audit", *words)
+
+
+def _advice_on_attack(sweep: "Sweep | None", all_eps: Sequence[float]) -> str:
+    """What is saved of an interrupted attack, and how to resume."""
+    complete = sum(sweep.results(eps) is not None for eps in all_eps) if sweep else 0
+    kept = f"{complete} of {len(all_eps)} eps are complete" if complete else "no eps is complete"
+    return f"{kept}; the same command resumes"
 
 
 def _open_sweep(job: Job, run: "RunFolder", store: "Store", clean: "Record") -> "Sweep":
@@ -599,15 +653,12 @@ def _open_sweep(job: Job, run: "RunFolder", store: "Store", clean: "Record") -> 
     data = {**job.measured_data("test", images), "clean": accuracy}
     smooth = attacks.describe_smooth(config.model.loss)
     sweep = Sweep(run, store, config, model, data, job.source, smooth)
-    job.interruption.advice = lambda: (
-        f"{len(sweep.rows)} rows are saved in {store.path}; the same command resumes"
-    )
     convergence = convergence_of(clean)
     if convergence is not None:
         _warn(convergence, "predict-step" if config.attack.predict_steps else "T1")
     print(
-        f"{job.source}: {describe_sweep(config, images, convergence)}; clean accuracy "
-        f"{100 * accuracy:.2f} %\nresults go to {sweep.text}",
+        f"{job.examined}: {describe_sweep(config, images, convergence)}; clean accuracy "
+        f"{100 * accuracy:.2f} %",
         flush=True,
     )
     return sweep
@@ -653,7 +704,7 @@ def audit(job: Job) -> None:
         identity = surrogate_identity(*surrogate)
     run = job.run_folder()
     store = Store(run.folder)
-    clean, _ = _evaluate(job, store, "test", config.predict_steps)
+    clean = _evaluate(job, store, "test", config.predict_steps).record
     model = {**job.measured_model(), "converged": clean.model.get("converged")}
     measured = {**job.measured_data("test", len(y)), "clean": clean.value["accuracy"]}
     own = settings.audit(config, fast_tol, identity)
@@ -699,12 +750,12 @@ def gducheck(job: Job) -> None:
         wanted = Record("gducheck", job.measured_model(), measured, own, {})
         record = Store(job.saved.path.parent).find(wanted)
     if record is not None and not saves:  # plots and raw data are not in a record
-        print(describe(record, rule, job.source))
+        print(describe(record, rule, job.examined))
         return
     x, y = next(iter(data_utils.Batches(images, labels, mbs, job.task, job.device)))
     comparison = gdu.gdu_report(job.model, x, y, rule, images=True)
     record = Record.now("gducheck", {}, measured, own, value_of(comparison, rule))
-    print(describe(record, rule, job.source))
+    print(describe(record, rule, job.examined))
     if saves:
         if not job.saved:
             run = _new_folder(job, checkpoint.snapshot(job.model, config.flat(), History()))
@@ -906,6 +957,7 @@ def main(
             program = command_words(argv, name)
             words = sys.argv[1:] if argv is None else argv
             given = command_line.parse(words, flags, __doc__)
+            typed = given.get("load_path", [])
             _validate_given(given)
             _refuse_to_share_runs(given, launch.size)
 
@@ -928,7 +980,7 @@ def main(
             return e.code
         if not isinstance(given.get("load_path"), list) or _task(given) == "compare":
             return work(given, program, words, name)
-        return _work_on_each(given, program, words, name)
+        return _work_on_each(given, typed, program, words, name)
 
 
 def _study(
@@ -961,9 +1013,15 @@ def _refuse_to_share_runs(given: dict[str, Any], size: int) -> None:
         )
 
 
-def _work_on_each(given: dict[str, Any], program: list[str], argv: Sequence[str], name: str) -> int:
+def _work_on_each(
+    given: dict[str, Any],
+    typed: Sequence[str],
+    program: list[str],
+    argv: Sequence[str],
+    name: str,
+) -> int:
     """Do the task for each run of --load-path, one after another, and return the exit code of the
-    first failure. A signal ends all."""
+    first failure. A signal ends all. typed: the words of --load-path."""
     from experiment.console import next_line
 
     failure = 0
@@ -976,7 +1034,7 @@ def _work_on_each(given: dict[str, Any], program: list[str], argv: Sequence[str]
             return code
         failure = failure or code
     if len(runs) > 1 and not failure:
-        print(next_line(program, given, "compare", runs), flush=True)
+        print(next_line(program, given, "compare", typed), flush=True)
     return failure
 
 

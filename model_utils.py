@@ -849,10 +849,11 @@ def attack(
     eps: float,
     description: str = "",
     workers: "Workers | None" = None,
+    report: Callable[[str, dict[str, Any]], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Attack every image at one eps, with each gradient method of --attack-grad unrolled through
     each number of --attack-step. images: uint8 (n, C, H, W); labels: (n,); args: as `make_model`
-    takes it.
+    takes it; report: gets each gradient and its result as soon as it is known.
 
     Returns {gradient: result, ..., "worst": result}, see `ART_Timesteps_Addition.attacks.summary`;
     `worst`, the strongest attack per image, only with several gradients. An attack without a
@@ -894,8 +895,10 @@ def attack(
             )
             own.append((place, result))
         results[label] = attacks.summary(workers.gather_dealt(own), x, settings.norm)
+        report(label, results[label])
     if len(results) > 1:
         results["worst"] = attacks.worst_of(list(results.values()), x, settings.norm)
+        report("worst", results["worst"])
     return results
 
 

@@ -3,6 +3,7 @@ start-up, and a run used from Python."""
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -72,7 +73,7 @@ def test_any_file_of_a_run_can_be_examined(ok, cli, trained):
         ("checkpoint.tar", "the latest"),
     ):
         out = ok(f"--todo evaluate --device -1 --load-path {trained / name}")
-        assert f"evaluated {name} (epoch 1, {chosen})" in out
+        assert f"evaluated {trained / name} (epoch 1, {chosen})" in out
     code, _, err = cli(f"--todo evaluate --device -1 --load-path {trained / 'metrics.csv'}")
     assert code == 2 and err.count("\n") == 1
 
@@ -139,7 +140,62 @@ def test_a_training_ends_with_its_best_model_and_the_next_command(ok, tmp_path):
     )
     words = shlex.split(following.removeprefix("next: "))
     assert words[:2] == ["python", "main.py"] and words[-2:] == ["--device", "-1"]
+    assert words[4:10] == [
+        *("--load-path", str(run.relative_to(tmp_path))),
+        *("--attack-norm", "inf", "--eps-list", "8/255"),
+    ]
     assert "eps 8/255" in ok(*words[2:], "--attack-iters 1 --attack-step 2 --test-size 4")
+
+
+def test_adversarial_training_proposes_the_attack_that_it_trained_against(ok):
+    out = ok(TINY, "--adv-train 1/2 --adv-norm 2 --adv-iters 1 --adv-step 1")
+    assert "--attack-norm 2 --eps-list 0.5" in out.splitlines()[-1]
+
+
+def test_an_attack_prints_what_it_measures_and_what_was_recorded(ok, trained):
+    line = (
+        f"--todo attack --device -1 --load-path {trained} --attack-norm inf --eps-list 1/2 "
+        "--attack-grad bptt ep --attack-step 1 2 --attack-iters 1 --test-size"
+    )
+
+    def lines(images):
+        out = ok(line, images).splitlines()
+        return [line for line in out if not line.lstrip().startswith("warning: ")]
+
+    first, *rows, result, following = lines("8")
+    assert first.startswith(f"{trained}/model.pt (epoch ")
+    assert "unrolled through 1 and 2 steps" in first
+    assert [row.split(", ")[1].split(":")[0] for row in rows] == [
+        *("bptt@1", "bptt@2", "ep@1", "ep@2", "worst")
+    ]
+    assert result.endswith(f"results are in {trained}/Adversarial_Accuracy_pgd_inf.txt")
+    assert following.split()[-6:-2] == ["--eps", "0.5", "--test-size", "8"]
+    assert lines("8")[1:] == [
+        *(f"{row} (recorded)" for row in rows),
+        *(result, following),
+    ]
+    *_, note, _, _ = lines("4")
+    assert note == (
+        "note: Adversarial_Accuracy_pgd_inf.txt shows these settings alone; "
+        "Adversarial_Accuracy_pgd_inf.csv and results.jsonl have those of other settings too"
+    )
+
+
+def test_an_interrupted_attack_reports_what_is_complete(cli, trained, monkeypatch):
+    line = (
+        f"--todo attack --device -1 --load-path {trained} --eps-list 0.5 1 --attack fgsm "
+        "--attack-norm 2 --attack-step 2 --attack-grad ep --test-size 4"
+    )
+    attack = mu.attack
+    for most, complete in ((0, "no eps is complete"), (0.5, "1 of 2 eps are complete")):
+
+        def interrupted(*args, most=most):
+            return attack(*args) if args[4] <= most else signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(mu, "attack", interrupted)
+        code, _, err = cli(line)
+        assert code == 143
+        assert err.endswith(f"interrupted; {complete}; the same command resumes\n")
 
 
 def test_the_best_model_of_a_training_is_described_as_it_was_chosen():
@@ -441,7 +497,7 @@ def test_attacks_without_a_gradient_have_no_gradient_in_their_rows(ok, trained, 
         f"--todo attack --device -1 --load-path {trained} --attack {name} --eps-list 0.5 --attack-iters 1 "
         "--test-size 4 --attack-grad bptt ep"
     )
-    assert "bptt" not in out.split("results go to")[1] and "gradients through" not in out
+    assert "bptt" not in out and "gradients" not in out
     table = (trained / f"Adversarial_Accuracy_{name}_2.csv").read_text()
     assert table.splitlines()[1].split(",")[1] == name and len(table.splitlines()) == 2
 

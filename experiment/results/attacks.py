@@ -3,7 +3,7 @@
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,18 +45,23 @@ def describe_sweep(config: Config, images: int, convergence: Convergence | None)
         text += f" ({convergence})"
     text += precision
     if attack.uses_gradient:
-        text += f", gradients unrolled through {format_value(config.attack_steps)} steps"
+        text += f", gradients unrolled through {listed([*map(str, config.attack_steps)])} steps"
         text += " in fp32" if half_precision else ""
     return text
 
 
-def describe_result(config: Config, eps: float, label: str, value: Mapping[str, Any]) -> str:
-    """A measurement, for the log. label: of the gradient method; value: of the record."""
+def describe_result(
+    config: Config, eps: float, label: str, value: Mapping[str, Any], recorded: bool = False
+) -> str:
+    """A measurement, for the log. label: of the gradient method; value: of the record; recorded:
+    whether an earlier command measured it."""
     gradient = "" if label == config.attack.name else f"{label}: "
     text = (
         f"eps {format_eps(eps)}, {gradient}adversarial accuracy {100 * value['adversarial']:.2f} %"
         f", mean norm {_norm(value, '.3g')}"
     )
+    if recorded:
+        text += " (recorded)"
     if value["masked"] > MASKED and config.attack.uses_gradient:
         others = "--attack square"
         if config.model.has_dynamics:
@@ -80,6 +85,18 @@ def describe_sweep_result(results: Mapping[float, Mapping[str, Record]]) -> str:
         for eps, records in results.items()
     )
     return f"adversarial accuracy{gradient}: {', '.join(accuracies)}"
+
+
+def value_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of a record. result: see `ART_Timesteps_Addition.attacks.summary`."""
+    return {
+        "adversarial": float(result["correct"].mean()),
+        "masked": result["masked"],
+        "unmoved": result["unmoved"],
+        "mean_norm": result["mean_norm"],
+        "outcomes": pack(result["correct"]),
+        "masked_outcomes": pack(result["masked_images"]),
+    }
 
 
 # Columns of Adversarial_Accuracy.csv behind those of `columns`: the settings of each row
@@ -186,15 +203,8 @@ class Sweep:
         wanted = self._wanted(eps)
         records = []
         for label, result in results.items():
-            value = {
-                "adversarial": float(result["correct"].mean()),
-                "masked": result["masked"],
-                "unmoved": result["unmoved"],
-                "mean_norm": result["mean_norm"],
-                "outcomes": pack(result["correct"]),
-                "masked_outcomes": pack(result["masked_images"]),
-            }
             own = wanted[label].settings
+            value = value_of(result)
             records.append(Record.now("attack", self.model, self.data, own, value))
         self.store.add(*records)
         self.write()
@@ -251,8 +261,23 @@ class Sweep:
 
     def _write_csv(self, measured: Sequence[tuple[str, Record]]) -> None:
         """Write the measurements of the .txt, then those with other settings."""
+        rows = [columns(record, label) for label, record in measured]
+        rows += [columns(record) for record in self._others(measured)]
+        self.run.write_csv(f"{self.stem}.csv", rows)
+
+    def notes(self) -> Iterator[str]:
+        """A note if the .txt lacks measurements of this attack and norm."""
+        if self._others(self._measured()):
+            yield (
+                f"{self.stem}.txt shows these settings alone; {self.stem}.csv and "
+                f"{self.store.path.name} have those of other settings too"
+            )
+
+    def _others(self, measured: Sequence[tuple[str, Record]]) -> list[Record]:
+        """The records of this attack and norm that are not among the `measured`: of other settings
+        or weights."""
         attack = self.config.attack
-        others = [
+        return [
             record
             for record in self.store.records
             if record.kind == "attack"
@@ -260,8 +285,6 @@ class Sweep:
             and record.settings.get("norm") == attack.norm
             and all(record is not shown for _, shown in measured)
         ]
-        rows = [columns(record, label) for label, record in measured]
-        self.run.write_csv(f"{self.stem}.csv", rows + [columns(record) for record in others])
 
     def plot(self) -> None:
         """Draw accuracy over eps."""

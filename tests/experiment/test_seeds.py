@@ -39,7 +39,7 @@ def test_each_seed_is_trained_once_and_pooled(ok):
     assert f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f} % (2 seeds)" in mean
     words = next_words.partition(": ")[2]
     assert words.startswith("--load-path ") and words.split()[1:] == list(map(str, folders()))
-    assert ok("--todo evaluate --device -1", words).count("evaluated model.pt") == 2
+    assert ok("--todo evaluate --device -1", words).count("/model.pt (epoch ") == 2
     text = (folders()[0] / "hyperparameters.txt").read_text()
     assert "--seeds" not in text.splitlines()[0] and "--seed " in text.splitlines()[0]
     again = ok(TINY, "--seeds 3 4 --epochs 2")

@@ -129,8 +129,12 @@ def test_evaluate_prints_again_what_it_measured(ok, request, zoo, tmp_path, more
     words = f"--todo evaluate --device -1 --load-path {run} --test-size 90 {more}"
     first = ok(words)
     request.getfixturevalue("idle")
-    assert ok(words) == first and len(records(run, "evaluate")) == 2
-    assert (run / "hyperparameters.txt").read_text().count("evaluated model.pt") == 2
+    when = records(run, "evaluate")[-1].when
+    again = ok(words)
+    assert again.replace(f" (recorded {when})", "") == first and again != first
+    assert f"evaluated {run}/model.pt (epoch " in first
+    assert len(records(run, "evaluate")) == 2
+    assert (run / "hyperparameters.txt").read_text().count("evaluated model.pt") == 1
 
 
 def test_evaluate_has_a_record_for_each_split(ok, tmp_path):

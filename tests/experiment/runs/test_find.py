@@ -61,20 +61,22 @@ def runs(tmp_path, zoo, monkeypatch):
 
 def test_each_run_is_evaluated(ok, runs):
     out = ok("--todo evaluate --device -1 --load-path results")
-    assert out.count("evaluated model.pt") == 2
+    assert out.count("evaluated ") == 2
     assert [line for line in out.splitlines() if line.startswith("run ")] == [
         f"run {n} of 2: {run}" for n, run in enumerate(runs, 1)
     ]
-    following = f"next: python main.py --todo compare --load-path {runs[0]} {runs[1]}"
+    following = "next: python main.py --todo compare --load-path results"
     assert out.count("next: ") == 1 and out.splitlines()[-1] == following
     out = ok("--todo evaluate --device -1 --load-path latest")
+    latest = max(runs, key=lambda run: (run / "model.pt").stat().st_mtime_ns)
     assert out.count("evaluated") == 1 and "run 1" not in out
+    assert f"evaluated {latest}/model.pt (epoch " in out
 
 
 def test_after_an_error_the_others_follow(cli, runs):
     (runs[0] / "model.pt").write_bytes(b"")
     code, out, err = cli("--todo evaluate --device -1 --load-path nowhere results")
-    assert code == 2 and out.count("evaluated model.pt") == 1
+    assert code == 2 and out.count("evaluated ") == 1
     assert err.count("error: ") == 2 and "nowhere is no folder" in err and "it is empty" in err
     assert len([line for line in out.splitlines() if line.startswith("run ")]) == 3
 
