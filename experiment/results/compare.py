@@ -17,6 +17,7 @@ from experiment.plots.style import norm_name
 from experiment.results.published import read_published
 from experiment.results.read import read_run
 from experiment.results.values import (
+    MINUS,
     STRONGEST,
     Difference,
     Group,
@@ -315,6 +316,7 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "±": r"$\pm$",
+    MINUS: "$-$",
     "≤": r"$\leq$",
 }
 
@@ -350,7 +352,9 @@ EXPLANATION = (
     "Mean ± standard deviation over seeds (number of seeds). Adversarial accuracies are those of "
     "the strongest gradient method per image. ≤: an upper bound only, because the gradients of "
     "more than 1 % of the images are zero. Differences are to the first group, in percentage "
-    "points, with their 95 % interval, paired by seed and image (bootstrap over both)."
+    'points, with their 95 % interval, paired by seed and image (bootstrap over both). "seed 1 '
+    'alone": only this seed is paired, whatever the means are of; the interval of a single seed '
+    "covers its images, not the spread between trainings."
 )
 
 

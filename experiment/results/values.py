@@ -14,6 +14,7 @@ from metrics import MASKED
 
 STRONGEST = "worst"  # the gradient of the rows of the strongest gradient per image
 DRAWS = 2000  # of the bootstrap
+MINUS = "−"
 
 
 class Images(NamedTuple):
@@ -220,29 +221,40 @@ def own_keys(groups: Iterable[Group]) -> set[Key]:
 
 
 class Difference(NamedTuple):
-    """A difference in percentage points, with its 95 % interval, over n seeds."""
+    """A difference in percentage points, with its 95 % interval, over n seeds.
+
+    alone: these seeds, where the two groups have others besides, or where it is a single one; the
+    difference of their means is another one, or the interval does not cover how trainings differ"""
 
     mean: float
     low: float
     high: float
     n: int
+    alone: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+        text = f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f}"
+        if self.alone:
+            seeds = ", ".join(map(str, self.alone))
+            text += f"; {'seed' if self.n == 1 else 'seeds'} {seeds} alone"
+        return f"{text})".replace("-", MINUS)
 
 
 def difference(first: Cell, second: Cell) -> Difference | None:
     """second - first, of the seeds that both have with outcomes of the same images; None without
     such seeds."""
-    pairs = []
+    pairs = {}
     for seed, value in second.values.items():
         other = first.values.get(seed)
         if other and value.outcomes is not None and other.outcomes is not None:
-            pairs.append(value.outcomes.astype(int) - other.outcomes.astype(int))
+            pairs[seed] = value.outcomes.astype(int) - other.outcomes.astype(int)
     if not pairs:
         return None
-    low, high = bootstrap_interval(np.stack(pairs))
-    return Difference(100 * float(np.mean(pairs)), 100 * low, 100 * high, len(pairs))
+    paired = np.stack(list(pairs.values()))
+    low, high = bootstrap_interval(paired)
+    of_all = 1 < len(pairs) == len(first.values) == len(second.values)
+    alone = () if of_all else tuple(pairs)
+    return Difference(100 * float(paired.mean()), 100 * low, 100 * high, len(pairs), alone)
 
 
 def bootstrap_interval(paired: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:

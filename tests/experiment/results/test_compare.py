@@ -479,7 +479,7 @@ def test_energy_models_and_feed_forward_networks_stand_in_one_row(make):
             "pgd L2 0.5, 20 iterations, 20 images (%)",
             "5.00 (1)",
             "50.00 (1)",
-            "+45.00 (+20.00 to +65.00)",
+            "+45.00 (+20.00 to +65.00; seed 1 alone)",
         ],
     ]
     # a gradient unrolled through one step is none of a network without steps
@@ -537,12 +537,12 @@ def test_audits_of_energy_models_and_feed_forward_networks_stand_in_one_row(make
 
 
 def test_latex_is_escaped():
-    assert latex([["", "a_b & 5 %"], ["\\x{}", "≤ 4.00 ± 1.00 (2)"]]) == [
+    assert latex([["", "a_b & 5 %"], ["\\x{}", "≤ −4.00 ± 1.00 (2)"]]) == [
         "\\begin{tabular}{lr}",
         "\\toprule",
         " & a\\_b \\& 5 \\% \\\\",
         "\\midrule",
-        "\\textbackslash{}x\\{\\} & $\\leq$ 4.00 $\\pm$ 1.00 (2) \\\\",
+        "\\textbackslash{}x\\{\\} & $\\leq$ $-$4.00 $\\pm$ 1.00 (2) \\\\",
         "\\bottomrule",
         "\\end{tabular}",
     ]
@@ -560,16 +560,33 @@ def cell_of(*outcomes):
 def test_a_difference_without_spread_has_an_interval_of_width_0():
     """One seed, and all images change alike."""
     found = difference(cell_of([True] * 9), cell_of([False] * 9))
-    assert found == (-100, -100, -100, 1)
-    assert difference(cell_of([True, False]), cell_of([True, False])) == (0, 0, 0, 1)
+    assert found == (-100, -100, -100, 1, (0,))
+    assert difference(cell_of([True, False]), cell_of([True, False])) == (0, 0, 0, 1, (0,))
 
 
 def test_only_seeds_with_outcomes_of_both_are_paired():
     first_cell = cell_of([True, True], [True, False])
     second = Cell({1: first_cell.values[1], 2: first_cell.values[0]})
-    assert difference(first_cell, second) == (0, 0, 0, 1)
+    assert difference(first_cell, second) == (0, 0, 0, 1, (1,))
     assert difference(first_cell, Cell({0: Value(50.0)})) is None
     assert difference(first_cell, Cell({5: first_cell.values[0]})) is None
+
+
+@pytest.mark.parametrize(
+    "seeds, others, named",
+    [
+        ([1], [1, 2], "; seed 1 alone)"),
+        ([1], [1], "; seed 1 alone)"),
+        ([1, 2, 3], [2, 3], "; seeds 2, 3 alone)"),
+        ([1, 2], [1, 2], "to +100.00)"),
+    ],
+)
+def test_a_difference_names_its_seeds_where_they_are_not_those_of_the_means(seeds, others, named):
+    """63.00 (1) and 56.50 ± 8.49 (2) stood beside a difference of -12.50, that of seed 1."""
+    lower = Value(50.0, outcomes=np.array([True, False]))
+    higher = Value(100.0, outcomes=np.array([True, True]))
+    found = difference(Cell(dict.fromkeys(seeds, lower)), Cell(dict.fromkeys(others, higher)))
+    assert found.mean == 50 and f"{found}".endswith(named)
 
 
 def test_pairing_by_image_narrows_the_interval():
