@@ -1,5 +1,5 @@
 """Figures of a comparison. A curve is the mean over the seeds of a group; published curves are
-dashed."""
+dotted."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from data_utils import TASKS
 from experiment.plots.style import (
     ACCURACY,
     beside,
+    chance_line,
     curve_style,
     eps_axis,
     grid,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DENSE = 20  # points from which on a curve has a band instead of error bars
+LINES = ("-", "--", "-.")  # of curves next to each other, which colours do not tell apart in grey
 
 
 class Point(NamedTuple):
@@ -114,7 +117,7 @@ def _draw(axes: Axes, n: int, groups: Sequence[Group], curve: Curve) -> None:
     if not curve:
         return
     group = groups[n]
-    look = {**curve_style(n), "linestyle": "--" if group.published else "-"}
+    look = {**curve_style(n), "linestyle": ":" if group.published else LINES[n % len(LINES)]}
     if group.published:
         look |= {"linewidth": 0.8, "markersize": 2.5}
     most = max(len(point.cell.values) for point in curve)
@@ -161,14 +164,23 @@ def _caption(
     published = []
     missing = []
     for n, group in enumerate(groups):
+        lacking = [
+            key.attack
+            for key, curves in panels
+            if not curves[n] and (not group.published or _published(group, key, None))
+        ]
         if any(curves[n] for _, curves in panels):
             published += [group] if group.published else []
-        elif not group.published or any(_published(group, key, None) for key, _ in panels):
+            missing += [f"{group.label} (panel {listed(lacking)})"] if lacking else []
+        elif lacking:
             missing.append(group.label)
     if published:
         measures = {key.measure for key, _ in panels}
         caveats = [text for group in published for m, text in group.caveats if m in measures]
-        sentences += ["Dashed: published results, not measured here.", *dict.fromkeys(caveats)]
+        sentences += [
+            "Thin and dotted: published results, not measured here.",
+            *dict.fromkeys(caveats),
+        ]
     if missing:
         sentences.append(f"Not drawn, without comparable results: {listed(missing)}.")
     return " ".join(sentences)
@@ -205,11 +217,21 @@ def _of_measure(groups: Sequence[Group], measure: str) -> tuple[Key, list[Curve]
     return chosen, [[point for point in curve if point.x] for curve in curves]
 
 
+def _test_images(groups: Sequence[Group]) -> str:
+    """How many images trainings are tested on. All of a data set are counted by an evaluation."""
+    numbers = set()
+    for run in [run for group in groups if not group.published for run in group.runs]:
+        data = run.args.get("test_data")
+        same = [key.images.number for key in run.values if data == key.images.fingerprint]
+        numbers.add(str(run.args.get("test_size") or max(same, default="all")))
+    return " / ".join(sorted(numbers))
+
+
 @style()
 def training(groups: Sequence[Group]) -> Figure:
     """Test accuracy over the epochs."""
     chosen, curves = _of_measure(groups, "training")
-    about = "Test accuracy over the training."
+    about = f"Accuracy on {_test_images(groups)} test images over the training."
     return _one_panel(groups, chosen, curves, about, "epoch", f"test {ACCURACY}")
 
 
@@ -289,17 +311,27 @@ def robustness(groups: Sequence[Group], norm: str) -> Figure:
         panels.append((chosen, _under_attack(groups, chosen)))
     details = [_describe(groups, key, curves) for key, curves in panels]
     about = f"Accuracy under attack, {norm_name(norm)} norm. {'; '.join(details)}."
+    if any(len({point.x for curve in curves for point in curve} - {0}) > 1 for _, curves in panels):
+        about += " The x axis is linear up to the smallest eps and logarithmic beyond."
     columns: Literal[1, 2] = 1 if len(panels) == 1 else 2
     caption = _caption(about, groups, panels)
     figure = new_figure(caption, columns, 2.2 * -(-len(panels) // 2))
     for axes, (key, curves) in zip(grid(figure, len(panels), 2, sharey=True), panels):
         for n, curve in enumerate(curves):
             _draw(axes, n, groups, curve)
+        chance_line(axes, _chance(groups))
         axes.set(ylabel=ACCURACY, ylim=(-2, 102))
         axes.set_title(literal(key.attack))
         eps_axis(axes, {point.x for curve in curves for point in curve}, norm)
     legend_below(figure)
     return figure
+
+
+def _chance(groups: Sequence[Group]) -> float | None:
+    """The accuracy of guessing, in %; None for groups of different or unknown tasks."""
+    tasks = {run.args.get("task") for group in groups if not group.published for run in group.runs}
+    (task,) = tasks if len(tasks) == 1 else (None,)
+    return 100 / TASKS[task].classes if task in TASKS else None
 
 
 def _describe(groups: Sequence[Group], key: Key, curves: Sequence[Curve]) -> str:

@@ -764,6 +764,44 @@ def test_a_panel_joins_only_what_was_measured_alike():
     assert "without comparable results: c" in figure.get_label()
 
 
+def test_a_group_that_one_panel_lacks_is_named():
+    """It was named only where no panel had it: an audit of 50 images vanished beside one of 30."""
+    groups = [group_of("a", [{1: 50, 2: 30}]), group_of("b", [{1: 40, 2: 20}])]
+    audit = Key("audit", "audit", "2", eps=1)
+    for group, images in zip(groups, (30, 50)):
+        group.runs[0].add(audit._replace(images=Images("digits", "test", images)), Value(20.0))
+    caption = plots.robustness(groups, "2").get_label()
+    (lacking,) = [name for name in "ab" if f"{name} (panel audit)" in caption]
+    assert f"Not drawn, without comparable results: {lacking} (panel audit)." in caption
+
+
+def test_curves_differ_in_their_lines_and_chance_is_drawn():
+    """In grey, colours are alike."""
+    groups = [group_of(name, [{1: 50, 2: 30}]) for name in "abc"]
+    figure = plots.robustness(groups, "2")
+    lines = [container.lines[0] for container in figure.axes[0].containers]
+    assert len({line.get_linestyle() for line in lines}) == 3
+    assert "linear up to the smallest eps and logarithmic beyond" in figure.get_label()
+    assert "chance" not in figure.legends[0].get_texts()[-1].get_text()
+    for group, task in zip(groups, ("digits", "digits", "CIFAR100")):
+        group.runs[0].args["task"] = task
+    labels = plots.robustness(groups[:2], "2").axes[0].get_legend_handles_labels()[1]
+    assert sorted(labels) == ["a", "b", "chance 10 %"]
+    labels = plots.robustness(groups, "2").axes[0].get_legend_handles_labels()[1]
+    assert sorted(labels) == ["a", "b", "c"]
+
+
+def test_the_caption_of_the_training_counts_the_test_images(make):
+    groups, *_ = compared(make("EP", test_size=60), make("BPTT", test_size=60))
+    assert "Accuracy on 60 test images over" in plots.training(groups).get_label()
+    run = make("EP", test_size=None, test_data="ab")
+    groups, *_ = compared(run)
+    assert "Accuracy on all test images over" in plots.training(groups).get_label()
+    Store(run).add(evaluated(run, 18))
+    groups, *_ = compared(run)
+    assert f"Accuracy on {IMAGES} test images over" in plots.training(groups).get_label()
+
+
 def test_the_curve_begins_with_the_clean_accuracy():
     (group,) = [group_of("a", [{1: 50, 2: 30}, {1: 40}])]
     for run, clean in zip(group.runs, (90, 80)):
