@@ -185,7 +185,8 @@ def _key(record: Record, usual: Mapping[str, Any], measure: str, **columns: Any)
         if name not in (*COLUMNS, *OF_SEARCH, *BUDGET)
         and not (name in usual and value in (usual[name], None))
     }
-    if budget.get("queries") and record.settings.get("attack") in WITHOUT_GRADIENT:
+    attack = record.settings.get("attack")
+    if attack == "fgsm" or budget.get("queries") and attack in WITHOUT_GRADIENT:
         budget.pop("iters", None)
     images = _images(record)
     parts = [BUDGET[name].format(_text(value)) for name, value in budget.items()]
