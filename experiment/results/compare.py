@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import datetime
 import io
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,12 +26,14 @@ from experiment.results.values import (
     Key,
     RunResults,
     difference,
+    method_order,
 )
 from experiment.runs.files import WriteFailed, csv_cell, markdown_cell, printable, why, write_text
 from experiment.runs.folder import RunFolder
 from experiment.text import count, format_eps, format_value, listed
 
 LONGEST_LABEL = 300
+LONGEST_IN_HEADER = 40  # characters of a label in another column's header
 COLUMNS = (
     *("group", "measure", "attack", "norm", "grad", "steps", "eps", "detail", "mean", "std", "n"),
     *("task", "split", "images", "data", "gradients", "masked", "converged", "chosen_on", "epochs"),
@@ -110,33 +114,75 @@ def _labels(identities: Sequence[Identity]) -> list[str]:
     labels = []
     for name, identity in zip(names, identities):
         same = [other for other, other_name in zip(identities, names) if other_name == name]
-        differing = [
-            f"{dest.replace('_', '-')} {format_value(value)}"
-            for dest, value in identity.items()
-            if any(other[dest] != value for other in same)
-        ]
-        labels.append(printable(", ".join([name, *differing]))[:LONGEST_LABEL])
+        differing = {
+            dest for dest, value in identity.items() if any(o[dest] != value for o in same)
+        }
+        # other sizes, and other tasks, are other data
+        differing -= {data for data, (_, size) in FINGERPRINTS.items() if size in differing}
+        own = [_describe_setting(dest, identity[dest]) for dest in identity if dest in differing]
+        labels.append(printable(", ".join([name, *own]))[:LONGEST_LABEL])
     return labels
+
+
+def _describe_setting(dest: str, value: Any) -> str:
+    """A setting of a training, for a label."""
+    name = dest.replace("_", "-")
+    for data, (images, size) in FINGERPRINTS.items():
+        if dest == size:
+            return f"{'all' if value is None else value} {images} images"
+        if dest == data:
+            return f"{images} images {str(value)[:8]}"
+    if dest == "adv_train" and value:
+        return f"{name} {format_eps(value)}"
+    if value is None or value is False:
+        return f"no {name}"
+    return name if value is True else f"{name} {format_value(value)}"
 
 
 # ------------------------------------------------------------------------------------------- tables
 
 
 def _table_keys(groups: Sequence[Group]) -> list[Key]:
-    """The keys of the tables, in their order: before the attacks on some images, the clean accuracy
-    of the same images."""
+    """The keys of the tables, in their order: what most groups have, on the most images, comes
+    first; before the attacks on some images, the clean accuracy of the same images."""
+    found = {key for group in groups for key in group.cells if key.measure in ORDER}
+    of_block: dict[Any, set[int]] = {}  # the groups that have one of its values
+    of_curve: dict[Any, set[int]] = {}
+    for n, group in enumerate(groups):
+        for key in found & group.cells.keys():
+            of_block.setdefault(_block(key), set()).add(n)
+            of_curve.setdefault(_curve(key), set()).add(n)
 
     def order(key: Key) -> tuple:
-        aside = key.measure in ("corruptions", "seconds")
-        recorded = not key.images.number  # while training
-        block = (aside, not recorded, key.images, key.predicted != "{}", key.predicted)
-        is_strongest = key.grad == STRONGEST
-        steps = int(key.steps) if key.steps.isdecimal() else 0
-        row = (key.attack, key.norm, not is_strongest, key.grad, steps, key.detail, key.rest)
-        return (*block, ORDER.index(key.measure), *row, key.eps)
+        aside = ("corruptions", "seconds").index(key.measure) + 1 if _is_aside(key) else 0
+        was_recorded = not key.images.number  # while training
+        block = (-len(of_block[_block(key)]), -key.images.number, key.predicted != "{}")
+        curve = _curve(key)
+        row = (key.measure != "clean", -len(of_curve[curve]), ORDER.index(curve.measure), curve)
+        method = (
+            key.grad != STRONGEST,
+            *method_order(key.grad),
+            int(key.steps) if key.steps.isdecimal() else 0,
+        )
+        is_trusted = key.measure == "audit trusted"
+        return (aside, not was_recorded, *block, _block(key), *row, *method, key.eps, is_trusted)
 
-    found = {key for group in groups for key in group.cells if key.measure in ORDER}
     return sorted(found, key=order)
+
+
+def _is_aside(key: Key) -> bool:
+    return key.measure in ("corruptions", "seconds")
+
+
+def _block(key: Key) -> tuple:
+    """What the rows of one block of the table have in common."""
+    return key.images, key.predicted
+
+
+def _curve(key: Key) -> Key:
+    """What the rows of one attack have in common, over eps and gradient methods."""
+    measure = "audit" if key.measure == "audit trusted" else key.measure
+    return _without_steps(key)._replace(measure=measure, grad="", eps=0.0)
 
 
 def _is_of_one_method(key: Key) -> bool:
@@ -243,7 +289,10 @@ def comparison_table(groups: Sequence[Group], keys: Sequence[Key]) -> Table:
     for group in groups:
         header.append(group.label)
         if group is not groups[0]:
-            header.append("difference")
+            first = groups[0].label
+            header.append(
+                f"difference to {first if len(first) <= LONGEST_IN_HEADER else 'the first group'}"
+            )
     table = [header]
     for key, label in _row_labels(keys).items():
         row = [label]
@@ -289,16 +338,52 @@ def _converged(group: Group) -> str:
 
 
 def _gradients(group: Group) -> str:
-    """The gradient methods of a group's attacks."""
+    """The gradient methods of a group's attacks, the strongest of which counts per image."""
     attacks: dict[str, list[str]] = {}
     for key, cell in group.cells.items():
         if key.measure == "adversarial" and key.grad == STRONGEST:
-            names = attacks.setdefault(", ".join(cell.methods), [])
+            methods = ", ".join(cell.methods)
+            several = len(cell.methods) > 1
+            names = attacks.setdefault(f"strongest of {methods}" if several else methods, [])
             if key.attack not in names:
                 names.append(key.attack)
     if len(attacks) == 1:
         return next(iter(attacks))
     return "; ".join(f"{', '.join(names)}: {methods}" for methods, names in attacks.items())
+
+
+def _effort(groups: Sequence[Group]) -> list[str]:
+    """A line that says by which gradient methods each group was attacked; none without attacks."""
+    gradients = {group.label: _gradients(group) for group in groups}
+    attacked = [f"{label}: {text}" for label, text in gradients.items() if text]
+    return [f"Gradient methods of the attacks: {'; '.join(attacked)}."] if attacked else []
+
+
+def _with_one_row_per_method(groups: Sequence[Group]) -> list[Group]:
+    """The groups without the steps of gradient methods of which each has one number of steps at
+    most: energy models and networks without time steps stand in one row."""
+    steps = [
+        Counter(_without_steps(key) for key in group.cells if _is_of_one_method(key))
+        for group in groups
+    ]
+    several = {key for numbers in steps for key, number in numbers.items() if number > 1}
+
+    def renamed(run: RunResults) -> RunResults:
+        values = {}
+        for key, own in run.values.items():
+            is_single = _is_of_one_method(key) and _without_steps(key) not in several
+            values[_without_steps(key) if is_single else key] = own
+        return dataclasses.replace(run, values=values)
+
+    return [dataclasses.replace(group, runs=[renamed(r) for r in group.runs]) for group in groups]
+
+
+def _without_steps(key: Key) -> Key:
+    """A key without what only models with time steps have: their number, and the usual start."""
+    rest = json.loads(key.rest)
+    if rest.get("start") == "zero":
+        rest["start"] = None
+    return key._replace(steps="", rest=json.dumps(rest, sort_keys=True))
 
 
 def markdown(table: Table) -> list[str]:
@@ -321,12 +406,13 @@ LATEX = {
 }
 
 
+def _latex_text(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in printable(text))
+
+
 def latex(table: Table) -> list[str]:
     """The lines of a LaTeX table for the package booktabs."""
-    header, *rows = [
-        ["".join(LATEX.get(letter, letter) for letter in printable(cell)) for cell in row]
-        for row in table
-    ]
+    header, *rows = [[_latex_text(cell) for cell in row] for row in table]
     return [
         f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
         r"\toprule",
@@ -377,6 +463,20 @@ def _notes(groups: Sequence[Group], keys: Sequence[Key]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def _main_keys(groups: Sequence[Group]) -> list[Key]:
+    """The keys of the main table: without single gradient methods and, where all groups were
+    evaluated, without the accuracy that a training recorded."""
+    evaluated = [
+        any(key.measure == "clean" and key.images.number for key in group.cells) for group in groups
+    ]
+    return [
+        key
+        for key in _table_keys(groups)
+        if not _is_of_one_method(key)
+        and not (all(evaluated) and key.measure == "clean" and not key.images.number)
+    ]
+
+
 def compare(
     paths: Sequence[str],
     labels: Sequence[str] | None,
@@ -393,9 +493,8 @@ def compare(
     groups, notes = group_runs([read_run(path) for path in paths], labels)
     tasks = {run.args.get("task") for group in groups for run in group.runs}
     published_groups = read_published(published or (), tasks)
-    keys = _table_keys(groups)
-    main_keys = [key for key in keys if not _is_of_one_method(key)]
-    other_keys = [key for key in keys if _is_of_one_method(key)]
+    main_keys = _main_keys(groups)
+    effort = _effort(groups)
     notes += _notes([*groups, *published_groups], main_keys)
     main_table = comparison_table(groups, main_keys)
     lines = [
@@ -406,6 +505,7 @@ def compare(
         EXPLANATION,
         "",
         *markdown(main_table),
+        *("", *(markdown_cell(line) for line in effort)),
         "",
         "## Groups",
         "",
@@ -413,14 +513,17 @@ def compare(
     ]
     if notes:
         lines += ["", "## Notes", "", *(f"- {markdown_cell(note)}" for note in notes)]
-    if other_keys:
-        table = comparison_table(groups, other_keys)
+    by_method = _with_one_row_per_method(groups)
+    method_keys = [key for key in _table_keys(by_method) if _is_of_one_method(key)]
+    if method_keys:
+        table = comparison_table(by_method, method_keys)
         lines += ["", "## Each gradient method", "", *markdown(table)]
     folder = _new_folder(pathlib.Path(root, "compare"))
     _write_csv(folder / "comparison.csv", table_rows(groups))
-    write_text(folder / "comparison.tex", "\n".join(latex(main_table)) + "\n")
+    comments = [f"% {_latex_text(line)}" for line in [EXPLANATION, *effort]]
+    write_text(folder / "comparison.tex", "\n".join([*comments, *latex(main_table)]) + "\n")
     write_text(folder / "comparison.md", "\n".join(lines) + "\n")
-    print("\n".join(markdown(main_table)))
+    print("\n".join([*markdown(main_table), *map(markdown_cell, effort)]))
     for note in notes:
         print(f"note: {note}")
     runs = sum(len(group.runs) for group in groups)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ART_Timesteps_Addition.names import GRADIENTS
 from metrics import MASKED
 
 STRONGEST = "worst"  # the gradient of the rows of the strongest gradient per image
@@ -72,6 +74,13 @@ class Value:
     converged: float | None = None
 
 
+def method_order(name: str) -> tuple[int, str, int, str]:
+    """The place of a gradient method such as `bptt@29 from equilibrium` in lists."""
+    gradient = re.split("@| ", name)[0]
+    place = GRADIENTS.index(gradient) if gradient in GRADIENTS else len(GRADIENTS)
+    return place, gradient, len(name), name
+
+
 def strongest(values: Sequence[Value]) -> Value:
     """The strongest attack per image of some values on the same images. Where the outcomes of
     single images are unknown, the smallest accuracy."""
@@ -126,7 +135,7 @@ class Cell:
     @property
     def methods(self) -> list[str]:
         """The gradient methods, of all values the same."""
-        return sorted(next(iter(self.values.values())).methods, key=lambda name: (len(name), name))
+        return sorted(next(iter(self.values.values())).methods, key=method_order)
 
     @property
     def masked(self) -> float:

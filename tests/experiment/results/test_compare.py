@@ -23,6 +23,7 @@ from experiment.results import read, settings
 from experiment.results.compare import (
     _notes,
     _table_keys,
+    _with_one_row_per_method,
     comparison_table,
     group_runs,
     latex,
@@ -328,6 +329,56 @@ def test_a_resumption_with_other_arguments_is_another_group(make):
     groups, *_ = compared(*runs)
     assert [len(group.runs) for group in groups] == [3, 1]
     assert "resumed before epoch 2: --T1 30 (until now 4)" in groups[1].label
+
+
+def test_labels_leave_out_what_follows(make):
+    """`test-size None, test-data 15acc2992d1bf4ae` was a label."""
+    groups, *_ = compared(
+        make("EP", test_size=None, test_data="a" * 16), make("EP", test_size=60, test_data="b" * 16)
+    )
+    assert [g.label for g in groups] == ["MLP EP, all test images", "MLP EP, 60 test images"]
+    groups, *_ = compared(make("EP", test_data="a" * 16), make("EP", test_data="b" * 16))
+    assert groups[0].label == "MLP EP, test images aaaaaaaa"
+
+
+def test_rows_of_most_groups_come_first_and_of_an_audit_its_trust(make):
+    runs = [make("EP"), make("BPTT")]
+    for run in runs:
+        Store(run).add(attacked(run, 4), audited(run, 3), audited(run, 2, eps=1.0))
+    Store(runs[0]).add(attacked(runs[0], 4, attack="apgd-ce"))
+    groups, *_ = compared(*runs)
+    rows = [(k.measure, k.attack, k.eps) for k in _table_keys(groups) if k.grad in ("", STRONGEST)]
+    assert rows == [
+        ("clean", "", 0),  # recorded in training
+        ("clean", "", 0),
+        ("adversarial", "pgd", 0.5),
+        *(("audit", "audit", 0.5), ("audit trusted", "audit", 0.5)),
+        *(("audit", "audit", 1), ("audit trusted", "audit", 1)),
+        ("adversarial", "apgd-ce", 0.5),
+        ("seconds", "", 0),
+    ]
+
+
+def test_a_gradient_method_of_one_number_of_steps_is_one_row(make):
+    runs = [make("EP"), make("BPTT", model="FFMLP", alg="BP")]
+    Store(runs[0]).add(attacked(runs[0], 4))
+    Store(runs[1]).add(attacked(runs[1], 10, steps=0, **FEED_FORWARD))
+    groups = _with_one_row_per_method(compared(*runs)[0])
+    keys = [key for key in _table_keys(groups) if key.grad == "bptt"]
+    (row,) = comparison_table(groups, keys)[1:]
+    assert row[:3] == ["pgd L2 0.5, bptt, 20 iterations, 20 images (%)", "20.00 (1)", "50.00 (1)"]
+
+
+def test_fgsm_has_no_iterations(make):
+    run = make("EP")
+    Store(run).add(attacked(run, 4, attack="fgsm"))
+    assert only(compared(run)[1], grad=STRONGEST)["detail"] == "20 images"
+
+
+def test_gradient_methods_are_in_the_order_of_their_names():
+    methods = ("ep@4", "bptt@29", "bptt@4", "smooth@4 from equilibrium", "bptt")
+    expected = ["bptt", "bptt@4", "bptt@29", "smooth@4 from equilibrium", "ep@4"]
+    assert Cell({1: value(50, *methods)}).methods == expected
 
 
 def test_a_shorter_training_is_another_group(make):
@@ -890,7 +941,10 @@ def test_the_files_of_a_comparison(ok, make, tmp_path):
     assert row in text and row in out
     group = "| EP | 1, 2 | digits | the best on the test images, of 2 epochs | 50.00 | bptt@4 |"
     assert group in text
-    assert "## Each gradient method" in text and "pgd L2 0.5, bptt@4, 20 iterations" in text
+    assert "## Each gradient method" in text and "pgd L2 0.5, bptt, 20 iterations" in text
+    assert "recorded in training" not in text  # as all were evaluated
+    effort = "Gradient methods of the attacks: EP: bptt@4; BPTT: bptt@4."
+    assert f"\n{effort}\n" in text and effort in out and "difference to EP |" in out
     assert r"25.00 $\pm$ 7.07 (2)" in (folder / "comparison.tex").read_text()
     with open(folder / "comparison.csv") as file:
         table = csv.DictReader(file)
@@ -908,6 +962,7 @@ def test_runs_without_anything_leave_gaps(ok, make, tmp_path):
     ok("--todo compare --figures pdf --load-path", make("EP"), make("BPTT") / "checkpoint.tar")
     (folder,) = (tmp_path / "results" / "compare").glob("*/*")
     assert (folder / "training.pdf").exists()
+    assert "recorded in training" in (folder / "comparison.md").read_text()
     assert "MLP BPTT" in (folder / "comparison.csv").read_text()
 
 
