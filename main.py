@@ -551,7 +551,8 @@ def corruptions(job: Job) -> None:
         flush=True,
     )
     for name in corrupted.names:
-        if name not in table.measured():
+        recorded = name in table.measured()
+        if not recorded:
             outcomes = []
             for severity, (x, y) in enumerate(corrupted.severities(name), 1):
                 batches = data_utils.Batches(x, y, data.mbs, job.task, job.device)
@@ -559,7 +560,7 @@ def corruptions(job: Job) -> None:
                 found = inference.predict(job.model, batches, config.rule, description)
                 outcomes.append(found.labels == found.classes)
             table.add(name, outcomes)
-        print(table.describe(name), flush=True)
+        print(table.describe(name) + (" (recorded)" if recorded else ""), flush=True)
     table.write()
     print(f"{table.describe_means()}; results are in {table.text}", flush=True)
     table.plot()

@@ -12,6 +12,7 @@ from typing import Any
 from ART_Timesteps_Addition.audit import stages
 from ART_Timesteps_Addition.audit.criteria import result_of, verdict
 from ART_Timesteps_Addition.audit.model import AuditedModel
+from experiment.text import listed
 
 
 def audit(
@@ -30,11 +31,12 @@ def audit(
     line = f"audit, {norm}-norm, eps {eps}, {len(audited.y)} images, budget {budget}"
     if audited.model.has_dynamics:
         line += (
-            f", predictions after {audited.T1} steps, gradients through "
-            f"{' '.join(map(str, audited.steps))}"
+            f", predictions after {audited.T1} steps, gradients unrolled through "
+            f"{listed([*map(str, audited.steps)])} steps"
         )
-    print(f"{line}; results go to {files.text}", flush=True)
     result = files.result()
+    recorded = "" if result is None else " (recorded)"
+    print(f"{line}; results go to {files.text}{recorded}", flush=True)
     if result is None:
         report = functools.partial(print, flush=True)
         state = stages.Audit(audited, stages.BUDGETS[budget], surrogate, report).run(files)

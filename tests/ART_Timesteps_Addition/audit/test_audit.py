@@ -124,6 +124,7 @@ def test_a_repeated_audit_prints_its_record(ok, idle, audited, tmp_path):
     for path in run.glob("Audit_2_1*"):
         path.unlink()
     out = ok(LINE, f"--load-path {run}")
+    assert out.splitlines()[0].endswith(f"results go to {run / 'Audit_2_1.txt'} (recorded)")
     assert {name: (run / name).read_text() for name in before} == before
     assert (
         before["Audit_2_1.txt"].partition("# figure: ")[0] in out
