@@ -444,7 +444,9 @@ def test_the_15_corruptions_of_the_published_means_are_enough(cli, ok, corrupted
     assert list(first) == list(CORRUPTIONS[:15])
     mean = np.mean(list(first.values()))
     assert text.read_text().splitlines()[-1] == f"# mean over the first 15: {mean:.6f}"
-    assert out.splitlines()[-1] == f"mean accuracy over the first 15 corruptions {100 * mean:.2f} %"
+    assert out.splitlines()[-1] == (
+        f"mean accuracy over the first 15 corruptions {100 * mean:.2f} %; results are in {text}"
+    )
     assert (run / "Corruption_Accuracy.png").exists()
 
     for name, array in extra.items():
