@@ -22,7 +22,7 @@ from experiment.results.values import Statistics
 from experiment.runs import checkpoint, resume
 from experiment.runs.files import Busy, Lock, WriteFailed, parse_json, read_text, why
 from experiment.runs.folder import remove_half_made
-from experiment.runs.history import other_data
+from experiment.runs.history import History, other_data
 from experiment.text import count, listed
 from experiment.validate import validate
 from experiment.workers import Workers
@@ -192,7 +192,7 @@ class _RunsBelow:
 
     def result(self, seed: int) -> TrainedRun:
         folder = self._folder(seed)
-        run = TrainedRun(folder, _epochs(folder, self.wanted))
+        run = TrainedRun(folder, len(_history(folder, self.wanted).epochs))
         self.wanted = self.wanted or run.epochs
         return run
 
@@ -263,10 +263,11 @@ class SearchedRuns:
     def _find(self, seed: int) -> TrainedRun | None:
         """The training with a seed on the same data: the longest run of at most the wanted epochs;
         None without one. Prints a note once for each run that cannot be read or, without another,
-        has more epochs."""
+        has more epochs or was trained with other settings before a resumption."""
         now = self._of_seed(seed).flat()
         identity = {**training_identity(now), "seed": seed}
         found = []
+        others = {}  # {folder: why it is another training}
         for path in sorted(self.folder.glob("[!.]*/[!.]*/config.json")):
             folder = path.parent
             try:
@@ -276,15 +277,20 @@ class SearchedRuns:
                 knows_data = not FINGERPRINTS.keys().isdisjoint(saved)
                 if knows_data and other_data(saved, {**now, **self.fingerprints}):
                     continue
-                found.append(TrainedRun(folder, _epochs(folder, self.wanted)))
+                history = _history(folder, self.wanted)
+                epochs = len(history.epochs)
+                if changed := history.changed_training(epochs):
+                    others[folder] = f"its training changed {changed}"
+                elif epochs > self.wanted:
+                    others[folder] = f"it has {count(epochs, 'epoch')}, not {self.wanted}"
+                else:
+                    found.append(TrainedRun(folder, epochs))
             except (UserError, OSError, ValueError, AttributeError, RecursionError) as e:
                 self._note(folder, str(e) if isinstance(e, UserError) else f"{path} cannot be read")
-        fitting = [run for run in found if run.epochs <= self.wanted]
-        if not fitting:
-            for longer in found:
-                epochs = count(longer.epochs, "epoch")
-                self._note(longer.folder, f"it has {epochs}, not {self.wanted}")
-        return max(fitting, key=lambda run: run.epochs, default=None)  # the first of equal ones
+        if not found:
+            for folder, reason in others.items():
+                self._note(folder, reason)
+        return max(found, key=lambda run: run.epochs, default=None)  # the first of equal ones
 
     def _note(self, folder: pathlib.Path, reason: str) -> None:
         """Print once that a run is left out."""
@@ -309,16 +315,16 @@ def _lock(seed: int, folder: pathlib.Path, name: str = "") -> Lock | None:
         return None
 
 
-def _epochs(run: pathlib.Path, wanted: int | None) -> int:
-    """The epochs of a run. If checkpoint.tar cannot be read, final_checkpoint.tar is enough for a
+def _history(run: pathlib.Path, wanted: int | None) -> History:
+    """The history of a run. If checkpoint.tar cannot be read, final_checkpoint.tar is enough for a
     run with all `wanted` epochs. Raises UserError."""
     try:
-        return len(checkpoint.open_saved(run / "checkpoint.tar", "train").history.epochs)
+        return checkpoint.open_saved(run / "checkpoint.tar", "train").history
     except UserError:
         with contextlib.suppress(UserError):
-            final = checkpoint.open_saved(run / "final_checkpoint.tar", "train")
-            if len(final.history.epochs) == wanted:
-                return wanted
+            final = checkpoint.open_saved(run / "final_checkpoint.tar", "train").history
+            if len(final.epochs) == wanted:
+                return final
         raise
 
 

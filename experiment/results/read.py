@@ -14,7 +14,6 @@ from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES
 from experiment.config import (
     BY_DEST,
     FINGERPRINTS,
-    FLAGS,
     LARGEST,
     LEAST_EPS,
     MOST_EPS,
@@ -109,15 +108,6 @@ def _describe_others(records: Sequence[Record], epoch: int) -> str:
 # ---- training
 
 
-def _changed_training(text: str) -> str:
-    """The changes at a resumption, see `History.resumptions`, that make it another training: data
-    may have moved, and `training_identity` has no such flags either."""
-    ignored = {flag.negative for flag in FLAGS if flag.place or flag.repeats}
-    ignored |= {flag.name for flag in FLAGS if flag.place or flag.repeats}
-    names = {part: part.partition(" ")[0].removeprefix("--") for part in text.split("; ")}
-    return "; ".join(part for part, name in names.items() if name not in ignored)
-
-
 def _add_training(run: RunResults, saved: SavedRun) -> None:
     """Add what a run's training measured, and what identifies it."""
     chosen = chosen_by(saved.path.name, saved.args)
@@ -126,16 +116,11 @@ def _add_training(run: RunResults, saved: SavedRun) -> None:
     if saved.path.name != whole.name and whole.exists():
         history = checkpoint.open_saved(whole, "evaluate").history
     epochs = history.epochs[: len(saved.history.epochs) if chosen == "last" else None]
-    changes = [
-        f"before epoch {n}: {changed}"
-        for n, text in history.resumptions.items()
-        if (changed := _changed_training(text)) and n <= len(epochs)
-    ]
     run.identity = {
         **training_identity(saved.args),
         "epochs": len(epochs),
         "chosen_on": chosen,
-        "resumed": "; ".join(changes) or "never",
+        "resumed": history.changed_training(len(epochs)) or "never",
         **{name: saved.args.get(name) for name in FINGERPRINTS},
     }
     for row in epochs:

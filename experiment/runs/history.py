@@ -23,6 +23,23 @@ class History:
     resumptions: dict[int, str] = dataclasses.field(default_factory=dict)
     requested: int = 0
 
+    def changed_training(self, epochs: int) -> str:
+        """The resumptions within the first `epochs` that make it another training, as text; ""
+        without one. Data may have moved: like `training_identity`, it ignores their places."""
+        ignored = {
+            name
+            for flag in FLAGS
+            if flag.place or flag.repeats
+            for name in (flag.name, flag.negative)
+        }
+        resumptions = []
+        for epoch, text in self.resumptions.items():
+            names = {part: part.partition(" ")[0].removeprefix("--") for part in text.split("; ")}
+            changed = "; ".join(part for part, name in names.items() if name not in ignored)
+            if changed and epoch <= epochs:
+                resumptions.append(f"before epoch {epoch}: {changed}")
+        return "; ".join(resumptions)
+
 
 def chosen_on(args: dict) -> str:
     """The name of the images that a run's best model is chosen on. args: {dest: value}."""

@@ -187,6 +187,17 @@ def test_folders_are_typed_for_a_shell(ok):
     assert out.splitlines()[-1].endswith("--load-path 'two words/seed_3'")
 
 
+def test_a_run_that_was_half_trained_with_other_settings_is_left_out(cli, ok):
+    ok(TINY, "--seed 3 --T1 3")
+    (mixed,) = folders()
+    ok("--device -1 --T1 4 --epochs 1 --load-path", mixed)
+    changed = "its training changed before epoch 2: --T1 4 (until now 3)"
+    for note in (f"note: {mixed} is left out: {changed}\n", ""):
+        code, out, err = cli(TINY, "--seeds 3 --epochs 2")
+        assert code == 0 and err == note and len(folders()) == 2
+        assert str(mixed) not in out.splitlines()[-1].split()
+
+
 def test_a_failure_ends_the_series(cli):
     code, _, err = cli(TINY, "--seeds 1 2 --data-dir none --task MNIST")
     assert code == 2 and err.count("error") == 1
