@@ -53,12 +53,12 @@ class Training:
 
     run   the run with all its epochs; None without one
     code  the exit code of the command that trained, 0 if nothing was left to train
-    busy  whether another process trains
+    busy  which other process trains; "" if none does
     """
 
     run: TrainedRun | None = None
     code: int = 0
-    busy: bool = False
+    busy: str = ""
 
 
 # Flags that a resumed run takes from the command line: data, for example, may have moved.
@@ -76,9 +76,9 @@ class Runs(Protocol):
     def wanted(self) -> int | None:
         """The epochs that each run is to have; None if the first run decides."""
 
-    def claimed(self, seed: int) -> contextlib.AbstractContextManager[bool]:
-        """A block in which no other process with --seeds trains with this seed; gives False if
-        another process does. Raises UserError."""
+    def claimed(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        """A block in which no other process with --seeds trains with this seed. Raises Busy if
+        another process does, and UserError."""
 
     def command(self, seed: int) -> Command | TrainedRun:
         """The command that trains or resumes; the run itself if nothing is left to train."""
@@ -112,6 +112,11 @@ def train_each(given: Given, words: Sequence[str], start: Start, root: str = "re
     done = []
     for seed in seeds:
         training = train_seed(runs, seed, start)
+        if training.busy:
+            print(
+                f"note: seed {seed} is left to another process, which trains it: {training.busy}",
+                file=sys.stderr,
+            )
         if training.code:
             return training.code
         if training.run:
@@ -129,20 +134,24 @@ def distinct_seeds(given: Given) -> list[int]:
     return seeds
 
 
-def train_seed(runs: Runs, seed: int, start: Start) -> Training:
-    """Train with one seed what is left to train. start: see `train_each`. Raises UserError."""
-    with runs.claimed(seed) as claimed:
-        if not claimed:
-            return Training(busy=True)  # it may have any number of epochs at this moment
-        command = runs.command(seed)
-        run: TrainedRun | None
-        if isinstance(command, Command):
-            code = start(command.given, command.words)
-            if code:
-                return Training(code=code)
-            run = runs.result(seed)
-        else:
-            run = command
+def train_seed(runs: Runs, seed: int, start: Start, heading: str = "") -> Training:
+    """Train with one seed what is left to train. start: see `train_each`; heading: a line to print
+    unless another process trains. Raises UserError."""
+    try:
+        with runs.claimed(seed):
+            if heading:
+                print(heading, flush=True)
+            command = runs.command(seed)
+            run: TrainedRun | None
+            if isinstance(command, Command):
+                code = start(command.given, command.words)
+                if code:
+                    return Training(code=code)
+                run = runs.result(seed)
+            else:
+                run = command
+    except Busy as e:  # the run may have any number of epochs at this moment
+        return Training(busy=f"{e.holder}{e.delete}")
     if run is None:
         return Training()
     if run.epochs != runs.wanted:
@@ -172,18 +181,15 @@ class _RunsBelow:
         return self.root / f"seed_{seed}"
 
     @contextlib.contextmanager
-    def claimed(self, seed: int) -> Iterator[bool]:
+    def claimed(self, seed: int) -> Iterator[None]:
         folder = self._folder(seed)
         resume.make_folder(folder)
-        lock = _lock(seed, self.root, folder.name)
+        lock = Lock(self.root, folder.name)
         try:
-            training = lock and _lock(seed, folder)
-            if training:
-                training.release()  # taken again by the training itself
-            yield training is not None
+            Lock(folder).release()  # taken again by the training itself
+            yield
         finally:
-            if lock:
-                lock.release()
+            lock.release()
 
     def command(self, seed: int) -> Command:
         folder = str(self._folder(seed))
@@ -228,7 +234,7 @@ class SearchedRuns:
         return {"train_data": fingerprint(train), "test_data": fingerprint(test)}
 
     @contextlib.contextmanager
-    def claimed(self, seed: int) -> Iterator[bool]:
+    def claimed(self, seed: int) -> Iterator[None]:
         identity = json.dumps(training_identity(self._of_seed(seed).flat()), sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         try:
@@ -236,12 +242,11 @@ class SearchedRuns:
         except OSError as e:
             raise WriteFailed(f"cannot create the folder {self.folder}: {why(e)}") from None
         remove_half_made(self.folder)
-        lock = _lock(seed, self.folder, f"seed_{seed}_{digest}")
+        lock = Lock(self.folder, f"seed_{seed}_{digest}")
         try:
-            yield lock is not None
+            yield
         finally:
-            if lock:
-                lock.release()
+            lock.release()
 
     def command(self, seed: int) -> Command | TrainedRun:
         run = self._find(seed)
@@ -300,19 +305,6 @@ class SearchedRuns:
 
 
 # ------------------------------------------------------------------------------------------ helpers
-
-
-def _lock(seed: int, folder: pathlib.Path, name: str = "") -> Lock | None:
-    """The Lock of a seed's training; None, with a note, if another process has it. Raises
-    UserError."""
-    try:
-        return Lock(folder, name)
-    except Busy as e:
-        print(
-            f"note: seed {seed} is left to another process, which trains it: {e.holder}{e.delete}",
-            file=sys.stderr,
-        )
-        return None
 
 
 def _history(run: pathlib.Path, wanted: int | None) -> History:

@@ -3,7 +3,8 @@
 A study is a list of jobs, each of them a command of its own that resumes what an earlier call has
 begun. Its runs are below results/, where they are found by their configuration and seed. Several
 processes may work on one study, on several GPUs: each job is locked, and what another process does
-is left to it. The last one to finish compares.
+is left to it. A process that finds nothing else to do waits for it, and each ends with the
+comparison.
 """
 
 import collections
@@ -57,6 +58,7 @@ REFUSED = {
     "seed": "a study takes --seeds",
     "eps_list": "a study takes --eps",
 }
+WAIT = 1.0  # seconds between two looks at what another process does
 NAMES = {"train": "training", "evaluate": "evaluation", "attack": "attack", "audit": "audit"}
 
 
@@ -191,10 +193,11 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a job. code: its exit code; left: another process does it, or what it needs is
-    not there yet."""
+    """What became of a job. code: its exit code; busy: which other process does it; left: whether
+    it is still to be done."""
 
     code: int = 0
+    busy: str = ""
     left: bool = False
 
 
@@ -290,9 +293,10 @@ class Study:
         failure = 0
         failed: list[Job] = []
         pending = self.jobs
-        left: list[Job] = []
+        noted: set[str] = set()
         while pending:
             left = []
+            busy = []
             for job in pending:
                 begun = time.monotonic()
                 outcome = self._do(job, start)
@@ -307,36 +311,42 @@ class Study:
                     failed.append(job)
                 elif outcome.left:
                     left.append(job)
+                if outcome.busy:
+                    busy.append(f"{job.name}: {outcome.busy}")
             if len(left) == len(pending):
-                break
+                if failed:
+                    break
+                if new := [line for line in busy if line not in noted]:
+                    print(f"waiting for another process: {'; '.join(new)}", flush=True)
+                noted.update(busy)
+                time.sleep(WAIT)
             pending = left
-        if not failed and not left:
+        if not failed:
             return self._compare(start)
         _print_jobs("failed", failed)
-        if failed:
-            print("nothing is compared; the same command repeats what is missing", flush=True)
-        else:
-            _print_jobs("left to other processes, the last of which compares", left)
+        _print_jobs("not done", pending)
+        print("nothing is compared; the same command repeats what is missing", flush=True)
         return failure
 
     def _do(self, job: Job, start: Start) -> Outcome:
+        """Do a job, unless another process does it or its training is not finished."""
         place = (job.index, job.seed)
         heading = f"[{self.jobs.index(job) + 1} of {len(self.jobs)}] {job.name}"
         if job.todo == "train":
-            print(heading, flush=True)
-            training = train_seed(self.runs[job.index], job.seed, start)
+            training = train_seed(self.runs[job.index], job.seed, start, heading)
             if training.run:
                 self.folders[place] = training.run.folder
                 return Outcome()
-            return Outcome(training.code or (0 if training.busy else 2), training.busy)
+            if training.busy:
+                return Outcome(busy=training.busy, left=True)
+            return Outcome(training.code or 2)
         if place not in self.folders:
             return Outcome(left=True)
         folder = self.folders[place]
         try:
             lock = Lock(folder, f"study_{job.todo}_{job.given.get('eps', '')}".rstrip("_"))
         except Busy as e:
-            print(f"{heading}: left to another process: {e.holder}{e.delete}", flush=True)
-            return Outcome(left=True)
+            return Outcome(busy=f"{e.holder}{e.delete}", left=True)
         try:
             print(heading, flush=True)
             return Outcome(start({**job.given, "load_path": str(folder)}, self.words))

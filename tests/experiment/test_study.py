@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import random
 import signal
@@ -154,17 +155,22 @@ def test_two_processes_share_a_study(tmp_path):
     assert not list(tmp_path.rglob(".*lock"))
 
 
-def test_what_another_process_does_is_left_to_it(ok):
+def test_what_another_process_does_is_waited_for(cli, ok, monkeypatch):
     line = TINY.replace("--seeds 1 2", "--seeds 1")
     ok(line)
     (run,) = find_runs(["results/BPTT"])
-    lock = Lock(run, "study_attack")
+    locks = [Lock(run, "study_attack")]
+    monkeypatch.setattr(study.time, "sleep", lambda _: locks.pop().release())
+    before = len(comparisons())
     out = ok(line)
+    note = f"waiting for another process: attack, MLP BPTT seed 1: process {os.getpid()} on "
+    after = out.partition(note)[2].splitlines()
+    assert after[1] == "[6 of 6] attack, MLP BPTT seed 1" and len(comparisons()) == before + 1
+    lock = Lock(run, "study_attack")
+    monkeypatch.setattr(study.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    code, _, err = cli(line)
     lock.release()
-    assert out.splitlines()[-2] == (
-        "left to other processes, the last of which compares: attack, MLP BPTT seed 1"
-    )
-    assert len(comparisons()) == 1
+    assert code == 128 + signal.SIGINT and err.endswith("the same command resumes the study\n")
 
 
 def test_an_interrupted_study_advises_to_resume(cli, monkeypatch):
@@ -186,7 +192,7 @@ def trained(tmp_path, monkeypatch):
     """Trainings end at once, with a folder each; `trained[seed]` is what comes instead."""
     outcomes = {}
 
-    def train(runs, seed, start):
+    def train(runs, seed, start, heading):
         folder = tmp_path / runs.config.learning.alg / str(seed)
         folder.mkdir(parents=True, exist_ok=True)
         return outcomes.get(seed, Training(TrainedRun(folder, 1)))
@@ -196,12 +202,33 @@ def trained(tmp_path, monkeypatch):
     return outcomes
 
 
-def test_a_process_that_finds_only_claimed_jobs_names_them(trained, capsys):
-    trained |= {1: Training(busy=True), 2: Training(busy=True)}
-    code = study_of(TINY).do(lambda *_: pytest.fail("there is nothing to do"))
-    *_, last, total = capsys.readouterr().out.splitlines()
-    assert total.startswith("time of the study: ")
-    assert code == 0 and last.count("seed 1") == 6 and last.startswith("left to other processes")
+def test_claimed_trainings_are_waited_for_and_named_once(trained, capsys, monkeypatch):
+    trained |= {1: Training(busy="process 7"), 2: Training(busy="process 8")}
+    done = []
+
+    def sleep(seconds):
+        done.append(seconds)
+        if done.count(seconds) > 1:
+            del trained[min(trained)]
+
+    monkeypatch.setattr(study.time, "sleep", sleep)
+    assert study_of(TINY).do(lambda given, _: done.append(given["todo"]) or 0) == 0
+    assert done == [1, 1, *["evaluate", "evaluate", "attack", "attack"], 1] + (
+        ["evaluate", "evaluate", "attack", "attack", "compare"]
+    )
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "waiting" in line]
+    assert line == "waiting for another process: " + "; ".join(
+        f"training, MLP {rule} seed {seed}: process {6 + seed}"
+        for seed in (1, 2)
+        for rule in ("EP", "BPTT")
+    )
+
+
+def test_after_a_failure_nothing_is_waited_for(trained, capsys):
+    trained |= {1: Training(code=2), 2: Training(busy="process 8")}
+    assert study_of(TINY).do(lambda *_: pytest.fail("there is nothing to do")) == 2
+    out = capsys.readouterr().out
+    assert "not done: " in out and "the same command repeats what is missing\n" in out
 
 
 def test_a_failure_keeps_no_other_job_waiting(trained, capsys):
