@@ -95,9 +95,10 @@ def test_arguments_that_differ_are_told_one_by_one(ok, tmp_path):
     run = only_run(tmp_path)
     out = ok(f"--device -1 --load-path {run} --T1 9 --mbs 30")
     assert "note: --T1 9 (until now 8)" in out and "note: --mbs 30 (until now 20)" in out
-    assert torch.load(run / "checkpoint.tar", weights_only=True)["resumptions"] == {
-        2: "--mbs 30 (until now 20); --T1 9 (until now 8)"
-    }
+    for name in ("checkpoint.tar", "final_model.pt"):
+        assert torch.load(run / name, weights_only=True)["resumptions"] == {
+            2: "--mbs 30 (until now 20); --T1 9 (until now 8)"
+        }
 
 
 def test_accuracies_on_other_images_do_not_replace_the_best_model(ok, tmp_path, monkeypatch):

@@ -120,7 +120,9 @@ def _add_training(run: RunResults, saved: SavedRun) -> None:
         **training_identity(saved.args),
         "epochs": len(epochs),
         "chosen_on": chosen,
-        "resumed": history.changed_training(len(epochs)) or "never",
+        "resumed": "unknown"
+        if history.resumptions is None
+        else history.changed_training(len(epochs)) or "never",
         **{name: saved.args.get(name) for name in FINGERPRINTS},
     }
     for row in epochs:

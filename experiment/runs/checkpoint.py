@@ -31,19 +31,25 @@ MOST_NAMED = 5  # runs in an error
 
 def snapshot(model: torch.nn.Module, config: dict, history: History) -> dict:
     """The content of a saved model after the epochs of `history`. config: {dest: value}."""
-    content = saved_model(model.state_dict(), config, history.epochs)
+    content = saved_model(model.state_dict(), config, history.epochs, history.resumptions)
     return {**content, "best": history.best_accuracy}
 
 
-def saved_model(weights: dict[str, torch.Tensor], config: dict, epochs: list[dict]) -> dict:
+def saved_model(
+    weights: dict[str, torch.Tensor],
+    config: dict,
+    epochs: list[dict],
+    resumptions: dict[int, str] | None,
+) -> dict:
     """The content of a saved model, with the keys of the original code about its epochs.
 
-    config: {dest: value}; epochs: the rows of metrics.csv."""
+    config: {dest: value}; epochs: the rows of metrics.csv; resumptions: of `History`."""
     return {
         "model_state_dict": weights,
         "config": config,
         "epoch": len(epochs),
         "history": epochs,
+        "resumptions": resumptions,
         "train_acc": [row["train_acc"] for row in epochs],
         "test_acc": [row["test_acc"] for row in epochs],
         "best": best_of(epochs),
@@ -51,7 +57,7 @@ def saved_model(weights: dict[str, torch.Tensor], config: dict, epochs: list[dic
 
 
 # The names of what `resumable_state` adds.
-RESUMABLE = ("opt", "scheduler", "random_states", "best_model", "resumptions", "asked")
+RESUMABLE = ("opt", "scheduler", "random_states", "best_model", "asked")
 
 
 def resumable_state(
@@ -68,7 +74,6 @@ def resumable_state(
         "scheduler": scheduler and scheduler.state_dict(),
         "random_states": training_state.random_states(generator),
         "best_model": history.best,
-        "resumptions": history.resumptions,
         "asked": history.requested,
     }
 
@@ -220,7 +225,7 @@ def _validated(state: dict, path: pathlib.Path, stamp: int) -> SavedRun:
             epochs=epochs,
             best=_best_model(state.get("best_model"), weights, path),
             best_accuracy=accuracy,
-            resumptions=contents.resumptions(state.get("resumptions", {})),
+            resumptions=contents.resumptions(state.get("resumptions")),
             requested=contents.number(state.get("asked", 0), "asked", 0, LARGEST, whole=True),
         ),
         random_states=training_state.validated_random_states(state.get("random_states")),
@@ -240,6 +245,7 @@ def _best_model(saved: Any, own: dict[str, torch.Tensor], path: pathlib.Path) ->
         contents.conform(weights, own, "best_model"),
         contents.config(saved.get("config"), path),
         contents.history(saved),
+        contents.resumptions(saved.get("resumptions")),
     )
 
 
@@ -329,8 +335,9 @@ def _continued(saved: SavedRun, now: dict) -> History:
     """The history of a run that resumes with the arguments `now`."""
     history = saved.history
     text = "; ".join(changes(saved.args, now))[:2000]
+    before = history.resumptions or {}
     history = dataclasses.replace(
-        history, resumptions={**history.resumptions, len(history.epochs) + 1: printable(text)}
+        history, resumptions={**before, len(history.epochs) + 1: printable(text)}
     )
     if other_images(saved.args, now):
         history.best = history.best or saved.best_beside
@@ -345,4 +352,5 @@ def _best_beside(saved: SavedRun) -> dict | None:
         run = open_saved(saved.path.with_name("model.pt"), "evaluate")
     except UserError:
         return None
-    return saved_model(run.weights, run.args, run.history.epochs)
+    history = run.history
+    return saved_model(run.weights, run.args, history.epochs, history.resumptions)

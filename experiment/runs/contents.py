@@ -243,8 +243,10 @@ def _row(row: dict, epoch: int) -> dict:
     return row
 
 
-def resumptions(saved: Any) -> dict[int, str]:
-    """{epoch: text} of a checkpoint."""
+def resumptions(saved: Any) -> dict[int, str] | None:
+    """{epoch: text} of a checkpoint; None if it does not record them."""
+    if saved is None:
+        return None
     expect(isinstance(saved, dict), "resumptions", saved)
     for epoch, text in saved.items():
         fits = is_number(epoch, 1, LARGEST, whole=True) and isinstance(text, str)

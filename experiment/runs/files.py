@@ -240,10 +240,13 @@ def append(path: pathlib.Path, text: str) -> None:
     It begins on a new line. A link is first replaced by a copy of the file that it leads to, which
     does not change. Raises WriteFailed."""
     try:
-        if path.is_symlink() or path.is_file() and path.stat().st_nlink > 1:
+        try:
+            _append(path, text)
+        except OSError as e:
+            if e.errno != errno.EMLINK:
+                raise
             replace_link(path)
-        with open(path, "ab+", opener=refusing_links) as file:
-            _append(file, text)
+            _append(path, text)
     except OSError as e:
         raise WriteFailed(f"cannot write {path}: {why(e)}") from None
 
@@ -255,13 +258,14 @@ def replace_link(path: pathlib.Path) -> None:
         beside.write_bytes(path.read_bytes() if path.is_file() else b"")
 
 
-def _append(file: IO[bytes], text: str) -> None:
-    end = file.seek(0, os.SEEK_END)
-    file.seek(max(end - 1, 0))
-    within_a_line = file.read(1) not in (b"", b"\n")
-    if within_a_line:
-        text = "\n" + text
-    file.write(text.encode(**TEXT))
+def _append(path: pathlib.Path, text: str) -> None:
+    with open(path, "ab+", opener=refusing_links) as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 1, 0))
+        within_a_line = file.read(1) not in (b"", b"\n")
+        if within_a_line:
+            text = "\n" + text
+        file.write(text.encode(**TEXT))
 
 
 def left_behind(path: pathlib.Path) -> bool:

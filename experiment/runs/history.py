@@ -14,13 +14,14 @@ class History:
     best: the best model so far, of `snapshot`; None if it is not known
     best_accuracy: its accuracy in % on the images that models are chosen on; -1 before the first
         epoch, None if it was computed on other images
-    resumptions: {epoch: which arguments changed before it}
+    resumptions: {epoch: which arguments changed before it}; None if it is not known, as of a model
+        that an earlier version saved
     requested: the most epochs that were requested, 0 if that is not known"""
 
     epochs: list[dict] = dataclasses.field(default_factory=list)
     best: dict | None = None
     best_accuracy: float | None = -1.0
-    resumptions: dict[int, str] = dataclasses.field(default_factory=dict)
+    resumptions: dict[int, str] | None = dataclasses.field(default_factory=dict)
     requested: int = 0
 
     def changed_training(self, epochs: int) -> str:
@@ -33,7 +34,7 @@ class History:
             for name in (flag.name, flag.negative)
         }
         resumptions = []
-        for epoch, text in self.resumptions.items():
+        for epoch, text in (self.resumptions or {}).items():
             names = {part: part.partition(" ")[0].removeprefix("--") for part in text.split("; ")}
             changed = "; ".join(part for part, name in names.items() if name not in ignored)
             if changed and epoch <= epochs:

@@ -381,6 +381,21 @@ def test_gradient_methods_are_in_the_order_of_their_names():
     assert Cell({1: value(50, *methods)}).methods == expected
 
 
+def test_a_model_without_its_checkpoint_knows_whether_it_was_resumed(make):
+    """A lone model.pt of a resumed run was pooled with models that never were."""
+    runs = [make("EP", seed) for seed in (1, 2, 3)]
+    for run in runs:
+        (run / "checkpoint.tar").unlink()
+    rewrite(runs[1], lambda content: content.update(resumptions={1: "--T1 30 (until now 4)"}))
+    rewrite(runs[2], lambda content: content.pop("resumptions"))  # of an earlier version
+    groups, *_ = compared(*runs)
+    assert [group.label for group in groups] == [
+        "MLP EP, resumed never",
+        "MLP EP, resumed before epoch 1: --T1 30 (until now 4)",
+        "MLP EP, resumed unknown",
+    ]
+
+
 def test_a_shorter_training_is_another_group(make):
     runs = [make("EP", seed) for seed in (1, 2)]
 
