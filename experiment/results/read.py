@@ -4,10 +4,11 @@ Records can be edited by hand: values that cannot be read are left out."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ART_Timesteps_Addition.names import NORMS, WITHOUT_GRADIENT
 from data_utils import CORRUPTIONS, PUBLISHED, SEVERITIES
@@ -72,6 +73,14 @@ CORRUPTION_SETS = {
 OF_PREDICTION = ("predict_step", "tol", "mbs", "precision", "compile")
 
 
+class Corrupted(NamedTuple):
+    """The accuracies under a corruption, in %, one for each severity. fingerprint: of its images."""
+
+    name: str
+    fingerprint: str
+    accuracy: list[float]
+
+
 def read_run(path: str | pathlib.Path) -> RunResults:
     """The results of a run folder, or of a file in one. Raises UserError if there is no run."""
     saved = checkpoint.open_saved(path, "evaluate")
@@ -87,7 +96,8 @@ def read_run(path: str | pathlib.Path) -> RunResults:
         run.notes.append(f"left out of {name}: {left_out}")
     _add_records(run, own)
     measured = {record.settings.get("corruption") for record in own if record.kind == "corruption"}
-    if measured and not any(key.measure == "corruptions" for key in run.values):
+    is_shown = any(key.measure == "corruptions" for key in run.values)
+    if measured and not is_shown and len(measured) < len(CORRUPTIONS):
         run.notes.append(
             f"left out of {name}: {len(measured)} of {len(CORRUPTIONS)} corruptions, whose mean "
             "would be one over another set"
@@ -336,7 +346,8 @@ def _add_audit(run: RunResults, record: Record, usual: Mapping[str, Any]) -> Non
 def _add_corruptions(run: RunResults, records: Sequence[Record], usual: Mapping[str, Any]) -> None:
     """Add the mean accuracies over complete sets of corruptions, at each severity and over all of
     them: the first 15, as published means are, and all 19."""
-    measured: dict[Key, dict[str, tuple[str, list[float]]]] = {}
+    measured: dict[Key, list[Corrupted]] = {}
+    mixed: set[str] = set()
     for record in records:
         shares = record.value.get("accuracy")
         shares = [_share(share) for share in shares] if isinstance(shares, list) else []
@@ -345,15 +356,46 @@ def _add_corruptions(run: RunResults, records: Sequence[Record], usual: Mapping[
             key = _key(record, usual, "corruptions")
             same_images = key._replace(images=key.images._replace(fingerprint=""))
             name = _text(record.settings.get("corruption"))
-            measured.setdefault(same_images, {})[name] = (key.images.fingerprint, known)
+            corrupted = Corrupted(name, key.images.fingerprint, known)
+            measured.setdefault(same_images, []).append(corrupted)
     for key, rows in measured.items():
         for label, names in CORRUPTION_SETS.items():
-            if not set(names) <= rows.keys():
-                continue
-            data = _json({name: rows[name][0] for name in names})
-            own = key._replace(attack=label, images=key.images._replace(fingerprint=data))
-            columns = zip(*(rows[name][1] for name in names))
-            means = [sum(column) / len(names) for column in columns]
-            for severity, mean in enumerate(means, 1):
-                run.add(own._replace(eps=severity), Value(mean))
-            run.add(own, Value(sum(means) / len(means)))
+            complete, others = _sets_of_corruptions(rows, names)
+            mixed |= others
+            for found in complete:
+                data = _json({name: found[name].fingerprint for name in names})
+                data = hashlib.sha256(data.encode()).hexdigest()[:16]
+                own = key._replace(attack=label, images=key.images._replace(fingerprint=data))
+                columns = zip(*(found[name].accuracy for name in names))
+                means = [sum(column) / len(names) for column in columns]
+                for severity, mean in enumerate(means, 1):
+                    run.add(own._replace(eps=severity), Value(mean))
+                run.add(own, Value(sum(means) / len(means)))
+    if mixed:
+        run.notes.append(
+            f"left out of {printable(run.folder)}: means over corruptions with several sets of "
+            f"images, one of which is incomplete ({count(len(mixed), 'corruption')}: "
+            f"{', '.join(sorted(mixed)[:3])}{' ...' if len(mixed) > 3 else ''})"
+        )
+
+
+def _sets_of_corruptions(
+    rows: Sequence[Corrupted], names: Sequence[str]
+) -> tuple[list[dict[str, Corrupted]], set[str]]:
+    """(the records of all `names` from one folder of corrupted images, for each folder; corruptions
+    in a set that is incomplete beside others). rows: in the order in which they were measured.
+
+    Records do not name the folder. Other images of a corruption that is in a set already begin
+    another set; where the set before is incomplete, what follows may belong to either."""
+    sets: list[dict[str, Corrupted]] = []
+    for row in rows:
+        if row.name not in names:
+            continue
+        known = sets[-1].get(row.name) if sets else None
+        if not sets or known and known.fingerprint != row.fingerprint:
+            if sets and len(sets[-1]) < len(names):
+                return sets[:-1], {row.name for row in rows if row.name in names}
+            sets.append({})
+        sets[-1][row.name] = row
+    complete = [found for found in sets if len(found) == len(names)]
+    return complete, set(sets[-1]) if len(sets) > len(complete) > 0 else set()
