@@ -144,8 +144,8 @@ class Cell:
 
     @property
     def is_upper_bound(self) -> bool:
-        """Whether robust accuracy may be smaller, because gradients are masked."""
-        return self.masked > MASKED
+        """Whether robust accuracy may be smaller, because gradients of some seed are masked."""
+        return any(value.masked > MASKED for value in self.values.values())
 
     @property
     def converged(self) -> float | None:
