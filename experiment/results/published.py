@@ -1,6 +1,5 @@
 """Read published accuracies, in the columns of the tables in check/published."""
 
-import csv
 import pathlib
 import re
 from collections.abc import Collection, Mapping
@@ -10,7 +9,7 @@ from data_utils import SEVERITIES, TASKS, UserError
 from experiment.config import LEAST_EPS, MOST_EPS
 from experiment.results.read import CORRUPTION_SETS
 from experiment.results.values import STRONGEST, Group, Images, Key, RunResults, Value
-from experiment.runs.files import TEXT, number, printable, read_text
+from experiment.runs.files import number, printable, read_table, read_text, why
 from experiment.text import name_path
 
 COLUMNS = (
@@ -48,10 +47,12 @@ def read_published(paths: Collection[str], tasks: Collection[str | None]) -> lis
 
 def _read_table(path: str) -> Rows:
     try:
-        with open(path, newline="", **TEXT) as file:
-            return list(csv.DictReader(file))
-    except (OSError, csv.Error) as e:
-        raise UserError(f"argument --published: {name_path(path)} cannot be read: {e}") from None
+        return read_table(path)
+    except (OSError, ValueError) as e:
+        reason = why(e) if isinstance(e, OSError) else e
+        raise UserError(
+            f"argument --published: {name_path(path)} cannot be read: {reason}"
+        ) from None
 
 
 def _caveat(path: str) -> str:
