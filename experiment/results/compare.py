@@ -206,7 +206,7 @@ def table_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 {
                     "group": group.label,
                     **{name: value for name, value in key._asdict().items() if name in COLUMNS},
-                    "eps": f"{key.eps:g}" if key.eps else "",
+                    "eps": _eps(key),
                     "mean": f"{mean:.4f}",
                     "std": _number(std),
                     "n": n,
@@ -226,6 +226,13 @@ def table_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _eps(key: Key) -> str:
+    """The exact eps, or the severity of corruptions; "" for measures without."""
+    if not (key.eps or key.norm):
+        return ""
+    return repr(float(key.eps)).removesuffix(".0")
 
 
 def _number(value: float | None) -> str:

@@ -74,7 +74,7 @@ OF_PREDICTION = ("predict_step", "tol", "mbs", "precision", "compile")
 
 
 class Corrupted(NamedTuple):
-    """The accuracies under a corruption, in %, one for each severity. fingerprint: of its images."""
+    """The accuracies under a corruption in %, one for each severity. fingerprint: of its images."""
 
     name: str
     fingerprint: str

@@ -578,7 +578,19 @@ def test_eps_is_written_as_given(make):
     groups, rows, _ = compared(run)
     text = "\n".join(row[0] for row in comparison_table(groups, _table_keys(groups)))
     assert "pgd L-infinity 8/255, 20 iterations" in text
-    assert only(rows, grad=STRONGEST)["eps"] == "0.0313725"
+    assert only(rows, grad=STRONGEST)["eps"] == repr(8 / 255)
+
+
+def test_eps_0_of_an_attack_is_written(make):
+    run = make("EP")
+    Store(run).add(attacked(run, 4, eps=0))
+    assert only(compared(run)[1], grad=STRONGEST)["eps"] == "0"
+
+
+def test_a_mean_with_an_upper_bound_is_one():
+    """One of two seeds with 1.9 % of masked images lost its mark."""
+    masked = Value(50.0, frozenset({"a"}), masked=0.019)
+    assert str(pool({1: [masked], 2: [value(40, "a")]})).startswith("≤ ")
 
 
 def test_audits_are_rows(make):
@@ -1040,7 +1052,10 @@ def test_wrong_labels_and_tables_are_refused(cli, zoo, tmp_path):
         "table.csv has no results of digits (it has CIFAR10, CIFAR100)\n"
     )
     code, _, err = cli("--todo compare --published none.csv --load-path", run)
-    assert code == 2 and "none.csv cannot be read" in err
+    assert code == 2 and "none.csv cannot be read: No such file" in err
+    os.mkfifo(tmp_path / "pipe.csv")
+    code, _, err = cli("--todo compare --published pipe.csv --load-path", run)
+    assert code == 2 and "pipe.csv cannot be read" in err and len(err.splitlines()) == 1
 
 
 EVIL = "<script>alert(1)</script>|\x1b[31m"
