@@ -173,11 +173,22 @@ def pool(found: Mapping[Any, Sequence[Value]]) -> Cell:
         shared = common
     if all(usable.values()):
         return Cell({seed: strongest(values) for seed, values in usable.items()})
-    pooled = {seed: strongest(values) for seed, values in found.items()}
-    methods = [value.methods for value in pooled.values()]
-    most = max(methods, key=methods.count)
-    same = {seed: value for seed, value in pooled.items() if value.methods == most}
-    return Cell(same, tuple(seed for seed in pooled if seed not in same))
+    candidates = [_over(found, v.methods) for values in found.values() for v in values]
+    candidates += [
+        _over(found, frozenset().union(*(v.methods for v in values))) for values in found.values()
+    ]
+    same = max(candidates, key=len)
+    return Cell(same, tuple(seed for seed in found if seed not in same))
+
+
+def _over(found: Mapping[Any, Sequence[Value]], methods: frozenset[str]) -> dict[Any, Value]:
+    """The strongest value over exactly these gradient methods, of each seed that has all."""
+    pooled = {}
+    for seed, values in found.items():
+        usable = [value for value in values if value.methods <= methods]
+        if usable and (value := strongest(usable)).methods == methods:
+            pooled[seed] = value
+    return pooled
 
 
 @dataclasses.dataclass

@@ -497,6 +497,12 @@ def test_seeds_are_pooled_over_the_gradients_that_they_share():
     assert cell.left_out == (1,) and [v.value for v in cell.values.values()] == [40, 50]
 
 
+def test_as_many_seeds_as_share_gradients_are_pooled():
+    """Seed 1, attacked by both methods, was the only one."""
+    cell = pool({1: [value(50, "a"), value(30, "b")], 2: [value(40, "a")], 3: [value(20, "b")]})
+    assert cell.left_out == (3,) and [v.value for v in cell.values.values()] == [50, 40]
+
+
 def test_a_seed_of_other_gradients_is_left_out_and_named(make):
     runs = [make("EP", seed) for seed in (1, 2, 3)]
     for seed, (run, gradient) in enumerate(zip(runs, ("bptt", "ep", "bptt")), 1):
