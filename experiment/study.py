@@ -90,7 +90,7 @@ class Model:
                 raise UserError(f"expected MODEL:RULE; did you mean {rule}:{kind}?")
             if not colon and rule in (BY_DEST["model"].choices or ()):
                 raise UserError(
-                    "it is a model without its rule; expected MODEL:RULE, such as MLP:EP or FFCNN:BP"
+                    "a model needs a rule; expected MODEL:RULE, such as MLP:EP or FFCNN:BP"
                 )
             kind = kind if colon else shared.get("model", BY_DEST["model"].default)
             command_line.convert(BY_DEST["model"], kind)

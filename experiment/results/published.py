@@ -18,7 +18,7 @@ COLUMNS = (
 LONGEST_TEXT = 100
 LONGEST_CAVEAT = 1000
 
-Rows = list[Mapping[str, str]]
+Rows = list[dict[str, str]]
 
 
 def read_published(paths: Collection[str], tasks: Collection[str | None]) -> list[Group]:

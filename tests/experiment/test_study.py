@@ -380,7 +380,7 @@ def test_what_makes_no_sense_is_refused_in_a_line(cli, old, new, message):
     [
         ("", "expected RULE or MODEL:RULE"),
         ("EP 'x", "expected RULE or MODEL:RULE"),
-        ("CNN", "CNN: it is a model without its rule; expected MODEL:RULE"),
+        ("CNN", "CNN: a model needs a rule; expected MODEL:RULE"),
         ("EP --lrs", "expected at least one argument"),
         ("EP --seeds 1", "--seeds is no flag of one model"),
         ("EP --model CNN", "--model is no flag of one model"),
