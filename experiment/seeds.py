@@ -215,6 +215,7 @@ class SearchedRuns:
         self.config = resolve(shared)
         self.folder = pathlib.Path(root, self.config.learning.alg, self.config.model.loss)
         self.wanted = self.config.optimizer.epochs
+        self.finished: dict[int, TrainedRun] = {}  # found by seed, so that no file is read twice
         self.noted: set[pathlib.Path] = set()  # runs that a note has named
 
     def _of_seed(self, seed: int) -> Config:
@@ -249,11 +250,12 @@ class SearchedRuns:
             lock.release()
 
     def command(self, seed: int) -> Command | TrainedRun:
-        run = self._find(seed)
+        run = self.finished.get(seed) or self._find(seed)
         if run is None:
             return Command({**self.shared, "seed": seed}, [*self.words, "--seed", str(seed)])
         remaining = self.wanted - run.epochs
         if remaining <= 0:
+            self.finished[seed] = run
             return run
         flags = [f for f in OF_THIS_CALL if f.dest in self.shared and f.dest != "epochs"]
         kept = {flag.dest: self.shared[flag.dest] for flag in flags}
