@@ -361,8 +361,8 @@ class Study:
         """Compare the runs of this study: the groups are its models, in their order."""
         places = [(index, seed) for index in range(len(self.models)) for seed in self.seeds]
         paths = [str(self.folders[place]) for place in places]
-        given: Given = {"todo": "compare", "load_path": paths, "labels": self.labels}
-        for dest in ("published", "figures"):
+        given: Given = {"todo": "compare", "load_path": paths}
+        for dest in ("labels", "published", "figures"):
             if dest in self.given:
                 given[dest] = self.given[dest]
         code = start(given, self.words)

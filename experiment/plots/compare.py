@@ -223,7 +223,7 @@ def _test_images(groups: Sequence[Group]) -> str:
     for run in [run for group in groups if not group.published for run in group.runs]:
         data = run.args.get("test_data")
         same = [key.images.number for key in run.values if data == key.images.fingerprint]
-        numbers.add(str(run.args.get("test_size") or max(same, default="all")))
+        numbers.add(str(run.args.get("test_size") or max(same, default=0) or "all"))
     return " / ".join(sorted(numbers))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import functools
 import io
 import json
 import pathlib
@@ -20,6 +21,7 @@ from experiment.results.published import read_published
 from experiment.results.read import read_run
 from experiment.results.values import (
     MINUS,
+    RECORDED,
     STRONGEST,
     Difference,
     Group,
@@ -93,6 +95,8 @@ def group_runs(
         group.runs.append(run)
         known = identities[place]
         known.update({name: known[name] or run.identity[name] for name in FINGERPRINTS})
+    if labels and len(set(labels)) < len(labels):
+        raise UserError("argument --labels: two labels are the same; give each group its own")
     if labels and len(labels) != len(groups):
         raise UserError(
             f"argument --labels: got {len(labels)}, expected {len(groups)}: one for each group of "
@@ -155,7 +159,6 @@ def _table_keys(groups: Sequence[Group]) -> list[Key]:
 
     def order(key: Key) -> tuple:
         aside = ("corruptions", "seconds").index(key.measure) + 1 if _is_aside(key) else 0
-        was_recorded = not key.images.number  # while training
         block = (-len(of_block[_block(key)]), -key.images.number, key.predicted != "{}")
         curve = _curve(key)
         row = (key.measure != "clean", -len(of_curve[curve]), ORDER.index(curve.measure), curve)
@@ -165,9 +168,23 @@ def _table_keys(groups: Sequence[Group]) -> list[Key]:
             int(key.steps) if key.steps.isdecimal() else 0,
         )
         is_trusted = key.measure == "audit trusted"
-        return (aside, not was_recorded, *block, _block(key), *row, *method, key.eps, is_trusted)
+        return (
+            aside,
+            not _was_recorded(key),
+            *block,
+            _block(key),
+            *row,
+            *method,
+            key.eps,
+            is_trusted,
+        )
 
     return sorted(found, key=order)
+
+
+def _was_recorded(key: Key) -> bool:
+    """Whether it is the key of an accuracy that a training measured."""
+    return key.measure == "clean" and key.detail.startswith(RECORDED)
 
 
 def _is_aside(key: Key) -> bool:
@@ -201,7 +218,7 @@ def table_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
             mean, std, n = cell.statistics
             identity = group.runs[0].identity
             is_attack = key.measure == "adversarial"
-            change = _difference(groups, group, key)
+            change = _difference(groups[0], group, key)
             rows.append(
                 {
                     "group": group.label,
@@ -239,11 +256,12 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _difference(groups: Sequence[Group], group: Group, key: Key) -> Difference | None:
+@functools.cache  # the table and the .csv contain it, and the bootstrap takes time
+def _difference(reference: Group, group: Group, key: Key) -> Difference | None:
     """The difference of a group to the first one; None where there is nothing to pair."""
-    first = groups[0].cells.get(key)
+    first = reference.cells.get(key)
     second = group.cells.get(key)
-    if group is groups[0] or first is None or second is None:
+    if group is reference or first is None or second is None:
         return None
     return difference(first, second)
 
@@ -307,7 +325,7 @@ def comparison_table(groups: Sequence[Group], keys: Sequence[Key]) -> Table:
             cell = group.cells.get(key)
             row.append("" if cell is None else str(cell))
             if group is not groups[0]:
-                change = _difference(groups, group, key)
+                change = _difference(groups[0], group, key)
                 row.append("" if change is None else str(change))
         table.append(row)
     return table
@@ -474,13 +492,13 @@ def _main_keys(groups: Sequence[Group]) -> list[Key]:
     """The keys of the main table: without single gradient methods and, where all groups were
     evaluated, without the accuracy that a training recorded."""
     evaluated = [
-        any(key.measure == "clean" and key.images.number for key in group.cells) for group in groups
+        any(key.measure == "clean" and not _was_recorded(key) for key in group.cells)
+        for group in groups
     ]
     return [
         key
         for key in _table_keys(groups)
-        if not _is_of_one_method(key)
-        and not (all(evaluated) and key.measure == "clean" and not key.images.number)
+        if not _is_of_one_method(key) and not (all(evaluated) and _was_recorded(key))
     ]
 
 

@@ -25,7 +25,7 @@ from experiment.config import (
 from experiment.results import settings
 from experiment.results.record import Record, unpack
 from experiment.results.store import Store
-from experiment.results.values import STRONGEST, Images, Key, RunResults, Value
+from experiment.results.values import RECORDED, STRONGEST, Images, Key, RunResults, Value
 from experiment.runs import checkpoint
 from experiment.runs.checkpoint import SavedRun
 from experiment.runs.files import number, printable
@@ -141,8 +141,12 @@ def _add_training(run: RunResults, saved: SavedRun) -> None:
     if seconds:
         run.add(Key("seconds"), Value(sum(seconds)))
     if saved.history.epochs:
+        size = saved.args.get("test_size") or 0  # 0: all images of the task
+        data = str(saved.args.get("test_data") or "")
+        images = Images(str(saved.args.get("task")), "test", size, data)
+        detail = f"{RECORDED}, {count(size, 'image')}" if size else RECORDED
         accuracy = Value(saved.history.epochs[-1]["test_acc"])
-        run.add(Key("clean", detail="recorded in training"), accuracy)
+        run.add(Key("clean", detail=detail, images=images), accuracy)
 
 
 # ---- settings of records
@@ -187,6 +191,9 @@ def _key(record: Record, usual: Mapping[str, Any], measure: str, **columns: Any)
         budget.pop("iters", None)
     images = _images(record)
     parts = [BUDGET[name].format(_text(value)) for name, value in budget.items()]
+    parts = ["1 restart" if part == "1 restarts" else part for part in parts]
+    if record.kind == "audit" and record.settings.get("surrogate"):
+        parts.append("with a surrogate")
     parts.append(count(images.number, "image"))
     for name, form in DEVIATIONS.items():
         if name in deviating:

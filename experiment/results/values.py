@@ -19,6 +19,9 @@ DRAWS = 2000  # of the bootstrap
 MINUS = "−"
 
 
+RECORDED = "recorded in training"  # begins the detail of accuracies that the training measured
+
+
 class Images(NamedTuple):
     """The images that a value was measured on. fingerprint: of images and labels, "" if unknown."""
 
@@ -211,7 +214,7 @@ class RunResults:
         self.values.setdefault(key, []).append(value)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Group:
     """Runs that differ in the seed alone. published: whether they are from a published table;
     caveats: (measure, text for the captions of figures with its values)."""

@@ -610,6 +610,20 @@ def test_audits_are_rows(make):
     assert only(rows, measure="audit trusted")["mean"] == "50.0000"
 
 
+def test_the_row_of_an_audit_names_its_surrogate(make):
+    run = make("EP")
+    Store(run).add(audited(run, 8, surrogate=["ab", 4], restarts=1))
+    row = only(compared(run)[1], measure="audit")
+    assert "with a surrogate" in row["detail"] and "1 restart," in row["detail"]
+
+
+def test_accuracies_that_trainings_recorded_on_other_images_are_other_rows(make):
+    runs = [make("EP", test_size=60), make("BPTT", test_size=100), make("BPTT", task="MNIST")]
+    rows = [row for row in compared(*runs)[1] if row["measure"] == "clean"]
+    assert len({(row["task"], row["images"], row["detail"]) for row in rows}) == 3
+    assert all(row["n"] == 1 for row in rows)
+
+
 def test_audits_of_energy_models_and_feed_forward_networks_stand_in_one_row(make):
     runs = [make("EP"), make("BPTT", model="FFMLP", alg="BP")]
     Store(runs[0]).add(audited(runs[0], 8, steps=[4], ends_early=0.001))
@@ -1049,6 +1063,8 @@ def test_wrong_labels_and_tables_are_refused(cli, zoo, tmp_path):
     run = zoo("compared EP")
     code, _, err = cli("--todo compare --labels a b --load-path", run)
     assert code == 2 and "expected 1" in err
+    code, _, err = cli("--todo compare --labels a a --load-path", run)
+    assert code == 2 and "two labels are the same" in err
     (tmp_path / "table.csv").write_text("x,y\n1,2\n")
     code, _, err = cli("--todo compare --published table.csv --load-path", run)
     assert code == 2 and "has no results of digits" in err and len(err.splitlines()) == 1
