@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import main  # noqa: E402
 import model_utils as mu  # noqa: E402
 from energy import fast  # noqa: E402
+from experiment import devices  # noqa: E402
 
 
 def tiers(cases, *fast):
@@ -53,6 +54,7 @@ def cli(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*words, **options):
+        devices._note_missing_gpu.cache_clear()  # as in a process of its own
         code = main.main(
             [str(w) for word in words for w in (word.split() if isinstance(word, str) else [word])],
             **options,

@@ -12,7 +12,6 @@ from typing import Any
 from ART_Timesteps_Addition.audit import stages
 from ART_Timesteps_Addition.audit.criteria import result_of, verdict
 from ART_Timesteps_Addition.audit.model import AuditedModel
-from experiment.text import listed
 
 
 def audit(
@@ -32,7 +31,7 @@ def audit(
     if audited.model.has_dynamics:
         line += (
             f", predictions after {audited.T1} steps, gradients unrolled through "
-            f"{listed([*map(str, audited.steps)])} steps"
+            f"{' and '.join(map(str, audited.steps))} steps"
         )
     result = files.result()
     recorded = "" if result is None else " (recorded)"

@@ -73,7 +73,7 @@ def test_the_training_plot_is_told_of_the_model_and_the_resumptions(ok, tmp_path
         lambda run, name, draw, *given: draw is accuracy and told.append(given),
     )
     ok(f"--device -1 --load-path {only_run(tmp_path)} --mbs 40")
-    rows, picked, resumptions, chance = told[-1]
+    rows, picked, resumptions, chance, _ = told[-1]
     assert [row["epoch"] for row in rows] == [1, 2, 3] and chance == 10
     assert picked == max(rows, key=lambda row: row["val_acc"])["epoch"]
     assert list(resumptions) == [3] and "--mbs 40 (until now 30)" in resumptions[3]

@@ -261,7 +261,7 @@ def test_seeds_take_no_run_of_other_data_as_done(ok, data):
     out = ok(line, f"--data-dir {data[1]}")
     assert "already" not in out and "2 of 2 seeds are done" in out and len(folders()) == 4
     groups, _ = group_runs([read_run(run) for run in folders()])
-    assert [len(group.runs) for group in groups] == [2, 2] and "train-data" in groups[0].label
+    assert [len(group.runs) for group in groups] == [2, 2] and "training images" in groups[0].label
     for run in folders()[:2]:  # of an earlier version: nobody knows, and it was good enough
         without_fingerprints(run)
     assert ok(line, f"--data-dir {data[1]}").count("already") == 2 and len(folders()) == 4
@@ -320,7 +320,7 @@ CHANGES = {
         "attack_step", "tol", "compile",
     ),
     "corruption": ("mbs", "precision", "T1", "tol", "compile"),
-    "characteristic": ("mbs", "precision", "T1", "tol", "compile"),
+    "characteristic": ("mbs", "precision", "T1", "compile"),
     "gducheck": ("T1", "T2", "betas", "thirdphase", "alg", "compile"),
 }  # fmt: skip
 OTHER = {
