@@ -246,8 +246,8 @@ def train(job: Job) -> None:
         run = _new_folder(job, {**state, **resumable})
     where = f"results go to {run.folder}" if run else "this run is not saved (use --save)"
     resumption = f", from epoch {first + 1} on" if saved else ""
+    folder = job.workers.broadcast(run and str(run.folder))  # which advice after a signal names
     print(f"{where}{resumption}", flush=True)
-    folder = job.workers.broadcast(run and str(run.folder))
     model_utils.train(
         job.model,
         optimizer,

@@ -127,7 +127,6 @@ def columns(record: Record, label: str = "") -> dict[str, str]:
         "images": str(record.data.get("images", "")),
         "weights": str(record.model.get("weights") or ""),
         **described,
-        "when": record.when,
     }
 
 
