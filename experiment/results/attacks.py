@@ -1,7 +1,6 @@
 """Results of `--todo attack`: Adversarial_Accuracy in .csv and .txt, figures, messages."""
 
 import itertools
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from experiment.plots.style import norm_name
 from experiment.results import settings
 from experiment.results.record import Record, pack
 from experiment.results.store import Store
-from experiment.results.tables import read_eps
+from experiment.results.tables import measured_with, read_eps
 from experiment.runs.files import read_arrays, replacing
 from experiment.runs.folder import RunFolder
 from experiment.text import count, format_eps, format_value, listed
@@ -233,15 +232,13 @@ class Sweep:
             self._write_csv(measured)
 
     def _write_text(self, rows: Sequence[Mapping[str, str]]) -> None:
-        described = {"weights": self.model["weights"], **self.data}
-        (own, *_) = settings.attack(self.config, 0.0, self.smooth).values()
-        described |= {name: value for name, value in own.items() if name not in ("eps", "gradient")}
+        (wanted, *_) = self._wanted(0.0).values()
         machines = dict.fromkeys(row["computed_on"] for row in rows if row["computed_on"])
         source = f"# examined: {self.source}"
         if machines:
             source += f"; computed on: {'; '.join(machines)}"
         lines = [
-            f"# measured with: {json.dumps(described, sort_keys=True)}",
+            measured_with(wanted, without=("eps", "gradient")),
             source,
             "# masked: share of images whose gradient was exactly zero or not finite at some "
             "iteration; unmoved: whose perturbation is zero",
